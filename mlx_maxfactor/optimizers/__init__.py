@@ -1,0 +1,9 @@
+"""One algorithm a file; none imports another."""
+
+from .adafactor import Adafactor
+from .adamw import AdamW
+from .maxfactor import MaxFactor
+from .muon import Muon
+from .signsgd import SignSGD
+
+__all__ = ["Adafactor", "AdamW", "MaxFactor", "Muon", "SignSGD"]

@@ -1,0 +1,201 @@
+"""What every optimizer of the suite shares: float32 arithmetic, layouts, rates, state."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from .. import functional as f
+from .._validate import Rate, check_choice, check_rate
+
+
+class Float32Optimizer(Optimizer):
+    """An MLX optimizer whose arithmetic and state are float32, whatever the parameter's dtype.
+
+    A subclass writes ``init_single`` and ``apply_single`` as it would for MLX; both get the
+    parameter's ``layout`` as well. Beyond MLX's own class:
+
+    - a layer that is unfrozen late gets its state when its first gradient comes;
+    - integer arrays and empty arrays are left as they are;
+    - a rate that is set by hand stays: it ends the schedule, inside a compiled step too;
+    - a state that is assigned goes into the live dictionary, where a compiled step sees it.
+
+    Args:
+        learning_rate: A number of at least 0, or a function of the step (0 at the first update).
+        layout: How arrays of more than two axes hold matrices, see ``functional.LAYOUTS``.
+
+    Attributes:
+        layouts: Layouts by path, beating ``layout``. The router fills it.
+        paths: Tells from a path whether this optimizer updates that parameter. None: all of them.
+    """
+
+    def __init__(self, learning_rate: Rate, layout: str = "batched"):
+        super().__init__()
+        self.layout: str = check_choice("layout", layout, f.LAYOUTS)
+        self.layouts: dict[str, str] = {}
+        self.paths: Callable[[str], bool] | None = None
+        self.learning_rate = learning_rate
+
+    # Rates
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """The rate of the last update. Setting a number ends the schedule; a function starts one.
+
+        A function that is set after a step was compiled needs that step compiled again.
+        """
+        return self.state["learning_rate"]
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Rate) -> None:
+        check_rate("learning_rate", learning_rate)
+        if callable(learning_rate):
+            self._schedulers["learning_rate"] = learning_rate
+            self.state["learning_rate"] = _as_rate(learning_rate(self.step))
+            self.state["scheduled"] = mx.array(True)
+            return
+        self.state["learning_rate"] = _as_rate(learning_rate)
+        if "scheduled" in self.state:
+            # In the state, not in Python: a compiled step must see it without a new trace.
+            self.state["scheduled"] = mx.array(False)
+
+    def _next_rate(self) -> mx.array:
+        rate = self.state["learning_rate"]
+        schedule = self._schedulers.get("learning_rate")
+        if schedule is None:
+            return rate
+        return mx.where(self.state["scheduled"], _as_rate(schedule(self.step)), rate)
+
+    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+        """What update ``t`` multiplies its step by. ``parameter`` is float32, seen as matrices."""
+        return rate
+
+    def effective_learning_rates(self, model: dict) -> dict[str, float]:
+        """Each parameter's own step size at the next update, by path, for logging.
+
+        Args:
+            model: The model, or any tree of parameters.
+
+        Returns:
+            Path to rate; for a stack of experts the mean over its matrices.
+        """
+        t, rate = self.step + 1, self._next_rate()
+        sizes = {}
+        for path, p in flatten(trainable(model)).items():
+            if _is_trained(p) and self.owns(path):
+                layout = self.layout_of(path)
+                sizes[path] = mx.mean(self.step_size(self.load(p, layout), t, rate, layout))
+        mx.eval(sizes)
+        return {path: float(size) for path, size in sizes.items()}
+
+    # Arrays
+
+    def owns(self, path: str) -> bool:
+        """Whether this optimizer updates the parameter at ``path``."""
+        return self.paths is None or self.paths(path)
+
+    def layout_of(self, path: str) -> str:
+        """The layout of the parameter at ``path``."""
+        return self.layouts.get(path, self.layout)
+
+    def load(self, x: mx.array, layout: str) -> mx.array:
+        """An array in float32, seen as the matrices it holds."""
+        return f.as_matrices(x.astype(mx.float32), layout)
+
+    def store(self, x: mx.array, parameter: mx.array, layout: str) -> mx.array:
+        """What ``load`` gave, updated, with the parameter's own shape and dtype."""
+        return f.from_matrices(x, parameter.shape, layout).astype(parameter.dtype)
+
+    # The tree
+
+    def init(self, parameters: dict) -> None:
+        """Make the state of every parameter that has none yet.
+
+        Raises:
+            ValueError: Names every parameter that this optimizer cannot take; no state is changed.
+        """
+        problems: list[str] = []
+        state = self._grown(parameters, self.state, "", problems)
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.state.update(state)
+        self._initialized = True
+
+    def _grown(self, tree: Any, state: Any, path: str, problems: list[str]) -> Any:
+        """A copy of the containers of ``state`` with leaves for what ``tree`` has beyond it."""
+        if isinstance(tree, dict):
+            grown = dict(state or {})
+            for key, child in tree.items():
+                at = f"{path}.{key}" if path else key
+                grown[key] = self._grown(child, grown.get(key), at, problems)
+            return grown
+        if isinstance(tree, (list, tuple)):
+            grown = list(state or [])
+            grown += [None] * (len(tree) - len(grown))
+            for i, child in enumerate(tree):
+                grown[i] = self._grown(child, grown[i], f"{path}.{i}", problems)
+            return grown
+        if state is None:
+            state = {}
+            # Called lazily, `tree` holds gradients: only shapes may be read here.
+            if _is_trained(tree) and self.owns(path):
+                try:
+                    self.init_single(tree, state, self.layout_of(path))
+                except ValueError as problem:
+                    problems.append(f"{path}: {problem}")
+        return state
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Return the updated parameters, in the structure of the gradients."""
+        self.init(gradients)
+        self.state["learning_rate"] = self._next_rate()
+        self.state["step"] = self.step + 1
+
+        def update(path: str, g: mx.array, p: mx.array, state: dict) -> mx.array:
+            if not (_is_trained(p) and self.owns(path)):
+                return p
+            return self.apply_single(g, p, state, self.layout_of(path))
+
+        return tree_map_with_path(update, gradients, parameters, self.state)
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """Make the state of one parameter, from its shape alone."""
+        raise NotImplementedError
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """Return one parameter, updated; its state changes in place."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> dict:
+        """The live state. Assigning copies into it, so that a compiled step sees the new one."""
+        return self._state
+
+    @state.setter
+    def state(self, state: dict) -> None:
+        state = dict(state)
+        self._state.clear()
+        self._state.update(state)
+
+
+def flatten(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree by path."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
+
+
+def trainable(model: Any) -> Any:
+    """The trainable parameters of a model; of a tree, all of it."""
+    return model.trainable_parameters() if isinstance(model, nn.Module) else model
+
+
+def _as_rate(rate: Any) -> mx.array:
+    return mx.array(rate).astype(mx.float32)
+
+
+def _is_trained(x: mx.array) -> bool:
+    return mx.issubdtype(x.dtype, mx.floating) and x.size > 0

@@ -1,0 +1,111 @@
+"""Adafactor (Shazeer and Stern, 2018)."""
+
+import mlx.core as mx
+
+from .. import functional as f
+from .._validate import Rate, check_number, check_pair
+from ._base import Float32Optimizer
+
+
+class Adafactor(Float32Optimizer):
+    r"""Adafactor without first moment: ``m + n`` floats for an ``m × n`` matrix.
+
+    With :math:`b_t = t^{\text{decay\_rate}}`, for a matrix
+
+    .. math::
+
+        R_i &\leftarrow R_i + b_t (\mathrm{mean}_j (g_{ij}^2 + \epsilon_1) - R_i), \qquad
+        C_j \leftarrow C_j + b_t (\mathrm{mean}_i (g_{ij}^2 + \epsilon_1) - C_j) \\
+        V &= R C^\top / \mathrm{mean}(R), \qquad u = g / \sqrt V, \qquad
+        u \leftarrow u / \max(1, \mathrm{RMS}(u) / \text{clip\_threshold}) \\
+        p &\leftarrow p (1 - \alpha\lambda) - \alpha u
+
+    and for a vector the full :math:`v` in place of :math:`V`. The rate :math:`\alpha` is
+    ``learning_rate``; where that is None it is relative,
+    :math:`\min(10^{-2}, 1/\sqrt t) \cdot \max(\epsilon_2, \mathrm{RMS}(p))`.
+
+    Args:
+        learning_rate: α, a number or a function of the step; None for the relative step, in which
+            case a rate set later stands for min(1e-2, 1/√t). Default None.
+        eps: (ε₁, ε₂): added to each squared gradient, above 0; floor of RMS(p) in the relative
+            step. Default (1e-30, 1e-3).
+        clip_threshold: Largest RMS of an update. Default 1.
+        decay_rate: Exponent of the weight of the newest squared gradient. Default -0.8.
+        weight_decay: λ, decoupled: each update multiplies p by 1 - αλ. Default 0.
+        layout: How arrays of more than two axes hold matrices, as for ``MaxFactor``.
+
+    Raises:
+        ValueError: An option outside its range.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import Adafactor
+        >>> optimizer = Adafactor(learning_rate=0.5)
+        >>> optimizer.apply_gradients({"b": mx.array([2.0, -4.0])}, {"b": mx.zeros(2)})["b"]
+        array([-0.5, 0.5], dtype=float32)
+
+    Reference:
+        Shazeer and Stern, *Adafactor: Adaptive Learning Rates with Sublinear Memory Cost*, 2018,
+        arXiv 1804.04235.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Rate | None = None,
+        *,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        weight_decay: float = 0.0,
+        layout: str = "batched",
+    ):
+        self.relative_step = learning_rate is None
+        super().__init__(_relative_step if learning_rate is None else learning_rate, layout)
+        self.eps = check_pair("eps", eps, 0.0, ends="()")
+        self.clip_threshold = check_number("clip_threshold", clip_threshold, 0.0, ends="()")
+        self.decay_rate = check_number("decay_rate", decay_rate, -1.0, 0.0)
+        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """Row and column statistics of a matrix; a second moment for a vector."""
+        shape = f.as_matrices(parameter, layout or self.layout).shape
+        if len(shape) > 1:
+            state["row"] = mx.zeros((*shape[:-1], 1))
+            state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+        else:
+            state["v"] = mx.zeros(shape)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """One update of one parameter."""
+        layout = layout or self.layout
+        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
+        alpha = self.step_size(p, self.step, self.learning_rate, layout)
+
+        weight = f.second_moment_weight(self.step, self.decay_rate)
+        if g.ndim > 1:
+            row, column = f.factored_second_moment(
+                g, state["row"], state["column"], weight, self.eps[0]
+            )
+            state["row"], state["column"] = row, column
+            root = f.factored_root(row, column, mx.mean(row, axis=-2, keepdims=True))
+        else:
+            state["v"] = state["v"] + weight * (mx.square(g) + self.eps[0] - state["v"])
+            root = mx.sqrt(state["v"])
+
+        # Where a dead row meets a dead column the estimate is 0; and u is squared for its RMS.
+        u = f.clamp_gradient(g / mx.maximum(root, f.ROOT_FLOOR))
+        u = u / mx.maximum(1.0, f.rms(u, f.norm_axes(u.ndim, layout)) / self.clip_threshold)
+        return self.store(p * (1 - alpha * self.weight_decay) - alpha * u, parameter, layout)
+
+    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+        """The rate, times max(ε₂, RMS(p)) in the relative step."""
+        if not self.relative_step:
+            return rate
+        size = f.rms(parameter, f.norm_axes(parameter.ndim, layout))
+        return rate * mx.maximum(size, self.eps[1])
+
+
+def _relative_step(step: mx.array) -> mx.array:
+    return mx.minimum(1e-2, mx.rsqrt(step.astype(mx.float32) + 1))

@@ -1,0 +1,79 @@
+"""AdamW (Loshchilov and Hutter, 2019)."""
+
+import mlx.core as mx
+
+from .. import functional as f
+from .._validate import Rate, check_flags, check_number, check_pair
+from ._base import Float32Optimizer
+
+
+class AdamW(Float32Optimizer):
+    r"""AdamW with bias correction, in float32 for parameters of any dtype.
+
+    .. math::
+
+        m \leftarrow \beta_1 m + (1-\beta_1) g, \qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2,
+        \qquad p \leftarrow p (1 - \eta\lambda) - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)
+
+    with :math:`\hat m = m / (1 - \beta_1^t)`, :math:`\hat v = v / (1 - \beta_2^t)`, where
+    :math:`t` counts the parameter's own updates, so that a layer unfrozen late starts right.
+
+    Args:
+        learning_rate: η, a number or a function of the step. Default 1e-4.
+        betas: (β₁, β₂), each in [0, 1). Default (0.9, 0.95).
+        eps: ε, above 0. Default 1e-8.
+        weight_decay: λ, decoupled. Default 0.1.
+        bias_correction: Divide the moments by the weight they have gathered. Default True.
+
+    Raises:
+        ValueError: An option outside its range.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import AdamW
+        >>> optimizer = AdamW(learning_rate=0.5)
+        >>> optimizer.apply_gradients({"b": mx.array([2.0, -4.0])}, {"b": mx.zeros(2)})["b"]
+        array([-0.5, 0.5], dtype=float32)
+
+    Reference:
+        Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, 2019, arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Rate = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        bias_correction: bool = True,
+    ):
+        super().__init__(learning_rate)
+        check_flags(bias_correction=bias_correction)
+        self.betas = check_pair("betas", betas, 0.0, 1.0)
+        self.eps = check_number("eps", eps, 0.0, ends="()")
+        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
+        self.bias_correction = bias_correction
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """Two moments, and a count of the parameter's own updates."""
+        state["m"] = mx.zeros(parameter.shape)
+        state["v"] = mx.zeros(parameter.shape)
+        if self.bias_correction:
+            state["count"] = mx.array(0, mx.uint32)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """One update of one parameter."""
+        p, g = parameter.astype(mx.float32), f.clamp_gradient(gradient.astype(mx.float32))
+        eta, (beta1, beta2) = self.learning_rate, self.betas
+
+        m = state["m"] = beta1 * state["m"] + (1 - beta1) * g
+        v = state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
+        if self.bias_correction:
+            state["count"] = state["count"] + 1
+            t = state["count"].astype(mx.float32)
+            m, v = m / f.gathered_weight(beta1, t), v / f.gathered_weight(beta2, t)
+        new = p * (1 - eta * self.weight_decay) - eta * m / (mx.sqrt(v) + self.eps)
+        return new.astype(parameter.dtype)

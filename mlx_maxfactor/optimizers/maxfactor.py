@@ -1,0 +1,265 @@
+"""MaxFactor: factored second moments, infinity norm, sign times row maximum."""
+
+from typing import Any
+
+import mlx.core as mx
+
+from .. import functional as f
+from .._validate import Rate, check_flags, check_number, check_pair
+from ._base import Float32Optimizer
+
+FLOAT32_EPS = 2.0**-23
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "early": {
+        "eps": (FLOAT32_EPS, 1e-3),
+        "weight_decay": 0.0,
+        "vector_sign": True,
+        "beta2_bounds": (0.0, 1.0),
+        "min_lr": 0.0,
+        "scalar_boost": None,
+        "eps_rms": 1e-8,
+    },
+    "hub": {},
+    "speech": {
+        "eps": (FLOAT32_EPS, 1e-3),
+        "weight_decay": 0.0,
+        "relative_step": True,
+        "beta2_bounds": (0.0, 0.999),
+        "min_lr": 0.0,
+        "scalar_boost": None,
+    },
+}
+
+
+class MaxFactor(Float32Optimizer):
+    r"""MaxFactor: an optimizer that keeps ``m + n`` floats for an ``m × n`` matrix.
+
+    For a matrix, with :math:`b_t = \mathrm{clip}(t^{\text{beta2\_decay}}, \text{beta2\_bounds})`,
+
+    .. math::
+
+        R_i &\leftarrow R_i + b_t (\mathrm{mean}_j\, g_{ij}^2 - R_i), \qquad
+        C_j \leftarrow C_j + b_t (\mathrm{mean}_i\, g_{ij}^2 - C_j) \\
+        V_{ij} &= R_i C_j / \max(\max_i R_i, \epsilon_1), \qquad
+        u = g / \sqrt{\max(V, \epsilon_1^2)}, \qquad
+        u \leftarrow u / \max(\lVert u \rVert_\infty, \epsilon_1) \\
+        p &\leftarrow p (1 - \eta\lambda)
+            - \frac{\alpha}{\max(1, \mathrm{RMS}(u)/d)}\, \mathrm{sign}(u_{ij}) \max_k |u_{ik}| \\
+        \alpha &= \max(\epsilon_2, \mathrm{RMS}(p)) \cdot
+            \max(\text{min\_lr}, \min(\eta, 1/\sqrt{t}))
+
+    A vector keeps :math:`v \leftarrow \gamma v + (1-\gamma) g^2`, as many floats as it has
+    elements, with :math:`u = g / \sqrt{\max(v, \epsilon_1^2)}`, the same norms, and the step
+    :math:`u`. A single number steps by
+    :math:`\alpha \cdot \text{scalar\_boost} \cdot g / (\sqrt v + \epsilon_1)`.
+
+    The rate is relative: ``learning_rate`` 0.01 moves the largest elements by 1 % of the matrix's
+    RMS. A matrix that starts at zero (LoRA's B) therefore moves only by ``eps[1] * learning_rate``
+    at first, 1e-6 by default: give it ``min_rms``.
+
+    Args:
+        learning_rate: η, a number or a function of the step. Default 0.01.
+        beta2_decay: Exponent of the weight of the newest squared gradient. Default -0.8.
+        beta2_bounds: Bounds of that weight. Default (0.001, 0.999).
+        eps: (ε₁, ε₂): floor of divisors, at least 1e-15; floor of RMS(p). Default (1e-10, 1e-4).
+        d: RMS(u) above which an update is scaled down; 1 and more never does. Default 1.
+        weight_decay: λ, decoupled: each update multiplies p by 1 - ηλ (1 - αλ with
+            ``relative_step``). Default 0.01.
+        gamma: γ, decay of a vector's second moment. Default 0.99.
+        max_norm: Divide V by the largest R and step by the row maximum; False: neither.
+            Default True.
+        min_lr: Floor of the relative rate. Default 1e-7.
+        scalar_boost: Factor on the step of a parameter of size 1; None treats it as a vector.
+            Default 2.
+        clip_threshold: Largest ‖u‖₂ after the infinity norm, or None. Default None.
+        full_matrix: Matrices keep a full second moment as vectors do. Default False.
+        relative_step: α = min(η, max(ε₂, RMS(p)) · min(1e-6·t, 1/√t)). Default False.
+        vector_sign: Vectors step by sign(u)·max|u|. Default False.
+        maximize: Ascend. Default False.
+        momentum: β of m ← βm + (1-β)g, which then stands for g in u, not in the statistics; one
+            more buffer of the parameter's size. In [0, 1). Default 0: no buffer.
+        nesterov: βm + (1-β)g stands for g in u instead. Needs momentum. Default False.
+        cautious: Keep only elements of the step that agree in sign with g, over the share that was
+            kept (Liang et al. 2024, arXiv 2411.16085). Needs momentum. Default False.
+        eps_rms: Added to ε₁ where it floors max R and ‖u‖_∞. Default 0.
+        min_rms: RMS(p) counts as at least this much in α. Default 0.
+        layout: How arrays of more than two axes hold matrices: "batched" (last two axes, norms span
+            the array), "experts" (norms of each matrix), "conv" (as ``(out, -1)``). The router
+            knows it from the module. Default "batched".
+
+    Raises:
+        ValueError: An option outside its range; the message names it, its range and the value.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import MaxFactor
+        >>> optimizer = MaxFactor(learning_rate=0.01, weight_decay=0.0)
+        >>> p = {"weight": mx.ones((2, 3))}
+        >>> optimizer.apply_gradients({"weight": mx.ones((2, 3))}, p)["weight"][0, 0].item()
+        0.9900000095367432
+
+    Reference:
+        The published PyTorch optimizer of this name; NOTES.md lists its defects, none of them here.
+        Shazeer and Stern, *Adafactor*, 2018, arXiv 1804.04235, for the factored moments.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Rate = 0.01,
+        *,
+        beta2_decay: float = -0.8,
+        beta2_bounds: tuple[float, float] = (0.001, 0.999),
+        eps: tuple[float, float] = (1e-10, 1e-4),
+        d: float = 1.0,
+        weight_decay: float = 0.01,
+        gamma: float = 0.99,
+        max_norm: bool = True,
+        min_lr: float = 1e-7,
+        scalar_boost: float | None = 2.0,
+        clip_threshold: float | None = None,
+        full_matrix: bool = False,
+        relative_step: bool = False,
+        vector_sign: bool = False,
+        maximize: bool = False,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        cautious: bool = False,
+        eps_rms: float = 0.0,
+        min_rms: float = 0.0,
+        layout: str = "batched",
+    ):
+        super().__init__(learning_rate, layout)
+        check_flags(
+            max_norm=max_norm,
+            full_matrix=full_matrix,
+            relative_step=relative_step,
+            vector_sign=vector_sign,
+            maximize=maximize,
+            nesterov=nesterov,
+            cautious=cautious,
+        )
+        self.beta2_decay = check_number("beta2_decay", beta2_decay, -1.0, 0.0)
+        self.beta2_bounds = check_pair("beta2_bounds", beta2_bounds, 0.0, 1.0, "[]")
+        if self.beta2_bounds[0] > self.beta2_bounds[1]:
+            raise ValueError(f"beta2_bounds must rise, got {beta2_bounds!r}")
+        eps1, eps2 = check_pair("eps", eps, 0.0)
+        self.eps = (check_number("eps[0]", eps1, 1e-15), eps2)
+        self.d = check_number("d", d, 0.0, ends="()")
+        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
+        self.gamma = check_number("gamma", gamma, 0.0, 1.0)
+        self.max_norm = max_norm
+        self.min_lr = check_number("min_lr", min_lr, 0.0)
+        self.scalar_boost = scalar_boost
+        if scalar_boost is not None:
+            check_number("scalar_boost", scalar_boost, 0.0, ends="()")
+        self.clip_threshold = clip_threshold
+        if clip_threshold is not None:
+            check_number("clip_threshold", clip_threshold, 0.0, ends="()")
+        self.full_matrix = full_matrix
+        self.relative_step = relative_step
+        self.vector_sign = vector_sign
+        self.maximize = maximize
+        self.momentum = check_number("momentum", momentum, 0.0, 1.0)
+        self.nesterov = nesterov
+        self.cautious = cautious
+        for name in ("nesterov", "cautious"):
+            if getattr(self, name) and not momentum:
+                raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum!r}")
+        self.eps_rms = check_number("eps_rms", eps_rms, 0.0)
+        self.min_rms = check_number("min_rms", min_rms, 0.0)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "MaxFactor":
+        """Build one of the three published versions: ``"early"``, ``"hub"`` or ``"speech"``.
+
+        Args:
+            name: Which version.
+            **overrides: Options of the constructor that replace the preset's.
+
+        Raises:
+            ValueError: An unknown name; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """Row and column statistics of a matrix; a second moment for all else."""
+        shape = f.as_matrices(parameter, layout or self.layout).shape
+        if self._is_factored(shape):
+            state["row"] = mx.zeros((*shape[:-1], 1))
+            state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+        else:
+            state["v"] = mx.zeros(shape)
+        if self.momentum:
+            state["m"] = mx.zeros(shape)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """One update of one parameter."""
+        layout = layout or self.layout
+        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
+        g = -g if self.maximize else g
+        axes = f.norm_axes(p.ndim, layout)
+        alpha = self.step_size(p, self.step, self.learning_rate, layout)
+        decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
+
+        smooth = self._momentum(g, state)
+        root = self._second_moment_root(g, state)
+        if self._is_scalar(p.shape):
+            step, scale = smooth / (root + self.eps[0]), mx.array(self.scalar_boost)
+        else:
+            u = smooth / mx.maximum(root, self.eps[0])
+            peaks = f.row_max(u)
+            step = mx.sign(u) * peaks if self._steps_by_row_max(p.ndim) else u
+            scale = f.update_scale(
+                u,
+                mx.max(peaks, axis=axes, keepdims=True),
+                eps=self.eps[0] + self.eps_rms,
+                clip_threshold=self.clip_threshold,
+                d=self.d,
+                axes=axes,
+            )
+        if self.cautious:
+            step = f.cautious(step, g, axes)
+        return self.store(p * (1 - decay) - (alpha * scale) * step, parameter, layout)
+
+    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+        """α, which is relative to RMS(p): of the whole array, or of each expert's matrix."""
+        t = t.astype(mx.float32)
+        size = f.rms(parameter, f.norm_axes(parameter.ndim, layout))
+        size = mx.maximum(size, max(self.eps[1], self.min_rms))
+        if self.relative_step:
+            return mx.minimum(rate, size * mx.minimum(1e-6 * t, mx.rsqrt(t)))
+        return size * mx.maximum(mx.minimum(rate, mx.rsqrt(t)), self.min_lr)
+
+    def _is_scalar(self, shape: tuple[int, ...]) -> bool:
+        return self.scalar_boost is not None and all(n == 1 for n in shape)
+
+    def _is_factored(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) > 1 and not self.full_matrix and not self._is_scalar(shape)
+
+    def _steps_by_row_max(self, ndim: int) -> bool:
+        return self.max_norm if ndim > 1 else self.vector_sign
+
+    def _momentum(self, g: mx.array, state: dict) -> mx.array:
+        if not self.momentum:
+            return g
+        state["m"] = self.momentum * state["m"] + (1 - self.momentum) * g
+        if self.nesterov:
+            return self.momentum * state["m"] + (1 - self.momentum) * g
+        return state["m"]
+
+    def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
+        if not self._is_factored(g.shape):
+            state["v"] = self.gamma * state["v"] + (1 - self.gamma) * mx.square(g)
+            return mx.sqrt(state["v"])
+        weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
+        row, column = f.factored_second_moment(g, state["row"], state["column"], weight)
+        state["row"], state["column"] = row, column
+        if not self.max_norm:
+            return f.factored_root(row, column, 1.0)
+        largest = mx.max(row, axis=-2, keepdims=True)
+        return f.factored_root(row, column, mx.maximum(largest, self.eps[0] + self.eps_rms))

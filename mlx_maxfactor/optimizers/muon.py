@@ -1,0 +1,99 @@
+"""Muon: momentum orthogonalized by Newton–Schulz or the Polar Express."""
+
+import mlx.core as mx
+
+from .. import functional as f
+from .._validate import Rate, check_choice, check_flags, check_integer, check_number
+from ._base import Float32Optimizer
+
+METHODS = {"newton_schulz": f.newton_schulz, "polar_express": f.polar_express}
+
+
+class Muon(Float32Optimizer):
+    r"""Muon, for hidden matrices; one momentum buffer of the matrix's size.
+
+    .. math::
+
+        m \leftarrow \beta m + g, \qquad u = g + \beta m \ \text{(Nesterov) or}\ m, \qquad
+        p \leftarrow p (1 - \eta\lambda) - \eta\, s\, \mathrm{orthogonalize}(u)
+
+    Args:
+        learning_rate: η, the spectral norm of an update where s is 1; a number or a function of the
+            step. Default 0.02.
+        momentum: β, in [0, 1). Default 0.95.
+        nesterov: Look ahead by one step of momentum. Default True.
+        weight_decay: λ, decoupled: it is not orthogonalized away. Default 0.
+        scale: s, from the rows and columns of the matrix that was orthogonalized. None: 1;
+            "spectral": √max(1, rows/columns) (Keller Jordan); "rms": 0.2·√max(rows, columns)
+            (Moonshot), so that a rate and a decay found for AdamW carry over. Default None.
+        method: "newton_schulz" or "polar_express". Default "newton_schulz".
+        steps: Iterations of the method. Default 5.
+        layout: How arrays of more than two axes hold matrices, as for ``MaxFactor``; each matrix is
+            orthogonalized by itself.
+
+    Raises:
+        ValueError: An option outside its range; or, from ``init_single``, a parameter with fewer
+            than two axes, which belongs to another optimizer.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import Muon
+        >>> optimizer = Muon(learning_rate=0.1, method="polar_express", steps=8)
+        >>> p = optimizer.apply_gradients({"w": 3 * mx.eye(2)}, {"w": mx.zeros((2, 2))})["w"]
+        >>> bool(mx.allclose(p, -0.1 * mx.eye(2), atol=1e-5))
+        True
+
+    Reference:
+        Keller Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024.
+        Liu et al., *Muon is Scalable for LLM Training*, 2025, arXiv 2502.16982.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Rate = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        scale: str | None = None,
+        method: str = "newton_schulz",
+        steps: int = 5,
+        layout: str = "batched",
+    ):
+        super().__init__(learning_rate, layout)
+        check_flags(nesterov=nesterov)
+        self.momentum = check_number("momentum", momentum, 0.0, 1.0)
+        self.nesterov = nesterov
+        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
+        self.scale = check_choice("scale", scale, (None, "spectral", "rms"))
+        self.method = check_choice("method", method, METHODS)
+        self.steps = check_integer("steps", steps, 1)
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """The momentum buffer."""
+        if parameter.ndim < 2:
+            raise ValueError(
+                f"Muon orthogonalizes matrices and cannot take shape {parameter.shape}; route it "
+                "to another optimizer, as create_optimizer(model, 'muon') does"
+            )
+        state["m"] = mx.zeros(f.as_matrices(parameter, layout or self.layout).shape)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """One update of one parameter."""
+        layout = layout or self.layout
+        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
+
+        state["m"] = self.momentum * state["m"] + g
+        u = g + self.momentum * state["m"] if self.nesterov else state["m"]
+        direction = METHODS[self.method](u, self.steps)
+
+        alpha = self.step_size(p, self.step, self.learning_rate, layout)
+        p = p * (1 - self.learning_rate * self.weight_decay) - alpha * direction
+        return self.store(p, parameter, layout)
+
+    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+        """η · s, the spectral norm of an update."""
+        rows, columns = parameter.shape[-2:]
+        return rate * f.muon_scale(rows, columns, self.scale)

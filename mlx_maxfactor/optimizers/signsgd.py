@@ -1,0 +1,60 @@
+"""SignSGD: steps of one size, no state."""
+
+import mlx.core as mx
+
+from .._validate import Rate, check_flags, check_number
+from ._base import Float32Optimizer
+
+
+class SignSGD(Float32Optimizer):
+    r"""SignSGD with decoupled decay; it keeps no state at all.
+
+    .. math:: p \leftarrow p (1 - \eta\lambda) - \eta\, \mathrm{sign}(g)
+
+    Args:
+        learning_rate: η, how far each element moves; a number or a function of the step. Default
+            0.01.
+        weight_decay: λ. Default 0.1.
+        sparse_rows: Leave a row (last axis) whose gradient is all zero as it is, decay too: for
+            embeddings of which a batch touches a few rows. Default False.
+
+    Raises:
+        ValueError: An option outside its range.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import SignSGD
+        >>> optimizer = SignSGD(learning_rate=0.5, weight_decay=0.0)
+        >>> optimizer.apply_gradients({"b": mx.array([3.0, -0.1])}, {"b": mx.zeros(2)})["b"]
+        array([-0.5, 0.5], dtype=float32)
+
+    Reference:
+        Bernstein et al., *signSGD*, 2018, arXiv 1802.04434.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Rate = 1e-2,
+        *,
+        weight_decay: float = 0.1,
+        sparse_rows: bool = False,
+    ):
+        super().__init__(learning_rate)
+        check_flags(sparse_rows=sparse_rows)
+        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
+        self.sparse_rows = sparse_rows
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """Nothing."""
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """One update of one parameter."""
+        p, g = parameter.astype(mx.float32), gradient.astype(mx.float32)
+        eta = self.learning_rate
+        new = p * (1 - eta * self.weight_decay) - eta * mx.sign(g)
+        if self.sparse_rows:
+            touched = mx.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
+            new = mx.where(touched, new, p)
+        return new.astype(parameter.dtype)

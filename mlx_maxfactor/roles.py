@@ -1,0 +1,316 @@
+"""What each parameter of a model is, read from the module tree.
+
+An array alone cannot say whether it is an embedding or a hidden matrix, a convolution or a stack of
+experts. The module that holds it can, together with where that module stands.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear
+
+ROLES = (
+    "embedding",
+    "head",
+    "first",
+    "hidden",
+    "conv",
+    "conv_input",
+    "experts",
+    "lora_a",
+    "lora_b",
+    "router",
+    "norm",
+    "bias",
+    "vector",
+    "unknown",
+)
+
+EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+LINEAR = (nn.Linear, nn.QuantizedLinear, AllToShardedLinear, ShardedToAllLinear)
+CONVOLUTION = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
+# mlx_lm's stacks of matrices: one per expert, and one per head (latent attention).
+STACKED = ("SwitchLinear", "QuantizedSwitchLinear", "MultiLinear")
+
+HEAD_NAME = re.compile(
+    r"(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
+    r"|embed_out|fc_out|proj_out|score"
+)
+GATE_NAME = re.compile(r"gate|router", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array of a model: where it is, its shape, what it is, what is odd about it."""
+
+    path: str
+    shape: tuple[int, ...]
+    role: str
+    note: str = ""
+
+    @property
+    def layout(self) -> str:
+        """How the array holds matrices, see ``functional.LAYOUTS``."""
+        stacked = len(self.shape) > 2
+        if self.role in ("conv", "conv_input"):
+            return "conv"
+        if self.role in ("lora_a", "lora_b"):
+            return "experts" if stacked else "transposed"
+        return "experts" if self.role == "experts" else "batched"
+
+
+@dataclass(eq=False)
+class Node:
+    """A module at its place in the tree."""
+
+    path: str
+    module: nn.Module
+    parent: "Node | None" = None
+    listed: bool = False
+    """Whether it is an item of a list, as the blocks of a transformer are."""
+    children: list["Node"] = field(default_factory=list)
+    arrays: list[tuple[str, mx.array]] = field(default_factory=list)
+
+    def walk(self) -> Iterator["Node"]:
+        """This node and all below it, in order of definition."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def is_a(self, *classes: type) -> bool:
+        """Whether the module is of one of the classes."""
+        return isinstance(self.module, classes)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def in_list(self) -> bool:
+        """Whether the node or one above it is an item of a list."""
+        return self.listed or (self.parent is not None and self.parent.in_list)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layer is a stack of matrices."""
+        return any(c.__name__ in STACKED for c in type(self.module).__mro__)
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the layer normalizes; by name, as decoders bring norms of their own."""
+        return "Norm" in type(self.module).__name__
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the module wraps a layer with low-rank matrices."""
+        return "lora_a" in self.module and "lora_b" in self.module
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the module is a layer with weights that this page knows."""
+        return self.is_a(*EMBEDDING, *LINEAR, *CONVOLUTION, *RECURRENT) or self.is_stacked
+
+    @property
+    def reads(self) -> int | None:
+        """Width of the features that the layer takes."""
+        m: Any = self.module
+        if self.is_a(nn.QuantizedLinear):
+            return m.scales.shape[-1] * m.group_size
+        if self.is_a(*LINEAR):
+            return m.weight.shape[-1]
+        if self.is_a(*CONVOLUTION):
+            return m.weight.shape[-1] * getattr(m, "groups", 1)
+        if self.is_a(*RECURRENT):
+            return (m["Wxh"] if "Wxh" in m else m["Wx"]).shape[-1]
+        if self.is_stacked:
+            return getattr(m, "input_dims", m.weight.shape[-1])
+        if self.is_norm and self.arrays:
+            return self.arrays[0][1].shape[-1]
+        return None
+
+    @property
+    def makes(self) -> int | None:
+        """Width of the features that the layer gives."""
+        m: Any = self.module
+        if self.is_a(*EMBEDDING):
+            return getattr(m, "dims", m.weight.shape[-1])
+        if self.is_a(*LINEAR, *CONVOLUTION):
+            return m.weight.shape[0]
+        if self.is_a(*RECURRENT):
+            return (m["Whh"] if "Whh" in m else m["Wh"]).shape[-1]
+        if self.is_stacked:
+            return getattr(m, "output_dims", m.weight.shape[-2])
+        return None
+
+
+def build_tree(model: nn.Module) -> Node:
+    """The module tree, in order of definition, with the floating-point arrays each module holds."""
+
+    def visit(node: Node, value: Any, path: str, listed: bool) -> None:
+        if isinstance(value, nn.Module):
+            child = Node(path, value, node, listed)
+            node.children.append(child)
+            visit_items(child, value)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                visit(node, item, f"{path}.{key}", listed)
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                visit(node, item, f"{path}.{i}", True)
+        elif isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+            node.arrays.append((path, value))
+
+    def visit_items(node: Node, module: nn.Module) -> None:
+        for key, value in module.items():
+            if not key.startswith("_"):  # MLX counts such arrays as no parameters
+                visit(node, value, f"{node.path}.{key}" if node.path else key, False)
+
+    root = Node("", model)
+    visit_items(root, model)
+    return root
+
+
+def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> list[Parameter]:
+    """The role of every floating-point parameter of a model, the frozen ones too.
+
+    A module that is reachable under several names is listed once, under the last of them: MLX gives
+    the others no gradient.
+
+    Args:
+        model: The model.
+        declared: Roles by path that stand in place of what would be found.
+
+    Returns:
+        The parameters in order of definition.
+    """
+    declared = declared or {}
+    root = build_tree(model)
+    nodes = list(root.walk())
+    last = {id(node.module): node for node in nodes}
+    tops = _tops(root)
+    readers = _find_readers(tops, nodes)
+    gates = _find_gates(nodes)
+    heads = {} if "head" in declared.values() else _find_heads(tops, nodes, gates)
+
+    found = []
+    for node in nodes:
+        if last[id(node.module)] is not node:
+            continue
+        for path, array in node.arrays:
+            role, note = _role(node, path.rpartition(".")[2], array), ""
+            if path in declared:
+                role = declared[path]
+            elif role == "hidden" and node in heads:
+                role, note = "head", heads[node]
+            elif path in gates:
+                role = "router"
+            elif node in readers and role in ("hidden", "conv"):
+                role = {"hidden": "first", "conv": "conv_input"}[role]
+                if path.endswith(("Wh", "Whh")):  # reads the hidden state, not the input
+                    role = "hidden"
+            elif role == "unknown":
+                note = "unexplained"
+            found.append(Parameter(path, array.shape, role, note))
+    return found
+
+
+def find_aliases(model: nn.Module) -> set[str]:
+    """Paths of parameters whose module is reachable under a later name as well."""
+    nodes = list(build_tree(model).walk())
+    last = {id(node.module): node for node in nodes}
+    return {path for node in nodes if last[id(node.module)] is not node for path, _ in node.arrays}
+
+
+def _role(node: Node, key: str, array: mx.array) -> str:
+    """What a module says about an array of its own, wherever the module stands."""
+    if node.has_lora and key in ("lora_a", "lora_b"):
+        # An embedding's A is looked up by token, not multiplied.
+        return "embedding" if key == "lora_a" and "embedding" in node.module else key
+    if node.is_norm:
+        return "norm"
+    if (key.startswith("b") and node.is_layer) or (array.ndim < 2 and key.endswith("bias")):
+        return "bias"
+    if array.ndim < 2:
+        return "vector"
+    if node.is_a(*EMBEDDING):
+        return "embedding"
+    if node.is_a(*LINEAR, *RECURRENT):
+        return "hidden"
+    if node.is_a(*CONVOLUTION):
+        return "conv"
+    return "experts" if node.is_stacked else "unknown"
+
+
+def _tops(root: Node) -> list[Node]:
+    """The model, without wrappers of one child, and its named parts: encoder, decoder, tower."""
+    tops = [root]
+    parts = root.children
+    while len(parts) == 1 and parts[0].children:
+        tops.append(parts[0])
+        parts = parts[0].children
+    return tops + [part for part in parts if part.children and not part.listed]
+
+
+def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
+    """Layers that read the model's input: first in a part, and of a width that nothing makes."""
+    layers = [node for node in nodes if node.is_layer]
+    readers = set()
+    for top in tops:
+        first = next((node for node in top.walk() if node.is_layer), None)
+        if first is not None and first.is_a(*LINEAR, *CONVOLUTION, *RECURRENT):
+            before = layers[: layers.index(first)]
+            if all(node.makes != first.reads for node in before):
+                readers.add(first)
+    return readers
+
+
+def _find_heads(tops: list[Node], nodes: list[Node], gates: set[str]) -> dict[Node, str]:
+    """The Linears that make the model's output, with a note on how sure that is."""
+    linears = [n for n in nodes if n.is_a(*LINEAR) and f"{n.path}.weight" not in gates]
+
+    named = (n for n in nodes if n.parent in tops and not n.listed and HEAD_NAME.fullmatch(n.name))
+    inside = [[m for m in node.walk() if m in linears] for node in named]
+    if heads := {found[-1]: "" for found in inside if found}:
+        return heads
+
+    tables = {n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)}
+    shaped = [n for n in linears if not n.in_list and n.module["weight"].shape in tables]
+    if shaped:
+        return {shaped[-1]: ""}
+
+    if linears and all(linears[-1].makes != n.reads for n in nodes if n is not linears[-1]):
+        return {linears[-1]: "guessed"}
+    return {}
+
+
+def _find_gates(nodes: list[Node]) -> set[str]:
+    """Paths of the matrices that choose among experts: one score per expert, or a single one."""
+    gates = set()
+    for block in nodes:
+        below = [n for child in block.children for n in (child, *child.children)]
+        counts = {n.module["weight"].shape[0] for n in below if n.is_stacked}
+        counts |= {len([c for c in block.children if c.listed and "expert" in c.path])} - {0}
+        if not counts or block.is_stacked:
+            continue
+        own = [(path, array) for path, array in block.arrays]
+        for child in block.children:
+            named = GATE_NAME.search(child.name) or GATE_NAME.search(type(child.module).__name__)
+            if named and not any(n.is_stacked for n in child.walk()):
+                own += [pair for n in child.walk() for pair in n.arrays]
+        for path, array in own:
+            if array.ndim == 2 and array.shape[0] in counts | {1}:
+                gates.add(path)
+    return gates

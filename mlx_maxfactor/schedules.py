@@ -1,0 +1,149 @@
+"""Learning rates as functions of the step. MLX asks for step 0 at an optimizer's first update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ._validate import check_integer, check_number
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A function of the step that knows its peak and prints as what made it.
+
+    Attributes:
+        function: Step, as a float32 array, to rate.
+        description: How it was made.
+        peak: Largest rate, or None if it is not known.
+        ratio: Factor on the function.
+    """
+
+    function: Callable[[mx.array], Any]
+    description: str
+    peak: float | None = None
+    ratio: float = 1.0
+
+    def __call__(self, step: mx.array | int) -> mx.array:
+        """The rate at a step."""
+        return self.ratio * self.function(mx.array(step).astype(mx.float32))
+
+    def __repr__(self) -> str:
+        return self.description if self.ratio == 1 else f"{self.ratio:g} * {self.description}"
+
+
+def scaled(schedule: Callable[[mx.array], Any], ratio: float) -> Schedule:
+    """A schedule times a constant; its peak is kept where it is known."""
+    if not isinstance(schedule, Schedule):
+        schedule = Schedule(schedule, getattr(schedule, "__name__", repr(schedule)))
+    peak = None if schedule.peak is None else schedule.peak * ratio
+    return replace(schedule, ratio=schedule.ratio * ratio, peak=peak)
+
+
+def warmup_cosine(
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int = 2000,
+    min_ratio: float = 0.1,
+    *,
+    start_ratio: float = 0.0,
+) -> Schedule:
+    r"""Linear warm-up to the peak, then a cosine to ``min_ratio`` of it, then constant.
+
+    With warm-up :math:`w`, total :math:`T`, floor :math:`r` and start :math:`a`, at step :math:`s`
+
+    .. math::
+
+        s < w:\ \eta \left(a + (1 - a) \tfrac{s}{w}\right), \qquad
+        s \ge w:\ \eta \left(r + (1-r) \tfrac{1 + \cos \pi x}{2}\right),\
+        x = \min\left(1, \tfrac{s - w}{T - w}\right)
+
+    An MLX optimizer evaluates its schedule at step 0 for its first update. With ``start_ratio`` 0
+    that first update moves nothing; ``start_ratio=1 / warmup_steps`` makes use of it.
+
+    Args:
+        learning_rate: η, the peak, reached at step ``warmup_steps``.
+        total_steps: Step at which the floor is reached.
+        warmup_steps: Length of the warm-up, at most ``total_steps``. Default 2000.
+        min_ratio: Floor over peak, in [0, 1]. Default 0.1.
+        start_ratio: Rate at step 0 over peak, in [0, 1]. Default 0.
+
+    Returns:
+        A function of the step, for ``learning_rate`` of any MLX optimizer.
+
+    Raises:
+        ValueError: An argument outside its range.
+
+    Example:
+        >>> from mlx_maxfactor import warmup_cosine
+        >>> schedule = warmup_cosine(1e-4, total_steps=10_000)
+        >>> [f"{schedule(step).item():.1e}" for step in (0, 1000, 2000, 6000, 10_000)]
+        ['0.0e+00', '5.0e-05', '1.0e-04', '5.5e-05', '1.0e-05']
+
+    Reference:
+        Loshchilov and Hutter, *SGDR*, 2017, arXiv 1608.03983.
+    """
+    check_number("learning_rate", learning_rate, 0.0, ends="()")
+    check_integer("total_steps", total_steps, 1)
+    check_integer("warmup_steps", warmup_steps, 0)
+    check_number("min_ratio", min_ratio, 0.0, 1.0, "[]")
+    check_number("start_ratio", start_ratio, 0.0, 1.0, "[]")
+    if warmup_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps must be at most total_steps ({total_steps}), got {warmup_steps}"
+        )
+
+    def rate(step: mx.array) -> mx.array:
+        warm = start_ratio + (1 - start_ratio) * step / max(1, warmup_steps)
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        cosine = 0.5 * (1 + mx.cos(mx.pi * mx.minimum(progress, 1.0)))
+        decayed = min_ratio + (1 - min_ratio) * cosine
+        return learning_rate * mx.where(step < warmup_steps, warm, decayed)
+
+    text = f"warmup_cosine({learning_rate:g}, {total_steps}, {warmup_steps}, {min_ratio:g}"
+    text += f", start_ratio={start_ratio:g})" if start_ratio else ")"
+    return Schedule(rate, text, peak=learning_rate)
+
+
+def adaptive_schedule(
+    initial_lr: float = 1e-3, warmup_steps: int = 500, decay_factor: float = 0.1
+) -> Schedule:
+    r"""Linear warm-up, then the inverse square root that MaxFactor's own rate follows.
+
+    With warm-up :math:`w`, at step :math:`s`
+
+    .. math::
+
+        s < w:\ \eta \max(10^{-3}, s / w), \qquad
+        s \ge w:\ \eta \max\left(\text{decay\_factor}, \sqrt{\max(1, w) / \max(1, s)}\right)
+
+    Args:
+        initial_lr: η, the peak, reached at step ``warmup_steps``. Default 1e-3.
+        warmup_steps: Length of the warm-up. Default 500.
+        decay_factor: Floor over peak, in [0, 1]. Default 0.1.
+
+    Returns:
+        A function of the step, for ``learning_rate`` of any MLX optimizer.
+
+    Raises:
+        ValueError: An argument outside its range.
+
+    Example:
+        >>> from mlx_maxfactor import adaptive_schedule
+        >>> schedule = adaptive_schedule()
+        >>> [f"{schedule(step).item():.1e}" for step in (0, 250, 500, 2000, 10**6)]
+        ['1.0e-06', '5.0e-04', '1.0e-03', '5.0e-04', '1.0e-04']
+    """
+    check_number("initial_lr", initial_lr, 0.0, ends="()")
+    check_integer("warmup_steps", warmup_steps, 0)
+    check_number("decay_factor", decay_factor, 0.0, 1.0, "[]")
+
+    def rate(step: mx.array) -> mx.array:
+        warm = mx.maximum(1e-3, step / max(1, warmup_steps))
+        decayed = mx.sqrt(max(1, warmup_steps) / mx.maximum(step, 1.0))
+        shape = mx.where(step < warmup_steps, warm, mx.maximum(decayed, decay_factor))
+        return initial_lr * shape
+
+    text = f"adaptive_schedule({initial_lr:g}, {warmup_steps}, {decay_factor:g})"
+    return Schedule(rate, text, peak=initial_lr)

@@ -1,0 +1,47 @@
+"""Gradients that are hard on float32, and the loop that feeds them to an optimizer or its twin."""
+
+import mlx.core as mx
+import numpy as np
+
+SHAPES = [(32, 17), (3, 4, 5), (1, 7), (7,), (1,)]
+"""A matrix, a stack, a single row, a vector, a single number."""
+
+
+def parameter(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def hard_gradients(shape, steps=40, seed=1):
+    """From 1e-12 to 1e6, another magnitude each step, with zero rows and steps that are all zero."""
+    rng = np.random.default_rng(seed)
+    gradients = []
+    for t in range(steps):
+        g = rng.normal(size=shape) * 10.0 ** rng.uniform(-12, 6)
+        if len(shape) > 1 and shape[-2] > 1:
+            g[..., rng.integers(shape[-2]), :] = 0.0
+        gradients.append((g * (t % 13 != 12)).astype(np.float32))
+    return gradients
+
+
+def trajectory(optimizer, start, gradients, layout="batched"):
+    """Every parameter that an MLX optimizer of the suite passes through."""
+    optimizer.layouts["p"] = layout
+    tree, points = {"p": mx.array(start)}, []
+    for g in gradients:
+        tree = optimizer.apply_gradients({"p": mx.array(g)}, tree)
+        points.append(np.array(tree["p"].astype(mx.float32)))
+    return np.stack(points)
+
+
+def twin_trajectory(twin, start, gradients, layout="batched"):
+    """The same, in float64, from tests/reference.py."""
+    p, points = np.float64(start), []
+    for g in gradients:
+        p = twin.update(p, np.float64(g), layout)
+        points.append(p)
+    return np.stack(points)
+
+
+def distance(points, exact):
+    """Largest distance over the largest parameter: each float32 rounding of p adds up to 6e-8."""
+    return np.max(np.abs(points - exact)) / np.max(np.abs(exact))
