@@ -48,7 +48,8 @@ HEAD_NAME = re.compile(
     r"(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
     r"|embed_out|fc_out|proj_out|score"
 )
-GATE_NAME = re.compile(r"gate|router", re.IGNORECASE)
+GATE_NAME = re.compile(r"(.*_)?gate")
+ROUTER_NAME = re.compile(r"(.*_)?router")
 
 
 @dataclass(frozen=True)
@@ -210,16 +211,17 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
         if last[id(node.module)] is not node:
             continue
         for path, array in node.arrays:
-            role, note = _role(node, path.rpartition(".")[2], array), ""
+            key = path[len(node.path) + 1 if node.path else 0 :].partition(".")[0]
+            role, note = _role(node, key, array), ""
             if path in declared:
                 role = declared[path]
             elif role == "hidden" and node in heads:
                 role, note = "head", heads[node]
-            elif path in gates:
+            elif node in gates and role in ("hidden", "unknown"):
                 role = "router"
             elif node in readers and role in ("hidden", "conv"):
                 role = {"hidden": "first", "conv": "conv_input"}[role]
-                if path.endswith(("Wh", "Whh")):  # reads the hidden state, not the input
+                if key in ("Wh", "Whh"):  # reads the hidden state, not the input
                     role = "hidden"
             elif role == "unknown":
                 note = "unexplained"
@@ -265,21 +267,23 @@ def _tops(root: Node) -> list[Node]:
 
 
 def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
-    """Layers that read the model's input: first in a part, and of a width that nothing makes."""
-    layers = [node for node in nodes if node.is_layer]
+    """Layers that read the model's input: the first of all, and the first of a part if nothing
+    outside the part makes features of the width that it takes.
+    """
     readers = set()
     for top in tops:
-        first = next((node for node in top.walk() if node.is_layer), None)
+        inside = list(top.walk())
+        first = next((node for node in inside if node.is_layer), None)
         if first is not None and first.is_a(*LINEAR, *CONVOLUTION, *RECURRENT):
-            before = layers[: layers.index(first)]
-            if all(node.makes != first.reads for node in before):
+            outside = [node for node in nodes if node not in inside]
+            if top is tops[0] or all(node.makes != first.reads for node in outside):
                 readers.add(first)
     return readers
 
 
-def _find_heads(tops: list[Node], nodes: list[Node], gates: set[str]) -> dict[Node, str]:
+def _find_heads(tops: list[Node], nodes: list[Node], gates: set[Node]) -> dict[Node, str]:
     """The Linears that make the model's output, with a note on how sure that is."""
-    linears = [n for n in nodes if n.is_a(*LINEAR) and f"{n.path}.weight" not in gates]
+    linears = [n for n in nodes if n.is_a(*LINEAR) and n not in gates]
 
     named = (n for n in nodes if n.parent in tops and not n.listed and HEAD_NAME.fullmatch(n.name))
     inside = [[m for m in node.walk() if m in linears] for node in named]
@@ -296,21 +300,16 @@ def _find_heads(tops: list[Node], nodes: list[Node], gates: set[str]) -> dict[No
     return {}
 
 
-def _find_gates(nodes: list[Node]) -> set[str]:
-    """Paths of the matrices that choose among experts: one score per expert, or a single one."""
+def _find_gates(nodes: list[Node]) -> set[Node]:
+    """Modules that choose among experts: routers by name, and gates beside a stack of experts."""
     gates = set()
     for block in nodes:
         below = [n for child in block.children for n in (child, *child.children)]
-        counts = {n.module["weight"].shape[0] for n in below if n.is_stacked}
-        counts |= {len([c for c in block.children if c.listed and "expert" in c.path])} - {0}
-        if not counts or block.is_stacked:
-            continue
-        own = [(path, array) for path, array in block.arrays]
+        has_experts = any(n.is_stacked or (n.listed and "experts" in n.path) for n in below)
         for child in block.children:
-            named = GATE_NAME.search(child.name) or GATE_NAME.search(type(child.module).__name__)
-            if named and not any(n.is_stacked for n in child.walk()):
-                own += [pair for n in child.walk() for pair in n.arrays]
-        for path, array in own:
-            if array.ndim == 2 and array.shape[0] in counts | {1}:
-                gates.add(path)
+            kind = type(child.module).__name__
+            router = ROUTER_NAME.fullmatch(child.name) or "Router" in kind
+            gate = has_experts and (GATE_NAME.fullmatch(child.name) or "Gate" in kind)
+            if (router or gate) and not any(n.is_stacked for n in child.walk()):
+                gates.update(child.walk())
     return gates

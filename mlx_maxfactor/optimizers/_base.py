@@ -11,6 +11,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from .. import functional as f
 from .._validate import Rate, check_choice, check_rate
 
+RESERVED = frozenset({"step", "learning_rate", "scheduled"})
+"""Keys of the state beside the parameters'."""
+
 
 class Float32Optimizer(Optimizer):
     """An MLX optimizer whose arithmetic and state are float32, whatever the parameter's dtype.
@@ -117,7 +120,10 @@ class Float32Optimizer(Optimizer):
         Raises:
             ValueError: Names every parameter that this optimizer cannot take; no state is changed.
         """
-        problems: list[str] = []
+        problems = [
+            f"{key!r} is the optimizer's own name: rename that parameter"
+            for key in RESERVED & parameters.keys()
+        ]
         state = self._grown(parameters, self.state, "", problems)
         if problems:
             raise ValueError("\n".join(problems))

@@ -209,7 +209,7 @@ class MaxFactor(Float32Optimizer):
         smooth = self._momentum(g, state)
         root = self._second_moment_root(g, state)
         if self._is_scalar(p.shape):
-            step, scale = smooth / (root + self.eps[0]), mx.array(self.scalar_boost)
+            step, scale = smooth / (root + self.eps[0]), mx.array(self.scalar_boost or 1.0)
         else:
             u = smooth / mx.maximum(root, self.eps[0])
             peaks = f.row_max(u)

@@ -1,0 +1,726 @@
+"""Small models, and the role and layout that a router should give each of their parameters.
+
+`Case.roles` maps fnmatch patterns to (role, layout), the first pattern that fits a path decides.
+Where the right answer is easy to miss, a comment beside the case names the trap.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+EMBEDDING, HEAD, HIDDEN, ROUTER, NORM, BIAS, VECTOR, UNKNOWN = (
+    (role, "matrix")
+    for role in ("embedding", "head", "hidden", "router", "norm", "bias", "vector", "unknown")
+)
+CONV, CONV_INPUT, EXPERTS = ("conv", "conv"), ("conv_input", "conv"), ("experts", "experts")
+FIRST = ("first", "matrix")
+LORA = {"*.lora_a": ("lora_a", "transposed"), "*.lora_b": ("lora_b", "transposed")}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    name: str
+    build: Callable[[], Any]
+    roles: dict[str, tuple[str, str]]
+    forward: Callable[[Any], mx.array]
+    guessed: str = ""  # the path of a head that the plan marks "guessed"
+    absent: tuple[str, ...] = ()  # paths that the model reports and the plan must not list
+
+    def expected(self, path: str) -> tuple[str, str]:
+        return next(pair for pattern, pair in self.roles.items() if fnmatchcase(path, pattern))
+
+
+# Inputs and losses. The widths differ, so that a shape which fits another does so on purpose.
+
+VOCAB, DIMS, INNER, CLASSES = 50, 32, 64, 5
+
+
+def noise(*shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(0))
+
+
+TOKENS = mx.random.randint(0, VOCAB, (2, 9), key=mx.random.key(1))
+
+
+def language_loss(model: Any) -> mx.array:
+    return nn.losses.cross_entropy(model(TOKENS[:, :-1]), TOKENS[:, 1:], reduction="mean")
+
+
+def loss_on(*shape: int) -> Callable[[Any], mx.array]:
+    """The mean square distance of the outputs from one, on noise of this shape."""
+    return lambda model: (model(noise(*shape)) - 1).square().mean()
+
+
+def loss_on_tokens(model: Any) -> mx.array:
+    return (model(TOKENS) - 1).square().mean()
+
+
+# Models of mlx_lm
+
+
+def mlx_lm_model(family: str, **config: Any) -> Any:
+    module = import_module(f"mlx_lm.models.{family}")
+    small = {
+        "model_type": family,
+        "vocab_size": VOCAB,
+        "hidden_size": DIMS,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 64,
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+    }
+    return module.Model(module.ModelArgs.from_dict(small | config))
+
+
+def llama(tied: bool = False) -> Any:
+    return mlx_lm_model("llama", tie_word_embeddings=tied)
+
+
+def qwen2_moe() -> Any:
+    return mlx_lm_model("qwen2_moe", num_experts=6, shared_expert_intermediate_size=40)
+
+
+def deepseek_v3() -> Any:
+    return mlx_lm_model(
+        "deepseek_v3",
+        n_routed_experts=6,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=12,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=10,
+    )
+
+
+def gpt2() -> Any:
+    # As many positions as dimensions, as in gpt2-medium: the position table is shaped like c_proj.
+    sizes = {"n_ctx": DIMS, "n_positions": DIMS, "n_embd": DIMS, "n_head": 4, "n_layer": 2}
+    return mlx_lm_model("gpt2", layer_norm_epsilon=1e-5, **sizes)
+
+
+def mamba() -> Any:
+    sizes = {"state_size": 6, "conv_kernel": 4, "time_step_rank": 3}
+    return mlx_lm_model("mamba", use_bias=False, use_conv_bias=True, **sizes)
+
+
+def adapted(model: Any, *keys: str, dora: bool = False, bits: int = 0) -> Any:
+    """Freeze, then adapt the last layer as mlx_lm does: `keys`, or everything that it knows."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.freeze()
+    config = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": set(keys) or None}
+    linear_to_lora_layers(model, 1, config, use_dora=dora)
+    return model
+
+
+LLAMA_TIED = {"model.embed_tokens.weight": EMBEDDING, "*norm.weight": NORM, "*_proj.weight": HIDDEN}
+LLAMA = LLAMA_TIED | {"lm_head.weight": HEAD}
+
+
+# Models written out: blocks that several of them use, then the models
+
+
+class Attention(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        self.query = nn.Linear(dims, dims)
+        self.key = nn.Linear(dims, dims, bias=False)
+        self.value = nn.Linear(dims, dims)
+        self.out = nn.Linear(dims, dims)
+
+    def __call__(self, x: mx.array, memory: mx.array) -> mx.array:
+        scores = self.query(x) @ self.key(memory).swapaxes(-1, -2)
+        return self.out(mx.softmax(scores, axis=-1) @ self.value(memory))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, with cross attention to a memory, named as in Whisper."""
+
+    def __init__(self, dims: int, cross: bool = False):
+        super().__init__()
+        self.attn, self.attn_ln = Attention(dims), nn.LayerNorm(dims)
+        if cross:
+            self.cross_attn, self.cross_attn_ln = Attention(dims), nn.LayerNorm(dims)
+        self.mlp1, self.mlp2 = nn.Linear(dims, INNER), nn.Linear(INNER, dims)
+        self.mlp_ln = nn.LayerNorm(dims)
+
+    def __call__(self, x: mx.array, memory: mx.array | None = None) -> mx.array:
+        y = self.attn_ln(x)
+        x = x + self.attn(y, y)
+        if memory is not None:
+            x = x + self.cross_attn(self.cross_attn_ln(x), memory)
+        return x + self.mlp2(nn.gelu(self.mlp1(self.mlp_ln(x))))
+
+
+BLOCK = {
+    "*ln*.weight": NORM,
+    "*ln*.bias": NORM,
+    "*.bias": BIAS,
+    "*attn.*.weight": HIDDEN,
+    "*.mlp[12].weight": HIDDEN,
+}
+
+
+class Table(nn.Module):
+    """An embedding, a hidden layer, an output layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(100, 64)
+        self.linear1 = nn.Linear(64, 128)
+        self.output = nn.Linear(64, 10)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.output(nn.glu(self.linear1(self.embedding(tokens))))
+
+
+def mlp(*widths: int) -> nn.Module:
+    layers = [nn.Linear(n, m) for n, m in pairwise(widths)]
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+
+
+class WhisperEncoder(nn.Module):
+    def __init__(self, mels: int, dims: int):
+        super().__init__()
+        self.conv1 = nn.Conv1d(mels, dims, 3, padding=1)
+        self.conv2 = nn.Conv1d(dims, dims, 3, stride=2, padding=1)
+        self._positional_embedding = noise(6, dims)  # not a parameter: its name starts with _
+        self.blocks = [Block(dims) for _ in range(2)]
+        self.ln_post = nn.LayerNorm(dims)
+
+    def __call__(self, mel: mx.array) -> mx.array:
+        x = nn.gelu(self.conv2(nn.gelu(self.conv1(mel)))) + self._positional_embedding
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_post(x)
+
+
+class WhisperDecoder(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCAB, dims)
+        self.positional_embedding = mx.zeros((8, dims))
+        self.blocks = [Block(dims, cross=True) for _ in range(2)]
+        self.ln = nn.LayerNorm(dims)
+
+    def __call__(self, tokens: mx.array, memory: mx.array) -> mx.array:
+        x = self.token_embedding(tokens) + self.positional_embedding
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.token_embedding.as_linear(self.ln(x))
+
+
+class Whisper(nn.Module):
+    def __init__(self, alignment: bool = False):
+        super().__init__()
+        self.encoder, self.decoder = WhisperEncoder(10, DIMS), WhisperDecoder(DIMS)
+        if alignment:
+            self.alignment_heads = mx.array([[0, 1], [1, 0]])
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.decoder(tokens, self.encoder(noise(2, 12, 10)))
+
+
+WHISPER = {
+    "encoder.conv1.weight": CONV_INPUT,
+    "encoder.conv2.weight": CONV,
+    "decoder.token_embedding.weight": EMBEDDING,
+    "decoder.positional_embedding": UNKNOWN,
+} | BLOCK
+
+
+class ViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, DIMS, 4, stride=4)
+        self.class_token = mx.zeros((1, 1, DIMS))
+        self.position = mx.zeros((1, 5, DIMS))
+        self.blocks = [Block(DIMS) for _ in range(2)]
+        self.ln = nn.LayerNorm(DIMS)
+        self.head = nn.Linear(DIMS, CLASSES)
+
+    def __call__(self, images: mx.array) -> mx.array:
+        patches = self.patches(images).flatten(1, 2)
+        token = mx.broadcast_to(self.class_token, (len(images), 1, DIMS))
+        x = mx.concatenate([token, patches], axis=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.ln(x[:, 0]))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm(channels)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1, stride=2, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.bn2(self.conv2(nn.relu(self.bn1(self.conv1(x)))))
+        return nn.relu(y + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    def __init__(self, frozen_ends: bool = False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm(8)
+        self.stages = [ResidualBlock(8, 12), ResidualBlock(12, 16)]
+        self.fc = nn.Linear(16, CLASSES)
+        if frozen_ends:
+            self.conv1.freeze()
+            self.fc.freeze()
+
+    def __call__(self, images: mx.array) -> mx.array:
+        x = nn.relu(self.bn1(self.conv1(images)))
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(x.mean(axis=(1, 2)))
+
+
+def conv_autoencoder() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ConvTranspose2d(12, 8, 4, stride=2, padding=1),
+        nn.Conv2d(8, 1, 3, padding=1),
+    )
+
+
+class HeadFirst(nn.Module):
+    """A language model that defines its head, under the name given, before its blocks."""
+
+    def __init__(self, head: str):
+        super().__init__()
+        self.head_name = head
+        self.embedding = nn.Embedding(VOCAB, DIMS)
+        self[head] = nn.Linear(DIMS, VOCAB)
+        self.blocks = [Block(DIMS) for _ in range(2)]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self[self.head_name](x)
+
+
+class Shared(nn.Module):
+    """One embedding under two names and one block three times: the gradient is at the last path."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, DIMS)
+        self.blocks = [Block(DIMS)] * 3
+        self.head = self.embedding
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head.as_linear(x)
+
+
+class SharedArray(nn.Module):
+    """Two layers that start from one array: no tie in MLX, each has its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, DIMS)
+        self.block = Block(DIMS)
+        self.lm_head = nn.Linear(DIMS, VOCAB, bias=False)
+        self.lm_head.weight = self.embedding.weight
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.lm_head(self.block(self.embedding(tokens)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTM(6, 16), nn.GRU(16, 12), nn.RNN(12, 8)
+        self.readout = nn.Linear(8, CLASSES)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.readout(self.rnn(self.gru(self.lstm(x)[0])))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.policy_head = nn.Linear(DIMS, CLASSES)
+        self.value_head = mlp(DIMS, 20, 1)
+        self.trunk = mlp(12, INNER, DIMS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.trunk(x)
+        return mx.concatenate([self.policy_head(x), self.value_head(x)], axis=-1)
+
+
+class Router(nn.Module):
+    """A gate whose only Linear has the name of a head, as in mlx_lm's longcat_flash."""
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.classifier = nn.Linear(DIMS, experts)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.softmax(self.classifier(x), axis=-1)
+
+
+class RawExperts(nn.Module):
+    """A dense mixture over raw (experts, in, out) arrays: which axis is which, only it can know."""
+
+    def __init__(self, experts: int = 6):
+        super().__init__()
+        self.router = Router(experts)
+        self.w_in = 0.1 * noise(experts, DIMS, INNER)
+        self.w_out = 0.1 * noise(experts, INNER, DIMS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = nn.relu(x[..., None, None, :] @ self.w_in) @ self.w_out
+        return x + (self.router(x)[..., None] * y.squeeze(-2)).sum(axis=-2)
+
+
+class RawMixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, DIMS)
+        self.moe = RawExperts()
+        self.lm_head = nn.Linear(DIMS, VOCAB)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.lm_head(self.moe(self.embed(tokens)))
+
+
+class Encoder(nn.Module):
+    """mlx-examples' transformer_lm: the head has the name of an attention's last projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, DIMS)
+        self.transformer = nn.TransformerEncoder(2, DIMS, 4, INNER)
+        self.out_proj = nn.Linear(DIMS, VOCAB)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        mask = nn.MultiHeadAttention.create_additive_causal_mask(tokens.shape[1])
+        return self.out_proj(self.transformer(self.embedding(tokens), mask))
+
+
+class BertLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm1 = nn.MultiHeadAttention(DIMS, 4), nn.LayerNorm(DIMS)
+        self.intermediate = nn.Linear(DIMS, INNER)
+        self.output, self.norm2 = nn.Linear(INNER, DIMS), nn.LayerNorm(DIMS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.norm1(x + self.attention(x, x, x))
+        return self.norm2(x + self.output(nn.gelu(self.intermediate(x))))
+
+
+class Bert(nn.Module):
+    """Blocks with a Linear called `output`; only the classifier is the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(VOCAB, DIMS), nn.Embedding(16, DIMS)
+        self.layers = [BertLayer() for _ in range(2)]
+        self.pooler = nn.Linear(DIMS, DIMS)
+        self.classifier = nn.Linear(DIMS, CLASSES)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.words(tokens) + self.positions(mx.arange(tokens.shape[1]))
+        for layer in self.layers:
+            x = layer(x)
+        return self.classifier(mx.tanh(self.pooler(x[:, 0])))
+
+
+CASES = [
+    Case(
+        "table",
+        Table,
+        {
+            "embedding.weight": EMBEDDING,
+            "linear1.weight": HIDDEN,
+            "output.weight": HEAD,
+            "*.bias": BIAS,
+        },
+        loss_on_tokens,
+    ),
+    Case(
+        "mlp",
+        lambda: mlp(12, INNER, DIMS, CLASSES),
+        {
+            "layers.0.weight": FIRST,
+            "layers.4.weight": HEAD,
+            "*.weight": HIDDEN,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 12),
+        guessed="layers.4.weight",
+    ),
+    # The output is as wide as the first layer's input: a module takes it, so there is no guess.
+    Case(
+        "mlp_autoencoder",
+        lambda: mlp(12, INNER, 4, INNER, 12),
+        {"layers.0.weight": FIRST, "*.weight": HIDDEN, "*.bias": BIAS},
+        loss_on(2, 12),
+    ),
+    Case("llama", llama, LLAMA, language_loss),
+    # Tied: the last Linear in definition order is layers.1.mlp.up_proj, and no head.
+    Case("llama_tied", lambda: llama(tied=True), LLAMA_TIED, language_loss),
+    Case(
+        "qwen3_tied",
+        lambda: mlx_lm_model("qwen3", tie_word_embeddings=True),
+        LLAMA_TIED,
+        language_loss,
+    ),
+    # gate_proj is an expert's, or a dense layer's, and no router's gate.
+    Case(
+        "qwen2_moe",
+        qwen2_moe,
+        {
+            "*.gate.weight": ROUTER,
+            "*.shared_expert_gate.weight": ROUTER,
+            "*.switch_mlp.*": EXPERTS,
+            "*_proj.bias": BIAS,
+        }
+        | LLAMA,
+        language_loss,
+    ),
+    # MoEGate owns its arrays; embed_q and unembed_out are stacks of projections, no embeddings.
+    Case(
+        "deepseek_v3",
+        deepseek_v3,
+        {
+            "*.gate.weight": ROUTER,
+            "*.e_score_correction_bias": BIAS,
+            "*.switch_mlp.*": EXPERTS,
+            "*embed_q.weight": EXPERTS,
+            "*unembed_out.weight": EXPERTS,
+            "*.kv_a_proj_with_mqa.weight": HIDDEN,
+        }
+        | LLAMA,
+        language_loss,
+    ),
+    Case(
+        "gpt2",
+        gpt2,
+        {
+            "model.w[tp]e.weight": EMBEDDING,
+            "*.ln_*": NORM,
+            "*.c_*.weight": HIDDEN,
+            "*.c_*.bias": BIAS,
+        },
+        language_loss,
+    ),
+    # No convolution here reads the input, the first block's neither. A_log is (inner, state).
+    Case(
+        "mamba",
+        mamba,
+        {
+            "backbone.embeddings.weight": EMBEDDING,
+            "*norm*.weight": NORM,
+            "*.conv1d.weight": CONV,
+            "*_proj.weight": HIDDEN,
+            "*.A_log": UNKNOWN,
+            "*.D": VECTOR,
+            "*.bias": BIAS,
+        },
+        language_loss,
+    ),
+    # The experts' biases are (experts, out): two axes and no matrix.
+    Case(
+        "gpt_oss",
+        lambda: mlx_lm_model("gpt_oss", num_local_experts=6),
+        {
+            "*.router.weight": ROUTER,
+            "*.experts.*.weight": EXPERTS,
+            "*.sinks": VECTOR,
+            "*.bias": BIAS,
+        }
+        | LLAMA,
+        language_loss,
+    ),
+    Case("whisper", Whisper, WHISPER, language_loss),
+    # trainable_parameters() lists the integers, and value_and_grad gives them an int32 gradient.
+    Case(
+        "whisper_alignment_heads",
+        lambda: Whisper(alignment=True),
+        WHISPER,
+        language_loss,
+        absent=("alignment_heads",),
+    ),
+    Case(
+        "vit",
+        ViT,
+        {
+            "patches.weight": CONV_INPUT,
+            "class_token": UNKNOWN,
+            "position": UNKNOWN,
+            "head.weight": HEAD,
+        }
+        | BLOCK,
+        loss_on(2, 8, 8, 3),
+    ),
+    Case(
+        "resnet",
+        ResNet,
+        {
+            "conv1.weight": CONV_INPUT,
+            "fc.weight": HEAD,
+            "fc.bias": BIAS,
+            "*bn[12].*": NORM,
+            "stages.*.weight": CONV,
+        },
+        loss_on(2, 8, 8, 3),
+        guessed="fc.weight",
+    ),
+    # What is frozen still reads the input and makes the output: no other layer takes its place.
+    Case(
+        "resnet_frozen_ends",
+        lambda: ResNet(frozen_ends=True),
+        {"*bn[12].*": NORM, "stages.*.weight": CONV},
+        loss_on(2, 8, 8, 3),
+        absent=("conv1.weight", "fc.weight", "fc.bias", "bn1.running_mean"),
+    ),
+    Case(
+        "conv_transpose",
+        conv_autoencoder,
+        {"layers.0.weight": CONV_INPUT, "layers.1.*": NORM, "*.bias": BIAS, "*.weight": CONV},
+        loss_on(2, 8, 8, 1),
+    ),
+    Case("lora", lambda: adapted(llama()), LORA, language_loss),
+    Case("qlora", lambda: adapted(llama(), bits=4), LORA, language_loss),
+    Case(
+        "lora_moe",
+        lambda: adapted(qwen2_moe()),
+        {
+            "*.switch_mlp.*.lora_a": ("lora_a", "experts"),
+            "*.switch_mlp.*.lora_b": ("lora_b", "experts"),
+        }
+        | LORA,
+        language_loss,
+    ),
+    Case(
+        "lora_embedding",
+        lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj"),
+        {"model.embed_tokens.lora_a": EMBEDDING} | LORA,
+        language_loss,
+    ),
+    Case(
+        "dora",
+        lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj", dora=True),
+        {"model.embed_tokens.lora_a": EMBEDDING, "*.m": VECTOR} | LORA,
+        language_loss,
+    ),
+    Case(
+        "head_by_name",
+        lambda: HeadFirst("lm_head"),
+        {"embedding.weight": EMBEDDING, "lm_head.weight": HEAD} | BLOCK,
+        language_loss,
+    ),
+    Case(
+        "head_by_shape",
+        lambda: HeadFirst("to_tokens"),
+        {"embedding.weight": EMBEDDING, "to_tokens.weight": HEAD} | BLOCK,
+        language_loss,
+    ),
+    Case(
+        "shared_modules",
+        Shared,
+        {"head.weight": EMBEDDING} | BLOCK,
+        language_loss,
+        absent=("embedding.weight", "blocks.0.mlp1.weight", "blocks.1.mlp1.weight"),
+    ),
+    Case(
+        "shared_array",
+        SharedArray,
+        {"embedding.weight": EMBEDDING, "lm_head.weight": HEAD} | BLOCK,
+        language_loss,
+    ),
+    Case(
+        "recurrent",
+        Recurrent,
+        {
+            "readout.weight": HEAD,
+            "lstm.Wx": FIRST,
+            "*.W*": HIDDEN,
+            "*.bias": BIAS,
+            "gru.b": BIAS,
+            "gru.bhn": BIAS,
+        },
+        loss_on(2, 7, 6),
+        guessed="readout.weight",
+    ),
+    # A head may be a module: its last Linear makes the output, the one before it is hidden.
+    Case(
+        "two_heads",
+        TwoHeads,
+        {
+            "policy_head.weight": HEAD,
+            "value_head.layers.2.weight": HEAD,
+            "trunk.layers.0.weight": FIRST,
+            "*.layers.*.weight": HIDDEN,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 12),
+    ),
+    Case(
+        "raw_experts",
+        RawMixture,
+        {
+            "embed.weight": EMBEDDING,
+            "moe.router.classifier.weight": ROUTER,
+            "moe.w_*": UNKNOWN,
+            "lm_head.weight": HEAD,
+            "*.bias": BIAS,
+        },
+        language_loss,
+    ),
+    Case(
+        "transformer_encoder",
+        Encoder,
+        {
+            "embedding.weight": EMBEDDING,
+            "out_proj.weight": HEAD,
+            "*.ln*": NORM,
+            "*.bias": BIAS,
+            "transformer.*.weight": HIDDEN,
+        },
+        language_loss,
+    ),
+    Case(
+        "bert",
+        Bert,
+        {
+            "words.weight": EMBEDDING,
+            "positions.weight": EMBEDDING,
+            "classifier.weight": HEAD,
+            "*.norm[12].*": NORM,
+            "*.bias": BIAS,
+            "layers.*.weight": HIDDEN,
+            "pooler.weight": HIDDEN,
+        },
+        loss_on_tokens,
+    ),
+]

@@ -1,0 +1,100 @@
+"""Adafactor against its twin, against torch, and the two defects of the published port."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from trajectories import SHAPES, assert_follows, parameter, trajectory
+
+from mlx_maxfactor import Adafactor
+
+OPTIONS = [
+    {},
+    {"learning_rate": 0.05, "weight_decay": 0.1},
+    {"learning_rate": 0.05, "clip_threshold": 2.0},
+    {"clip_threshold": 0.3, "decay_rate": -0.5},
+    {"learning_rate": lambda step: 0.05 / (step + 1)},
+]
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_follows_the_twin(options, shape, zero):
+    assert_follows(Adafactor(**options), reference.Adafactor(**options), shape, zero=zero)
+
+
+@pytest.mark.parametrize("layout", ["batched", "experts", "conv", "transposed"])
+@pytest.mark.parametrize("shape", [(6, 3, 3, 4), (3, 4, 5), (8, 5)], ids=str)
+def test_layouts_follow_the_twin(shape, layout):
+    assert_follows(Adafactor(), reference.Adafactor(), shape, layout)
+
+
+def test_the_estimate_is_divided_by_the_mean_of_rows():
+    # The published port divides by their sum: V is m times too small, which its clip then hides.
+    g, p = {"w": mx.array(parameter((8, 5)))}, {"w": mx.zeros((8, 5))}
+    step = Adafactor(1.0, clip_threshold=1e9).apply_gradients(g, p)["w"]
+    # At t = 1 the estimate's mean square is the gradient's: u has RMS near 1, not near √8.
+    assert 0.8 < np.sqrt(np.mean(np.square(np.array(step)))) < 1.25
+
+
+@pytest.mark.parametrize("threshold", [0.25, 4.0])
+def test_the_clip_scales_to_its_threshold(threshold):
+    # The published port scales by 1 / (RMS · clip) where the paper has clip / RMS.
+    optimizer, tree = Adafactor(1.0, clip_threshold=threshold), {"b": mx.zeros(6)}
+    for scale in (1.0, 1e3, 1e3):
+        before = tree["b"]
+        g = mx.array(parameter((6,))) * scale
+        tree = optimizer.apply_gradients({"b": g}, tree)
+    rms = np.sqrt(np.mean(np.square(np.array(tree["b"] - before))))
+    exact = 1.0 if threshold > 1 else threshold  # an unclipped update has RMS near 1
+    assert rms == pytest.approx(exact, rel=0.2 if threshold > 1 else 1e-5)
+
+
+def test_its_learning_rate_is_its_learning_rate():
+    # mlx's ignores it unless relative_step=False.
+    g, p = {"b": mx.array([3.0, -2.0])}, {"b": mx.zeros(2)}
+    for rate in (0.5, 0.25):
+        assert Adafactor(rate).apply_gradients(g, p)["b"].tolist() == [-rate, rate]
+
+
+def test_statistics_still_move_late_in_a_bf16_run():
+    # mlx's computes 1 - t^-0.8 in the parameter's dtype: in bf16 it is 1 from step 2500 on.
+    optimizer, p = Adafactor(), {"w": mx.ones((4, 4), mx.bfloat16)}
+    optimizer.init(p)
+    optimizer.state["step"] = mx.array(5000, mx.uint64)
+    optimizer.apply_gradients({"w": mx.ones((4, 4), mx.bfloat16)}, p)
+    assert np.allclose(np.array(optimizer.state["w"]["row"]), 5001**-0.8, rtol=1e-5)
+
+
+def test_agrees_with_torch():
+    torch = pytest.importorskip("torch")
+    # Without dead rows, of which torch's makes NaN.
+    start, gradients = parameter((8, 5)), [parameter((8, 5), seed) for seed in range(30)]
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    peer = torch.optim.Adafactor(
+        [theirs], lr=1e-2, eps=(1e-30, 1e-3), d=1.0, beta2_decay=-0.8, weight_decay=0.0
+    )
+    ours = trajectory(Adafactor(), start, gradients)
+    for g, p in zip(gradients, ours, strict=True):
+        theirs.grad = torch.tensor(g)
+        peer.step()
+        # Both float32: the rules coincide for lr 1e-2, so only roundings of p differ.
+        assert np.allclose(p, theirs.detach().numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate must be in"),
+        ({"eps": (0.0, 1e-3)}, r"eps\[0\] must be in \(0, inf\), got 0.0"),
+        ({"clip_threshold": 0.0}, r"clip_threshold must be in \(0, inf\), got 0.0"),
+        ({"decay_rate": 0.8}, r"decay_rate must be in \[-1, 0\), got 0.8"),
+        ({"weight_decay": -1.0}, "weight_decay must be in"),
+        ({"layout": None}, "layout must be one of"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_it_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        Adafactor(**options)

@@ -1,0 +1,72 @@
+"""AdamW against its twin and against torch; low precision; layers unfrozen late."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from trajectories import SHAPES, assert_follows, hard_gradients, parameter, trajectory
+
+from mlx_maxfactor import AdamW
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
+@pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias_correction": False},
+        {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0},
+        {"learning_rate": lambda step: 0.05 / (step + 1)},
+    ],
+    ids=str,
+)
+def test_follows_the_twin(options, shape, zero):
+    assert_follows(AdamW(**options), reference.AdamW(**options), shape, zero=zero)
+
+
+def test_agrees_with_torch():
+    torch = pytest.importorskip("torch")
+    start, gradients = parameter((8, 5)), hard_gradients((8, 5), steps=30)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    peer = torch.optim.AdamW([theirs], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ours = trajectory(AdamW(1e-3), start, gradients)
+    for g, p in zip(gradients, ours, strict=True):
+        theirs.grad = torch.tensor(g)
+        peer.step()
+        assert np.allclose(p, theirs.detach().numpy(), rtol=0, atol=2e-6)  # float32 rounding of p
+
+
+def test_the_second_moment_of_a_bf16_parameter_decays():
+    # In bf16 0.999 rounds to 1: mlx's v only grows.
+    optimizer, tree = AdamW(betas=(0.9, 0.999)), {"w": mx.ones((4,), mx.bfloat16)}
+    for g in [1.0, *[0.0] * 20]:
+        tree = optimizer.apply_gradients({"w": mx.full((4,), g, mx.bfloat16)}, tree)
+    assert np.allclose(np.array(optimizer.state["w"]["v"]), 0.001 * 0.999**20, rtol=1e-5)
+
+
+def test_a_layer_unfrozen_late_is_corrected_for_its_own_age():
+    optimizer = AdamW(0.1, weight_decay=0.0)
+    a, b = mx.zeros(2), mx.zeros(2)
+    for _ in range(50):
+        a = optimizer.apply_gradients({"a": mx.ones(2)}, {"a": a})["a"]
+    moved = optimizer.apply_gradients({"a": mx.ones(2), "b": mx.ones(2)}, {"a": a, "b": b})["b"]
+    # Its first step is a full one; by the global count it would be 0.1 · (0.1 / √0.05).
+    assert np.allclose(np.array(moved), -0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate must be in"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\), got 1.0"),
+        ({"betas": 0.9}, "betas must be a pair of numbers, got 0.9"),
+        ({"eps": 0.0}, r"eps must be in \(0, inf\), got 0.0"),
+        ({"weight_decay": "0.1"}, "weight_decay must be in .*, got '0.1'"),
+        ({"bias_correction": 1}, "bias_correction must be True or False, got 1"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_it_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamW(**options)

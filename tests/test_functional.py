@@ -1,0 +1,106 @@
+"""Formulas against their twins, and cases whose answer is known exactly."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from trajectories import parameter
+
+from mlx_maxfactor import functional as f
+from mlx_maxfactor import newton_schulz, polar_express
+
+ORTHOGONALIZERS = {
+    "newton_schulz": (newton_schulz, reference.newton_schulz),
+    "polar_express": (polar_express, reference.polar_express),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 5, 9])
+@pytest.mark.parametrize("shape", [(16, 16), (24, 7), (7, 24), (2, 3, 6, 5), (1, 4)], ids=str)
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+def test_orthogonalizers_equal_their_twins(name, shape, steps):
+    ours, twin = ORTHOGONALIZERS[name]
+    x = parameter(shape)
+    # Each step squares a Gram matrix of up to 24 terms in float32 and can amplify by 3.4 to 8.
+    assert np.allclose(np.array(ours(mx.array(x), steps)), twin(np.float64(x), steps), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+def test_an_orthogonal_matrix_keeps_its_singular_vectors(name):
+    q, _ = np.linalg.qr(parameter((9, 9)))
+    result = np.array(ORTHOGONALIZERS[name][0](mx.array(q)))
+    scale = np.trace(q.T @ result) / 9
+    assert np.allclose(result, scale * q, atol=1e-5)
+    assert 0.6 < scale < 1.3
+
+
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_orthogonalizers_do_not_see_the_scale(name, magnitude):
+    # The square of 1e30 or 1e-30 is not a float32: a plain Frobenius norm gives 0 or NaN.
+    orthogonalize, x = ORTHOGONALIZERS[name][0], parameter((6, 4))
+    scaled = orthogonalize(mx.array(x * np.float32(magnitude)))
+    assert np.allclose(np.array(scaled), np.array(orthogonalize(mx.array(x))), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_orthogonalizers_keep_dtype_and_give_zero_for_zero(name, dtype):
+    x = mx.stack([mx.zeros((3, 4)), mx.ones((3, 4))]).astype(dtype)
+    result = ORTHOGONALIZERS[name][0](x)
+    assert result.dtype == dtype
+    assert mx.all(result[0] == 0).item()
+    assert mx.all(result[1] > 0).item()
+
+
+def test_the_polar_express_table_is_the_minimax_one():
+    derived = reference.polar_express_coefficients(len(f.POLAR_EXPRESS), safety=1.0)
+    # The seventh system is ill-conditioned: on [1 - 1e-3, 1 + 1e-3] all quintics look alike.
+    for ours, twin, tolerance in zip(f.POLAR_EXPRESS, derived, [1e-12] * 6 + [1e-9] * 2):  # noqa: B905
+        assert np.allclose(ours, twin, rtol=tolerance)
+
+
+def test_five_polar_steps_come_closer_than_five_of_newton_schulz():
+    x = mx.array(parameter((64, 64)))
+    errors = {}
+    for name, (orthogonalize, _) in ORTHOGONALIZERS.items():
+        values = np.linalg.svd(np.array(orthogonalize(x)), compute_uv=False)
+        errors[name] = np.sqrt(np.mean((values - 1) ** 2))
+    assert errors["polar_express"] < errors["newton_schulz"]
+
+
+def test_a_rank_one_square_is_estimated_exactly():
+    # g² = r cᵀ: after one update with weight 1, V = R Cᵀ / mean(R) is g² itself.
+    r, c = np.array([1.0, 4.0, 9.0]), np.array([0.25, 1.0])
+    g = mx.array(np.sqrt(np.outer(r, c)).astype(np.float32))
+    row, column = f.factored_second_moment(g, mx.zeros((3, 1)), mx.zeros((1, 2)), mx.array(1.0))
+    root = f.factored_root(row, column, mx.mean(row))
+    assert np.allclose(np.array(root), np.array(g), rtol=1e-6)
+
+
+def test_a_cautious_step_keeps_what_agrees_over_its_share():
+    step, g = mx.array([1.0, -2.0, 3.0, 0.0]), mx.array([5.0, 5.0, 1e-30, 5.0])
+    assert f.cautious(step, g).tolist() == [2.0, 0.0, 6.0, 0.0]
+    assert f.cautious(-mx.abs(step), mx.abs(g)).tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("layout", ["batched", "experts", "conv", "transposed"])
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (2, 3, 4), (2, 3, 4, 5)], ids=str)
+def test_matrices_go_back_to_the_array_they_came_from(shape, layout):
+    x = mx.array(parameter(shape))
+    back = f.from_matrices(f.as_matrices(x, layout), x.shape, layout)
+    assert back.shape == x.shape
+    assert mx.array_equal(back, x).item()
+
+
+def test_the_scale_of_muon():
+    assert f.muon_scale(64, 16, None) == 1
+    assert f.muon_scale(64, 16, "spectral") == 2
+    assert f.muon_scale(16, 64, "spectral") == 1
+    assert f.muon_scale(16, 64, "rms") == pytest.approx(1.6)
+
+
+def test_gathered_weight_is_exact_where_a_difference_is_not():
+    # 1 - 0.999 in float32 is off by 5e-5 of itself.
+    assert f.gathered_weight(0.999, mx.array(1.0)).item() == pytest.approx(1e-3, rel=1e-6)
+    assert f.gathered_weight(0.0, mx.array(3.0)) == 1.0

@@ -1,0 +1,178 @@
+"""MaxFactor against its twin, its published defects, its options."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from trajectories import SHAPES, assert_follows, hard_gradients, parameter
+
+from mlx_maxfactor import MaxFactor
+
+VARIANTS = [
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True},
+    {"momentum": 0.9, "cautious": True},
+    {"momentum": 0.9, "nesterov": True, "cautious": True},
+    {"clip_threshold": 1.0},
+    {"clip_threshold": 0.1, "d": 0.01},
+    {"d": 0.1},
+    {"max_norm": False},
+    {"full_matrix": True},
+    {"vector_sign": True},
+    {"maximize": True},
+    {"min_rms": 0.1},
+    {"min_lr": 0.02},
+    {"relative_step": True},
+    {"beta2_decay": -0.5},
+    {"beta2_bounds": (0.1, 0.5)},
+    {"scalar_boost": None},
+    {"gamma": 0.5, "weight_decay": 0.0},
+    {"learning_rate": lambda step: 0.05 / (step + 1)},
+]
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("preset", ["early", "hub", "speech"])
+def test_presets_follow_the_twin(preset, shape, zero):
+    ours, twin = MaxFactor.preset(preset), reference.MaxFactor.preset(preset)
+    assert_follows(ours, twin, shape, zero=zero)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_options_follow_the_twin(options, shape):
+    assert_follows(MaxFactor(**options), reference.MaxFactor(**options), shape)
+
+
+@pytest.mark.parametrize("layout", ["batched", "experts", "conv", "transposed"])
+@pytest.mark.parametrize("shape", [(6, 3, 3, 4), (3, 4, 5), (8, 5)], ids=str)
+def test_layouts_follow_the_twin(shape, layout):
+    options = {"momentum": 0.9, "cautious": True, "clip_threshold": 1.0, "d": 0.1}
+    assert_follows(MaxFactor(**options), reference.MaxFactor(**options), shape, layout)
+
+
+# The published defects
+
+
+def test_a_vector_moves_against_its_gradient():
+    # 001 and 000 square the gradient in place before they use it: its sign is lost.
+    g = np.array([1.0, -2.0, 0.5, -0.1], np.float32)
+    optimizer = MaxFactor(weight_decay=0.0)
+    moved = optimizer.apply_gradients({"b": mx.array(g)}, {"b": mx.zeros(4)})["b"]
+    assert np.array_equal(np.sign(np.array(moved)), -np.sign(g))
+
+
+def test_a_vector_keeps_a_moving_average_of_squares():
+    # All three overwrite the state with the update.
+    optimizer, tree = MaxFactor(gamma=0.9), {"b": mx.ones(2)}
+    for g in (1.0, 2.0, 3.0):
+        tree = optimizer.apply_gradients({"b": mx.full((2,), g)}, tree)
+    expected = 0.1 * (0.81 * 1 + 0.9 * 4 + 9)
+    assert np.allclose(np.array(optimizer.state["b"]["v"]), expected, rtol=1e-6)
+
+
+def test_every_parameter_of_a_tree_moves():
+    # 001 returns inside its loop over groups: the second never moves.
+    tree = {"a": {"w": mx.ones((3, 4))}, "b": [{"w": mx.ones((4, 3))}, {"b": mx.ones(5)}]}
+    moved = MaxFactor().apply_gradients(tree, tree)
+    for p in (moved["a"]["w"], moved["b"][0]["w"], moved["b"][1]["b"]):
+        assert mx.all(p < 1).item()
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "floats"),
+    [
+        ((48, 32), "batched", 80),
+        ((3, 48, 32), "experts", 240),
+        ((16, 3, 3, 8), "conv", 88),
+        ((48,), "batched", 48),
+        ((), "batched", 1),
+    ],
+    ids=str,
+)
+def test_a_matrix_costs_its_rows_and_columns(shape, layout, floats):
+    # All three published versions keep a full second moment for every matrix, and never use it.
+    state = {}
+    MaxFactor().init_single(mx.zeros(shape), state, layout)
+    assert sum(x.size for x in state.values()) == floats
+    assert all(x.dtype == mx.float32 for x in state.values())
+
+
+def test_momentum_costs_one_buffer_more():
+    state = {}
+    MaxFactor(momentum=0.9, nesterov=True, cautious=True).init_single(mx.zeros((48, 32)), state)
+    assert sum(x.size for x in state.values()) == 80 + 48 * 32
+
+
+def test_the_clip_clips():
+    # 000 hands its threshold to a function that clips the .grad of an update, which has none.
+    g, p = {"w": mx.array(parameter((8, 8)))}, {"w": mx.zeros((8, 8))}
+    options = {"max_norm": False, "weight_decay": 0.0, "eps": (1e-10, 1.0), "learning_rate": 1.0}
+    free = MaxFactor(**options).apply_gradients(g, p)["w"]
+    clipped = MaxFactor(clip_threshold=0.5, **options).apply_gradients(g, p)["w"]
+    assert np.linalg.norm(np.array(free)) > 1
+    assert np.linalg.norm(np.array(clipped)) == pytest.approx(0.5, rel=1e-5)
+
+
+# What a user should know
+
+
+def test_a_matrix_that_starts_at_zero_needs_a_floor():
+    g, zero = {"lora_b": mx.array(parameter((4, 6)))}, {"lora_b": mx.zeros((4, 6))}
+    bare = MaxFactor().apply_gradients(g, zero)["lora_b"]
+    floored = MaxFactor(min_rms=0.1).apply_gradients(g, zero)["lora_b"]
+    assert mx.max(mx.abs(bare)).item() == pytest.approx(1e-6, rel=1e-5)
+    assert mx.max(mx.abs(floored)).item() == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_effective_learning_rate_is_what_the_next_update_moves():
+    optimizer = MaxFactor(lambda step: 0.03 / (step + 1), weight_decay=0.0)
+    tree = {"w": mx.array(parameter((6, 5))), "b": mx.zeros(5)}
+    for g in hard_gradients((6, 5), steps=4):
+        rates = optimizer.effective_learning_rates(tree)
+        moved = optimizer.apply_gradients({"w": mx.array(g), "b": mx.ones(5)}, tree)
+        for key in tree:
+            step = mx.max(mx.abs(moved[key] - tree[key])).item()
+            # A difference of parameters of size 1: each is rounded to 6e-8, steps are 1e-2.
+            assert step == pytest.approx(rates[key], rel=2e-5)
+        tree = moved
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1.0}, r"learning_rate must be in \[0, inf\), got -1.0"),
+        ({"learning_rate": "fast"}, "learning_rate must be in .*, got 'fast'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be in .*, got nan"),
+        ({"momentum": 2.0}, r"momentum must be in \[0, 1\), got 2.0"),
+        ({"momentum": True}, "momentum must be in .*, got True"),
+        ({"beta2_decay": 0.8}, r"beta2_decay must be in \[-1, 0\), got 0.8"),
+        ({"beta2_bounds": (0.9, 0.1)}, "beta2_bounds must rise"),
+        ({"beta2_bounds": 0.9}, "beta2_bounds must be a pair of numbers, got 0.9"),
+        ({"eps": (0.0, 1e-4)}, r"eps\[0\] must be in \[1e-15, inf\), got 0.0"),
+        ({"eps": (1e-10, -1.0)}, r"eps\[1\] must be in"),
+        ({"d": 0.0}, r"d must be in \(0, inf\), got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be in"),
+        ({"gamma": 1.0}, r"gamma must be in \[0, 1\), got 1.0"),
+        ({"min_lr": -1e-7}, "min_lr must be in"),
+        ({"scalar_boost": 0.0}, "scalar_boost must be in"),
+        ({"clip_threshold": 0.0}, "clip_threshold must be in"),
+        ({"eps_rms": -1.0}, "eps_rms must be in"),
+        ({"min_rms": -1.0}, "min_rms must be in"),
+        ({"maximize": 1}, "maximize must be True or False, got 1"),
+        ({"nesterov": True}, "nesterov=True needs momentum"),
+        ({"cautious": True}, "cautious=True needs momentum"),
+        ({"layout": "rows"}, "layout must be one of 'batched', 'experts', 'conv', got 'rows'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_it_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaxFactor(**options)
+
+
+def test_an_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="'early', 'hub', 'speech', got 'late'"):
+        MaxFactor.preset("late")
+    assert MaxFactor.preset("speech", weight_decay=0.5).weight_decay == 0.5

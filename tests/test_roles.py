@@ -1,0 +1,109 @@
+"""Roles and layouts over a zoo of models, and the plan that shows them."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from models import CASES, ViT, Whisper, llama, mlp
+
+from mlx_maxfactor import create_optimizer
+from mlx_maxfactor.roles import ROLES, find_roles
+
+CASES_BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("name", CASES_BY_NAME)
+def test_every_parameter_has_the_right_role(name):
+    case = CASES_BY_NAME[name]
+    model = case.build()
+    plan = create_optimizer(model).plan
+    found = {e.path: (e.role, {"batched": "matrix"}.get(e.layout, e.layout)) for e in plan}
+    assert found == {path: case.expected(path) for path in found}
+    assert [e.path for e in plan if e.note == "guessed"] == ([case.guessed] if case.guessed else [])
+    listed = {path for path, _ in tree_flatten(model.trainable_parameters())}
+    assert set(found) <= listed
+    assert not set(found) & set(case.absent)
+    # What is not listed is a name for something listed, or no floating-point array.
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+    arrays = {id(parameters[path]) for path in found}
+    for path in listed - set(found):
+        assert id(parameters[path]) in arrays or parameters[path].dtype == mx.int32
+
+
+@pytest.mark.parametrize("name", CASES_BY_NAME)
+@pytest.mark.parametrize("hidden", ["maxfactor", "muon"])
+def test_every_model_makes_a_step(name, hidden):
+    case = CASES_BY_NAME[name]
+    mx.random.seed(0)
+    model = case.build()
+    before = dict(tree_flatten(model.parameters()))
+    optimizer = create_optimizer(model, hidden, weight_decay=0.1)
+    planned = {entry.path for entry in optimizer.plan}
+    loss, gradients = nn.value_and_grad(model, case.forward)(model)
+    optimizer.update(model, gradients)
+    after = dict(tree_flatten(model.parameters()))
+    assert mx.isfinite(loss).item()
+    gradients = dict(tree_flatten(gradients))
+    arrays = {id(after[path]) for path in planned}
+    for path, old in before.items():
+        new = after[path]
+        assert (new.dtype, new.shape) == (old.dtype, old.shape)
+        if path in planned:
+            assert mx.all(mx.isfinite(new)).item()
+            moved = not mx.array_equal(new, old).item()
+            assert moved or not mx.any(gradients[path]).item(), f"{path} has a gradient and rests"
+        elif id(new) not in arrays and "running" not in path:
+            assert mx.array_equal(new, old).item(), f"{path} is not planned and moves"
+
+
+def test_roles_are_those_of_the_documentation():
+    found = {p.role for case in CASES for p in find_roles(case.build())}
+    assert found == set(ROLES)
+
+
+def test_frozen_layers_keep_their_roles():
+    model = llama()
+    roles = {p.path: p.role for p in find_roles(model)}
+    model.freeze()
+    assert {p.path: p.role for p in find_roles(model)} == roles
+
+
+def test_a_head_by_rule_ends_the_search_for_heads():
+    model = mlp(12, 8, 12)  # an autoencoder: a layer takes the width that its last one makes
+    rules = {"layers.2.weight": "head"}
+    roles = {e.path: e.role for e in create_optimizer(model, rules=rules).plan}
+    assert roles["layers.2.weight"] == "head"
+    roles = {
+        e.path: e.role for e in create_optimizer(ViT(), rules={"blocks.0.mlp1.*": "head"}).plan
+    }
+    assert roles["blocks.0.mlp1.weight"] == "head"
+    assert roles["head.weight"] == "hidden"
+
+
+def test_the_plan_is_a_table_with_a_total():
+    optimizer = create_optimizer(Whisper(), "muon")
+    plan = optimizer.plan
+    states = [array for _, array in tree_flatten(optimizer.state)]
+    scalars = sum(a.nbytes for a in states) - plan.state_bytes
+    assert scalars == sum(
+        array.nbytes
+        for member in optimizer.optimizers
+        for key, array in member.state.items()
+        if key in ("step", "learning_rate")
+    )
+    lines = str(plan).splitlines()
+    assert len(lines) == len(plan) + 4
+    assert len({len(line) for line in lines}) == 1
+    assert lines[-1].endswith(f"{plan.state_bytes:,}")
+    marked = [line for line in lines if "(unexplained)" in line]
+    assert [line.split()[0] for line in marked] == ["decoder.positional_embedding"]
+    assert plan[0].path == "encoder.conv1.weight"
+
+
+def test_strict_names_all_that_the_module_tree_does_not_explain():
+    with pytest.raises(
+        ValueError, match=r"2 parameters .*class_token .*position .*give each a rule"
+    ):
+        create_optimizer(ViT(), strict=True)
+    rules = {"class_token": "adamw", "position": "embedding"}
+    create_optimizer(ViT(), strict=True, rules=rules)

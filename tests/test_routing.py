@@ -1,0 +1,438 @@
+"""The routed optimizer and its factories: members, rates, rules, freezing, mlx's own optimizers."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as mlx_optimizers
+import numpy as np
+import pytest
+import reference
+from mlx.utils import tree_flatten, tree_map
+from models import CASES, RawMixture, ResNet, Shared, Table, Whisper, adapted, llama, qwen2_moe
+from trajectories import distance
+
+from mlx_maxfactor import (
+    DEFAULT_RATES,
+    OPTIMIZERS,
+    AdamW,
+    MaxFactor,
+    Muon,
+    RoutedOptimizer,
+    SignSGD,
+    create_optimizer,
+    create_optimizer_for_hrm,
+    warmup_cosine,
+)
+
+
+def rates(optimizer):
+    return [member.learning_rate.item() for member in optimizer.optimizers]
+
+
+def owners(optimizer):
+    return {entry.path: entry.optimizer for entry in optimizer.plan}
+
+
+def random_gradients(model, seed=0):
+    keys = iter(mx.random.split(mx.random.key(seed), 500))
+    return tree_map(
+        lambda p: mx.random.normal(p.shape, key=next(keys)), model.trainable_parameters()
+    )
+
+
+# Members
+
+
+def test_the_table_of_the_documentation():
+    assert owners(create_optimizer(Table(), "muon")) == {
+        "embedding.weight": "adamw",
+        "linear1.weight": "muon",
+        "linear1.bias": "adamw, no decay",
+        "output.weight": "adamw",
+        "output.bias": "adamw, no decay",
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_is_a_multi_optimizer_of_the_named_ones(name):
+    optimizer = create_optimizer(Table(), name)
+    assert isinstance(optimizer, RoutedOptimizer)
+    assert isinstance(optimizer, mlx_optimizers.MultiOptimizer)
+    hidden, rest, undecayed = optimizer.optimizers
+    assert type(hidden) is OPTIMIZERS[name]
+    assert (rest.betas, rest.weight_decay, undecayed.weight_decay) == ((0.9, 0.95), 0.1, 0.0)
+    assert rates(optimizer) == pytest.approx([DEFAULT_RATES[name], 1e-3, 1e-3])
+
+
+def test_members_are_never_shared_between_two_optimizers():
+    # mlx-optimizers' fallback AdamW is a default argument: one for all.
+    first, second = create_optimizer(Table()), create_optimizer(Table())
+    assert not {id(m) for m in first.optimizers} & {id(m) for m in second.optimizers}
+
+
+def test_what_decays_and_what_does_not():
+    model = Table()
+    before = dict(tree_flatten(model.parameters()))
+    options = {"rest_options": {"weight_decay": 0.5}, "weight_decay": 0.25}
+    optimizer = create_optimizer(model, learning_rate=0.1, rest_learning_rate=0.2, **options)
+    optimizer.update(model, tree_map(mx.zeros_like, model.parameters()))
+    for path, p in tree_flatten(model.parameters()):
+        factor = {"linear1.weight": 1 - 0.1 * 0.25}.get(path, 1 - 0.2 * 0.5)
+        factor = 1.0 if path.endswith("bias") else factor
+        assert np.allclose(np.array(p), np.array(before[path]) * factor, rtol=1e-6)
+
+
+def test_an_optimizer_given_for_a_role_keeps_its_own_decay():
+    model, rest = Table(), AdamW(1e-3, weight_decay=0.3)
+    optimizer = create_optimizer(model, "muon", rest)
+    assert optimizer.optimizers[1] is rest
+    assert len(optimizer.optimizers) == 2
+    assert set(owners(optimizer).values()) == {"muon", "AdamW"}
+
+
+def test_mlx_optimizers_may_be_members():
+    model = Table()
+    optimizer = create_optimizer(model, mlx_optimizers.Muon(0.02), mlx_optimizers.AdamW(1e-3))
+    before = dict(tree_flatten(model.parameters()))
+    for seed in range(3):
+        optimizer.update(model, random_gradients(model, seed))
+    assert all(not mx.array_equal(p, before[k]).item() for k, p in tree_flatten(model.parameters()))
+    optimizer.learning_rate = 0.04
+    assert rates(optimizer) == pytest.approx([0.04, 2e-3])
+    assert optimizer.effective_learning_rates(model)["linear1.weight"] == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "twin"),
+    [
+        ("maxfactor", reference.MaxFactor),
+        ("adafactor", reference.Adafactor),
+        ("muon", reference.Muon),
+    ],
+)
+@pytest.mark.parametrize("build", [Whisper, lambda: adapted(qwen2_moe())], ids=["conv", "experts"])
+def test_every_layout_reaches_the_formula(build, hidden, twin):
+    model = build()
+    model.apply(lambda p: p + 0.01)  # LoRA's B starts at zero, where MaxFactor hardly moves
+    optimizer = create_optimizer(model, hidden)
+    parameters = {k: np.float64(v) for k, v in tree_flatten(model.trainable_parameters())}
+    plan = [entry for entry in optimizer.plan if entry.optimizer == hidden]
+    twins = {entry.path: twin() for entry in plan}
+    for seed in range(3):
+        gradients = random_gradients(model, seed)
+        optimizer.update(model, gradients)
+        gradients = {k: np.float64(v) for k, v in tree_flatten(gradients)}
+        for entry in plan:
+            p, g = parameters[entry.path], gradients[entry.path]
+            parameters[entry.path] = twins[entry.path].update(p, g, entry.layout)
+    moved = dict(tree_flatten(model.trainable_parameters()))
+    assert len({entry.layout for entry in plan}) == 2
+    for entry in plan:
+        # Three roundings of p, and Muon's quintics on matrices of rank 4.
+        assert distance(np.array(moved[entry.path]), parameters[entry.path]) < 2e-5, entry.path
+
+
+# Rates
+
+
+def test_a_rate_for_the_hidden_matrices_moves_the_rest_in_proportion():
+    assert rates(create_optimizer(Table(), learning_rate=0.05)) == pytest.approx([0.05, 5e-3, 5e-3])
+    optimizer = create_optimizer(Table(), learning_rate=0.05, rest_learning_rate=2e-3)
+    assert rates(optimizer) == pytest.approx([0.05, 2e-3, 2e-3])
+    optimizer.learning_rate = 0.1
+    assert rates(optimizer) == pytest.approx([0.1, 4e-3, 4e-3])
+
+
+def test_a_schedule_shapes_every_member():
+    # mlx-optimizers' fallback never advances.
+    model = Table()
+    schedule = warmup_cosine(0.04, 20, 4)
+    optimizer = create_optimizer(model, "muon", learning_rate=schedule, rest_learning_rate=3e-3)
+    for t in range(20):
+        optimizer.update(model, random_gradients(model))
+        rate = schedule(t).item()
+        assert rates(optimizer) == pytest.approx([rate, rate * 3 / 40, rate * 3 / 40], rel=1e-5)
+    assert optimizer.step.item() == 20
+    by_ratio = create_optimizer(model, "muon", learning_rate=lambda step: 0.04 * (step + 1))
+    assert rates(by_ratio) == pytest.approx([0.04, 2e-3, 2e-3])
+
+
+def test_a_schedule_shapes_an_optimizer_at_a_constant_rate_and_leaves_a_scheduled_one():
+    schedule = warmup_cosine(0.04, 20, 4)
+    own = AdamW(warmup_cosine(1e-2, 20, 10))
+    for rest, expected in ((AdamW(1e-3), 1e-3), (mlx_optimizers.AdamW(1e-3), 1e-3), (own, 4e-3)):
+        model = Table()
+        optimizer = create_optimizer(model, rest=rest, learning_rate=schedule)
+        for _ in range(5):
+            optimizer.update(model, random_gradients(model))
+        assert rates(optimizer) == pytest.approx([0.04, expected])
+
+
+def test_a_rate_set_by_hand_keeps_the_ratios_and_ends_the_schedules():
+    # mlx's MultiOptimizer gives every member the same rate.
+    model = Table()
+    schedule = warmup_cosine(0.04, 20, 4)
+    optimizer = create_optimizer(model, "muon", learning_rate=schedule)
+    optimizer.learning_rate = 0.01  # at the start of the warm-up, where every rate is 0
+    assert rates(optimizer) == pytest.approx([0.01, 5e-4, 5e-4])
+    optimizer.update(model, random_gradients(model))
+    assert rates(optimizer) == pytest.approx([0.01, 5e-4, 5e-4])
+    optimizer.optimizers[1].learning_rate = 1e-3
+    optimizer.learning_rate = 0.02
+    assert rates(optimizer) == pytest.approx([0.02, 2e-3, 1e-3])
+    optimizer.learning_rate = schedule
+    optimizer.update(model, random_gradients(model))
+    assert rates(optimizer) == pytest.approx([0.01, 1e-3, 5e-4])
+
+
+def test_effective_rates_name_every_parameter():
+    model = Table()
+    optimizer = create_optimizer(model, learning_rate=0.05)
+    found = optimizer.effective_learning_rates(model)
+    assert list(found) == [entry.path for entry in optimizer.plan]
+    rms = np.sqrt(np.mean(np.square(np.array(model.linear1.weight))))
+    assert found["linear1.weight"] == pytest.approx(0.05 * rms, rel=1e-5)
+    assert found["embedding.weight"] == pytest.approx(5e-3)
+
+
+# Rules
+
+
+def test_a_path_beats_a_role_and_a_role_beats_the_default():
+    puzzles = SignSGD(0.1)
+    rules = {"embedding": puzzles, "linear1.*": "adamw", "head": "muon", "*.weight": "adafactor"}
+    optimizer = create_optimizer(Table(), rules=rules)
+    assert owners(optimizer) == {
+        "embedding.weight": "adafactor",
+        "linear1.weight": "adamw",
+        "linear1.bias": "adamw, no decay",
+        "output.weight": "adafactor",
+        "output.bias": "adamw, no decay",
+    }
+    optimizer = create_optimizer(Table(), rules={"embedding": puzzles, "head": "muon"})
+    assert owners(optimizer)["embedding.weight"] == "SignSGD"
+    assert owners(optimizer)["output.weight"] == "muon"
+    assert puzzles in optimizer.optimizers
+
+
+def test_a_rule_may_say_what_an_array_is():
+    model = RawMixture()
+    plan = create_optimizer(model, "muon", rules={"moe.w_*": "experts"}).plan
+    entry = next(e for e in plan if e.path == "moe.w_in")
+    assert (entry.role, entry.layout, entry.optimizer, entry.note) == (
+        "experts",
+        "experts",
+        "muon",
+        "",
+    )
+
+
+def test_all_wrong_rules_are_named_at_once():
+    rules = {"*.wq.weigth": "muon", "embeding": "adamw", "head": "sgd", "bias": "norm"}
+    with pytest.raises(ValueError, match="rule") as error:
+        create_optimizer(Table(), rules=rules)
+    for part in ("'*.wq.weigth' matches no", "did you mean 'embedding'", "got 'sgd'", "got 'norm'"):
+        assert part in str(error.value)
+
+
+def test_a_member_that_cannot_take_its_parameters_names_them():
+    with pytest.raises(ValueError, match=r"linear1.bias: Muon(.|\n)*output.bias: Muon"):
+        create_optimizer(Table(), rest="muon")
+
+
+def test_the_first_layer_can_be_excluded():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 3))
+    assert owners(create_optimizer(model))["layers.0.weight"] == "maxfactor"
+    excluded = owners(create_optimizer(model, exclude_first=True))
+    assert excluded["layers.0.weight"] == "adamw"
+    assert excluded["layers.2.weight"] == "maxfactor"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden": "lion"}, "hidden must be one of 'maxfactor', .*'adamw', got 'lion'"),
+        ({"rest": 3}, "rest must be one of .*, got 3"),
+        (
+            {"momentm": 0.9},
+            "maxfactor has no option 'momentm' .did you mean 'momentum'.*weight_dec",
+        ),
+        ({"momentum": 2.0}, r"momentum must be in \[0, 1\), got 2.0"),
+        ({"rest_options": {"learning_rate": 1.0}}, "no option 'learning_rate'.*rest_learning_rate"),
+        ({"learning_rate": -1.0}, "learning_rate must be in"),
+        ({"rest_learning_rate": "1e-3"}, "rest_learning_rate must be in"),
+        ({"hidden": Muon(), "learning_rate": 0.1}, "hidden is an optimizer already: give learning"),
+        (
+            {"rest": AdamW(), "rest_options": {"eps": 1e-6}},
+            "rest is an optimizer already: give eps",
+        ),
+        ({"learning_rate": lambda s: 0.1, "rest_learning_rate": 0.1}, "whose peak is not known"),
+        ({"learning_rate": lambda s: 0.1, "rest": AdamW(0.1)}, "the rate of AdamW is a number bes"),
+        ({"strict": 1}, "strict must be True or False, got 1"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(Table(), **arguments)
+
+
+# Freezing, sharing, what comes late
+
+
+def test_layers_freeze_and_unfreeze_between_steps():
+    model = ResNet()
+    model.stages[0].freeze()
+    optimizer = create_optimizer(model, "muon")
+    assert not any(path.startswith("stages.0") for path in owners(optimizer))
+
+    def moved():
+        before = dict(tree_flatten(model.parameters()))
+        optimizer.update(model, random_gradients(model))
+        after = tree_flatten(model.parameters())
+        return {path for path, p in after if not mx.array_equal(p, before[path]).item()}
+
+    first = moved()
+    assert "stages.1.conv1.weight" in first
+    assert not any(path.startswith("stages.0") for path in first)
+    model.stages[0].unfreeze()
+    model.stages[1].freeze()
+    second = moved()
+    assert "stages.0.conv1.weight" in second
+    assert not any(path.startswith("stages.1") for path in second)
+    assert owners(optimizer)["stages.0.conv1.weight"] == "muon"
+    model.stages[1].unfreeze()
+    assert "stages.1.conv1.weight" in moved()
+
+
+def test_mlx_members_survive_unfreezing():
+    # A bare mlx optimizer raises KeyError.
+    model = ResNet()
+    model.stages[1].freeze()
+    optimizer = create_optimizer(model, mlx_optimizers.Adam(1e-3), mlx_optimizers.Adam(1e-3))
+    optimizer.update(model, random_gradients(model))
+    model.stages[1].unfreeze()
+    model.stages[0].freeze()
+    before = model.stages[1].conv1.weight
+    optimizer.update(model, random_gradients(model))
+    assert not mx.array_equal(model.stages[1].conv1.weight, before).item()
+
+
+def test_a_shared_module_has_one_state_and_one_gradient():
+    model = Shared()
+    optimizer = create_optimizer(model, rest_options={"weight_decay": 0.0})
+    state = dict(tree_flatten(optimizer.state))
+    assert sum(a.shape == model.head.weight.shape for a in state.values()) == 2  # m and v, once
+    tokens = mx.array([[1, 2, 3]])
+    _, gradients = nn.value_and_grad(model, lambda m: m(tokens).square().mean())(model)
+    before = model.head.weight
+    optimizer.update(model, gradients)
+    assert model.head.weight is model.embedding.weight
+    assert not mx.array_equal(model.head.weight, before).item()
+
+
+def test_parameters_that_came_after_the_optimizer_are_named():
+    model = Table()
+    optimizer = create_optimizer(model)
+    model.late = nn.Linear(3, 3)
+    before = model.linear1.weight
+    with pytest.raises(ValueError, match=r"late.weight, late.bias; call it after"):
+        optimizer.update(model, random_gradients(model))
+    assert model.linear1.weight is before
+    assert optimizer.step.item() == 0
+
+
+def test_gradients_and_parameters_are_split_alike():
+    # Filters of mlx's MultiOptimizer see parameters at init and gradients later.
+    model = llama()
+    optimizer = create_optimizer(model)
+    optimizer.update(
+        model, tree_map(lambda p: p.reshape(-1)[:1] * mx.ones_like(p), model.parameters())
+    )
+    for member in optimizer.optimizers:
+        paths = {path.rpartition(".")[0] for path, _ in tree_flatten(member.state)} - {""}
+        index = optimizer.optimizers.index(member)
+        label = ("maxfactor", "adamw", "adamw, no decay")[index]
+        assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
+
+
+def test_a_state_for_other_members_is_refused():
+    optimizer = create_optimizer(Table())
+    with pytest.raises(ValueError, match="must hold 3 states, one a member, got 1"):
+        optimizer.state = {"states": [{}]}
+
+
+# In mlx_lm's trainer, and for hierarchical reasoning models
+
+
+@pytest.mark.parametrize("hidden", ["maxfactor", "muon"])
+def test_it_works_in_the_trainer_of_mlx_lm(hidden, tmp_path):
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    mx.random.seed(0)
+    model = llama()
+    before = dict(tree_flatten(model.parameters()))
+    schedule = warmup_cosine(DEFAULT_RATES[hidden], 8, 2, start_ratio=0.5)
+    optimizer = create_optimizer(model, hidden, learning_rate=schedule)
+    data = [([i % 50 for i in range(k, k + 12)], 0) for k in range(16)]
+    arguments = TrainingArgs(
+        batch_size=4, iters=6, steps_per_report=2, adapter_file=str(tmp_path / "a.safetensors")
+    )
+    train(model, optimizer, data, None, arguments)
+    assert optimizer.step.item() == 6
+    assert all(not mx.array_equal(p, before[k]).item() for k, p in tree_flatten(model.parameters()))
+
+
+class Puzzles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.puzzle_embedding = nn.Embedding(10, 4)
+        self.inner = nn.Linear(4, 3)
+
+    def __call__(self, index):
+        return self.inner(self.puzzle_embedding(index))
+
+
+def test_the_two_optimizers_of_a_reasoning_model():
+    model = Puzzles()
+    optimizers = create_optimizer_for_hrm(model)
+    assert list(optimizers) == ["main", "puzzle"]
+    main, puzzle = optimizers["main"], optimizers["puzzle"]
+    assert (type(main), type(puzzle)) == (AdamW, SignSGD)
+    assert main.learning_rate.item() == pytest.approx(1e-4)
+    assert puzzle.learning_rate.item() == pytest.approx(1e-2)
+    assert main.weight_decay == puzzle.weight_decay == 0.1
+
+    table, weight = model.puzzle_embedding.weight, model.inner.weight
+    loss = lambda m: m(mx.array([2, 5])).square().sum()  # noqa: E731
+    _, gradients = nn.value_and_grad(model, loss)(model)
+    main.update(model, gradients)
+    assert mx.array_equal(model.puzzle_embedding.weight, table).item()
+    assert not mx.array_equal(model.inner.weight, weight).item()
+    weight = model.inner.weight
+    puzzle.update(model, gradients)
+    assert mx.array_equal(model.inner.weight, weight).item()
+    changed = mx.any(model.puzzle_embedding.weight != table, axis=1)
+    assert [i for i in range(10) if changed[i].item()] == [2, 5]
+
+
+def test_a_reasoning_model_without_a_puzzle_optimizer():
+    model = Puzzles()
+    optimizers = create_optimizer_for_hrm(model, 1e-3, use_separate_puzzle_optimizer=False)
+    assert list(optimizers) == ["main"]
+    before = model.puzzle_embedding.weight
+    optimizers["main"].update(model, random_gradients(model))
+    assert not mx.array_equal(model.puzzle_embedding.weight, before).item()
+    with pytest.raises(ValueError, match='no parameter has "puzzle" in its path'):
+        create_optimizer_for_hrm(Table())
+    with pytest.raises(ValueError, match="learning_rate must be in"):
+        create_optimizer_for_hrm(Puzzles(), lr=-1.0)
+
+
+def test_a_model_in_bf16_stays_in_bf16():
+    # mlx-optimizers turns fp16 parameters into fp32.
+    for dtype in (mx.bfloat16, mx.float16):
+        model = next(case for case in CASES if case.name == "whisper").build()
+        model.set_dtype(dtype)
+        optimizer = create_optimizer(model, MaxFactor(momentum=0.9))
+        optimizer.update(model, random_gradients(model))
+        assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}

@@ -1,0 +1,85 @@
+"""Schedules against their twins, at their corners, and in an optimizer."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+
+from mlx_maxfactor import SignSGD, adaptive_schedule, warmup_cosine
+from mlx_maxfactor.schedules import scaled
+
+STEPS = [0, 1, 5, 10, 11, 50, 99, 100, 101, 10_000]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10, 100])
+@pytest.mark.parametrize("options", [{}, {"min_ratio": 0.0, "start_ratio": 0.1}], ids=str)
+def test_warmup_cosine_equals_its_twin(warmup, options):
+    schedule = warmup_cosine(3e-3, 100, warmup, **options)
+    for step in STEPS:
+        exact = reference.warmup_cosine(step, 3e-3, 100, warmup, **options)
+        assert schedule(step).item() == pytest.approx(exact, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10, 5000])
+def test_adaptive_schedule_equals_its_twin(warmup):
+    schedule = adaptive_schedule(2e-3, warmup, 0.2)
+    for step in STEPS:
+        exact = reference.adaptive_schedule(step, 2e-3, warmup, 0.2)
+        assert schedule(step).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_documented_values():
+    values = [warmup_cosine(1e-4, 10_000)(s).item() for s in (0, 1000, 2000, 6000, 10_000, 20_000)]
+    assert np.allclose(values, [0, 5e-5, 1e-4, 5.5e-5, 1e-5, 1e-5], rtol=1e-5, atol=0)
+
+
+def test_an_optimizer_makes_its_first_update_at_step_zero():
+    tree = {"b": mx.array([0.0])}
+    wasted = SignSGD(warmup_cosine(1.0, 100, 10), weight_decay=0.0)
+    used = SignSGD(warmup_cosine(1.0, 100, 10, start_ratio=0.1), weight_decay=0.0)
+    assert wasted.apply_gradients({"b": mx.array([1.0])}, tree)["b"].item() == 0.0
+    assert used.apply_gradients({"b": mx.array([1.0])}, tree)["b"].item() == pytest.approx(-0.1)
+
+
+def test_the_peak_comes_once():
+    # mlx_lm's build_schedule makes its first update at rate 0 and its peak twice.
+    rates = [warmup_cosine(1.0, 1000, 100, start_ratio=0.01)(s).item() for s in range(200)]
+    assert min(rates) > 0
+    assert sum(rate == 1.0 for rate in rates) == 1
+
+
+def test_a_scaled_schedule_knows_its_peak_and_prints_as_what_made_it():
+    half = scaled(warmup_cosine(0.02, 100, 10), 0.5)
+    assert half.peak == 0.01
+    assert half(10).item() == pytest.approx(0.01)
+    assert repr(half) == "0.5 * warmup_cosine(0.02, 100, 10, 0.1)"
+    assert scaled(lambda step: step, 2.0).peak is None
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine(1e-2, 20, 5), adaptive_schedule(1e-2, 5)])
+def test_a_compiled_step_follows_the_schedule(schedule):
+    optimizer, tree = SignSGD(schedule, weight_decay=0.0), {"b": mx.zeros(1)}
+    optimizer.init(tree)
+    step = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
+    for t in range(25):
+        moved = step({"b": mx.ones(1)}, {"b": mx.zeros(1)})["b"]
+        assert -moved.item() == pytest.approx(schedule(t).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: warmup_cosine(0.0, 10, 1), r"learning_rate must be in \(0, inf\), got 0.0"),
+        (lambda: warmup_cosine(1.0, 0, 0), "total_steps must be a whole number of at least 1"),
+        (lambda: warmup_cosine(1.0, 100), r"warmup_steps must be at most total_steps \(100\)"),
+        (lambda: warmup_cosine(1.0, 100, 2.5), "warmup_steps must be a whole number"),
+        (lambda: warmup_cosine(1.0, 10, 1, 1.5), r"min_ratio must be in \[0, 1\], got 1.5"),
+        (lambda: warmup_cosine(1.0, 10, 1, start_ratio=-1), "start_ratio must be in"),
+        (lambda: adaptive_schedule(-1.0), "initial_lr must be in"),
+        (lambda: adaptive_schedule(1.0, -1), "warmup_steps must be a whole number"),
+        (lambda: adaptive_schedule(1.0, 1, 2.0), "decay_factor must be in"),
+    ],
+)
+def test_arguments_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,56 @@
+"""SignSGD against its twin, and rows without gradient."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from trajectories import SHAPES, assert_follows
+
+from mlx_maxfactor import SignSGD
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
+@pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sparse_rows": True}, {"learning_rate": lambda step: 0.05 / (step + 1)}],
+    ids=str,
+)
+def test_follows_the_twin(options, shape, zero):
+    assert_follows(SignSGD(**options), reference.SignSGD(**options), shape, zero=zero)
+
+
+def test_the_documented_step():
+    p, g = mx.array([[1.0, 2.0]]), mx.array([[0.5, -3.0]])
+    moved = SignSGD(0.1, weight_decay=0.01).apply_gradients({"w": g}, {"w": p})["w"]
+    assert np.allclose(np.array(moved), [[0.899, 2.098]], atol=1e-6)
+
+
+def test_a_row_without_gradient_stays_bit_for_bit():
+    p = mx.array([[1.1, 2.2], [3.3, 4.4]])
+    g = mx.array([[0.0, 0.0], [0.0, 1e-30]])
+    sparse = SignSGD(sparse_rows=True).apply_gradients({"w": g}, {"w": p})["w"]
+    dense = SignSGD().apply_gradients({"w": g}, {"w": p})["w"]
+    assert sparse[0].tolist() == p[0].tolist()
+    assert sparse[1].tolist() == dense[1].tolist() != p[1].tolist()
+    assert dense[0].tolist() != p[0].tolist()
+
+
+def test_it_keeps_no_state():
+    state = {}
+    SignSGD().init_single(mx.zeros((3, 4)), state)
+    assert state == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate must be in"),
+        ({"weight_decay": -1.0}, "weight_decay must be in"),
+        ({"sparse_rows": "yes"}, "sparse_rows must be True or False, got 'yes'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_it_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        SignSGD(**options)
