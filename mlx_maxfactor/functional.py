@@ -50,6 +50,15 @@ def norm_axes(ndim: int, layout: str) -> tuple[int, int] | None:
     return (-2, -1) if layout == "experts" and ndim > 2 else None
 
 
+def hoist(x: mx.array) -> mx.array:
+    """Compute a number, or one number a row, apart from the full-size array it will meet.
+
+    ``mx.compile`` fuses through broadcasts and would compute it again for every element; it does
+    not fuse reductions, so one over an axis of length one keeps the value and ends the fusion.
+    """
+    return mx.max(x[..., None], axis=-1)
+
+
 # Norms
 
 
@@ -105,13 +114,13 @@ def factored_root(row: mx.array, column: mx.array, divisor: mx.array | float) ->
 
     A product of two roots, because the product itself can leave the range of float32.
     """
-    return mx.sqrt(row / divisor) * mx.sqrt(column)
+    return hoist(mx.sqrt(row / divisor)) * hoist(mx.sqrt(column))
 
 
-def gathered_weight(beta: float, t: mx.array) -> mx.array | float:
+def gathered_weight(beta: float, t: mx.array) -> mx.array:
     """``1 - β^t``, the weight that a moving average started at zero has gathered."""
     # Through expm1: in float32 the difference 1 - 0.999 is off by 6e-5 of itself.
-    return -mx.expm1(t * math.log(beta)) if beta else 1.0
+    return -mx.expm1(t * math.log(beta)) if beta else mx.ones_like(t)
 
 
 # Steps

@@ -115,6 +115,18 @@ def test_the_clip_clips():
     assert np.linalg.norm(np.array(clipped)) == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e5, 1e14])
+def test_a_step_does_not_see_the_scale_of_the_gradient(scale):
+    # All three multiply R and C before they divide: from 1e10 on that is inf, and nothing moves.
+    g, p = parameter((6, 5)), {"w": mx.zeros((6, 5))}
+    plain, scaled = (
+        MaxFactor().apply_gradients({"w": mx.array(g * np.float32(s))}, p)["w"]
+        for s in (1.0, scale)
+    )
+    # Scaling by a number that is no power of two rounds each gradient once.
+    assert np.allclose(np.array(scaled), np.array(plain), rtol=1e-5, atol=0)
+
+
 # What a user should know
 
 

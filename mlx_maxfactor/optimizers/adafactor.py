@@ -96,8 +96,9 @@ class Adafactor(Float32Optimizer):
 
         # Where a dead row meets a dead column the estimate is 0; and u is squared for its RMS.
         u = f.clamp_gradient(g / mx.maximum(root, f.ROOT_FLOOR))
-        u = u / mx.maximum(1.0, f.rms(u, f.norm_axes(u.ndim, layout)) / self.clip_threshold)
-        return self.store(p * (1 - alpha * self.weight_decay) - alpha * u, parameter, layout)
+        clip = mx.maximum(1.0, f.rms(u, f.norm_axes(u.ndim, layout)) / self.clip_threshold)
+        p = p * f.hoist(1 - alpha * self.weight_decay) - u * f.hoist(alpha / clip)
+        return self.store(p, parameter, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """The rate, times max(ε₂, RMS(p)) in the relative step."""

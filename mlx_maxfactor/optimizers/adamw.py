@@ -74,6 +74,7 @@ class AdamW(Float32Optimizer):
         if self.bias_correction:
             state["count"] = state["count"] + 1
             t = state["count"].astype(mx.float32)
-            m, v = m / f.gathered_weight(beta1, t), v / f.gathered_weight(beta2, t)
+            m = m / f.hoist(f.gathered_weight(beta1, t))
+            v = v / f.hoist(f.gathered_weight(beta2, t))
         new = p * (1 - eta * self.weight_decay) - eta * m / (mx.sqrt(v) + self.eps)
         return new.astype(parameter.dtype)

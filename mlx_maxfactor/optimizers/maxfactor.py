@@ -209,12 +209,11 @@ class MaxFactor(Float32Optimizer):
         smooth = self._momentum(g, state)
         root = self._second_moment_root(g, state)
         if self._is_scalar(p.shape):
-            step, scale = smooth / (root + self.eps[0]), mx.array(self.scalar_boost or 1.0)
+            step = smooth / (root + self.eps[0]) * (alpha * (self.scalar_boost or 1.0))
         else:
             u = smooth / mx.maximum(root, self.eps[0])
             peaks = f.row_max(u)
-            step = mx.sign(u) * peaks if self._steps_by_row_max(p.ndim) else u
-            scale = f.update_scale(
+            scale = alpha * f.update_scale(
                 u,
                 mx.max(peaks, axis=axes, keepdims=True),
                 eps=self.eps[0] + self.eps_rms,
@@ -222,9 +221,13 @@ class MaxFactor(Float32Optimizer):
                 d=self.d,
                 axes=axes,
             )
+            if self._steps_by_row_max(p.ndim):
+                step = mx.sign(smooth) * f.hoist(scale * peaks)
+            else:
+                step = u * f.hoist(scale)
         if self.cautious:
             step = f.cautious(step, g, axes)
-        return self.store(p * (1 - decay) - (alpha * scale) * step, parameter, layout)
+        return self.store(p * f.hoist(1 - decay) - step, parameter, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """α, which is relative to RMS(p): of the whole array, or of each expert's matrix."""

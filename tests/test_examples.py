@@ -1,0 +1,83 @@
+"""Each example from the command line, small; what README shows, run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LANGUAGE_MODEL = ROOT / "examples" / "train_language_model.py"
+SMALL = ("--steps", "12", "--width", "16", "--context", "16", "--batch-size", "2")
+
+
+def run(script, *arguments, cwd):
+    # One thread: two of OpenBLAS's per process would wait for one another here.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_language_model_trains_compares_and_draws(tmp_path):
+    names = ["maxfactor", "adafactor", "signsgd", "muon", "adamw"]
+    done = run(LANGUAGE_MODEL, "--compare", ",".join(names), *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("state bytes") < done.stdout.index("validation loss")
+    folder = tmp_path / "runs" / "language_model"
+    curves = json.loads((folder / "curves.json").read_text())
+    assert [run["optimizer"] for run in curves["runs"]] == names
+    starts = {run["training_loss"][0] for run in curves["runs"]}
+    assert len(starts) == len(names), "each optimizer must have taken its own steps"
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in names:
+        assert re.search(rf"^{name} writes:\ndef ", done.stdout, re.MULTILINE)
+    assert "tokens/s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "sgd"], "'maxfactor'"),
+        (["--compare", "muon,sgd"], "muon,sgd"),
+        (["--compare", "muon", "--optimizer", "muon"], "not allowed with"),
+        (["--steps", "0"], "--steps"),
+        (["--batch-size", "x"], "--batch-size"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--width", "30", "--heads", "4"], "--width"),
+        (["--context", "99999999"], "--context"),
+        (["--output", "/dev/null"], "--output"),
+        (["--stepz", "3"], "--stepz"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
+    done = run(LANGUAGE_MODEL, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert not done.stdout
+
+
+def test_the_benchmark_prints_ratios(tmp_path):
+    script = ROOT / "examples" / "benchmark_step.py"
+    done = run(script, "--width", "16", "--layers", "1", "--rounds", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Muon +mlx Muon +\d+\.\d\d \(\d", done.stdout)
+
+
+def test_what_readme_shows_runs_and_prints_what_it_shows():
+    readme = (ROOT / "README.md").read_text()
+    loop, table = re.search(r"```python\n(.*?)```.*?```\n(path .*?)```", readme, re.S).groups()
+    done = run("-c", loop, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert table in done.stdout
