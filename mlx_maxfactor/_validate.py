@@ -26,7 +26,7 @@ def check_number(
         )
     if not inside:
         raise ValueError(f"{name} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
-    return value
+    return float(value)
 
 
 def check_pair(name: str, value: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
@@ -63,4 +63,4 @@ def check_rate(name: str, value: Any) -> Rate:
     """The value, if it is a schedule, an array, or a number of at least 0."""
     if callable(value) or isinstance(value, mx.array):
         return value
-    return float(check_number(name, value, 0.0))
+    return check_number(name, value, 0.0)

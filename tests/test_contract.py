@@ -1,6 +1,7 @@
 """What every optimizer that the factory knows must keep, bare and routed."""
 
 import copy
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -147,7 +148,9 @@ def test_a_schedule_advances_and_a_rate_set_by_hand_ends_it(make):
 def test_a_rate_set_by_hand_reaches_a_compiled_step(make):
     optimizer, tree = make(learning_rate=lambda step: 0.5 / (step + 1)), {"w": mx.ones((3, 3))}
     optimizer.init(tree)
-    step = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
+    step: Any = mx.compile(
+        optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state
+    )
     for rate in (0.5, 0.25, 0.125):
         if rate == 0.125:
             optimizer.learning_rate = rate
@@ -176,7 +179,7 @@ def train(model, loss, optimizer, steps, compiled=False):
         return value
 
     state = [model.state, optimizer.state]
-    run = mx.compile(step, inputs=state, outputs=state) if compiled else step
+    run: Any = mx.compile(step, inputs=state, outputs=state) if compiled else step
     losses = []
     for _ in range(steps):
         losses.append(run().item())
