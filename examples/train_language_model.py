@@ -1,7 +1,9 @@
-"""Train a small character transformer on the source of Python's standard library.
+r"""Train a small character transformer on the source of Python's standard library.
 
     python examples/train_language_model.py
     python examples/train_language_model.py --optimizer muon --steps 1000
+    python examples/train_language_model.py --option momentum=0.9 --option cautious=true \
+        --learning-rate 0.03
     python examples/train_language_model.py --compare maxfactor,muon,adamw
 
 The text is on every machine that runs Python. Every eighth module is held out for validation.
@@ -35,8 +37,7 @@ VALIDATION_BATCHES = 16
 READ_EVERY = 10  # steps between two looks at the loss: each makes the host wait for the device
 
 # Peak rates on hidden matrices: the best of a small grid, at the defaults below.
-RATES = {"maxfactor": 0.03, "adafactor": 5e-3, "signsgd": 5e-3, "muon": 0.03, "adamw": 5e-3}
-OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"momentum": 0.9, "cautious": True}}
+RATES = {"maxfactor": 0.1, "adafactor": 5e-3, "signsgd": 5e-3, "muon": 0.03, "adamw": 5e-3}
 
 
 @dataclass
@@ -112,7 +113,7 @@ def make_optimizer(name: str, model: nn.Module, arguments: Arguments) -> RoutedO
         rest="adamw",
         learning_rate=schedule,
         rest_learning_rate=arguments.rest_learning_rate,  # the peak, on the same schedule
-        **OPTIONS.get(name, {}),
+        **dict(arguments.option),
     )
 
 
@@ -300,6 +301,7 @@ class Arguments(argparse.Namespace):
 
     optimizer: str
     compare: list[str] | None
+    option: list[tuple[str, Any]]
     learning_rate: float | None
     rest_learning_rate: float
     steps: int
@@ -331,6 +333,7 @@ def parse_arguments() -> tuple[Arguments, Text]:
     which.add_argument("--optimizer", choices=OPTIMIZERS, default="maxfactor", help="one to train")
     which.add_argument("--compare", type=optimizer_names, metavar="A,B,C", help="several to train")
     add = parser.add_argument
+    add("--option", type=option, action="append", default=[], metavar="NAME=VALUE")
     add("--learning-rate", type=rate, help="peak on hidden matrices; None: as in RATES")
     add("--rest-learning-rate", type=rate, default=1e-2, help="peak of AdamW on the rest")
     add("--steps", type=integer, default=300, help="updates")
@@ -344,6 +347,11 @@ def parse_arguments() -> tuple[Arguments, Text]:
     add("--output", type=Path, default=Path("runs/language_model"), help="folder of the curves")
     arguments = parser.parse_args(namespace=Arguments())
 
+    try:
+        for name in arguments.compare or [arguments.optimizer]:
+            OPTIMIZERS[name](**dict(arguments.option))
+    except (TypeError, ValueError) as problem:
+        parser.error(f"--option: {problem}")
     if arguments.width % (2 * arguments.heads):
         parser.error("--width must be divisible by twice --heads (rotary positions take pairs)")
     text = Text.of_standard_library()
@@ -362,6 +370,15 @@ def integer(argument: str, least: int = 1) -> int:
     if not (argument.isdecimal() and least <= int(argument) < 2**31):
         raise argparse.ArgumentTypeError(f"must be an integer from {least} on, got {argument!r}")
     return int(argument)
+
+
+def option(argument: str) -> tuple[str, Any]:
+    """An option of the optimizer for hidden matrices; its value is JSON."""
+    name, equals, value = argument.partition("=")
+    try:
+        return name, json.loads(value) if equals else True
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, got {argument!r}") from None
 
 
 def rate(argument: str) -> float:

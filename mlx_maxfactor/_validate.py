@@ -63,4 +63,6 @@ def check_rate(name: str, value: Any) -> Rate:
     """The value, if it is a schedule, an array, or a number of at least 0."""
     if callable(value) or isinstance(value, mx.array):
         return value
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number or a function of the step, got {value!r}")
     return check_number(name, value, 0.0)

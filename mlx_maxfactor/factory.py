@@ -10,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from ._validate import Rate, check_choice, check_flags, check_rate
+from ._validate import Rate, check_flags, check_rate
 from .optimizers import Adafactor, AdamW, MaxFactor, Muon, SignSGD
 from .optimizers._base import Float32Optimizer, flatten
 from .roles import ROLES, Parameter, find_roles
@@ -75,8 +75,8 @@ def create_optimizer(
         The optimizer, its state made, with ``.plan``, ``.optimizers``, ``.learning_rate``.
 
     Raises:
-        ValueError: An unknown name, option or rule, a rate that fits nothing; with ``strict`` every
-            unexplained parameter.
+        ValueError: An unknown name, option or rule, a number beside a schedule whose peak is not
+            known; with ``strict`` every unexplained parameter.
 
     Example:
         >>> import mlx.nn as nn
@@ -87,6 +87,8 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an mlx.nn.Module, got {type(model).__name__}")
     parameters, exceptions = _apply_rules(model, rules or {})
     if strict:
         _check_explained(model, parameters, exceptions)
@@ -174,7 +176,11 @@ class _Part:
                     "its name"
                 )
             return
-        check_choice(self.place, self.choice, OPTIMIZERS)
+        if self.choice not in OPTIMIZERS:
+            raise ValueError(
+                f"{self.place} must be one of {', '.join(map(repr, OPTIMIZERS))} or an optimizer, "
+                f"got {self.choice!r}"
+            )
         if self.rate is not None:
             check_rate(rate_name, self.rate)
         known = _options_of(self.choice)
@@ -289,7 +295,7 @@ def _apply_rules(
         matched = by_role or any(fnmatchcase(path, key) for path in paths)
         if not matched:
             near = _hint(key, [*ROLES, *paths])
-            problems.append(f"rule {key!r} matches no parameter and is no role{near}")
+            problems.append(f"rule {key!r} is no role and matches no whole path{near}")
         choices = list(OPTIMIZERS) + ([] if by_role else list(ROLES))
         if not isinstance(value, Optimizer) and value not in choices:
             problems.append(

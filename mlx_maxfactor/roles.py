@@ -29,6 +29,7 @@ ROLES = (
     "vector",
     "unknown",
 )
+"""Every role; README.md says where each goes by default."""
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 LINEAR = (nn.Linear, nn.QuantizedLinear, AllToShardedLinear, ShardedToAllLinear)

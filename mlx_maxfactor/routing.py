@@ -92,7 +92,8 @@ class RoutedOptimizer(MultiOptimizer):
 
     Made by :func:`mlx_maxfactor.create_optimizer`. It works where any MLX optimizer does:
     ``optimizer.update(model, grads)``, inside ``mx.compile`` with ``optimizer.state`` captured, in
-    mlx_lm's trainer. Layers may be frozen and unfrozen between steps.
+    mlx_lm's trainer. Layers may be frozen and unfrozen between steps; a compiled step must then be
+    compiled again, as always in MLX.
 
     Args:
         model: The model; its trainable parameters get their state at once.
@@ -195,7 +196,10 @@ class RoutedOptimizer(MultiOptimizer):
 
     @property
     def learning_rate(self) -> mx.array:
-        """The rate of the first member. Setting it keeps the ratios between the members."""
+        """The rate of the first member. Setting it keeps the ratios between the members.
+
+        A number reaches compiled steps; a schedule set later needs them compiled again.
+        """
         return self.optimizers[0].learning_rate
 
     @learning_rate.setter

@@ -43,6 +43,14 @@ def test_the_language_model_trains_compares_and_draws(tmp_path):
     assert "tokens/s" in done.stderr
 
 
+def test_options_reach_the_optimizer(tmp_path):
+    options = ("--option", "momentum=0.9", "--option", "cautious=true")
+    done = run(LANGUAGE_MODEL, *options, *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if "query" in line)
+    assert int(row.split()[-1].replace(",", "")) == 4 * (16 * 16 + 16 + 16)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +65,9 @@ def test_the_language_model_trains_compares_and_draws(tmp_path):
         (["--context", "99999999"], "--context"),
         (["--output", "/dev/null"], "--output"),
         (["--stepz", "3"], "--stepz"),
+        (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
+        (["--option", "speed=9"], "speed"),
+        (["--option", "momentum=fast"], "momentum=fast"),
     ],
     ids=str,
 )
@@ -78,6 +89,7 @@ def test_the_benchmark_prints_ratios(tmp_path):
 def test_what_readme_shows_runs_and_prints_what_it_shows():
     readme = (ROOT / "README.md").read_text()
     loop, table = re.search(r"```python\n(.*?)```.*?```\n(path .*?)```", readme, re.S).groups()
-    done = run("-c", loop, cwd=ROOT)
+    more = re.search(r"```python\n(from mlx_maxfactor import AdamW.*?)```", readme, re.S).group(1)
+    done = run("-c", loop + more, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert table in done.stdout

@@ -155,7 +155,10 @@ def test_effective_learning_rate_is_what_the_next_update_moves():
     ("options", "message"),
     [
         ({"learning_rate": -1.0}, r"learning_rate must be in \[0, inf\), got -1.0"),
-        ({"learning_rate": "fast"}, "learning_rate must be in .*, got 'fast'"),
+        (
+            {"learning_rate": "fast"},
+            "learning_rate must be a number or a function of the step, got 'fast'",
+        ),
         ({"learning_rate": float("nan")}, "learning_rate must be in .*, got nan"),
         ({"momentum": 2.0}, r"momentum must be in \[0, 1\), got 2.0"),
         ({"momentum": True}, "momentum must be in .*, got True"),

@@ -121,7 +121,7 @@ class Float32Optimizer(Optimizer):
             ValueError: Names every parameter that this optimizer cannot take; no state is changed.
         """
         problems = [
-            f"{key!r} is the optimizer's own name: rename that parameter"
+            f"{key!r} is the optimizer's own name: rename what the model calls so at its top"
             for key in RESERVED & parameters.keys()
         ]
         state = self._grown(parameters, self.state, "", problems)

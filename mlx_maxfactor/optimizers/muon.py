@@ -74,7 +74,7 @@ class Muon(Float32Optimizer):
         if parameter.ndim < 2:
             raise ValueError(
                 f"Muon orthogonalizes matrices and cannot take shape {parameter.shape}; route it "
-                "to another optimizer, as create_optimizer(model, 'muon') does"
+                "to another optimizer, as create_optimizer(model, hidden='muon') does"
             )
         state["m"] = mx.zeros(f.as_matrices(parameter, layout or self.layout).shape)
 
