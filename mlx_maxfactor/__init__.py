@@ -1,13 +1,15 @@
 """Optimizers for MLX, and a router that gives each parameter the one that fits it."""
 
+__version__ = "0.1.0"
+
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .factory import DEFAULT_RATES, OPTIMIZERS, create_optimizer, create_optimizer_for_hrm
 from .functional import newton_schulz, polar_express
+from .guard import GuardedOptimizer
 from .optimizers import Adafactor, AdamW, MaxFactor, Muon, SignSGD
 from .roles import ROLES
 from .routing import Plan, PlanEntry, RoutedOptimizer
 from .schedules import adaptive_schedule, warmup_cosine
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_RATES",
@@ -15,6 +17,8 @@ __all__ = [
     "ROLES",
     "Adafactor",
     "AdamW",
+    "CheckpointError",
+    "GuardedOptimizer",
     "MaxFactor",
     "Muon",
     "Plan",
@@ -24,7 +28,9 @@ __all__ = [
     "adaptive_schedule",
     "create_optimizer",
     "create_optimizer_for_hrm",
+    "load_checkpoint",
     "newton_schulz",
     "polar_express",
+    "save_checkpoint",
     "warmup_cosine",
 ]

@@ -44,6 +44,10 @@ def create_optimizer(
     exclude_first: bool = False,
     strict: bool = False,
     rest_options: Mapping[str, Any] | None = None,
+    max_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
     **hidden_options: Any,
 ) -> RoutedOptimizer:
     """One optimizer for a model: hidden matrices to one algorithm, everything else to another.
@@ -69,6 +73,13 @@ def create_optimizer(
         exclude_first: Send a Linear that reads the model's input to ``rest``.
         strict: Raise if an array belongs to no known layer and no rule names it.
         rest_options: Options of ``rest`` if it is a name.
+        max_grad_norm: Largest global norm of the gradients, computed in float32; larger ones are
+            scaled to it. None: no limit.
+        skip_nonfinite: Leave parameters and state as they are where a gradient holds an inf or a
+            NaN, and count it in ``.skipped``, all inside the compiled step.
+        rounding: Of bf16 and fp16 parameters, in every member that is made from a name: "nearest",
+            or "stochastic", which lets updates below their spacing count on average.
+        seed: Of stochastic rounding.
         **hidden_options: Options of ``hidden`` if it is a name, such as ``momentum=0.9``.
 
     Returns:
@@ -96,13 +107,21 @@ def create_optimizer(
     roster = _Roster(
         _Part("hidden", hidden, learning_rate, hidden_options),
         _Part("rest", rest, rest_learning_rate, dict(rest_options or {})),
+        {"rounding": rounding, "seed": seed},
     )
     hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
     routes = {}
     for p in parameters:
         choice = exceptions.get(p.path, "hidden" if p.role in hidden_roles else "rest")
         routes[p.path] = roster.index_of(choice, decays=p.role not in UNDECAYED_ROLES)
-    return RoutedOptimizer(model, parameters, roster.members, routes)
+    return RoutedOptimizer(
+        model,
+        parameters,
+        roster.members,
+        routes,
+        max_grad_norm=max_grad_norm,
+        skip_nonfinite=skip_nonfinite,
+    )
 
 
 def create_optimizer_for_hrm(
@@ -199,8 +218,8 @@ class _Roster:
     in proportion to the default rates, a schedule as a multiple of itself.
     """
 
-    def __init__(self, hidden: _Part, rest: _Part):
-        self.hidden, self.rest = hidden, rest
+    def __init__(self, hidden: _Part, rest: _Part, shared: dict[str, Any]):
+        self.hidden, self.rest, self.shared = hidden, rest, shared
         self.members: list[Member] = []
         self._index: dict[Any, int] = {}
         self.index_of("hidden", decays=True)
@@ -230,7 +249,11 @@ class _Roster:
         if isinstance(part.choice, Optimizer):
             self._follow_lead(part.choice)
             return Member(type(part.choice).__name__, part.choice)
-        options = part.options if decays else {**part.options, "weight_decay": 0.0}
+        # A seed apart, or the first parameters of two members would be rounded alike.
+        seed = self.shared["seed"] + len(self.members)
+        options = {**self.shared, "seed": seed, **part.options}
+        if not decays:
+            options["weight_decay"] = 0.0
         label = part.choice if decays else f"{part.choice}, no decay"
         rate = self._rate_of(part)
         make = OPTIMIZERS[part.choice]

@@ -59,6 +59,31 @@ def hoist(x: mx.array) -> mx.array:
     return mx.max(x[..., None], axis=-1)
 
 
+# Rounding
+
+BITS_DROPPED = {mx.bfloat16: 16, mx.float16: 13}
+"""Mantissa bits of float32 that the dtype lacks."""
+
+
+def stochastic_round(x: mx.array, dtype: mx.Dtype, key: mx.array) -> mx.array:
+    """Round float32 to bf16 or fp16, up or down with probability by nearness: unbiased.
+
+    Random bits are added below the last bit that stays, and what is below it is cut off. Beyond the
+    range of the dtype, and for inf and NaN, rounding is to nearest.
+    """
+    dropped = BITS_DROPPED[dtype]
+    noise = mx.random.randint(0, 1 << dropped, x.shape, mx.uint32, key)
+    kept = 0xFFFFFFFF << dropped & 0xFFFFFFFF
+    rounded = ((x.view(mx.uint32) + noise) & kept).view(mx.float32)
+    if dtype == mx.float16:
+        # Below 2^-14 fp16 has one spacing, 2^-24, and float32 many.
+        least = 2.0**-24
+        steps = mx.floor(x / least + noise.astype(mx.float32) / (1 << dropped))
+        rounded = mx.where(mx.abs(x) < 2.0**-14, steps * least, rounded)
+    inside = mx.abs(x) <= mx.finfo(dtype).max
+    return mx.where(inside, rounded, x).astype(dtype)
+
+
 # Norms
 
 
@@ -79,6 +104,20 @@ def unit_frobenius(x: mx.array) -> mx.array:
     x = x / mx.where(peak > 0, peak, 1.0)
     norm = mx.sqrt(mx.sum(mx.square(x), axis=(-2, -1), keepdims=True))
     return x / mx.where(norm > 0, norm, 1.0)
+
+
+def scaled_global_norm(arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
+    """The norm of all arrays as a product of two numbers, largest magnitude and what remains.
+
+    The norm of finite gradients may itself be beyond float32; the second number never is, unless
+    an element is not finite.
+    """
+    arrays = [x.astype(mx.float32) for x in arrays if x.size]
+    peaks = [mx.max(mx.abs(x)) for x in arrays]
+    peak = mx.max(mx.stack(peaks)) if peaks else mx.array(1.0)
+    peak = hoist(mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0))
+    squares = [mx.sum(mx.square(x / peak)) for x in arrays]
+    return peak, mx.sqrt(mx.sum(mx.stack(squares))) if squares else mx.array(0.0)
 
 
 # Second moments

@@ -7,9 +7,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
-from mlx.utils import tree_map, tree_merge
+from mlx.utils import tree_merge
 
 from ._validate import Rate, check_rate
+from .guard import GuardedOptimizer
 from .optimizers._base import Float32Optimizer, flatten, trainable
 from .roles import Parameter, find_aliases
 from .schedules import Schedule, scaled
@@ -87,7 +88,7 @@ class Member:
     optimizer: Optimizer
 
 
-class RoutedOptimizer(MultiOptimizer):
+class RoutedOptimizer(GuardedOptimizer):
     """Several optimizers behind one: each parameter goes to the member that its role asks for.
 
     Made by :func:`mlx_maxfactor.create_optimizer`. It works where any MLX optimizer does:
@@ -100,6 +101,8 @@ class RoutedOptimizer(MultiOptimizer):
         parameters: Every parameter of the model with its role, the frozen ones too.
         members: The optimizers; the first one's rate stands for all.
         routes: Index of the member by path.
+        max_grad_norm: As for ``GuardedOptimizer``.
+        skip_nonfinite: Likewise; False by default.
 
     Raises:
         ValueError: Names every parameter that its member cannot take.
@@ -111,9 +114,13 @@ class RoutedOptimizer(MultiOptimizer):
         parameters: Sequence[Parameter],
         members: Sequence[Member],
         routes: Mapping[str, int],
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ):
         filters = [lambda path, *_, i=i: routes.get(path) == i for i in range(len(members) - 1)]
-        super().__init__([member.optimizer for member in members], filters)
+        MultiOptimizer.__init__(self, [member.optimizer for member in members], filters)
+        self._set_guard(max_grad_norm, skip_nonfinite)
         self._members = tuple(members)
         self._parameters = {p.path: p for p in parameters}
         self._routes = dict(routes)
@@ -166,10 +173,7 @@ class RoutedOptimizer(MultiOptimizer):
                 optimizer.init(self._part(parameters, index))
             self._prepared.update(new)
 
-    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
-        """Return the updated parameters, in the structure of the gradients."""
-        # A member's init gets parameters here, never gradients, as MLX's lazy one would.
-        self.init(tree_map(lambda _, p: p, gradients, parameters))
+    def _updated(self, gradients: dict, parameters: dict) -> dict:
         updated: Any = {}
         for index, optimizer in enumerate(self.optimizers):
             part = optimizer.apply_gradients(self._part(gradients, index), parameters)
@@ -187,12 +191,7 @@ class RoutedOptimizer(MultiOptimizer):
             return [{} if part is None else part for part in parts]
         return tree if self._routes.get(path) == index else None
 
-    # Rates and state
-
-    @property
-    def step(self) -> mx.array:
-        """Number of updates made."""
-        return self.optimizers[0].step
+    # Rates
 
     @property
     def learning_rate(self) -> mx.array:
@@ -228,23 +227,6 @@ class RoutedOptimizer(MultiOptimizer):
             else:
                 rates |= dict.fromkeys(flatten(part), float(optimizer.learning_rate))
         return {path: rates[path] for path in self._parameters if path in rates}
-
-    @property
-    def state(self) -> dict:
-        """``{"states": [...]}``, the members' live states. Assigning copies into them."""
-        return {"states": [optimizer.state for optimizer in self.optimizers]}
-
-    @state.setter
-    def state(self, state: dict) -> None:
-        states = state.get("states", ())
-        if len(states) != len(self.optimizers):
-            raise ValueError(
-                f"state must hold {len(self.optimizers)} states, one a member, got {len(states)}"
-            )
-        for optimizer, new in zip(self.optimizers, states, strict=True):
-            new = dict(new)
-            optimizer.state.clear()
-            optimizer.state.update(new)
 
 
 def _peak_rate(optimizer: Optimizer) -> float:

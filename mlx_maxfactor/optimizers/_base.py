@@ -9,7 +9,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from .. import functional as f
-from .._validate import Rate, check_choice, check_rate
+from .._validate import Rate, check_choice, check_integer, check_rate
 
 RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 """Keys of the state beside the parameters'."""
@@ -29,14 +29,25 @@ class Float32Optimizer(Optimizer):
     Args:
         learning_rate: A number of at least 0, or a function of the step (0 at the first update).
         layout: How arrays of more than two axes hold matrices, see ``functional.LAYOUTS``.
+        rounding: "nearest", or "stochastic" for bf16 and fp16 parameters.
+        seed: Of stochastic rounding, from 0 to 2³² - 1.
 
     Attributes:
         layouts: Layouts by path, beating ``layout``. The router fills it.
         paths: Tells from a path whether this optimizer updates that parameter. None: all of them.
     """
 
-    def __init__(self, learning_rate: Rate, layout: str = "batched"):
+    def __init__(
+        self,
+        learning_rate: Rate,
+        layout: str = "batched",
+        rounding: str = "nearest",
+        seed: int = 0,
+    ):
         super().__init__()
+        self.rounding: str = check_choice("rounding", rounding, ("nearest", "stochastic"))
+        self.seed = check_integer("seed", seed, 0)
+        self._keys = 0
         self.layout: str = check_choice("layout", layout, f.LAYOUTS)
         self.layouts: dict[str, str] = {}
         self.paths: Callable[[str], bool] | None = None
@@ -108,9 +119,13 @@ class Float32Optimizer(Optimizer):
         """An array in float32, seen as the matrices it holds."""
         return f.as_matrices(x.astype(mx.float32), layout)
 
-    def store(self, x: mx.array, parameter: mx.array, layout: str) -> mx.array:
+    def store(self, x: mx.array, parameter: mx.array, state: dict, layout: str) -> mx.array:
         """What ``load`` gave, updated, with the parameter's own shape and dtype."""
-        return f.from_matrices(x, parameter.shape, layout).astype(parameter.dtype)
+        x = f.from_matrices(x, parameter.shape, layout)
+        if self.rounding == "nearest" or parameter.dtype == mx.float32:
+            return x.astype(parameter.dtype)
+        state["key"], key = mx.random.split(state["key"])
+        return f.stochastic_round(x, parameter.dtype, key)
 
     # The tree
 
@@ -168,8 +183,13 @@ class Float32Optimizer(Optimizer):
         return tree_map_with_path(update, gradients, parameters, self.state)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Make the state of one parameter, from its shape alone."""
-        raise NotImplementedError
+        """Make the state of one parameter, from its shape alone.
+
+        Here the key of its stochastic rounding; a subclass adds its statistics.
+        """
+        if self.rounding == "stochastic":
+            state["key"] = mx.random.key(self.seed << 32 | self._keys)
+            self._keys += 1
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None

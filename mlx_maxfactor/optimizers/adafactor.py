@@ -33,6 +33,7 @@ class Adafactor(Float32Optimizer):
         decay_rate: Exponent of the weight of the newest squared gradient. Default -0.8.
         weight_decay: λ, decoupled: each update multiplies p by 1 - αλ. Default 0.
         layout: How arrays of more than two axes hold matrices, as for ``MaxFactor``.
+        rounding, seed: As for ``MaxFactor``.
 
     Raises:
         ValueError: An option outside its range.
@@ -58,9 +59,12 @@ class Adafactor(Float32Optimizer):
         decay_rate: float = -0.8,
         weight_decay: float = 0.0,
         layout: str = "batched",
+        rounding: str = "nearest",
+        seed: int = 0,
     ):
         self.relative_step = learning_rate is None
-        super().__init__(_relative_step if learning_rate is None else learning_rate, layout)
+        rate = _relative_step if learning_rate is None else learning_rate
+        super().__init__(rate, layout, rounding, seed)
         self.eps = check_pair("eps", eps, 0.0, ends="()")
         self.clip_threshold = check_number("clip_threshold", clip_threshold, 0.0, ends="()")
         self.decay_rate = check_number("decay_rate", decay_rate, -1.0, 0.0)
@@ -68,6 +72,7 @@ class Adafactor(Float32Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for a vector."""
+        super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         if len(shape) > 1:
             state["row"] = mx.zeros((*shape[:-1], 1))
@@ -98,7 +103,7 @@ class Adafactor(Float32Optimizer):
         u = f.clamp_gradient(g / mx.maximum(root, f.ROOT_FLOOR))
         clip = mx.maximum(1.0, f.rms(u, f.norm_axes(u.ndim, layout)) / self.clip_threshold)
         p = p * f.hoist(1 - alpha * self.weight_decay) - u * f.hoist(alpha / clip)
-        return self.store(p, parameter, layout)
+        return self.store(p, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """The rate, times max(ε₂, RMS(p)) in the relative step."""

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import Rate, check_flags, check_number, check_pair
+from .._validate import Rate, check_choice, check_flags, check_number, check_pair
 from ._base import Float32Optimizer
 
 
@@ -24,6 +24,7 @@ class AdamW(Float32Optimizer):
         eps: ε, above 0. Default 1e-8.
         weight_decay: λ, decoupled. Default 0.1.
         bias_correction: Divide the moments by the weight they have gathered. Default True.
+        rounding, seed, state_dtype: As for ``MaxFactor``; v stays float32.
 
     Raises:
         ValueError: An option outside its range.
@@ -47,8 +48,12 @@ class AdamW(Float32Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         bias_correction: bool = True,
+        rounding: str = "nearest",
+        seed: int = 0,
+        state_dtype: mx.Dtype = mx.float32,
     ):
-        super().__init__(learning_rate)
+        super().__init__(learning_rate, rounding=rounding, seed=seed)
+        self.state_dtype = check_choice("state_dtype", state_dtype, (mx.float32, mx.bfloat16))
         check_flags(bias_correction=bias_correction)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
         self.eps = check_number("eps", eps, 0.0, ends="()")
@@ -57,7 +62,8 @@ class AdamW(Float32Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Two moments, and a count of the parameter's own updates."""
-        state["m"] = mx.zeros(parameter.shape)
+        super().init_single(parameter, state)
+        state["m"] = mx.zeros(parameter.shape, self.state_dtype)
         state["v"] = mx.zeros(parameter.shape)
         if self.bias_correction:
             state["count"] = mx.array(0, mx.uint32)
@@ -69,7 +75,8 @@ class AdamW(Float32Optimizer):
         p, g = parameter.astype(mx.float32), f.clamp_gradient(gradient.astype(mx.float32))
         eta, (beta1, beta2) = self.learning_rate, self.betas
 
-        m = state["m"] = beta1 * state["m"] + (1 - beta1) * g
+        m = beta1 * state["m"].astype(mx.float32) + (1 - beta1) * g
+        state["m"] = m.astype(self.state_dtype)
         v = state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
         if self.bias_correction:
             state["count"] = state["count"] + 1
@@ -77,4 +84,4 @@ class AdamW(Float32Optimizer):
             m = m / f.hoist(f.gathered_weight(beta1, t))
             v = v / f.hoist(f.gathered_weight(beta2, t))
         new = p * (1 - eta * self.weight_decay) - eta * m / (mx.sqrt(v) + self.eps)
-        return new.astype(parameter.dtype)
+        return self.store(new, parameter, state, "batched")

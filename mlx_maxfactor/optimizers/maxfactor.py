@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import Rate, check_flags, check_number, check_pair
+from .._validate import Rate, check_choice, check_flags, check_number, check_pair
 from ._base import Float32Optimizer
 
 FLOAT32_EPS = 2.0**-23
@@ -87,6 +87,10 @@ class MaxFactor(Float32Optimizer):
         layout: How arrays of more than two axes hold matrices: "batched" (last two axes, norms span
             the array), "experts" (norms of each matrix), "conv" (as ``(out, -1)``). The router
             knows it from the module. Default "batched".
+        rounding: Of bf16 and fp16 parameters: "nearest", or "stochastic", which lets updates below
+            their spacing count on average. Default "nearest".
+        seed: Of stochastic rounding. Default 0.
+        state_dtype: Of the momentum buffer, float32 or bfloat16. Default float32.
 
     Raises:
         ValueError: An option outside its range; the message names it, its range and the value.
@@ -128,8 +132,12 @@ class MaxFactor(Float32Optimizer):
         eps_rms: float = 0.0,
         min_rms: float = 0.0,
         layout: str = "batched",
+        rounding: str = "nearest",
+        seed: int = 0,
+        state_dtype: mx.Dtype = mx.float32,
     ):
-        super().__init__(learning_rate, layout)
+        super().__init__(learning_rate, layout, rounding, seed)
+        self.state_dtype = check_choice("state_dtype", state_dtype, (mx.float32, mx.bfloat16))
         check_flags(
             max_norm=max_norm,
             full_matrix=full_matrix,
@@ -186,6 +194,7 @@ class MaxFactor(Float32Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
+        super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         if self._is_factored(shape):
             state["row"] = mx.zeros((*shape[:-1], 1))
@@ -193,7 +202,7 @@ class MaxFactor(Float32Optimizer):
         else:
             state["v"] = mx.zeros(shape)
         if self.momentum:
-            state["m"] = mx.zeros(shape)
+            state["m"] = mx.zeros(shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -227,7 +236,7 @@ class MaxFactor(Float32Optimizer):
                 step = u * f.hoist(scale)
         if self.cautious:
             step = f.cautious(step, g, axes)
-        return self.store(p * f.hoist(1 - decay) - step, parameter, layout)
+        return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """α, which is relative to RMS(p): of the whole array, or of each expert's matrix."""
@@ -250,10 +259,9 @@ class MaxFactor(Float32Optimizer):
     def _momentum(self, g: mx.array, state: dict) -> mx.array:
         if not self.momentum:
             return g
-        state["m"] = self.momentum * state["m"] + (1 - self.momentum) * g
-        if self.nesterov:
-            return self.momentum * state["m"] + (1 - self.momentum) * g
-        return state["m"]
+        m = self.momentum * state["m"].astype(mx.float32) + (1 - self.momentum) * g
+        state["m"] = m.astype(self.state_dtype)
+        return self.momentum * m + (1 - self.momentum) * g if self.nesterov else m
 
     def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
         if not self._is_factored(g.shape):

@@ -30,6 +30,7 @@ class Muon(Float32Optimizer):
         steps: Iterations of the method. Default 5.
         layout: How arrays of more than two axes hold matrices, as for ``MaxFactor``; each matrix is
             orthogonalized by itself.
+        rounding, seed, state_dtype: As for ``MaxFactor``.
 
     Raises:
         ValueError: An option outside its range; or, from ``init_single``, a parameter with fewer
@@ -59,8 +60,12 @@ class Muon(Float32Optimizer):
         method: str = "newton_schulz",
         steps: int = 5,
         layout: str = "batched",
+        rounding: str = "nearest",
+        seed: int = 0,
+        state_dtype: mx.Dtype = mx.float32,
     ):
-        super().__init__(learning_rate, layout)
+        super().__init__(learning_rate, layout, rounding, seed)
+        self.state_dtype = check_choice("state_dtype", state_dtype, (mx.float32, mx.bfloat16))
         check_flags(nesterov=nesterov)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = nesterov
@@ -76,7 +81,9 @@ class Muon(Float32Optimizer):
                 f"Muon orthogonalizes matrices and cannot take shape {parameter.shape}; route it "
                 "to another optimizer, as create_optimizer(model, hidden='muon') does"
             )
-        state["m"] = mx.zeros(f.as_matrices(parameter, layout or self.layout).shape)
+        super().init_single(parameter, state)
+        shape = f.as_matrices(parameter, layout or self.layout).shape
+        state["m"] = mx.zeros(shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -85,13 +92,14 @@ class Muon(Float32Optimizer):
         layout = layout or self.layout
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
-        state["m"] = self.momentum * state["m"] + g
-        u = g + self.momentum * state["m"] if self.nesterov else state["m"]
+        m = self.momentum * state["m"].astype(mx.float32) + g
+        state["m"] = m.astype(self.state_dtype)
+        u = g + self.momentum * m if self.nesterov else m
         direction = METHODS[self.method](u, self.steps)
 
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         p = p * (1 - self.learning_rate * self.weight_decay) - alpha * direction
-        return self.store(p, parameter, layout)
+        return self.store(p, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """η · s, the spectral norm of an update."""

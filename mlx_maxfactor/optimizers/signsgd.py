@@ -17,6 +17,7 @@ class SignSGD(Float32Optimizer):
         weight_decay: λ. Default 0.1.
         sparse_rows: Leave a row (last axis) whose gradient is all zero as it is, decay too: for
             embeddings of which a batch touches a few rows. Default False.
+        rounding, seed: As for ``MaxFactor``; stochastic rounding keeps a key per parameter.
 
     Raises:
         ValueError: An option outside its range.
@@ -38,14 +39,17 @@ class SignSGD(Float32Optimizer):
         *,
         weight_decay: float = 0.1,
         sparse_rows: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
     ):
-        super().__init__(learning_rate)
+        super().__init__(learning_rate, rounding=rounding, seed=seed)
         check_flags(sparse_rows=sparse_rows)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.sparse_rows = sparse_rows
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Nothing."""
+        """Nothing of its own."""
+        super().init_single(parameter, state)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -57,4 +61,4 @@ class SignSGD(Float32Optimizer):
         if self.sparse_rows:
             touched = mx.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
             new = mx.where(touched, new, p)
-        return new.astype(parameter.dtype)
+        return self.store(new, parameter, state, "batched")

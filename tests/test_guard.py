@@ -1,0 +1,174 @@
+"""Bad batches: the global norm, skipped steps, inside compiled steps."""
+
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as mlx_optimizers
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from models import Table
+from trajectories import parameter
+
+from mlx_maxfactor import OPTIMIZERS, GuardedOptimizer, MaxFactor, SignSGD, create_optimizer
+from mlx_maxfactor import functional as f
+
+MAKE = {
+    **{name: lambda model, name=name: routed(model, name) for name in OPTIMIZERS},
+    "maxfactor bare": lambda model: GuardedOptimizer(MaxFactor(momentum=0.9), max_grad_norm=1.0),
+    "mlx AdamW": lambda model: GuardedOptimizer(mlx_optimizers.AdamW(1e-2), max_grad_norm=1.0),
+    "mlx in a router": lambda model: create_optimizer(
+        model, mlx_optimizers.Adam(1e-2), mlx_optimizers.Adam(1e-2), skip_nonfinite=True
+    ),
+}
+
+
+def routed(model, name):
+    return create_optimizer(
+        model, name, max_grad_norm=1.0, skip_nonfinite=True, rounding="stochastic"
+    )
+
+
+def arrays(model, optimizer):
+    tree = {"model": model.parameters(), "optimizer": optimizer.state}
+    return {
+        path: np.array(a.view(mx.uint16) if a.dtype in (mx.bfloat16, mx.float16) else a)
+        for path, a in tree_flatten(tree)
+    }
+
+
+def gradients_of(model, seed=0, poison=None):
+    keys = iter(mx.random.split(mx.random.key(seed), 50))
+    tree = tree_map(
+        lambda p: mx.random.normal(p.shape, key=next(keys)).astype(p.dtype), model.parameters()
+    )
+    if poison is not None:
+        weight = tree["linear1"]["weight"]
+        tree["linear1"]["weight"] = mx.where(mx.arange(weight.shape[1]) == 3, poison, weight)
+    return tree
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", MAKE)
+def test_a_bad_step_leaves_everything_bit_for_bit(name, poison, compiled):
+    model = Table()
+    model.set_dtype(mx.bfloat16)
+    optimizer = MAKE[name](model)
+    optimizer.init(model.trainable_parameters())
+    state = [model.state, optimizer.state]
+    traces = []
+
+    def step(gradients):
+        traces.append(None)
+        optimizer.update(model, gradients)
+
+    run = mx.compile(step, inputs=state, outputs=state) if compiled else step
+    for seed in range(2):
+        run(gradients_of(model, seed))
+    before = arrays(model, optimizer)
+    run(gradients_of(model, 7, mx.array(poison, mx.bfloat16)))
+    after = arrays(model, optimizer)
+    assert optimizer.skipped.item() == 1
+    for path, array in before.items():
+        assert path.endswith("skipped") or np.array_equal(array, after[path]), path
+    run(gradients_of(model, 8))
+    assert optimizer.skipped.item() == 1
+    assert optimizer.step.item() == 3
+    moved = arrays(model, optimizer)
+    assert not np.array_equal(moved["model.linear1.weight"], before["model.linear1.weight"])
+    assert not compiled or len(traces) == 1
+
+
+def test_a_bad_step_is_as_if_it_had_not_been():
+    results = []
+    for bad in (False, True):
+        mx.random.seed(1)
+        model = Table()
+        optimizer = routed(model, "maxfactor")
+        for seed in range(4):
+            if bad:
+                optimizer.update(model, gradients_of(model, seed, mx.array(float("nan"))))
+            optimizer.update(model, gradients_of(model, seed))
+        results.append(arrays(model, optimizer))
+    good, recovered = results
+    for path, array in good.items():
+        assert path.endswith("skipped") or np.array_equal(array, recovered[path]), path
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_the_global_norm_is_that_of_float32(dtype):
+    # mlx's clip_grad_norm gives 16 for a thousand ones in bf16, not 31.6.
+    peak, norm = f.scaled_global_norm([mx.ones(500, dtype), mx.ones((20, 25), dtype), mx.zeros(0)])
+    assert (peak * norm).item() == pytest.approx(np.sqrt(1000), rel=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_clipping_scales_to_the_limit_at_any_magnitude(magnitude):
+    g = {"a": mx.array(parameter((4, 3)) * np.float32(magnitude)), "b": mx.array(parameter((5,)))}
+    optimizer = GuardedOptimizer(mlx_optimizers.SGD(1.0), max_grad_norm=0.5)
+    moved = optimizer.apply_gradients(g, tree_map(mx.zeros_like, g))
+    exact = np.concatenate([np.float64(g[k]).ravel() for k in g])
+    exact *= 0.5 / np.linalg.norm(exact)
+    ours = -np.concatenate([np.array(moved[k]).ravel() for k in g])
+    assert np.allclose(ours, exact, rtol=1e-5, atol=1e-12)
+
+
+def test_gradients_below_the_limit_and_zero_are_left_as_they_are():
+    g = {"a": mx.array(parameter((4,)))}
+    optimizer = GuardedOptimizer(mlx_optimizers.SGD(1.0), max_grad_norm=100.0)
+    assert mx.array_equal(optimizer.apply_gradients(g, {"a": mx.zeros(4)})["a"], -g["a"]).item()
+    zero = {"a": mx.zeros(4)}
+    assert optimizer.apply_gradients(zero, zero)["a"].tolist() == [0.0] * 4
+
+
+def test_without_skipping_one_inf_does_not_spoil_the_rest():
+    # Clipped by a plain factor, the tree would become NaN and zeros.
+    optimizer = GuardedOptimizer(
+        SignSGD(1.0, weight_decay=0.0), max_grad_norm=1.0, skip_nonfinite=False
+    )
+    g = {"a": mx.array([float("inf"), 1.0, -2.0])}
+    assert optimizer.apply_gradients(g, {"a": mx.zeros(3)})["a"].tolist() == [-1.0, -1.0, 1.0]
+    assert optimizer.skipped.item() == 0
+
+
+def test_huge_finite_gradients_are_not_skipped():
+    optimizer = GuardedOptimizer(MaxFactor(), max_grad_norm=1.0)
+    moved = optimizer.apply_gradients({"w": mx.full((50, 50), 3e38)}, {"w": mx.ones((50, 50))})
+    assert optimizer.skipped.item() == 0
+    assert mx.all(moved["w"] < 1).item()
+
+
+def test_the_count_is_part_of_the_state():
+    optimizer = GuardedOptimizer(SignSGD())
+    tree = {"a": mx.ones(2)}
+    optimizer.apply_gradients({"a": mx.array([float("nan"), 1.0])}, tree)
+    other = GuardedOptimizer(SignSGD())
+    other.state = copy.deepcopy(optimizer.state)
+    assert other.skipped.item() == 1
+
+
+def test_it_passes_on_rates_and_steps():
+    optimizer = GuardedOptimizer(MaxFactor(0.1))
+    optimizer.learning_rate = 0.2
+    assert optimizer.learning_rate.item() == pytest.approx(0.2)
+    assert optimizer.optimizers[0].learning_rate.item() == pytest.approx(0.2)
+    model = nn.Linear(3, 2)
+    optimizer.update(model, tree_map(mx.ones_like, model.parameters()))
+    assert optimizer.step.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": 0.0}, r"max_grad_norm must be in \(0, inf\), got 0.0"),
+        ({"skip_nonfinite": "yes"}, "skip_nonfinite must be True or False, got 'yes'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        GuardedOptimizer(SignSGD(), **options)
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(Table(), **options)

@@ -1,0 +1,163 @@
+"""Stochastic rounding: unbiased, between neighbours, seeded; momentum in bf16."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from models import Table
+from trajectories import parameter
+
+from mlx_maxfactor import OPTIMIZERS, AdamW, MaxFactor, Muon, SignSGD, create_optimizer
+from mlx_maxfactor import functional as f
+
+DTYPES = [mx.bfloat16, mx.float16]
+
+
+def neighbours(x, dtype):
+    """The two values of the dtype around each float32, from rounding towards either side."""
+    near = np.array(mx.array(x).astype(dtype).astype(mx.float32))
+    spacing = {
+        mx.bfloat16: np.float32(2.0) ** (np.floor(np.log2(np.abs(x))) - 7),
+        mx.float16: np.maximum(np.float32(2.0) ** (np.floor(np.log2(np.abs(x))) - 10), 2.0**-24),
+    }[dtype]
+    return near, spacing
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-7, 3e-5, 1e-3, 1.0, 777.0, 3e4])
+def test_it_rounds_to_a_neighbour_and_is_unbiased(scale, dtype):
+    x = (parameter((64,)) * scale).astype(np.float32)
+    x = x[np.abs(x) > 2.0**-22]
+    near, spacing = neighbours(x, dtype)
+    draws = 4096
+    keys = mx.random.split(mx.random.key(3), draws)
+    rounded = mx.stack([f.stochastic_round(mx.array(x), dtype, k) for k in keys])
+    assert rounded.dtype == dtype
+    values = np.array(rounded.astype(mx.float32)).astype(np.float64)
+    assert np.all(np.abs(values - x) <= spacing)
+    assert np.all(np.abs(values - near) <= spacing)
+    # The mean of n draws, each off by at most one spacing: 6 standard errors of at most half.
+    assert np.all(np.abs(values.mean(axis=0) - x) <= 6 * 0.5 * spacing / np.sqrt(draws))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_the_dtype_holds_stays_and_what_it_does_not_is_as_nearest(dtype):
+    held = mx.array([0.0, -0.0, 1.0, -2.5, 65504.0 if dtype == mx.float16 else 3.3895e38, 2.0**-14])
+    held = held.astype(dtype).astype(mx.float32)
+    assert f.stochastic_round(held, dtype, mx.random.key(0)).astype(mx.float32).tolist() == (
+        held.tolist()
+    )
+    beyond = mx.array([float("inf"), -float("inf"), 3.4e38])
+    rounded = f.stochastic_round(beyond, dtype, mx.random.key(0))
+    assert rounded.tolist() == beyond.astype(dtype).tolist()
+    assert mx.isnan(f.stochastic_round(mx.array(float("nan")), dtype, mx.random.key(0))).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_small_updates_count_on_average(name, dtype):
+    # To nearest they vanish: 1 - 1e-4 is 1 in bf16 and in fp16.
+    p = {"w": mx.ones((64, 64), dtype)}
+    g = {"w": mx.ones((64, 64), dtype)}
+    rate = 2e-5 * (8 if name == "muon" else 1)  # Muon's step of a rank-one 64 × 64 is 1/64 each
+    options = {"learning_rate": rate, "weight_decay": 0.0}
+    exact = OPTIMIZERS[name](**options)
+    reference, nearest, stochastic = {"w": mx.ones((64, 64))}, p, p
+    one, two = OPTIMIZERS[name](**options), OPTIMIZERS[name](rounding="stochastic", **options)
+    for _ in range(200):
+        reference = exact.apply_gradients({"w": mx.ones((64, 64))}, reference)
+        nearest = one.apply_gradients(g, nearest)
+        stochastic = two.apply_gradients(g, stochastic)
+    ideal = 1 - mx.mean(reference["w"]).item()
+    moved = 1 - mx.mean(stochastic["w"].astype(mx.float32)).item()
+    assert ideal > 0
+    assert mx.all(nearest["w"] == 1).item()
+    # 4096 elements, each a sum of draws of one spacing (2^-9 below 1 in bf16).
+    spread = np.sqrt(ideal * 2.0**-8 / 4096)
+    assert abs(moved - ideal) < 6 * spread
+
+
+def test_weight_decay_of_bf16_is_no_no_op():
+    # mlx's AdamW rounds 1 - ηλ to 1.
+    zero, p = {"w": mx.zeros((64, 64), mx.bfloat16)}, {"w": mx.ones((64, 64), mx.bfloat16)}
+    optimizer = AdamW(1e-3, weight_decay=0.1, rounding="stochastic")
+    for _ in range(300):
+        p = optimizer.apply_gradients(zero, p)
+    mean = mx.mean(p["w"].astype(mx.float32)).item()
+    assert mean == pytest.approx(0.9999**300, abs=6 * np.sqrt(0.03 * 2.0**-8 / 4096))
+
+
+def run(seed, compiled=False, steps=20):
+    model = Table()
+    model.set_dtype(mx.bfloat16)
+    model.apply(lambda p: mx.ones_like(p))
+    optimizer = create_optimizer(model, learning_rate=1e-3, rounding="stochastic", seed=seed)
+    state = [model.state, optimizer.state]
+
+    def step():
+        optimizer.update(model, {"linear1": {"weight": mx.ones((128, 64), mx.bfloat16)}})
+
+    go = mx.compile(step, inputs=state, outputs=state) if compiled else step
+    points = []
+    for _ in range(steps):
+        go()
+        points.append(np.array(model.linear1.weight.astype(mx.float32)))
+    return np.stack(points)
+
+
+def test_it_is_seeded_and_reproducible():
+    assert np.array_equal(run(1), run(1))
+    assert not np.array_equal(run(1), run(2))
+    assert np.array_equal(run(1), run(1, compiled=True))
+
+
+def test_every_compiled_step_draws_anew():
+    # Randomness that mx.compile does not capture repeats at every call.
+    points = run(1, compiled=True)
+    steps = np.diff(points, axis=0) != 0
+    assert not any(np.array_equal(a, b) for a, b in zip(steps, steps[1:], strict=False) if a.any())
+
+
+def test_no_two_parameters_share_a_key():
+    model = Table()
+    optimizer = create_optimizer(model, rounding="stochastic")
+    keys = [tuple(a.tolist()) for path, a in tree_flatten(optimizer.state) if path.endswith("key")]
+    assert len(keys) == len(set(keys)) == len(optimizer.plan)
+
+
+def test_float32_parameters_are_not_rounded():
+    g, p = {"w": mx.array(parameter((4, 3)))}, {"w": mx.array(parameter((4, 3), 1))}
+    plain = MaxFactor().apply_gradients(g, p)["w"]
+    assert mx.array_equal(MaxFactor(rounding="stochastic").apply_gradients(g, p)["w"], plain).item()
+
+
+@pytest.mark.parametrize("make", [lambda **k: MaxFactor(momentum=0.9, **k), Muon, AdamW])
+def test_momentum_in_bf16_halves_its_bytes_and_tracks_float32(make):
+    options = {"state_dtype": mx.bfloat16}
+    half, full = make(**options), make()
+    a = b = {"w": mx.array(parameter((16, 16)))}
+    for seed in range(30):
+        g = {"w": mx.array(parameter((16, 16), seed))}
+        a, b = half.apply_gradients(g, a), full.apply_gradients(g, b)
+    assert half.state["w"]["m"].dtype == mx.bfloat16
+    assert half.state["w"]["m"].nbytes * 2 == full.state["w"]["m"].nbytes
+    for key, array in half.state["w"].items():
+        assert key == "m" or array.dtype in (mx.float32, mx.uint32)
+    start = parameter((16, 16))
+    moved, difference = np.array(b["w"]) - start, np.array(a["w"] - b["w"])
+    # m is off by 2^-9 of itself; a step that is a sign differs only where m is that near 0.
+    assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(moved)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SignSGD(rounding="up"), "rounding must be one of 'nearest', 'stochastic', got"),
+        (lambda: MaxFactor(seed=-1), "seed must be a whole number of at least 0, got -1"),
+        (lambda: Muon(state_dtype=mx.float16), "state_dtype must be one of .*, got .*float16"),
+        (lambda: create_optimizer(Table(), rounding="up"), "rounding must be one of"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
