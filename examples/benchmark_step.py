@@ -47,9 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Time one update of every optimizer beside mlx's own."
     )
-    parser.add_argument("--width", type=int, default=512, help="channels (default 512)")
-    parser.add_argument("--layers", type=int, default=8, help="blocks (default 8)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--width", type=count, default=512, help="channels (default 512)")
+    parser.add_argument("--layers", type=count, default=8, help="blocks (default 8)")
+    parser.add_argument("--rounds", type=count, default=7, help="timed rounds (default 7)")
     arguments = parser.parse_args()
 
     parameters = transformer_parameters(arguments.width, arguments.layers)
@@ -71,6 +71,12 @@ def main() -> None:
         print(row.format(name, "", *milliseconds))
 
 
+def count(argument: str) -> int:
+    if not (argument.isdecimal() and int(argument)):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {argument!r}")
+    return int(argument)
+
+
 def transformer_parameters(width: int, layers: int) -> dict:
     """An embedding of 8 · width tokens, and blocks of attention and a fourfold MLP."""
     shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width), (width,), (width,)]
@@ -85,11 +91,11 @@ def measure(parameters: dict, compiled: bool, rounds: int) -> dict[str, list[flo
     steps |= {name: make_step(make(), parameters, compiled) for name, make in PEERS.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     mode = "compiled" if compiled else "eager"
-    for count in tqdm(range(rounds + 1), mode, leave=False):
+    for i in tqdm(range(rounds + 1), mode, leave=False):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if count:
+            if i:
                 times[name].append(time.perf_counter() - start)
     return times
 

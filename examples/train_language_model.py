@@ -360,15 +360,17 @@ def parse_arguments() -> tuple[Arguments, Text]:
         parser.error(f"--context must be below {shortest}, the length of the shorter text")
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "curves.json").touch()
+        for name in ("curves.json", "curves.png"):
+            (arguments.output / name).open("ab").close()
     except OSError as problem:
         parser.error(f"--output {arguments.output}: {problem.strerror}")
     return arguments, text
 
 
 def integer(argument: str, least: int = 1) -> int:
-    if not (argument.isdecimal() and least <= int(argument) < 2**31):
-        raise argparse.ArgumentTypeError(f"must be an integer from {least} on, got {argument!r}")
+    if not (argument.isdecimal() and least <= int(argument) < 10**6):
+        message = f"must be an integer from {least} to {10**6 - 1}, got {argument!r}"
+        raise argparse.ArgumentTypeError(message)
     return int(argument)
 
 
@@ -386,8 +388,8 @@ def rate(argument: str) -> float:
         value = float(argument)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {argument!r}")
+    if not 1e-12 <= value <= 1e3:
+        raise argparse.ArgumentTypeError(f"must be a number from 1e-12 to 1e3, got {argument!r}")
     return value
 
 

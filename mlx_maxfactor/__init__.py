@@ -9,7 +9,7 @@ from .guard import GuardedOptimizer
 from .optimizers import Adafactor, AdamW, MaxFactor, Muon, SignSGD
 from .roles import ROLES
 from .routing import Plan, PlanEntry, RoutedOptimizer
-from .schedules import adaptive_schedule, warmup_cosine
+from .schedules import Schedule, adaptive_schedule, warmup_cosine
 
 __all__ = [
     "DEFAULT_RATES",
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "PlanEntry",
     "RoutedOptimizer",
+    "Schedule",
     "SignSGD",
     "adaptive_schedule",
     "create_optimizer",

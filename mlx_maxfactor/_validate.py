@@ -1,6 +1,7 @@
 """The few checks of options, and the one form of their messages: name, rule, value."""
 
 from collections.abc import Callable, Collection
+from ctypes import c_float
 from numbers import Real
 from typing import Any
 
@@ -20,7 +21,7 @@ def check_number(
     """The value, if it is a number in the interval, whose ends are drawn as ``[)`` or ``(]``."""
     inside = False
     if isinstance(value, Real) and not isinstance(value, bool):
-        x = float(value)
+        x = c_float(float(value)).value  # arithmetic is float32: 1e-46 is 0 there, and 1e39 inf
         inside = (x >= low if ends[0] == "[" else x > low) and (
             x <= high if ends[1] == "]" else x < high
         )
@@ -46,7 +47,7 @@ def check_integer(name: str, value: Any, low: int) -> int:
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     """The value, if it is one of the choices."""
-    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
     return value
@@ -61,7 +62,7 @@ def check_flags(**flags: Any) -> None:
 
 def check_rate(name: str, value: Any) -> Rate:
     """The value, if it is a schedule, an array, or a number of at least 0."""
-    if callable(value) or isinstance(value, mx.array):
+    if callable(value) or (isinstance(value, mx.array) and value.ndim == 0):
         return value
     if not isinstance(value, Real):
         raise ValueError(f"{name} must be a number or a function of the step, got {value!r}")

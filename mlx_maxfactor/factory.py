@@ -13,8 +13,9 @@ from mlx.optimizers import Optimizer
 from ._validate import Rate, check_flags, check_rate
 from .optimizers import Adafactor, AdamW, MaxFactor, Muon, SignSGD
 from .optimizers._base import Float32Optimizer, flatten
-from .roles import ROLES, Parameter, find_roles
-from .routing import Member, RoutedOptimizer
+from .optimizers.adafactor import relative_step_of
+from .roles import ROLES, Parameter, find_aliases, find_roles
+from .routing import Member, RoutedOptimizer, set_rate
 from .schedules import Schedule, scaled
 
 OPTIMIZERS: dict[str, type[Float32Optimizer]] = {
@@ -104,6 +105,8 @@ def create_optimizer(
     if strict:
         _check_explained(model, parameters, exceptions)
 
+    if not isinstance(rest_options or {}, Mapping):
+        raise ValueError(f"rest_options must map names to values, got {rest_options!r}")
     roster = _Roster(
         _Part("hidden", hidden, learning_rate, hidden_options),
         _Part("rest", rest, rest_learning_rate, dict(rest_options or {})),
@@ -205,8 +208,9 @@ class _Part:
         known = _options_of(self.choice)
         for option in self.options:
             if option not in known:
+                hint = _hint(option, [*known, *signature(create_optimizer).parameters])
                 raise ValueError(
-                    f"{self.choice} has no option {option!r}{_hint(option, known)}; "
+                    f"{self.choice} has no option {option!r}{hint}; "
                     f"it has {', '.join(known)}, and its rate is {rate_name}"
                 )
 
@@ -248,39 +252,58 @@ class _Roster:
     def _member(self, part: _Part, decays: bool) -> Member:
         if isinstance(part.choice, Optimizer):
             self._follow_lead(part.choice)
-            return Member(type(part.choice).__name__, part.choice)
+            return Member(type(part.choice).__name__, part.choice, _nominal(part.choice))
         # A seed apart, or the first parameters of two members would be rounded alike.
         seed = self.shared["seed"] + len(self.members)
         options = {**self.shared, "seed": seed, **part.options}
         if not decays:
             options["weight_decay"] = 0.0
         label = part.choice if decays else f"{part.choice}, no decay"
-        rate = self._rate_of(part)
-        make = OPTIMIZERS[part.choice]
-        return Member(label, make(**options) if rate is None else make(rate, **options))
+        make, default = OPTIMIZERS[part.choice], DEFAULT_RATES[part.choice]
+        if part.choice == "adafactor" and part.rate is None:
+            optimizer = Adafactor(**options)  # at its relative step
+            rate = self._in_proportion(relative_step_of, default)
+            if rate is not relative_step_of:
+                optimizer.learning_rate = rate
+        else:
+            optimizer = make(self._rate_of(part), **options)
+        return Member(label, optimizer, _nominal(optimizer) or default)
 
-    def _rate_of(self, part: _Part) -> Rate | None:
-        """The rate of a member that was asked for by name; None for Adafactor's relative step."""
+    def _rate_of(self, part: _Part) -> Rate:
+        """The rate of a member that was asked for by name."""
         assert isinstance(part.choice, str)
-        default, lead, rate = DEFAULT_RATES[part.choice], self.hidden.rate, part.rate
-        if rate is None and lead is not None and isinstance(self.hidden.choice, str):
-            ratio = default / DEFAULT_RATES[self.hidden.choice]
-            return scaled(lead, ratio) if callable(lead) else lead * ratio
-        if isinstance(rate, (int, float)) and callable(lead):
-            return scaled(lead, rate / _known_peak(lead, f"{part.place}_learning_rate"))
-        return default if rate is None and part.choice != "adafactor" else rate
+        if part.rate is None:
+            default = DEFAULT_RATES[part.choice]
+            return self._in_proportion(default, default)
+        if part is not self.hidden and not callable(part.rate) and callable(self.hidden.rate):
+            peak = _known_peak(self.hidden.rate, f"{part.place}_learning_rate")
+            return scaled(self.hidden.rate, float(part.rate) / peak)
+        return part.rate
+
+    def _in_proportion(self, rate: Rate, default: float) -> Any:
+        """A default rate, times what was given for the hidden matrices over their default."""
+        lead = self.hidden.rate
+        if lead is None or not isinstance(self.hidden.choice, str):
+            return rate
+        unit = DEFAULT_RATES[self.hidden.choice]
+        if callable(rate):
+            shape = lead if callable(lead) else lambda _: lead
+            return Schedule(lambda step: rate(step) * shape(step) / unit, "relative step", default)
+        ratio = float(rate) / unit
+        return scaled(lead, ratio) if callable(lead) else lead * ratio
 
     def _follow_lead(self, optimizer: Optimizer) -> None:
         """Let the schedule given for the hidden matrices shape an optimizer at a constant rate."""
         lead = self.hidden.rate
-        if not callable(lead) or "learning_rate" in optimizer._schedulers:
-            return
-        peak = _known_peak(lead, f"the rate of {type(optimizer).__name__}")
-        schedule = scaled(lead, float(optimizer.learning_rate) / peak)
-        if isinstance(optimizer, Float32Optimizer):
-            optimizer.learning_rate = schedule
-        else:
-            optimizer._maybe_schedule("learning_rate", schedule)
+        if callable(lead) and "learning_rate" not in optimizer._schedulers:
+            peak = _known_peak(lead, f"the rate of {type(optimizer).__name__}")
+            set_rate(optimizer, scaled(lead, float(optimizer.learning_rate) / peak))
+
+
+def _nominal(optimizer: Optimizer) -> float:
+    """The rate, or the peak of the schedule where it is known."""
+    peak = getattr(optimizer._schedulers.get("learning_rate"), "peak", None)
+    return float(optimizer.state.get("learning_rate", 0.0) if peak is None else peak)
 
 
 def _known_peak(schedule: Any, beside: str) -> float:
@@ -310,8 +333,11 @@ def _apply_rules(
     model: nn.Module, rules: Mapping[str, str | Optimizer]
 ) -> tuple[list[Parameter], dict[str, str | Optimizer]]:
     """The parameters with their roles, and the optimizer of those that a rule names, by path."""
+    if not isinstance(rules, Mapping) or not all(isinstance(key, str) for key in rules):
+        raise ValueError(f"rules must map roles and path patterns to optimizers, got {rules!r}")
     parameters = find_roles(model)
-    paths = [p.path for p in parameters]
+    aliases = find_aliases(model)
+    paths = [*(p.path for p in parameters), *aliases]
     problems = []
     for key, value in rules.items():
         by_role = key in ROLES
@@ -319,7 +345,7 @@ def _apply_rules(
         if not matched:
             near = _hint(key, [*ROLES, *paths])
             problems.append(f"rule {key!r} is no role and matches no whole path{near}")
-        choices = list(OPTIMIZERS) + ([] if by_role else list(ROLES))
+        choices = [*OPTIMIZERS, "rest"] + ([] if by_role else list(ROLES))
         if not isinstance(value, Optimizer) and value not in choices:
             problems.append(
                 f"rule {key!r} must give an optimizer or one of {', '.join(choices)}, got {value!r}"
@@ -331,10 +357,14 @@ def _apply_rules(
     for path in paths:
         key = next((k for k in rules if k not in ROLES and fnmatchcase(path, k)), None)
         if key is not None:
-            by_path[path] = rules[key]
+            by_path.setdefault(aliases.get(path, path), rules[key])
     declared = {path: v for path, v in by_path.items() if isinstance(v, str) and v in ROLES}
     parameters = find_roles(model, declared) if declared else parameters
-    by_role = {p.path: rules[p.role] for p in parameters if p.role in rules}
+    by_role = {}
+    for p in parameters:
+        role = "hidden" if p.role == "first" and "first" not in rules else p.role
+        if role in rules:
+            by_role[p.path] = rules[role]
     return parameters, by_role | {path: v for path, v in by_path.items() if path not in declared}
 
 

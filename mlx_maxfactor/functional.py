@@ -54,9 +54,9 @@ def hoist(x: mx.array) -> mx.array:
     """Compute a number, or one number a row, apart from the full-size array it will meet.
 
     ``mx.compile`` fuses through broadcasts and would compute it again for every element; it does
-    not fuse reductions, so one over an axis of length one keeps the value and ends the fusion.
+    not fuse a copy.
     """
-    return mx.max(x[..., None], axis=-1)
+    return mx.contiguous(x)
 
 
 # Rounding
@@ -243,6 +243,9 @@ def newton_schulz(x: mx.array, steps: int = 5) -> mx.array:
     Returns:
         An array of the same shape and dtype; zero for a zero matrix.
 
+    Raises:
+        ValueError: ``x`` holds no float matrices, or ``steps`` is below 1.
+
     Example:
         >>> import mlx.core as mx
         >>> from mlx_maxfactor import newton_schulz
@@ -252,9 +255,9 @@ def newton_schulz(x: mx.array, steps: int = 5) -> mx.array:
     Reference:
         Keller Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024.
     """
-    return _iterate_quintics(unit_frobenius(x.astype(mx.float32)), [NEWTON_SCHULZ] * steps).astype(
-        x.dtype
-    )
+    _check_matrices(x, steps)
+    unit = unit_frobenius(x.astype(mx.float32))
+    return _iterate_quintics(unit, [NEWTON_SCHULZ] * steps).astype(x.dtype)
 
 
 def polar_express(x: mx.array, steps: int = 5) -> mx.array:
@@ -270,6 +273,9 @@ def polar_express(x: mx.array, steps: int = 5) -> mx.array:
     Returns:
         An array of the same shape and dtype; zero for a zero matrix.
 
+    Raises:
+        ValueError: ``x`` holds no float matrices, or ``steps`` is below 1.
+
     Example:
         >>> import mlx.core as mx
         >>> from mlx_maxfactor import polar_express
@@ -279,11 +285,19 @@ def polar_express(x: mx.array, steps: int = 5) -> mx.array:
     Reference:
         Amsel, Persson, Musco and Gower, *The Polar Express*, 2025, arXiv 2505.16932.
     """
+    _check_matrices(x, steps)
     s = POLAR_EXPRESS_SAFETY
     table = [(a / s, b / s**3, c / s**5) for a, b, c in POLAR_EXPRESS[:-1]]
     table += [POLAR_EXPRESS[-1]] * max(0, steps - len(table))
     unit = unit_frobenius(x.astype(mx.float32)) / s
     return _iterate_quintics(unit, table[:steps]).astype(x.dtype)
+
+
+def _check_matrices(x: mx.array, steps: int) -> None:
+    if x.ndim < 2 or x.size == 0 or not mx.issubdtype(x.dtype, mx.floating):
+        raise ValueError(f"x must hold float matrices, got {x.dtype} of shape {x.shape}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
 
 
 def _iterate_quintics(x: mx.array, table: list[tuple[float, float, float]]) -> mx.array:

@@ -8,7 +8,7 @@ from mlx.utils import tree_map
 
 from . import functional as f
 from ._validate import Rate, check_flags, check_number
-from .optimizers._base import flatten
+from .optimizers._base import Float32Optimizer, flatten
 
 
 class GuardedOptimizer(MultiOptimizer):
@@ -124,14 +124,18 @@ class GuardedOptimizer(MultiOptimizer):
     @state.setter
     def state(self, state: dict) -> None:
         states = state.get("states", ())
+        self._prepared = set()  # flattening may have lost empty containers: init puts them back
         if len(states) != len(self.optimizers):
             raise ValueError(
                 f"state must hold {len(self.optimizers)} states, one a member, got {len(states)}"
             )
         for optimizer, new in zip(self.optimizers, states, strict=True):
-            new = dict(new)
-            optimizer.state.clear()
-            optimizer.state.update(new)
+            if isinstance(optimizer, Float32Optimizer):
+                optimizer.state = new
+            else:
+                new = tree_map(lambda array: array, new)
+                optimizer.state.clear()
+                optimizer.state.update(new)
         self._guard.update(state.get("guard", {}))
 
 

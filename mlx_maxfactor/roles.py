@@ -32,7 +32,7 @@ ROLES = (
 """Every role; README.md says where each goes by default."""
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
-LINEAR = (nn.Linear, nn.QuantizedLinear, AllToShardedLinear, ShardedToAllLinear)
+LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear, AllToShardedLinear, ShardedToAllLinear)
 CONVOLUTION = (
     nn.Conv1d,
     nn.Conv2d,
@@ -45,8 +45,11 @@ RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 # mlx_lm's stacks of matrices: one per expert, and one per head (latent attention).
 STACKED = ("SwitchLinear", "QuantizedSwitchLinear", "MultiLinear")
 
+BIASES = ("bias", "b", "bhn")
+WEIGHTS = ("weight", "Wx", "Wh", "Wxh", "Whh")
+
 HEAD_NAME = re.compile(
-    r"(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
+    r"(?!multi_head)(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
     r"|embed_out|fc_out|proj_out|score"
 )
 GATE_NAME = re.compile(r"(.*_)?gate")
@@ -82,6 +85,8 @@ class Node:
     parent: "Node | None" = None
     listed: bool = False
     """Whether it is an item of a list, as the blocks of a transformer are."""
+    is_part: bool = False
+    """Whether it is a named part of the model: an encoder, a tower."""
     children: list["Node"] = field(default_factory=list)
     arrays: list[tuple[str, mx.array]] = field(default_factory=list)
 
@@ -113,7 +118,7 @@ class Node:
     @property
     def is_norm(self) -> bool:
         """Whether the layer normalizes; by name, as decoders bring norms of their own."""
-        return "Norm" in type(self.module).__name__
+        return "Norm" in type(self.module).__name__ and not self.is_layer
 
     @property
     def has_lora(self) -> bool:
@@ -169,7 +174,7 @@ def build_tree(model: nn.Module) -> Node:
         elif isinstance(value, dict):
             for key, item in value.items():
                 visit(node, item, f"{path}.{key}", listed)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, list):  # MLX sees no parameters in a tuple
             for i, item in enumerate(value):
                 visit(node, item, f"{path}.{i}", True)
         elif isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
@@ -230,11 +235,16 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
     return found
 
 
-def find_aliases(model: nn.Module) -> set[str]:
-    """Paths of parameters whose module is reachable under a later name as well."""
+def find_aliases(model: nn.Module) -> dict[str, str]:
+    """Paths under which :func:`find_roles` does not list a parameter, to the one it does."""
     nodes = list(build_tree(model).walk())
     last = {id(node.module): node for node in nodes}
-    return {path for node in nodes if last[id(node.module)] is not node for path, _ in node.arrays}
+    return {
+        path: listed
+        for node in nodes
+        if last[id(node.module)] is not node
+        for (path, _), (listed, _) in zip(node.arrays, last[id(node.module)].arrays, strict=True)
+    }
 
 
 def _role(node: Node, key: str, array: mx.array) -> str:
@@ -244,10 +254,12 @@ def _role(node: Node, key: str, array: mx.array) -> str:
         return "embedding" if key == "lora_a" and "embedding" in node.module else key
     if node.is_norm:
         return "norm"
-    if (key.startswith("b") and node.is_layer) or (array.ndim < 2 and key.endswith("bias")):
+    if (key in BIASES and node.is_layer) or (array.ndim < 2 and key.endswith("bias")):
         return "bias"
     if array.ndim < 2:
         return "vector"
+    if key not in WEIGHTS:
+        return "unknown"
     if node.is_a(*EMBEDDING):
         return "embedding"
     if node.is_a(*LINEAR, *RECURRENT):
@@ -264,7 +276,10 @@ def _tops(root: Node) -> list[Node]:
     while len(parts) == 1 and parts[0].children:
         tops.append(parts[0])
         parts = parts[0].children
-    return tops + [part for part in parts if part.children and not part.listed]
+    named = [part for part in parts if part.children and not part.listed]
+    for part in named:
+        part.is_part = True
+    return tops + named
 
 
 def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
@@ -286,9 +301,14 @@ def _find_heads(tops: list[Node], nodes: list[Node], gates: set[Node]) -> dict[N
     """The Linears that make the model's output, with a note on how sure that is."""
     linears = [n for n in nodes if n.is_a(*LINEAR) and n not in gates]
 
-    named = (n for n in nodes if n.parent in tops and not n.listed and HEAD_NAME.fullmatch(n.name))
-    inside = [[m for m in node.walk() if m in linears] for node in named]
-    if heads := {found[-1]: "" for found in inside if found}:
+    read = {n.reads for n in nodes}
+    named = [n for n in nodes if n.parent in tops and _is_named_head(n)]
+    inside = [(n, [m for m in n.walk() if m in linears]) for n in named]
+    last = {n: found[-1] for n, found in inside if found}
+    # A part may call a projection of its own so: then something reads what it makes.
+    at_top = {head: "" for n, head in last.items() if n.parent and not n.parent.is_part}
+    in_parts = {head: "" for head in last.values() if head.makes not in read}
+    if heads := at_top or in_parts:
         return heads
 
     tables = {n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)}
@@ -301,12 +321,20 @@ def _find_heads(tops: list[Node], nodes: list[Node], gates: set[Node]) -> dict[N
     return {}
 
 
+def _is_named_head(node: Node) -> bool:
+    container, _, name = f".{node.path}".rpartition(".")
+    if node.listed or container.endswith(".heads"):
+        return container.endswith(".heads")
+    return HEAD_NAME.fullmatch(name) is not None
+
+
 def _find_gates(nodes: list[Node]) -> set[Node]:
     """Modules that choose among experts: routers by name, and gates beside a stack of experts."""
     gates = set()
     for block in nodes:
         below = [n for child in block.children for n in (child, *child.children)]
-        has_experts = any(n.is_stacked or (n.listed and "experts" in n.path) for n in below)
+        has_experts = any(n.is_stacked for n in below)
+        has_experts |= any(c.listed and ".experts." in f".{c.path}" for c in block.children)
         for child in block.children:
             kind = type(child.module).__name__
             router = ROUTER_NAME.fullmatch(child.name) or "Router" in kind

@@ -1,7 +1,8 @@
 """The plan, and the optimizer that follows it: which parameter goes to which member."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from ._validate import Rate, check_rate
 from .guard import GuardedOptimizer
 from .optimizers._base import Float32Optimizer, flatten, trainable
 from .roles import Parameter, find_aliases
-from .schedules import Schedule, scaled
+from .schedules import scaled
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Plan(Sequence[PlanEntry]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __repr__(self) -> str:
+        return str(self)
+
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state in all."""
@@ -82,10 +86,15 @@ class Plan(Sequence[PlanEntry]):
 
 @dataclass(frozen=True)
 class Member:
-    """An optimizer of the router's, and the label that the plan shows."""
+    """An optimizer of the router's, the label that the plan shows, and its nominal rate.
+
+    The nominal rate is a constant, or a schedule's peak; ratios between members are ratios of it
+    where a schedule moves the rates themselves.
+    """
 
     label: str
     optimizer: Optimizer
+    nominal: float
 
 
 class RoutedOptimizer(GuardedOptimizer):
@@ -126,26 +135,29 @@ class RoutedOptimizer(GuardedOptimizer):
         self._routes = dict(routes)
         self._aliases = find_aliases(model)
         self._prepared: set[str] = set()
-        peaks = [_peak_rate(optimizer) for optimizer in self.optimizers]
-        self._ratios = [peak / peaks[0] if peaks[0] else 1.0 for peak in peaks]
-        for path, index in routes.items():
-            optimizer = members[index].optimizer
-            if isinstance(optimizer, Float32Optimizer):
-                optimizer.layouts[path] = self._parameters[path].layout
+        for path in routes:
+            self._set_layout(path)
         self.init(model.trainable_parameters())
+
+    def _set_layout(self, path: str) -> None:
+        optimizer = self.optimizers[self._routes[path]]
+        if isinstance(optimizer, Float32Optimizer):
+            optimizer.layouts[path] = self._parameters[path].layout
 
     @property
     def plan(self) -> Plan:
         """Who updates what, for every parameter that has been trainable so far."""
-        return Plan([self._entry(p) for p in self._parameters.values() if p.path in self._prepared])
-
-    def _entry(self, p: Parameter) -> PlanEntry:
-        member = self._members[self._routes[p.path]]
-        leaf: Any = member.optimizer.state
-        for key in p.path.split("."):
-            leaf = leaf[int(key) if isinstance(leaf, (list, tuple)) else key]
-        size = sum(array.nbytes for array in flatten(leaf).values())
-        return PlanEntry(p.path, p.shape, p.role, member.label, p.layout, size, p.note)
+        sizes: Counter[tuple[int, str]] = Counter()
+        for index, optimizer in enumerate(self.optimizers):
+            for path, array in flatten(optimizer.state).items():
+                sizes[index, path.rpartition(".")[0]] += array.nbytes
+        entries = []
+        for p in self._parameters.values():
+            if p.path in self._prepared:
+                index = self._routes[p.path]
+                label, size = self._members[index].label, sizes[index, p.path]
+                entries.append(PlanEntry(p.path, p.shape, p.role, label, p.layout, size, p.note))
+        return Plan(entries)
 
     # Updates
 
@@ -156,13 +168,21 @@ class RoutedOptimizer(GuardedOptimizer):
             ValueError: Names every parameter that the model did not have when this was made, or
                 that its member cannot take.
         """
+        arrays = flatten(parameters)
         new = [
             path
-            for path, array in flatten(parameters).items()
+            for path, array in arrays.items()
             if path not in self._prepared
-            and path not in self._aliases
+            and self._aliases.get(path) not in arrays
             and mx.issubdtype(array.dtype, mx.floating)
         ]
+        for path in new:
+            if path not in self._routes and path in self._aliases:
+                # The name that MLX would train is frozen: this one gets the gradient.
+                listed = self._aliases[path]
+                self._parameters[path] = replace(self._parameters[listed], path=path)
+                self._routes[path] = self._routes[listed]
+                self._set_layout(path)
         if unknown := [path for path in new if path not in self._routes]:
             raise ValueError(
                 f"the model did not have these parameters when create_optimizer was called: "
@@ -184,7 +204,7 @@ class RoutedOptimizer(GuardedOptimizer):
         """The tree without what belongs to other members; lists keep their length."""
         if isinstance(tree, dict):
             prefix = f"{path}." if path else ""
-            parts = {k: self._part(v, index, prefix + k) for k, v in tree.items()}
+            parts = {k: self._part(v, index, f"{prefix}{k}") for k, v in tree.items()}
             return {k: part for k, part in parts.items() if part is not None}
         if isinstance(tree, (list, tuple)):
             parts = [self._part(v, index, f"{path}.{i}") for i, v in enumerate(tree)]
@@ -204,14 +224,17 @@ class RoutedOptimizer(GuardedOptimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate: Rate) -> None:
         check_rate("learning_rate", learning_rate)
-        first = self.learning_rate
-        for optimizer, nominal in zip(self.optimizers, self._ratios, strict=True):
-            # At the start of a warm-up all rates are 0: then the ratio of the peaks.
-            ratio = mx.where(first > 0, optimizer.learning_rate / first, nominal)
+        lead = self._members[0]
+        first, first_constant = self.learning_rate, _is_constant(lead.optimizer)
+        for member in self._members:
+            rate = member.optimizer.state.get("learning_rate", first)
+            constant = first_constant & _is_constant(member.optimizer) & (first > 0) & (rate > 0)
+            nominal = member.nominal / lead.nominal if member.nominal and lead.nominal else 1.0
+            ratio = mx.where(constant, rate / first, nominal)
             if callable(learning_rate):
-                optimizer.learning_rate = scaled(learning_rate, float(ratio))
+                set_rate(member.optimizer, scaled(learning_rate, float(ratio)))
             else:
-                optimizer.learning_rate = learning_rate * ratio
+                set_rate(member.optimizer, learning_rate * ratio)
 
     def effective_learning_rates(self, model: dict) -> dict[str, float]:
         """Each parameter's own step size at the next update, by path, for logging.
@@ -225,12 +248,24 @@ class RoutedOptimizer(GuardedOptimizer):
             if isinstance(optimizer, Float32Optimizer):
                 rates |= optimizer.effective_learning_rates(part)
             else:
-                rates |= dict.fromkeys(flatten(part), float(optimizer.learning_rate))
+                rate = float(optimizer.state.get("learning_rate", float("nan")))
+                rates |= dict.fromkeys(flatten(part), rate)
         return {path: rates[path] for path in self._parameters if path in rates}
 
 
-def _peak_rate(optimizer: Optimizer) -> float:
-    schedule = optimizer._schedulers.get("learning_rate")
-    if isinstance(schedule, Schedule) and schedule.peak is not None:
-        return schedule.peak
-    return float(optimizer.learning_rate)
+def set_rate(optimizer: Optimizer, rate: Rate) -> None:
+    """Set the rate of any MLX optimizer: a number ends its schedule, a function starts one."""
+    if isinstance(optimizer, Float32Optimizer):
+        optimizer.learning_rate = rate
+    elif callable(rate):
+        optimizer._maybe_schedule("learning_rate", rate)
+    else:
+        optimizer._schedulers.pop("learning_rate", None)
+        optimizer.learning_rate = rate
+
+
+def _is_constant(optimizer: Optimizer) -> mx.array:
+    """Whether no schedule moves the rate; an array, as a compiled step may have changed it."""
+    if "learning_rate" not in optimizer._schedulers:
+        return mx.array(True)
+    return ~optimizer.state.get("scheduled", mx.array(True))

@@ -13,8 +13,10 @@ from ._validate import check_integer, check_number
 class Schedule:
     """A function of the step that knows its peak and prints as what made it.
 
+    Wrap a schedule of your own in it where a peak must be known.
+
     Attributes:
-        function: Step, as a float32 array, to rate.
+        function: Step, an array of size one, to rate.
         description: How it was made.
         peak: Largest rate, or None if it is not known.
         ratio: Factor on the function.
@@ -27,7 +29,7 @@ class Schedule:
 
     def __call__(self, step: mx.array | int) -> mx.array:
         """The rate at a step."""
-        return self.ratio * self.function(mx.array(step).astype(mx.float32))
+        return self.ratio * self.function(mx.array(step))
 
     def __repr__(self) -> str:
         return self.description if self.ratio == 1 else f"{self.ratio:g} * {self.description}"
@@ -95,6 +97,7 @@ def warmup_cosine(
         )
 
     def rate(step: mx.array) -> mx.array:
+        step = step.astype(mx.float32)
         warm = start_ratio + (1 - start_ratio) * step / max(1, warmup_steps)
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         cosine = 0.5 * (1 + mx.cos(mx.pi * mx.minimum(progress, 1.0)))
@@ -116,7 +119,9 @@ def adaptive_schedule(
     .. math::
 
         s < w:\ \eta \max(10^{-3}, s / w), \qquad
-        s \ge w:\ \eta \max\left(\text{decay\_factor}, \sqrt{\max(1, w) / \max(1, s)}\right)
+        s \ge w:\ \eta \max\left(\text{decay\_factor}, \sqrt{w / s}\right)
+
+    Without warm-up :math:`1 / \sqrt{s + 1}` stands for the root.
 
     Args:
         initial_lr: η, the peak, reached at step ``warmup_steps``. Default 1e-3.
@@ -140,8 +145,11 @@ def adaptive_schedule(
     check_number("decay_factor", decay_factor, 0.0, 1.0, "[]")
 
     def rate(step: mx.array) -> mx.array:
+        step = step.astype(mx.float32)
         warm = mx.maximum(1e-3, step / max(1, warmup_steps))
-        decayed = mx.sqrt(max(1, warmup_steps) / mx.maximum(step, 1.0))
+        # Without warm-up the peak is at step 0, and step 1 is the second to decay.
+        t = step if warmup_steps else step + 1
+        decayed = mx.sqrt(max(1, warmup_steps) / mx.maximum(t, 1.0))
         shape = mx.where(step < warmup_steps, warm, mx.maximum(decayed, decay_factor))
         return initial_lr * shape
 

@@ -302,4 +302,6 @@ def adaptive_schedule(
     """Linear warm-up from 0.001 of the peak, then an inverse square root down to a floor."""
     if step < warmup_steps:
         return initial_lr * max(0.001, step / warmup_steps)
-    return initial_lr * max(decay_factor, np.sqrt(max(1, warmup_steps) / max(1, step)))
+    return initial_lr * max(
+        decay_factor, np.sqrt(max(1, warmup_steps) / (step if warmup_steps else step + 1))
+    )

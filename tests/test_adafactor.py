@@ -62,9 +62,18 @@ def test_statistics_still_move_late_in_a_bf16_run():
     # mlx's computes 1 - t^-0.8 in the parameter's dtype: in bf16 it is 1 from step 2500 on.
     optimizer, p = Adafactor(), {"w": mx.ones((4, 4), mx.bfloat16)}
     optimizer.init(p)
-    optimizer.state["step"] = mx.array(5000, mx.uint64)
+    optimizer.state["w"]["count"] = mx.array(5000, mx.uint32)
     optimizer.apply_gradients({"w": mx.ones((4, 4), mx.bfloat16)}, p)
     assert np.allclose(np.array(optimizer.state["w"]["row"]), 5001**-0.8, rtol=1e-5)
+
+
+def test_a_layer_unfrozen_late_starts_at_its_own_beginning():
+    optimizer, tree = Adafactor(0.1, clip_threshold=1e9), {"a": mx.ones(2)}
+    for _ in range(50):
+        optimizer.apply_gradients(tree, tree)
+    late = {"a": mx.ones(2), "b": mx.zeros(2)}
+    moved = optimizer.apply_gradients({"a": mx.ones(2), "b": mx.ones(2)}, late)["b"]
+    assert np.allclose(np.array(moved), -0.1, rtol=1e-5)  # by the global count 4.8 times as far
 
 
 def test_agrees_with_torch():

@@ -121,6 +121,44 @@ def test_unfreezing_after_init(make):
     assert moved["layers"][1] == {}
 
 
+def test_shapeless_compilation(make):
+    optimizer, tree = make(), {"w": mx.array(parameter((4, 3)))}
+    optimizer.init(tree)
+    step: Any = mx.compile(
+        optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state, shapeless=True
+    )
+    moved = step(tree, tree)["w"]
+    mx.eval(moved, optimizer.state)
+    assert np.allclose(np.array(moved), np.array(make().apply_gradients(tree, tree)["w"]))
+
+
+def test_fp16_parameters_stay_finite_at_their_limit(make):
+    p = {"w": mx.full((4, 4), 65504.0, mx.float16)}
+    for _ in range(3):
+        optimizer = make()
+        p = optimizer.apply_gradients({"w": mx.full((4, 4), -1.0, mx.float16)}, p)
+        assert mx.all(mx.isfinite(p["w"])).item()
+
+
+def test_an_assigned_state_is_a_copy_and_must_be_whole(make):
+    a, b, tree = make(learning_rate=lambda s: 0.1), make(learning_rate=0.1), {"w": mx.ones((2, 3))}
+    b.apply_gradients(tree, tree)
+    a.state = b.state
+    before = {path: array.tolist() for path, array in tree_flatten(a.state)}
+    b.apply_gradients(tree, tree)
+    assert {path: array.tolist() for path, array in tree_flatten(a.state)} == before
+    a.apply_gradients(tree, tree)
+    with pytest.raises(ValueError, match="state must hold step and learning_rate"):
+        a.state = {}
+
+
+def test_a_frozen_module_may_take_any_name(make):
+    optimizer = make()
+    tree = {"step": {}, "w": mx.ones((2, 3))}
+    optimizer.apply_gradients(tree, tree)
+    assert optimizer.step.item() == 1
+
+
 def test_a_parameter_may_not_take_the_name_of_the_state(make):
     with pytest.raises(ValueError, match="'step' is the optimizer's own"):
         make().init({"step": mx.zeros((2, 2))})

@@ -81,6 +81,8 @@ def test_a_rank_one_square_is_estimated_exactly():
 def test_a_cautious_step_keeps_what_agrees_over_its_share():
     step, g = mx.array([1.0, -2.0, 3.0, 0.0]), mx.array([5.0, 5.0, 1e-30, 5.0])
     assert f.cautious(step, g).tolist() == [2.0, 0.0, 6.0, 0.0]
+    lone = mx.concatenate([mx.array([1.0]), -mx.ones(9999)])  # a share of 1e-4 counts as 1e-3
+    assert f.cautious(lone, mx.ones(10_000))[0].item() == pytest.approx(1000)
     assert f.cautious(-mx.abs(step), mx.abs(g)).tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
@@ -104,3 +106,18 @@ def test_gathered_weight_is_exact_where_a_difference_is_not():
     # 1 - 0.999 in float32 is off by 5e-5 of itself.
     assert f.gathered_weight(0.999, mx.array(1.0)).item() == pytest.approx(1e-3, rel=1e-6)
     assert f.gathered_weight(0.0, mx.array(3.0)).item() == 1.0
+
+
+@pytest.mark.parametrize("orthogonalize", [newton_schulz, polar_express])
+@pytest.mark.parametrize(
+    ("x", "steps", "message"),
+    [
+        (mx.ones(3), 5, "x must hold float matrices"),
+        (mx.ones((2, 2), mx.int32), 5, "x must hold float matrices"),
+        (mx.ones((0, 3)), 5, "x must hold float matrices"),
+        (mx.ones((2, 2)), 0, "steps must be at least 1, got 0"),
+    ],
+)
+def test_orthogonalizers_refuse_what_is_no_matrix(orthogonalize, x, steps, message):
+    with pytest.raises(ValueError, match=message):
+        orthogonalize(x, steps)

@@ -187,6 +187,28 @@ def test_options_are_checked_when_it_is_built(options, message):
         MaxFactor(**options)
 
 
+@pytest.mark.parametrize("name", ["early", "hub", "speech"])
+def test_presets_have_the_published_options(name):
+    ours, twin = vars(MaxFactor.preset(name)), vars(reference.MaxFactor.preset(name))
+    assert {k: ours[k] for k in twin if k in ours} == {k: twin[k] for k in twin if k in ours}
+    assert set(twin) - set(ours) <= {"learning_rate", "t"}
+
+
+def test_an_option_that_float32_cannot_hold_is_refused():
+    for option in ({"d": 1e-46}, {"weight_decay": 1e300}, {"eps": (1e300, 1e-4)}):
+        with pytest.raises(ValueError, match="must be in"):
+            MaxFactor(**option)
+    for rate in (1e300, mx.array([1.0, 2.0])):
+        with pytest.raises(ValueError, match="learning_rate must be"):
+            MaxFactor(rate)
+
+
+def test_a_one_by_one_matrix_is_a_single_number():
+    state = {}
+    MaxFactor().init_single(mx.zeros((1, 1)), state)
+    assert list(state) == ["v"]
+
+
 def test_an_unknown_preset_lists_the_known():
     with pytest.raises(ValueError, match="'early', 'hub', 'speech', got 'late'"):
         MaxFactor.preset("late")

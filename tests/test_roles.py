@@ -107,3 +107,58 @@ def test_strict_names_all_that_the_module_tree_does_not_explain():
         create_optimizer(ViT(), strict=True)
     rules = {"class_token": "adamw", "position": "embedding"}
     create_optimizer(ViT(), strict=True, rules=rules)
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiHeadAttention(16, 2)
+        self.output = nn.Linear(16, 16)
+
+
+def model_of(**parts):
+    model = nn.Module()
+    for name, part in parts.items():
+        setattr(model, name, part)
+    return model
+
+
+def heads(model):
+    return [p.path for p in find_roles(model) if p.role == "head"]
+
+
+def test_heads_where_names_mislead():
+    fc = nn.Linear(16, 3)
+    assert heads(model_of(layer1=Part(), layer2=Part(), fc=fc)) == ["fc.weight"]
+    assert heads(model_of(multi_head=nn.MultiHeadAttention(16, 2), fc=fc)) == ["fc.weight"]
+    assert heads(model_of(mlp=model_of(fc_out=nn.Linear(8, 16)), lm_head=fc)) == ["lm_head.weight"]
+    two = [nn.Linear(16, 3), nn.Linear(16, 4)]
+    assert heads(model_of(trunk=nn.Linear(8, 16), heads=two)) == [
+        "heads.0.weight",
+        "heads.1.weight",
+    ]
+    named = {"a": two[0], "b": two[1]}
+    assert heads(model_of(trunk=nn.Linear(8, 16), heads=named)) == [
+        "heads.a.weight",
+        "heads.b.weight",
+    ]
+
+
+class WeightNormLinear(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.basis, self.beta = mx.zeros((3, 3)), mx.zeros((4,))
+
+
+def test_what_a_layer_is_called_does_not_hide_what_it_is():
+    roles = {p.path: p.role for p in find_roles(model_of(a=WeightNormLinear(), b=nn.Linear(4, 4)))}
+    assert roles["a.weight"] == "first"
+    assert (roles["a.basis"], roles["a.beta"], roles["a.bias"]) == ("unknown", "vector", "bias")
+
+
+def test_a_gate_is_a_router_only_beside_experts():
+    moe = model_of(experts=[nn.Linear(16, 16) for _ in range(4)], gate=nn.Linear(16, 4))
+    block = model_of(gate=nn.Linear(16, 16), up=nn.Linear(16, 16), moe=moe)
+    roles = {p.path: p.role for p in find_roles(model_of(embed=nn.Embedding(9, 16), block=block))}
+    assert roles["block.gate.weight"] == "hidden"
+    assert roles["block.moe.gate.weight"] == "router"

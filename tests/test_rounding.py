@@ -1,5 +1,7 @@
 """Stochastic rounding: unbiased, between neighbours, seeded; momentum in bf16."""
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ def neighbours(x, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [1e-7, 3e-5, 1e-3, 1.0, 777.0, 3e4])
+@pytest.mark.parametrize("scale", [1e-7, 3e-5, 1e-3, 1.0, 777.0, 1e4])
 def test_it_rounds_to_a_neighbour_and_is_unbiased(scale, dtype):
     x = (parameter((64,)) * scale).astype(np.float32)
     x = x[np.abs(x) > 2.0**-22]
@@ -115,7 +117,7 @@ def test_every_compiled_step_draws_anew():
     # Randomness that mx.compile does not capture repeats at every call.
     points = run(1, compiled=True)
     steps = np.diff(points, axis=0) != 0
-    assert not any(np.array_equal(a, b) for a, b in zip(steps, steps[1:], strict=False) if a.any())
+    assert not any(np.array_equal(a, b) for a, b in pairwise(steps) if a.any())
 
 
 def test_no_two_parameters_share_a_key():

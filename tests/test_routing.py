@@ -6,7 +6,7 @@ import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
 import reference
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import CASES, RawMixture, ResNet, Shared, Table, Whisper, adapted, llama, qwen2_moe
 from trajectories import distance
 
@@ -194,7 +194,76 @@ def test_effective_rates_name_every_parameter():
     assert found["embedding.weight"] == pytest.approx(5e-3)
 
 
+def test_a_rate_set_by_hand_reaches_scheduled_mlx_members():
+    model = Table()
+    rest = mlx_optimizers.AdamW(mlx_optimizers.cosine_decay(1e-3, 100))
+    optimizer = create_optimizer(model, Muon(0.02), rest)
+    optimizer.learning_rate = 0.002
+    optimizer.update(model, random_gradients(model))
+    assert rates(optimizer) == pytest.approx([0.002, 1e-4])
+    optimizer.learning_rate = warmup_cosine(0.02, 100, 0)
+    optimizer.update(model, random_gradients(model))
+    assert rates(optimizer) == pytest.approx([0.02, 1e-3], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("build", "ratio"),
+    [
+        (lambda: {"learning_rate": mlx_optimizers.linear_schedule(0.0, 1e-2, 100)}, 0.1),
+        (lambda: {"learning_rate": 0.0}, 0.1),
+        (lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 100, 10))}, 0.05),
+        (lambda: {"hidden": "adafactor"}, 0.1),
+    ],
+)
+def test_ratios_outlive_rates_of_zero_and_schedules(build, ratio):
+    model = Table()
+    optimizer = create_optimizer(model, **build())
+    optimizer.state["states"][0]["step"] = mx.array(10**6, mx.uint64)
+    optimizer.update(model, random_gradients(model))
+    optimizer.learning_rate = 1e-2
+    assert rates(optimizer)[:2] == pytest.approx([1e-2, ratio * 1e-2])
+
+
+def test_adafactor_keeps_its_relative_step_beside_a_rate():
+    alphas = []
+    for options in ({}, {"learning_rate": 0.01}, {"learning_rate": warmup_cosine(0.01, 10, 0)}):
+        mx.random.seed(0)
+        model = Table()
+        optimizer = create_optimizer(model, "maxfactor", "adafactor", **options)
+        alphas.append(optimizer.effective_learning_rates(model)["embedding.weight"])
+    assert alphas == pytest.approx([alphas[0]] * 3)
+    assert alphas[0] < 0.005
+
+
+def test_a_schedule_may_index_by_the_step():
+    table = mx.linspace(0.1, 0.01, 100)
+    model = Table()
+    optimizer = create_optimizer(model, "muon", learning_rate=lambda step: table[step])
+    for _ in range(2):
+        optimizer.update(model, random_gradients(model))
+    assert rates(optimizer)[:2] == pytest.approx([table[1].item(), table[1].item() / 20])
+
+
+@pytest.mark.parametrize("rest_rate", [np.float32(1e-3), mx.array(1e-3)], ids=["numpy", "mlx"])
+def test_any_number_beside_a_schedule_is_a_peak(rest_rate):
+    schedule = warmup_cosine(0.04, 100, 10, start_ratio=0.1)
+    optimizer = create_optimizer(Table(), learning_rate=schedule, rest_learning_rate=rest_rate)
+    assert rates(optimizer) == pytest.approx([4e-3, 1e-4, 1e-4])
+
+
 # Rules
+
+
+def test_a_rule_for_hidden_matrices_holds_for_the_first():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    optimizer = create_optimizer(model, "muon", rules={"hidden": "adafactor", "*.bias": "rest"})
+    assert owners(optimizer)["layers.0.weight"] == "adafactor"
+    assert owners(optimizer)["layers.0.bias"] == "adamw, no decay"
+
+
+def test_a_rule_may_use_any_name_of_a_shared_module():
+    optimizer = create_optimizer(Shared(), rules={"embedding.weight": "adafactor"})
+    assert owners(optimizer)["head.weight"] == "adafactor"
 
 
 def test_a_path_beats_a_role_and_a_role_beats_the_default():
@@ -276,6 +345,9 @@ def test_the_first_layer_can_be_excluded():
         ({"learning_rate": lambda s: 0.1, "rest_learning_rate": 0.1}, "whose peak is not known"),
         ({"learning_rate": lambda s: 0.1, "rest": AdamW(0.1)}, "the rate of AdamW is a number bes"),
         ({"strict": 1}, "strict must be True or False, got 1"),
+        ({"rules": ["head"]}, "rules must map roles and path patterns to optimizers, got"),
+        ({"rest_options": 3}, "rest_options must map names to values, got 3"),
+        ({"exclude_frist": True}, "did you mean 'exclude_first'"),
     ],
     ids=str,
 )
@@ -338,6 +410,48 @@ def test_a_shared_module_has_one_state_and_one_gradient():
     assert not mx.array_equal(model.head.weight, before).item()
 
 
+def test_the_name_that_is_trainable_is_trained():
+    # MLX gives the last of two names the gradient, unless it is frozen there.
+    model = Shared()
+    model.freeze(keys=["head"], recurse=False)
+    optimizer = create_optimizer(model)
+    assert "embedding.weight" in owners(optimizer)
+    assert "head.weight" not in owners(optimizer)
+    before = model.embedding.weight
+    optimizer.update(model, random_gradients(model))
+    assert not mx.array_equal(model.embedding.weight, before).item()
+
+
+def test_a_state_that_went_through_a_file_comes_back():
+    # Flattening loses empty containers, which mlx's members then miss.
+    for build in (llama, ResNet):
+        model = build()
+        optimizer = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
+        optimizer.update(model, random_gradients(model))
+        saved = tree_unflatten(tree_flatten(optimizer.state))
+        other = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
+        other.state = saved
+        other.update(model, random_gradients(model))
+        assert other.step.item() == 2
+        assert optimizer.step.item() == 1
+
+
+def test_odd_keys_of_containers():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = {"v1.5": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+            self.pair = (nn.Linear(4, 4), nn.Linear(4, 4))  # MLX does not see into a tuple
+
+    model = Odd()
+    optimizer = create_optimizer(model)
+    optimizer.update(model, random_gradients(model))
+    assert [entry.path for entry in optimizer.plan if "v1.5" in entry.path]
+    assert not any("pair" in entry.path for entry in optimizer.plan)
+    assert all(entry.state_bytes for entry in optimizer.plan)
+    assert repr(optimizer.plan) == str(optimizer.plan)
+
+
 def test_parameters_that_came_after_the_optimizer_are_named():
     model = Table()
     optimizer = create_optimizer(model)
@@ -361,6 +475,11 @@ def test_gradients_and_parameters_are_split_alike():
         index = optimizer.optimizers.index(member)
         label = ("maxfactor", "adamw", "adamw, no decay")[index]
         assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
+
+
+def test_a_model_must_be_a_model():
+    with pytest.raises(ValueError, match=r"model must be an mlx\.nn\.Module, got dict"):
+        create_optimizer(Table().parameters())
 
 
 def test_a_state_for_other_members_is_refused():

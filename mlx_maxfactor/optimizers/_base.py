@@ -6,7 +6,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_integer, check_rate
@@ -122,6 +122,9 @@ class Float32Optimizer(Optimizer):
     def store(self, x: mx.array, parameter: mx.array, state: dict, layout: str) -> mx.array:
         """What ``load`` gave, updated, with the parameter's own shape and dtype."""
         x = f.from_matrices(x, parameter.shape, layout)
+        if parameter.dtype == mx.float16:
+            limit = mx.finfo(mx.float16).max
+            x = mx.clip(x, -limit, limit)
         if self.rounding == "nearest" or parameter.dtype == mx.float32:
             return x.astype(parameter.dtype)
         state["key"], key = mx.random.split(state["key"])
@@ -138,6 +141,7 @@ class Float32Optimizer(Optimizer):
         problems = [
             f"{key!r} is the optimizer's own name: rename what the model calls so at its top"
             for key in RESERVED & parameters.keys()
+            if flatten(parameters[key])
         ]
         state = self._grown(parameters, self.state, "", problems)
         if problems:
@@ -204,7 +208,11 @@ class Float32Optimizer(Optimizer):
 
     @state.setter
     def state(self, state: dict) -> None:
-        state = dict(state)
+        if missing := [key for key in ("step", "learning_rate") if key not in state]:
+            raise ValueError(f"state must hold {' and '.join(missing)}")
+        state = tree_map(lambda array: array, state)
+        if "learning_rate" in self._schedulers:
+            state.setdefault("scheduled", mx.array(True))
         self._state.clear()
         self._state.update(state)
 

@@ -10,7 +10,8 @@ from ._base import Float32Optimizer
 class Adafactor(Float32Optimizer):
     r"""Adafactor without first moment: ``m + n`` floats for an ``m × n`` matrix.
 
-    With :math:`b_t = t^{\text{decay\_rate}}`, for a matrix
+    With :math:`b_t = t^{\text{decay\_rate}}`, :math:`t` counting the parameter's own updates, for a
+    matrix
 
     .. math::
 
@@ -63,7 +64,7 @@ class Adafactor(Float32Optimizer):
         seed: int = 0,
     ):
         self.relative_step = learning_rate is None
-        rate = _relative_step if learning_rate is None else learning_rate
+        rate = relative_step_of if learning_rate is None else learning_rate
         super().__init__(rate, layout, rounding, seed)
         self.eps = check_pair("eps", eps, 0.0, ends="()")
         self.clip_threshold = check_number("clip_threshold", clip_threshold, 0.0, ends="()")
@@ -71,8 +72,9 @@ class Adafactor(Float32Optimizer):
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Row and column statistics of a matrix; a second moment for a vector."""
+        """Row and column statistics of a matrix, a second moment for a vector; their own count."""
         super().init_single(parameter, state)
+        state["count"] = mx.array(0, mx.uint32)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         if len(shape) > 1:
             state["row"] = mx.zeros((*shape[:-1], 1))
@@ -88,7 +90,8 @@ class Adafactor(Float32Optimizer):
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
 
-        weight = f.second_moment_weight(self.step, self.decay_rate)
+        state["count"] = state["count"] + 1
+        weight = f.second_moment_weight(state["count"], self.decay_rate)
         if g.ndim > 1:
             row, column = f.factored_second_moment(
                 g, state["row"], state["column"], weight, self.eps[0]
@@ -113,5 +116,6 @@ class Adafactor(Float32Optimizer):
         return rate * mx.maximum(size, self.eps[1])
 
 
-def _relative_step(step: mx.array) -> mx.array:
+def relative_step_of(step: mx.array) -> mx.array:
+    """min(1e-2, 1/√t) at update t = step + 1."""
     return mx.minimum(1e-2, mx.rsqrt(step.astype(mx.float32) + 1))

@@ -188,9 +188,7 @@ class MaxFactor(Float32Optimizer):
         Raises:
             ValueError: An unknown name; the message lists the known ones.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**PRESETS[check_choice("preset", name, PRESETS)], **overrides})
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
@@ -240,7 +238,7 @@ class MaxFactor(Float32Optimizer):
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """α, which is relative to RMS(p): of the whole array, or of each expert's matrix."""
-        t = t.astype(mx.float32)
+        t = mx.maximum(t.astype(mx.float32), 1.0)  # apply_single may be called by itself
         size = f.rms(parameter, f.norm_axes(parameter.ndim, layout))
         size = mx.maximum(size, max(self.eps[1], self.min_rms))
         if self.relative_step:
