@@ -274,7 +274,8 @@ def print_results(runs: list[Run], text: Text) -> None:
 def save_curves(runs: list[Run], text: Text, folder: Path) -> None:
     """Write curves.json and curves.png, where rates have a panel of their own."""
     curves = {"unigram_entropy": text.unigram_entropy, "runs": [asdict(run) for run in runs]}
-    (folder / "curves.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
+    finite = json.loads(json.dumps(curves), parse_constant=lambda _: None)  # JSON has no NaN
+    (folder / "curves.json").write_text(json.dumps(finite, indent=1), encoding="utf-8")
 
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))

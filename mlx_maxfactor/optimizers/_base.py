@@ -143,6 +143,7 @@ class Float32Optimizer(Optimizer):
             for key in RESERVED & parameters.keys()
             if flatten(parameters[key])
         ]
+        parameters = {key: tree for key, tree in parameters.items() if key not in RESERVED}
         state = self._grown(parameters, self.state, "", problems)
         if problems:
             raise ValueError("\n".join(problems))
