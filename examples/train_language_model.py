@@ -5,6 +5,7 @@ r"""Train a small character transformer on the source of Python's standard libra
     python examples/train_language_model.py --option momentum=0.9 --option cautious=true \
         --learning-rate 0.03
     python examples/train_language_model.py --compare maxfactor,muon,adamw
+    python examples/train_language_model.py --resume
 
 The text is on every machine that runs Python. Every eighth module is held out for validation.
 `make_optimizer` and `compiled_step` show the library; the rest is an ordinary MLX program.
@@ -15,9 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,12 +29,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from matplotlib.figure import Figure
-from mlx.optimizers import Optimizer, clip_grad_norm
+from mlx.optimizers import Optimizer
 from tqdm import tqdm
 
-from mlx_maxfactor import OPTIMIZERS, RoutedOptimizer, create_optimizer, warmup_cosine
+from mlx_maxfactor import (
+    OPTIMIZERS,
+    CheckpointError,
+    RoutedOptimizer,
+    create_optimizer,
+    load_checkpoint,
+    save_checkpoint,
+    warmup_cosine,
+)
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # all others are dropped from the text
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 VALIDATION_BATCHES = 16
 READ_EVERY = 10  # steps between two looks at the loss: each makes the host wait for the device
 
@@ -52,13 +63,17 @@ class Run:
     seconds_per_step: list[float] = field(default_factory=list)
     validation_steps: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
+    skipped: int = 0
     sample: str = ""
 
 
 def main() -> None:
     arguments, text = parse_arguments()
     names = arguments.compare or [arguments.optimizer]
-    runs = [train(name, text, arguments) for name in names]
+    try:
+        runs = [train(name, text, arguments) for name in names]
+    except CheckpointError as problem:
+        sys.exit(f"train_language_model.py: error: {problem}")
     print_results(runs, text)
     save_curves(runs, text, arguments.output)
 
@@ -67,21 +82,27 @@ def train(name: str, text: Text, arguments: Arguments) -> Run:
     """Train a new model. Its first weights come from the seed alone: every optimizer gets them."""
     mx.random.seed(arguments.seed)
     model = Transformer(arguments.width, arguments.layers, arguments.heads)
+    model.set_dtype(DTYPES[arguments.dtype])
     optimizer = make_optimizer(name, model, arguments)
     print(optimizer.plan, flush=True)
 
     run = Run(name, optimizer.plan.state_bytes)
     step = compiled_step(model, optimizer)
     validation = text.validation_batches(arguments)
-    progress = tqdm(text.training_batches(arguments), name, arguments.steps, unit="step")
+    random = np.random.default_rng(arguments.seed)
+    first = resume(run, model, optimizer, random, arguments) if arguments.resume else 0
+    progress = tqdm(desc=name, total=arguments.steps, initial=first, unit="step")
     progress.set_postfix_str("compiling the first step")
     losses: list[mx.array] = []
     start = time.perf_counter()
-    for done, batch in enumerate(progress, start=1):
+    for done in range(first + 1, arguments.steps + 1):
+        batch = text.training_batch(random, arguments)
         losses.append(step(batch))
+        progress.update()
         mx.async_eval(losses[-1], model.state, optimizer.state)
         validate = done % arguments.eval_every == 0 or done == arguments.steps
-        if done % READ_EVERY == 0 or validate:
+        saves = done % arguments.save_every == 0 or done == arguments.steps
+        if done % READ_EVERY == 0 or validate or saves:
             run.steps.append(done)
             run.training_loss.append(mean(losses))
             run.learning_rate.append(float(optimizer.learning_rate))
@@ -93,7 +114,11 @@ def train(name: str, text: Text, arguments: Arguments) -> Run:
             if validate:
                 run.validation_steps.append(done)
                 run.validation_loss.append(mean([loss_of(model, held) for held in validation]))
+            if saves:
+                save(run, model, optimizer, random, done, arguments)
             losses, start = [], time.perf_counter()
+    progress.close()
+    run.skipped = int(optimizer.skipped)
     run.sample = generate(model, "def ", arguments.context)
     return run
 
@@ -113,6 +138,10 @@ def make_optimizer(name: str, model: nn.Module, arguments: Arguments) -> RoutedO
         rest="adamw",
         learning_rate=schedule,
         rest_learning_rate=arguments.rest_learning_rate,  # the peak, on the same schedule
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+        rounding=arguments.rounding,
+        seed=arguments.seed,
         **dict(arguments.option),
     )
 
@@ -125,16 +154,55 @@ def compiled_step(model: nn.Module, optimizer: Optimizer) -> Callable[[mx.array]
     @partial(mx.compile, inputs=state, outputs=state)
     def step(batch: mx.array) -> mx.array:
         loss, gradients = loss_and_gradients(batch)
-        gradients, _ = clip_grad_norm(gradients, max_norm=1.0)
         optimizer.update(model, gradients)
         return loss
 
     return step
 
 
+def save(
+    run: Run,
+    model: nn.Module,
+    optimizer: RoutedOptimizer,
+    random: np.random.Generator,
+    done: int,
+    arguments: Arguments,
+) -> None:
+    """Keep the run, with its curves and the order of its data; and of older files the last few."""
+    path = arguments.output / f"{run.optimizer}-{done:06}.safetensors"
+    extra = {"done": done, "run": asdict(run), "data": random.bit_generator.state}
+    save_checkpoint(path, model, optimizer, **extra)
+    for older in checkpoints(run.optimizer, arguments)[arguments.keep :]:
+        older.unlink()
+
+
+def resume(
+    run: Run,
+    model: nn.Module,
+    optimizer: RoutedOptimizer,
+    random: np.random.Generator,
+    arguments: Arguments,
+) -> int:
+    """Go back to the newest checkpoint, if there is one; the number of steps it had made."""
+    for path in checkpoints(run.optimizer, arguments)[:1]:
+        extra = load_checkpoint(path, model, optimizer)
+        vars(run).update(extra["run"])
+        random.bit_generator.state = extra["data"]
+        print(f"resuming {path} after {extra['done']} steps")
+        return extra["done"]
+    print("nothing to resume: starting from the beginning")
+    return 0
+
+
+def checkpoints(name: str, arguments: Arguments) -> list[Path]:
+    """Newest first."""
+    return sorted(arguments.output.glob(f"{name}-*.safetensors"), reverse=True)
+
+
 def loss_of(model: nn.Module, batch: mx.array) -> mx.array:
     """Mean cross-entropy of each next character; `batch` is (batch, context + 1)."""
-    return nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:], reduction="mean")
+    logits = model(batch[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean")
 
 
 def mean(losses: list[mx.array]) -> float:
@@ -231,13 +299,10 @@ class Text:
         p = counts[counts > 0] / counts.sum()
         return -float(np.sum(p * np.log(p)))
 
-    def training_batches(self, arguments: Arguments) -> Iterator[mx.array]:
-        """A batch of random windows for each step, the same for the same seed."""
-        random = np.random.default_rng(arguments.seed)
-        last = len(self.training) - arguments.context - 1
-        for _ in range(arguments.steps):
-            starts = random.integers(last + 1, size=arguments.batch_size)
-            yield windows(self.training, starts, arguments.context + 1)
+    def training_batch(self, random: np.random.Generator, arguments: Arguments) -> mx.array:
+        """Random windows, the next that the generator gives."""
+        starts = random.integers(len(self.training) - arguments.context, size=arguments.batch_size)
+        return windows(self.training, starts, arguments.context + 1)
 
     def validation_batches(self, arguments: Arguments) -> list[mx.array]:
         """The same windows at every evaluation, spread evenly over the held-out files."""
@@ -260,13 +325,15 @@ def windows(text: np.ndarray, starts: np.ndarray, length: int) -> mx.array:
 
 
 def print_results(runs: list[Run], text: Text) -> None:
-    row = "{:12} {:>15} {:>15} {:>14} {:>16}"
-    print("\n" + row.format("", "validation loss", "unigram entropy", "optimizer", "median"))
-    print(row.format("optimizer", "nats", "nats", "state, bytes", "seconds per step"))
+    row = "{:12} {:>15} {:>15} {:>14} {:>16} {:>8}"
+    units = ("", "validation loss", "unigram entropy", "optimizer", "median", "steps")
+    print("\n" + row.format(*units))
+    print(row.format("optimizer", "nats", "nats", "state, bytes", "seconds per step", "skipped"))
     for run in runs:
         loss, entropy = f"{run.validation_loss[-1]:.3f}", f"{text.unigram_entropy:.3f}"
         seconds = f"{np.median(run.seconds_per_step):.3f}"
-        print(row.format(run.optimizer, loss, entropy, f"{run.state_bytes:,}", seconds))
+        state = f"{run.state_bytes:,}"
+        print(row.format(run.optimizer, loss, entropy, state, seconds, run.skipped))
     for run in runs:
         print(f"\n{run.optimizer} writes:\n{run.sample}")
 
@@ -312,6 +379,11 @@ class Arguments(argparse.Namespace):
     width: int
     heads: int
     seed: int
+    dtype: str
+    rounding: str
+    resume: bool
+    save_every: int
+    keep: int
     eval_every: int
     output: Path
 
@@ -344,6 +416,11 @@ def parse_arguments() -> tuple[Arguments, Text]:
     add("--width", type=integer, default=64, help="channels")
     add("--heads", type=integer, default=2, help="attention heads")
     add("--seed", type=partial(integer, least=0), default=1, help="of weights and batches")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    add("--rounding", choices=["nearest", "stochastic"], default="nearest", help="of such weights")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    add("--save-every", type=integer, default=100, help="steps between checkpoints")
+    add("--keep", type=integer, default=2, help="checkpoints that stay")
     add("--eval-every", type=integer, default=50, help="steps between validations")
     add("--output", type=Path, default=Path("runs/language_model"), help="folder of the curves")
     arguments = parser.parse_args(namespace=Arguments())

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .accumulation import accumulate_gradients, averaged_gradients
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .factory import DEFAULT_RATES, OPTIMIZERS, create_optimizer, create_optimizer_for_hrm
 from .functional import newton_schulz, polar_express
@@ -26,7 +27,9 @@ __all__ = [
     "RoutedOptimizer",
     "Schedule",
     "SignSGD",
+    "accumulate_gradients",
     "adaptive_schedule",
+    "averaged_gradients",
     "create_optimizer",
     "create_optimizer_for_hrm",
     "load_checkpoint",

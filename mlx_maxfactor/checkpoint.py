@@ -250,7 +250,7 @@ def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
         with path.open("rb") as file:
             header = _header(file)
-            metadata = json.loads(header).get("__metadata__", {})
+            metadata = json.loads(header).get("__metadata__") or {}
             if metadata.get("format") != str(FORMAT):
                 raise CheckpointError(
                     f"{path} is no checkpoint of format {FORMAT}: its header says format "

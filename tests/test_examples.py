@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,35 @@ def test_the_language_model_trains_compares_and_draws(tmp_path):
     for name in names:
         assert re.search(rf"^{name} writes:\ndef ", done.stdout, re.MULTILINE)
     assert "tokens/s" in done.stderr
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
+    arguments = (*SMALL, "--dtype", "bfloat16", "--rounding", "stochastic", "--save-every", "5")
+    assert run(LANGUAGE_MODEL, *arguments, "--output", "a", cwd=tmp_path).returncode == 0
+    files = sorted((tmp_path / "a").glob("*.safetensors"))
+    assert [file.name for file in files] == [f"maxfactor-{n:06}.safetensors" for n in (10, 12)]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / files[0].name).write_bytes(files[0].read_bytes())
+    done = run(LANGUAGE_MODEL, *arguments, "--output", "b", "--resume", cwd=tmp_path)
+    assert "after 10 steps" in done.stdout, done.stderr
+    one, other = (mx.load(str(tmp_path / folder / files[1].name)) for folder in "ab")
+    assert one.keys() == other.keys()
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+    done = run(
+        LANGUAGE_MODEL,
+        *arguments,
+        "--optimizer",
+        "maxfactor",
+        "--option",
+        "momentum=0.9",
+        "--output",
+        "b",
+        "--resume",
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "momentum is 0.0 in the file, 0.9 here" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_options_reach_the_optimizer(tmp_path):

@@ -1,0 +1,48 @@
+"""A run that saves after every step until it is killed, or until it has made all of its steps.
+
+python killed_run.py CHECKPOINT STEPS
+"""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_maxfactor import create_optimizer, load_checkpoint, save_checkpoint, warmup_cosine
+
+
+def build(hidden="maxfactor", steps=40, **options):
+    """A small bf16 model, an optimizer with all that has state, a step that draws its data."""
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 3))
+    model.set_dtype(mx.bfloat16)
+    optimizer = create_optimizer(
+        model,
+        hidden,
+        learning_rate=warmup_cosine(0.02, steps, 5, start_ratio=0.2),
+        rounding="stochastic",
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+        **options,
+    )
+
+    def step():
+        x = mx.random.normal((4, 8)).astype(mx.bfloat16)
+        loss = lambda: (model(x) - x[:, :3]).square().mean()  # noqa: E731
+        _, gradients = nn.value_and_grad(model, loss)()
+        optimizer.update(model, gradients)
+        mx.eval(model.state, optimizer.state)
+
+    return model, optimizer, step
+
+
+if __name__ == "__main__":
+    path, steps = Path(sys.argv[1]), int(sys.argv[2])
+    model, optimizer, step = build()
+    done = load_checkpoint(path, model, optimizer)["done"] if path.exists() else 0
+    print("ready", flush=True)
+    while done < steps:
+        step()
+        done += 1
+        save_checkpoint(path, model, optimizer, done=done)

@@ -1,0 +1,54 @@
+"""Accumulation is exact for unequal micro-batches."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from models import llama
+
+from mlx_maxfactor import accumulate_gradients, averaged_gradients
+
+
+def masked_loss(model, tokens, lengths):
+    mask = mx.arange(tokens.shape[1] - 1)[None] < lengths[:, None]
+    losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+    return (losses * mask).sum() / mask.sum()
+
+
+def test_unequal_micro_batches_give_the_gradient_of_the_whole_batch():
+    mx.random.seed(0)
+    model = llama()
+    tokens = mx.random.randint(0, 50, (6, 12))
+    lengths = mx.array([11, 3, 1, 2, 2, 9])
+    gradient = nn.value_and_grad(model, lambda *batch: masked_loss(model, *batch))
+    _, whole = gradient(tokens, lengths)
+
+    @mx.compile
+    def add(gradients, weight, total):
+        return accumulate_gradients(gradients, weight, total)
+
+    total, plain = None, None
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        _, g = gradient(tokens[part], lengths[part])
+        weight = lengths[part].sum()
+        total = add(g, weight, total) if total else accumulate_gradients(g, weight)
+        plain = g if plain is None else tree_map(mx.add, plain, g)
+    averaged = dict(tree_flatten(averaged_gradients(total)))
+    plain = dict(tree_flatten(tree_map(lambda g: g / 3, plain)))
+    errors = []
+    for path, g in tree_flatten(whole):
+        # Sums of float32 in another order, on gradients of up to 1.
+        assert np.allclose(np.array(averaged[path]), np.array(g), atol=1e-6), path
+        errors.append(np.abs(np.array(plain[path] - g)).max())
+    assert max(errors) > 1e-2, "the plain mean would have done: the test cannot fail"
+
+
+def test_the_sum_is_float32_and_nothing_gives_zero():
+    half = {"w": mx.full((2,), 1.0, mx.float16)}
+    total = None
+    for _ in range(5000):
+        total = accumulate_gradients(half, 100, total)
+    assert averaged_gradients(total)["w"].dtype == mx.float32
+    assert averaged_gradients(total)["w"].tolist() == [1.0, 1.0]
+    empty = accumulate_gradients({"w": mx.zeros(2)}, 0)
+    assert averaged_gradients(empty)["w"].tolist() == [0.0, 0.0]
