@@ -1,7 +1,6 @@
 """Optimizers for MLX, and a router that gives each parameter the one that fits it."""
 
-__version__ = "0.1.0"
-
+from ._version import __version__
 from .accumulation import accumulate_gradients, averaged_gradients
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .factory import DEFAULT_RATES, OPTIMIZERS, create_optimizer, create_optimizer_for_hrm

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_unflatten
 
-from . import __version__
+from ._version import __version__
 from .optimizers._base import flatten
 from .roles import find_aliases
 from .schedules import Schedule

@@ -116,10 +116,12 @@ def test_the_benchmark_prints_ratios(tmp_path):
     assert re.search(r"Muon +mlx Muon +\d+\.\d\d \(\d", done.stdout)
 
 
-def test_what_readme_shows_runs_and_prints_what_it_shows():
+def test_what_readme_shows_runs_and_prints_what_it_shows(tmp_path):
     readme = (ROOT / "README.md").read_text()
-    loop, table = re.search(r"```python\n(.*?)```.*?```\n(path .*?)```", readme, re.S).groups()
-    more = re.search(r"```python\n(from mlx_maxfactor import AdamW.*?)```", readme, re.S).group(1)
-    done = run("-c", loop + more, cwd=ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    table = re.search(r"plan before it makes a step:\n\n```\n(.*?)```", readme, re.S)
+    assert table
+    done = run("-c", "\n".join(blocks), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert table in done.stdout
+    assert len(blocks) == 3
+    assert table.group(1) in done.stdout
