@@ -26,6 +26,7 @@ __all__ = [
     "RoutedOptimizer",
     "Schedule",
     "SignSGD",
+    "__version__",
     "accumulate_gradients",
     "adaptive_schedule",
     "averaged_gradients",
