@@ -58,6 +58,7 @@ class GuardedOptimizer(MultiOptimizer):
             check_number("max_grad_norm", max_grad_norm, 0.0, ends="()")
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self._restored = False
         self._guard = {"skipped": mx.array(0, mx.uint32)} if skip_nonfinite else {}
 
     @property
@@ -124,7 +125,6 @@ class GuardedOptimizer(MultiOptimizer):
     @state.setter
     def state(self, state: dict) -> None:
         states = state.get("states", ())
-        self._prepared = set()  # flattening may have lost empty containers: init puts them back
         if len(states) != len(self.optimizers):
             raise ValueError(
                 f"state must hold {len(self.optimizers)} states, one a member, got {len(states)}"
@@ -137,6 +137,7 @@ class GuardedOptimizer(MultiOptimizer):
                 optimizer.state.clear()
                 optimizer.state.update(new)
         self._guard.update(state.get("guard", {}))
+        self._restored = True  # flattening may have lost empty containers: init puts them back
 
 
 def _keep(before: Any, live: Any, finite: mx.array) -> None:

@@ -188,10 +188,11 @@ class RoutedOptimizer(GuardedOptimizer):
                 f"the model did not have these parameters when create_optimizer was called: "
                 f"{', '.join(unknown)}; call it after the model is complete"
             )
-        if new:
+        if new or self._restored:
             for index, optimizer in enumerate(self.optimizers):
                 optimizer.init(self._part(parameters, index))
             self._prepared.update(new)
+            self._restored = False
 
     def _updated(self, gradients: dict, parameters: dict) -> dict:
         updated: Any = {}

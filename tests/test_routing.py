@@ -431,6 +431,7 @@ def test_a_state_that_went_through_a_file_comes_back():
         saved = tree_unflatten(tree_flatten(optimizer.state))
         other = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
         other.state = saved
+        assert len(other.plan) == len(optimizer.plan)
         other.update(model, random_gradients(model))
         assert other.step.item() == 2
         assert optimizer.step.item() == 1
