@@ -195,8 +195,9 @@ def resume(
 
 
 def checkpoints(name: str, arguments: Arguments) -> list[Path]:
-    """Newest first."""
-    return sorted(arguments.output.glob(f"{name}-*.safetensors"), reverse=True)
+    """Last written first: an older run in the same folder may have made more steps."""
+    files = arguments.output.glob(f"{name}-*.safetensors")
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
 
 
 def loss_of(model: nn.Module, batch: mx.array) -> mx.array:

@@ -152,10 +152,11 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, mx.array]:
 
 def _restore(tensors: Mapping[str, mx.array], model: nn.Module, optimizer: Optimizer) -> None:
     """Put arrays into the live containers; the containers stay the same objects."""
+    weights = []
     for name, array in tensors.items():
         part, _, path = name.partition(".")
         if part == "model":
-            model.update(tree_unflatten([(path, array)]), strict=False)
+            weights.append((path, array))
         elif part == "random":
             high, low = cast(list[int], array.tolist())
             mx.random.seed(high << 32 | low)  # the key of a seed is its two halves
@@ -165,6 +166,8 @@ def _restore(tensors: Mapping[str, mx.array], model: nn.Module, optimizer: Optim
             for key in keys:
                 container = container[int(key) if isinstance(container, list) else key]
             container[last] = array
+    if weights:
+        model.update(cast(dict, tree_unflatten(weights)), strict=False)
 
 
 def _description(optimizer: Optimizer) -> dict[str, Any]:

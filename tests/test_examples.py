@@ -73,6 +73,16 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_new_run_in_an_old_folder_keeps_and_resumes_its_own(tmp_path):
+    assert run(LANGUAGE_MODEL, *SMALL, "--save-every", "5", cwd=tmp_path).returncode == 0
+    shorter = (*SMALL, "--steps", "8", "--keep", "1")
+    assert run(LANGUAGE_MODEL, *shorter, cwd=tmp_path).returncode == 0
+    folder = tmp_path / "runs" / "language_model"
+    assert [file.name for file in folder.glob("*.safetensors")] == ["maxfactor-000008.safetensors"]
+    done = run(LANGUAGE_MODEL, *shorter, "--resume", cwd=tmp_path)
+    assert "after 8 steps" in done.stdout, done.stderr
+
+
 def test_options_reach_the_optimizer(tmp_path):
     options = ("--option", "momentum=0.9", "--option", "cautious=true")
     done = run(LANGUAGE_MODEL, *options, *SMALL, cwd=tmp_path)
