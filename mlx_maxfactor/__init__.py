@@ -6,7 +6,7 @@ from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .factory import DEFAULT_RATES, OPTIMIZERS, create_optimizer, create_optimizer_for_hrm
 from .functional import newton_schulz, polar_express
 from .guard import GuardedOptimizer
-from .optimizers import Adafactor, AdamW, MaxFactor, Muon, SignSGD
+from .optimizers import Adafactor, AdamW, FrequencyAdaptiveMomentum, MaxFactor, Muon, SignSGD
 from .roles import ROLES
 from .routing import Plan, PlanEntry, RoutedOptimizer
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
@@ -18,6 +18,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "CheckpointError",
+    "FrequencyAdaptiveMomentum",
     "GuardedOptimizer",
     "MaxFactor",
     "Muon",

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import is_dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -197,7 +198,8 @@ def _options(optimizer: Optimizer) -> dict[str, Any]:
     plain = (bool, int, float, str, tuple, list, type(None))
     public = {k: v for k, v in vars(optimizer).items() if k[0] != "_"}
     options = {k: v for k, v in public.items() if isinstance(v, plain)}
-    options |= {k: str(v) for k, v in public.items() if isinstance(v, mx.Dtype)}
+    named = {k: v for k, v in public.items() if isinstance(v, mx.Dtype) or is_dataclass(v)}
+    options |= {k: str(v) for k, v in named.items()}
     for name, schedule in optimizer._schedulers.items():
         named = repr(schedule) if isinstance(schedule, Schedule) else schedule.__qualname__
         options[f"{name} schedule"] = named

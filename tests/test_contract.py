@@ -11,13 +11,20 @@ from mlx.utils import tree_flatten, tree_map
 from models import CASES
 from trajectories import parameter
 
-from mlx_maxfactor import OPTIMIZERS, MaxFactor, create_optimizer, warmup_cosine
+from mlx_maxfactor import (
+    OPTIMIZERS,
+    FrequencyAdaptiveMomentum,
+    MaxFactor,
+    create_optimizer,
+    warmup_cosine,
+)
 
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 SHAPES = [(), (1,), (7,), (1, 1), (1, 7), (8, 5), (5, 8), (3, 4, 5), (4, 3, 3, 2)]
 VARIANTS = {
     **{name: (kind, {}) for name, kind in OPTIMIZERS.items()},
     "maxfactor cautious": (MaxFactor, {"momentum": 0.9, "nesterov": True, "cautious": True}),
+    "maxfactor fam": (MaxFactor, {"momentum": FrequencyAdaptiveMomentum(bands=3)}),
     "maxfactor early": (MaxFactor.preset, {"name": "early"}),
     "maxfactor speech": (MaxFactor.preset, {"name": "speech"}),
     "maxfactor plain": (MaxFactor, {"max_norm": False, "full_matrix": True, "clip_threshold": 1.0}),

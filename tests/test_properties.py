@@ -6,17 +6,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_maxfactor import OPTIMIZERS, GuardedOptimizer
+from mlx_maxfactor import OPTIMIZERS, FrequencyAdaptiveMomentum, GuardedOptimizer
 
 LIMITS = {mx.float32: 3.38e38, mx.bfloat16: 3.38e38, mx.float16: 65504.0}
 
-shapes = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
+shapes = st.lists(st.integers(0, 6), min_size=0, max_size=4).map(tuple)
 magnitudes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-20, 1e-8, 1.0, 1e4, 1e15, 1e20, 3e38])
 OPTIONS = {
     "maxfactor": [
         {},
         {"momentum": 0.9, "nesterov": True, "cautious": True},
         {"max_norm": False, "momentum": 0.9},
+        {"momentum": FrequencyAdaptiveMomentum(bands=3, blend_steps=2)},
         {"full_matrix": True, "clip_threshold": 1e-3, "d": 1e-3},
         {"relative_step": True, "vector_sign": True, "scalar_boost": None},
         {"eps": (1e-15, 0.0), "gamma": 0.0, "beta2_bounds": (0.0, 1.0)},

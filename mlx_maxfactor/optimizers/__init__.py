@@ -3,7 +3,8 @@
 from .adafactor import Adafactor
 from .adamw import AdamW
 from .maxfactor import MaxFactor
+from .momentum import FrequencyAdaptiveMomentum
 from .muon import Muon
 from .signsgd import SignSGD
 
-__all__ = ["Adafactor", "AdamW", "MaxFactor", "Muon", "SignSGD"]
+__all__ = ["Adafactor", "AdamW", "FrequencyAdaptiveMomentum", "MaxFactor", "Muon", "SignSGD"]

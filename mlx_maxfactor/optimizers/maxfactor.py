@@ -7,6 +7,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_number, check_pair
 from ._base import Float32Optimizer
+from .momentum import FrequencyAdaptiveMomentum
 
 FLOAT32_EPS = 2.0**-23
 
@@ -78,7 +79,8 @@ class MaxFactor(Float32Optimizer):
         vector_sign: Vectors step by sign(u)·max|u|. Default False.
         maximize: Ascend. Default False.
         momentum: β of m ← βm + (1-β)g, which then stands for g in u, not in the statistics; one
-            more buffer of the parameter's size. In [0, 1). Default 0: no buffer.
+            more buffer of the parameter's size. In [0, 1), or a ``FrequencyAdaptiveMomentum``.
+            Default 0: no buffer.
         nesterov: βm + (1-β)g stands for g in u instead. Needs momentum. Default False.
         cautious: Keep only elements of the step that agree in sign with g, over the share that was
             kept (Liang et al. 2024, arXiv 2411.16085). Needs momentum. Default False.
@@ -126,7 +128,7 @@ class MaxFactor(Float32Optimizer):
         relative_step: bool = False,
         vector_sign: bool = False,
         maximize: bool = False,
-        momentum: float = 0.0,
+        momentum: float | FrequencyAdaptiveMomentum = 0.0,
         nesterov: bool = False,
         cautious: bool = False,
         eps_rms: float = 0.0,
@@ -168,7 +170,9 @@ class MaxFactor(Float32Optimizer):
         self.relative_step = relative_step
         self.vector_sign = vector_sign
         self.maximize = maximize
-        self.momentum = check_number("momentum", momentum, 0.0, 1.0)
+        if not isinstance(momentum, FrequencyAdaptiveMomentum):
+            check_number("momentum", momentum, 0.0, 1.0)
+        self.momentum = momentum
         self.nesterov = nesterov
         self.cautious = cautious
         for name in ("nesterov", "cautious"):
@@ -193,7 +197,8 @@ class MaxFactor(Float32Optimizer):
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
         super().init_single(parameter, state)
-        shape = f.as_matrices(parameter, layout or self.layout).shape
+        layout = layout or self.layout
+        shape = f.as_matrices(parameter, layout).shape
         if self._is_factored(shape):
             state["row"] = mx.zeros((*shape[:-1], 1))
             state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
@@ -201,6 +206,8 @@ class MaxFactor(Float32Optimizer):
             state["v"] = mx.zeros(shape)
         if self.momentum:
             state["m"] = mx.zeros(shape, self.state_dtype)
+        if isinstance(self.momentum, FrequencyAdaptiveMomentum):
+            state.update(self.momentum.init(f.input_axis_shape(parameter.shape, layout)))
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -213,7 +220,7 @@ class MaxFactor(Float32Optimizer):
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
 
-        smooth = self._momentum(g, state)
+        smooth = self._momentum(g, state, f.input_axis_shape(parameter.shape, layout))
         root = self._second_moment_root(g, state)
         if self._is_scalar(p.shape):
             step = smooth / (root + self.eps[0]) * (alpha * (self.scalar_boost or 1.0))
@@ -254,12 +261,21 @@ class MaxFactor(Float32Optimizer):
     def _steps_by_row_max(self, ndim: int) -> bool:
         return self.max_norm if ndim > 1 else self.vector_sign
 
-    def _momentum(self, g: mx.array, state: dict) -> mx.array:
+    def _momentum(self, g: mx.array, state: dict, shape: tuple[int, ...]) -> mx.array:
         if not self.momentum:
             return g
-        m = self.momentum * state["m"].astype(mx.float32) + (1 - self.momentum) * g
+        m, fam = state["m"].astype(mx.float32), self.momentum
+        if isinstance(fam, FrequencyAdaptiveMomentum):
+            beta = fam.alpha
+            m = fam.update(g.reshape(shape), m.reshape(shape), state).reshape(g.shape)
+        else:
+            beta = fam
+            m = beta * m + (1 - beta) * g
         state["m"] = m.astype(self.state_dtype)
-        return self.momentum * m + (1 - self.momentum) * g if self.nesterov else m
+        smooth = beta * m + (1 - beta) * g if self.nesterov else m
+        return (
+            fam.blended(g, smooth, state) if isinstance(fam, FrequencyAdaptiveMomentum) else smooth
+        )
 
     def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
         if not self._is_factored(g.shape):

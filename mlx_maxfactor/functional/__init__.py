@@ -1,0 +1,43 @@
+"""Every formula of the suite, as a pure function of float32 arrays.
+
+Notation: ``g`` gradient, ``p`` parameter, ``R`` and ``C`` row and column statistics, ``V`` second
+moment, ``u`` update, ``m`` momentum. Nothing here changes an array it was given, and nothing here
+knows a class.
+"""
+
+from .layouts import LAYOUTS, as_matrices, from_matrices, input_axis_shape, norm_axes
+from .moments import factored_root, factored_second_moment, gathered_weight, second_moment_weight
+from .momentum import band_damping, band_momentum, band_shares
+from .norms import clamp_gradient, hoist, rms, scaled_global_norm, unit_frobenius
+from .orthogonalization import POLAR_EXPRESS, muon_scale, newton_schulz, polar_express
+from .rounding import stochastic_round
+from .steps import ROOT_FLOOR, cautious, row_max, update_scale
+
+__all__ = [
+    "LAYOUTS",
+    "POLAR_EXPRESS",
+    "ROOT_FLOOR",
+    "as_matrices",
+    "band_damping",
+    "band_momentum",
+    "band_shares",
+    "cautious",
+    "clamp_gradient",
+    "factored_root",
+    "factored_second_moment",
+    "from_matrices",
+    "gathered_weight",
+    "hoist",
+    "input_axis_shape",
+    "muon_scale",
+    "newton_schulz",
+    "norm_axes",
+    "polar_express",
+    "rms",
+    "row_max",
+    "scaled_global_norm",
+    "second_moment_weight",
+    "stochastic_round",
+    "unit_frobenius",
+    "update_scale",
+]

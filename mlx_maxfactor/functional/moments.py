@@ -1,0 +1,46 @@
+"""Second moments, full and factored."""
+
+import math
+
+import mlx.core as mx
+
+from .norms import hoist
+
+
+def second_moment_weight(
+    t: mx.array, exponent: float, bounds: tuple[float, float] = (0.0, 1.0)
+) -> mx.array:
+    """Weight of the newest squared gradient, ``b_t = clip(t^exponent, *bounds) = 1 - β₂(t)``."""
+    return mx.clip(mx.power(t.astype(mx.float32), exponent), *bounds)
+
+
+def factored_second_moment(
+    gradient: mx.array, row: mx.array, column: mx.array, weight: mx.array, eps: float = 0.0
+) -> tuple[mx.array, mx.array]:
+    """Moving averages of the row and column means of ``g² + eps``.
+
+    Args:
+        gradient: ``(..., m, n)``.
+        row: ``(..., m, 1)``, the row statistic ``R``.
+        column: ``(..., 1, n)``, the column statistic ``C``.
+        weight: ``b_t`` of the newest mean.
+        eps: Added to each square.
+    """
+    square = mx.square(gradient)
+    row_mean = mx.mean(square, axis=-1, keepdims=True) + eps
+    column_mean = mx.mean(square, axis=-2, keepdims=True) + eps
+    return row + weight * (row_mean - row), column + weight * (column_mean - column)
+
+
+def factored_root(row: mx.array, column: mx.array, divisor: mx.array | float) -> mx.array:
+    """``√V`` of the rank-one estimate ``V = (R / divisor) · C``.
+
+    A product of two roots, because the product itself can leave the range of float32.
+    """
+    return hoist(mx.sqrt(row / divisor)) * hoist(mx.sqrt(column))
+
+
+def gathered_weight(beta: float, t: mx.array) -> mx.array:
+    """``1 - β^t``, the weight that a moving average started at zero has gathered."""
+    # Through expm1: in float32 the difference 1 - 0.999 is off by 6e-5 of itself.
+    return -mx.expm1(t * math.log(beta)) if beta else mx.ones_like(t)

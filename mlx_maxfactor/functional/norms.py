@@ -1,0 +1,48 @@
+"""Norms that neither overflow nor underflow."""
+
+import mlx.core as mx
+
+GRADIENT_LIMIT = 1e15
+"""Largest magnitude a gradient keeps: its square, 1e30, can still be summed in float32."""
+
+
+def hoist(x: mx.array) -> mx.array:
+    """Compute a number, or one number a row, apart from the full-size array it will meet.
+
+    ``mx.compile`` fuses through broadcasts and would compute it again for every element; it does
+    not fuse a copy.
+    """
+    return mx.contiguous(x)
+
+
+def clamp_gradient(gradient: mx.array) -> mx.array:
+    """Clamp to ±1e15, so that the square of any finite gradient is finite in float32."""
+    return mx.clip(gradient, -GRADIENT_LIMIT, GRADIENT_LIMIT)
+
+
+def rms(x: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
+    """Root mean square ``‖x‖₂ / √size`` over the axes, which are kept with length one."""
+    return mx.sqrt(mx.mean(mx.square(x), axis=axes, keepdims=True))
+
+
+def unit_frobenius(x: mx.array) -> mx.array:
+    """Divide each matrix by its Frobenius norm; a zero matrix stays zero."""
+    # Scaled by its largest magnitude first: the square of 1e25 or 1e-25 is not a float32.
+    peak = mx.max(mx.abs(x), axis=(-2, -1), keepdims=True)
+    x = x / mx.where(peak > 0, peak, 1.0)
+    norm = mx.sqrt(mx.sum(mx.square(x), axis=(-2, -1), keepdims=True))
+    return x / mx.where(norm > 0, norm, 1.0)
+
+
+def scaled_global_norm(arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
+    """The norm of all arrays as a product of two numbers, largest magnitude and what remains.
+
+    The norm of finite gradients may itself be beyond float32; the second number never is, unless
+    an element is not finite.
+    """
+    arrays = [x.astype(mx.float32) for x in arrays if x.size]
+    peaks = [mx.max(mx.abs(x)) for x in arrays]
+    peak = mx.max(mx.stack(peaks)) if peaks else mx.array(1.0)
+    peak = hoist(mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0))
+    squares = [mx.sum(mx.square(x / peak)) for x in arrays]
+    return peak, mx.sqrt(mx.sum(mx.stack(squares))) if squares else mx.array(0.0)

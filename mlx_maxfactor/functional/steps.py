@@ -1,0 +1,50 @@
+"""From an update to a step: MaxFactor's normalizations, row maxima, caution."""
+
+import mlx.core as mx
+
+from .norms import rms
+
+ROOT_FLOOR = 1e-20
+"""Least divisor of an update: a gradient at the limit divided by it, 1e35, is still finite."""
+
+LEAST_SHARE = 1e-3
+"""Least share of kept elements that a cautious step divides by (as its authors' code does)."""
+
+
+def row_max(u: mx.array) -> mx.array:
+    """Largest magnitude in each row (last axis), kept as an axis of length one."""
+    return mx.max(mx.abs(u), axis=-1, keepdims=True) if u.ndim else mx.abs(u)
+
+
+def update_scale(
+    u: mx.array,
+    peak: mx.array,
+    *,
+    eps: float,
+    clip_threshold: float | None,
+    d: float,
+    axes: tuple[int, ...] | None = None,
+) -> mx.array:
+    """The factor that MaxFactor's three normalizations put on ``u``, one number per norm.
+
+    ``u / max(‖u‖_∞, eps)``, then ``min(1, clip_threshold / ‖u‖₂)`` where one is given, then
+    ``1 / max(1, RMS(u) / d)``. ``peak`` is ``‖u‖_∞``. The row-max step is homogeneous in ``u``, so
+    one factor at the end serves it as well.
+    """
+    scale = 1.0 / mx.maximum(peak, eps)
+    if clip_threshold is not None:
+        norm = mx.sqrt(mx.sum(mx.square(u * scale), axis=axes, keepdims=True))
+        scale = scale * mx.minimum(1.0, clip_threshold / mx.maximum(norm, ROOT_FLOOR))
+    if d < 1:  # an update whose largest element is at most 1 has RMS at most 1
+        scale = scale / mx.maximum(1.0, rms(u * scale, axes) / d)
+    return scale
+
+
+def cautious(step: mx.array, gradient: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
+    """Keep the elements of a step that agree in sign with the gradient, over the share kept.
+
+    Liang et al. 2024, arXiv 2411.16085. The share is at least 1e-3.
+    """
+    agrees = (mx.sign(step) * mx.sign(gradient) > 0).astype(step.dtype)
+    share = mx.mean(agrees, axis=axes, keepdims=True)
+    return step * agrees / mx.maximum(share, LEAST_SHARE)
