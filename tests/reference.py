@@ -28,7 +28,8 @@ class Twin:
     learning_rate: Any
     layout: str = "batched"
     t: int = 0
-    m = v = R = C = np.zeros(())  # broadcast up to their shape at the first update
+    m = h = v = R = C = np.zeros(())  # broadcast up to their shape at the first update
+    view: tuple[int, ...] = ()  # of g, with the input axis last
 
     def update(self, p: Array, g: Array, layout: str | None = None) -> Array:
         """Make update t; `layout` is "batched", "experts", "conv" or "transposed"."""
@@ -39,14 +40,56 @@ class Twin:
         layout, span, shape = layout or self.layout, None, p.shape
         if p.ndim >= 2 and layout == "experts":  # each matrix by itself
             span = (-2, -1)
-        if p.ndim >= 2 and layout == "conv":  # (out, k..., in) is the matrix (out, -1)
-            p, g = p.reshape(len(p), -1), g.reshape(len(p), -1)
         if p.ndim >= 2 and layout == "transposed":
-            return self.rule(p.swapaxes(-1, -2), g.swapaxes(-1, -2), eta, span).swapaxes(-1, -2)
+            p, g = p.swapaxes(-1, -2), g.swapaxes(-1, -2)
+            self.view = g.shape
+            return self.rule(p, g, eta, span).swapaxes(-1, -2)
+        self.view = shape
+        if p.ndim >= 2 and layout == "conv":  # (out, k..., in) is the matrix (out, -1)
+            p, g, self.view = p.reshape(len(p), -1), g.reshape(len(p), -1), (-1, shape[-1])
         return np.asarray(self.rule(p, g, eta, span)).reshape(shape)
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         raise NotImplementedError
+
+
+@dataclass
+class FrequencyAdaptiveMomentum:
+    """Momentum by frequency band along the last axis, as NOTES.md has it; the DFT is a sum."""
+
+    alpha: float = 0.9
+    beta: float = 0.999
+    bands: int = 10
+    blend: float = 1.0
+    blend_steps: int = 1
+
+    def bins(self, n: int) -> tuple[Array, Any, Any]:
+        """The band of each bin k = 0 ... n // 2, and the matrices of rfft and of irfft."""
+        k, bins = np.arange(n // 2 + 1), n // 2 + 1
+        band = np.minimum(self.bands - 1, k * self.bands // bins)
+        turns = np.exp(-2j * np.pi * np.outer(np.arange(n), k) / n)
+        twice = np.where((k == 0) | (2 * k == n), 1, 2)  # bins that stand for -k as well
+        return band, turns, (turns.conj() * twice / n).T
+
+    def shares(self, F: Any, band: Array) -> Array:
+        """pi_b: the part of each matrix's sum of |F|^2 that lies in band b."""
+        power = np.sum(np.abs(F) ** 2, axis=-2, keepdims=True)
+        parts = [np.sum(power[..., band == b], axis=-1) for b in range(self.bands)]
+        total = np.sum(power, axis=-1, keepdims=True)
+        return np.stack(parts, axis=-1) / np.where(total > 0, total, 1)
+
+    def damping(self, h: Array) -> Array:
+        """damp_b of a bias-corrected h."""
+        return np.clip(np.arange(self.bands) / self.bands * (1 - 5 * h), 0, 0.9)
+
+    def filter(self, g: Array, m: Array, h: Array, t: int) -> tuple[Array, Array]:
+        """The next m and h."""
+        band, rfft, irfft = self.bins(g.shape[-1])
+        F, previous = g @ rfft, np.broadcast_to(m, g.shape) @ rfft
+        h = self.beta * h + (1 - self.beta) * self.shares(F, band)
+        damp = self.damping(h / (1 - self.beta**t))[..., band]
+        M = self.alpha * (1 - damp) * previous + (1 - self.alpha) * (1 + damp) * F
+        return (M @ irfft).real, h
 
 
 @dataclass
@@ -69,7 +112,7 @@ class MaxFactor(Twin):
     relative_step: bool = False
     vector_sign: bool = False
     maximize: bool = False
-    momentum: float = 0.0
+    momentum: float | FrequencyAdaptiveMomentum = 0.0
     nesterov: bool = False
     cautious: bool = False
     eps_rms: float = 0.0
@@ -125,9 +168,15 @@ class MaxFactor(Twin):
 
     def averaged(self, g: Array) -> Array:
         """The momentum that stands for g in u; momentum = 0 is g itself."""
-        beta = self.momentum
-        self.m = beta * self.m + (1 - beta) * g
-        return beta * self.m + (1 - beta) * g if self.nesterov else self.m
+        fam, shape, g = self.momentum, g.shape, g.reshape(self.view)
+        beta = fam.alpha if isinstance(fam, FrequencyAdaptiveMomentum) else fam
+        if isinstance(fam, FrequencyAdaptiveMomentum) and g.ndim >= 2 and min(g.shape[-2:]) > 4:
+            kappa = fam.blend * min(1, self.t / fam.blend_steps)
+            self.m, self.h = fam.filter(g, self.m, self.h, self.t)
+        else:
+            kappa, self.m = 1.0, beta * self.m + (1 - beta) * g
+        m = beta * self.m + (1 - beta) * g if self.nesterov else self.m
+        return ((1 - kappa) * g + kappa * m).reshape(shape)
 
     def direction(self, g: Array, V: Array, span: Span) -> Array:
         """u / D, and its row maximum under its sign."""

@@ -20,11 +20,13 @@ def band_shares(spectrum: mx.array, bands: int) -> mx.array:
     Returns:
         ``(..., 1, bands)``, of all rows together.
     """
-    # Scaled first: the square of 1e20, or of 1e-25, is not a float32.
-    magnitude = mx.abs(spectrum)
-    peak = mx.max(magnitude, axis=(-2, -1), keepdims=True)
-    scaled = magnitude / hoist(mx.where(peak > 0, peak, 1.0))
-    power = mx.sum(mx.square(scaled), axis=-2, keepdims=True)
+    # Scaled first: the square of 1e20, or of 1e-25, is not a float32. On a GPU mx.abs squares too.
+    real, imaginary = mx.real(spectrum), mx.imag(spectrum)
+    larger = mx.maximum(mx.abs(real), mx.abs(imaginary))
+    peak = mx.max(larger, axis=(-2, -1), keepdims=True)
+    peak = hoist(mx.where(peak > 0, peak, 1.0))
+    square = mx.square(real / peak) + mx.square(imaginary / peak)
+    power = mx.sum(square, axis=-2, keepdims=True)
     members = bands_of_bins(spectrum.shape[-1], bands)[:, None] == mx.arange(bands)
     in_band = power @ members.astype(mx.float32)
     total = mx.sum(in_band, axis=-1, keepdims=True)

@@ -59,7 +59,7 @@ class FrequencyAdaptiveMomentum:
     blend_steps: int = 1
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, 0.0, 1.0, "()")
+        check_number("alpha", self.alpha, 0.0, 1.0)
         check_number("beta", self.beta, 0.0, 1.0)
         check_integer("bands", self.bands, 1)
         check_number("blend", self.blend, 0.0, 1.0, "[]")
@@ -67,19 +67,22 @@ class FrequencyAdaptiveMomentum:
 
     def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """State beside the buffer ``m`` for matrices whose last axis is the input's."""
-        if self.bands == 1 or len(shape) < 2 or min(shape[-2:]) < LEAST_SIDE:
+        if len(shape) < 2 or min(shape[-2:]) < LEAST_SIDE:
             return {}
-        power = mx.zeros((*shape[:-2], 1, self.bands))
-        return {"power": power, "count": mx.array(0, mx.uint32)}
+        state = {"count": mx.array(0, mx.uint32)}
+        if self.bands > 1:
+            state["power"] = mx.zeros((*shape[:-2], 1, self.bands))
+        return state
 
     def update(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
         """The buffer ``m`` after a gradient; both have the input's axis last."""
+        if "count" in state:
+            state["count"] = state["count"] + 1
         if "power" not in state:
             return self.alpha * momentum + (1 - self.alpha) * gradient
         spectrum = mx.fft.rfft(gradient)
         shares = f.band_shares(spectrum, self.bands)
         state["power"] = self.beta * state["power"] + (1 - self.beta) * shares
-        state["count"] = state["count"] + 1
         _, decay, gain = self.response(state)
         return f.band_momentum(spectrum, momentum, decay, gain)
 
@@ -99,7 +102,7 @@ class FrequencyAdaptiveMomentum:
 
     def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
         """What stands for the gradient: more of the momentum with each update."""
-        if "power" not in state or (self.blend == 1 and self.blend_steps == 1):
+        if "count" not in state or (self.blend == 1 and self.blend_steps == 1):
             return momentum
         t = state["count"].astype(mx.float32)
         weight = f.hoist(self.blend * mx.minimum(1.0, t / self.blend_steps))

@@ -1,0 +1,339 @@
+r"""Train a small speech recognizer in Whisper's shape on voices that eSpeak NG makes.
+
+    python examples/train_speech.py
+    python examples/train_speech.py --compare maxfactor,muon,adamw
+    python examples/train_speech.py --option 'momentum={"bands": 10}'
+    python examples/train_speech.py --data my_recordings
+    python examples/train_speech.py --resume
+
+Digits and commands, in seven accents of English; four voices are held out for validation.
+`speech_data.py` beside this file makes the sound, `training.py` has the loop.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from matplotlib.figure import Figure
+from speech_data import HOP, MELS, SAMPLE_RATE, Clip, clips_of_folder, load_synthetic, log_mel
+from training import Arguments, Parser, Run, integer, print_results, save_results, train
+
+from mlx_maxfactor import CheckpointError
+
+END = "\n"  # begins and ends every text
+
+# Peak rates on hidden matrices: the best of a small grid, at the defaults below.
+RATES = {"maxfactor": 0.05, "adafactor": 5e-3, "signsgd": 2e-3, "muon": 0.02, "adamw": 2e-3}
+RATES["mlx_adafactor"] = 0.03
+
+
+def main() -> None:
+    arguments, clips = parse_arguments()
+    task = Speech(*clips, arguments)
+    try:
+        names = arguments.compare or [arguments.optimizer]
+        runs = [train(name, task, RATES, arguments) for name in names]
+    except CheckpointError as problem:
+        sys.exit(f"train_speech.py: error: {problem}")
+    print_results(runs, task)
+    save_results(runs, task, "Held-out voices", arguments.output)
+    save_transcripts(runs[-1], task, arguments.output)
+
+
+class Speech:
+    """Sound to characters."""
+
+    watched = ("encoder.conv1.weight", "encoder.blocks.0.up.weight")
+
+    def __init__(
+        self, training: Sequence[Clip], held_out: Sequence[Clip], arguments: SpeechArguments
+    ) -> None:
+        self.arguments, self.held_out = arguments, held_out
+        clips = [*training, *held_out]
+        self.characters = END + "".join(sorted({c for clip in clips for c in clip.text}))
+        self.longest_text = 1 + max(len(clip.text) for clip in clips)
+        self.samples = 2 * HOP * math.ceil(max(len(clip.samples) for clip in clips) / (2 * HOP))
+        self.training_features, self.training_texts = self.arrays(training)
+        self.features, self.texts = self.arrays(held_out)
+        self.baselines = {
+            "most frequent": self.error_rates([most_frequent(training)] * len(held_out)),
+            "untrained": self.untrained(),
+        }
+
+    def arrays(self, clips: Sequence[Clip]) -> tuple[mx.array, mx.array]:
+        """Features (clips, frames, 80) of clips padded with silence, and texts that -1 fills."""
+        features = [log_mel(np.pad(c.samples, (0, self.samples - len(c.samples)))) for c in clips]
+        texts = np.full((len(clips), self.longest_text + 1), -1, dtype=np.int32)
+        for row, clip in zip(texts, clips, strict=True):
+            row[: len(clip.text) + 2] = [self.characters.index(c) for c in END + clip.text + END]
+        return mx.array(np.stack(features)), mx.array(texts)
+
+    def model(self) -> Recognizer:
+        """A new recognizer."""
+        a = self.arguments
+        return Recognizer(len(self.characters), self.longest_text, a.width, a.layers, a.heads)
+
+    def rules(self, name: str) -> dict[str, Any]:
+        """Explain the position table; the convolution that reads the sound goes to MaxFactor.
+
+        There its momentum may run along the mel axis, the only one whose order means a frequency.
+        """
+        convolution = {"encoder.conv1.weight": "conv"} if name == "maxfactor" else {}
+        return {"decoder.positions": "embedding", **convolution}
+
+    def training_batch(self, random: np.random.Generator) -> tuple[mx.array, mx.array]:
+        """Random clips, the next that the generator gives."""
+        count = len(self.training_features)
+        chosen = mx.array(random.integers(count, size=self.arguments.batch_size))
+        return self.training_features[chosen], self.training_texts[chosen]
+
+    def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
+        """Mean cross-entropy of each next character, the end of the text included."""
+        features, texts = batch
+        texts, heard = mx.maximum(texts, 0), texts[:, 1:] >= 0
+        logits = model(features, texts[:, :-1]).astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, texts[:, 1:])
+        return mx.sum(losses * heard) / mx.sum(heard)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """The loss on held-out speakers, and the error rates of greedy transcripts."""
+        losses = self.loss(model, self.features, self.texts)
+        return {"loss": float(losses), **self.error_rates(self.transcribe(model, self.features))}
+
+    def transcribe(self, model: nn.Module, features: mx.array) -> list[str]:
+        """The most likely character, one after the other."""
+        assert isinstance(model, Recognizer)
+        sound = model.encoder(features)
+        texts = mx.zeros((len(features), 1), mx.int32)
+        while texts.shape[1] <= self.longest_text:
+            newest = mx.argmax(model.decoder(texts, sound)[:, -1:], axis=-1).astype(mx.int32)
+            texts = mx.concatenate([texts, newest], axis=1)
+            mx.eval(texts)
+        rows = ("".join(self.characters[i] for i in row[1:]) for row in np.array(texts))
+        return [row.partition(END)[0] for row in rows]
+
+    def error_rates(self, transcripts: Sequence[str]) -> dict[str, float]:
+        """Edits over the length of what was said, in characters and in words."""
+        said = [clip.text for clip in self.held_out]
+        return {
+            "character error": float(jiwer.cer(said, list(transcripts))),
+            "word error": float(jiwer.wer(said, list(transcripts))),
+        }
+
+    def untrained(self) -> dict[str, float]:
+        """What a new model makes of the held-out speakers."""
+        mx.random.seed(self.arguments.seed)
+        return self.validate(self.model())
+
+    def sample(self, model: nn.Module) -> str:
+        """What was said, and what was understood, for a few held-out clips."""
+        few = self.held_out[:8]
+        transcripts = self.transcribe(model, self.features[: len(few)])
+        width = max(len(clip.text) for clip in few)
+        lines = [
+            f"{clip.text:{width}}  {text}" for clip, text in zip(few, transcripts, strict=True)
+        ]
+        return "\n".join([f"{'said':{width}}  understood", *lines])
+
+
+def most_frequent(clips: Sequence[Clip]) -> str:
+    return Counter(clip.text for clip in clips).most_common(1)[0][0]
+
+
+# The model
+
+
+class Recognizer(nn.Module):
+    """Whisper's shape, small: an encoder of sound, and a decoder of text that attends to it."""
+
+    def __init__(
+        self, characters: int, longest_text: int, width: int, layers: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(width, layers, heads)
+        self.decoder = Decoder(characters, longest_text, width, layers, heads)
+
+    def __call__(self, features: mx.array, texts: mx.array) -> mx.array:
+        """Logits of next characters: (batch, frames, 80), (batch, text) to (batch, text, kinds)."""
+        return self.decoder(texts, self.encoder(features))
+
+
+class Encoder(nn.Module):
+    """Two convolutions, of which the second halves the frames, then transformer blocks.
+
+    With ReLU: on a CPU, the tanh of Whisper's GELU costs more than the matrix products around it.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(MELS, width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(width, width, kernel_size=3, padding=1)
+        self.blocks = [Block(width, heads) for _ in range(layers)]
+        self.norm = nn.LayerNorm(width)
+
+    def __call__(self, features: mx.array) -> mx.array:
+        """(batch, frames, 80) to (batch, frames / 2, width)."""
+        x = nn.relu(self.conv1(features.astype(self.conv1.weight.dtype)))
+        # A stride of two: on the CPU, MLX's gradient of a strided convolution is five times slower.
+        x = nn.relu(self.conv2(x)[:, ::2])
+        x = x + sinusoids(*x.shape[1:]).astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """Transformer blocks with cross-attention; its embedding is its head."""
+
+    def __init__(
+        self, characters: int, longest_text: int, width: int, layers: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, width)
+        self.positions = mx.random.normal((longest_text, width), scale=0.02)
+        self.blocks = [CrossBlock(width, heads) for _ in range(layers)]
+        self.norm = nn.LayerNorm(width)
+
+    def __call__(self, texts: mx.array, sound: mx.array) -> mx.array:
+        """Logits of next characters, from (batch, text) and (batch, frames / 2, width)."""
+        x = self.embedding(texts) + self.positions[: texts.shape[1]]
+        for block in self.blocks:
+            x = block(x, sound)
+        return self.embedding.as_linear(self.norm(x))
+
+
+class Block(nn.Module):
+    """Attention, then two linear layers, each added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(batch, length, width) to the same shape."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(x)
+
+    def feed_forward(self, x: mx.array) -> mx.array:
+        """(batch, length, width) to the same shape."""
+        return self.down(nn.relu(self.up(self.mlp_norm(x))))
+
+
+class CrossBlock(Block):
+    """A causal block that attends to the sound between its two parts."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.cross_norm = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads)
+
+    def __call__(self, x: mx.array, sound: mx.array) -> mx.array:  # pyright: ignore
+        """(batch, text, width) to the same shape; `sound` is (batch, frames / 2, width)."""
+        x = x + self.attention(self.attention_norm(x), mask="causal")
+        x = x + self.cross_attention(self.cross_norm(x), sound)
+        return x + self.feed_forward(x)
+
+
+class Attention(nn.Module):
+    """Attention to itself or to another sequence."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def __call__(
+        self, x: mx.array, source: mx.array | None = None, mask: str | None = None
+    ) -> mx.array:
+        """(batch, length, width) to the same shape; `source` is (batch, any length, width)."""
+        source = x if source is None else source
+        query, key, value = (
+            y.reshape(*y.shape[:2], self.heads, -1).swapaxes(1, 2)  # (batch, heads, length, -1)
+            for y in (self.query(x), self.key(source), self.value(source))
+        )
+        mixed = mx.fast.scaled_dot_product_attention(
+            query, key, value, scale=query.shape[-1] ** -0.5, mask=mask
+        )
+        return self.out(mixed.swapaxes(1, 2).reshape(x.shape))
+
+
+def sinusoids(length: int, width: int) -> mx.array:
+    """Positions as sines and cosines of geometrically spaced wavelengths: (length, width)."""
+    half = width // 2
+    frequencies = mx.exp(-math.log(10_000) / (half - 1) * mx.arange(half))
+    angles = mx.arange(length)[:, None] * frequencies
+    return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=1)
+
+
+# Pictures and the command line
+
+
+def save_transcripts(run: Run, task: Speech, folder: Path) -> None:
+    """Write transcripts.png: spectrograms of held-out clips, what was said and understood."""
+    said = [line.strip() for line in run.sample.splitlines()[1:]]
+    figure = Figure(figsize=(12, 9), dpi=100, layout="constrained")
+    for axes, features, text in zip(figure.subplots(4, 2).flat, task.features, said, strict=False):
+        seconds = len(features) * HOP / SAMPLE_RATE
+        image = np.array(features).T
+        axes.imshow(image, origin="lower", aspect="auto", extent=(0, seconds, 0, MELS))
+        axes.set_title(text, family="monospace", fontsize="medium")
+    figure.supxlabel("seconds")
+    figure.supylabel("mel bin")
+    figure.savefig(folder / "transcripts.png")
+    print(f"transcripts: {folder / 'transcripts.png'}")
+
+
+class SpeechArguments(Arguments):
+    """And where the sound comes from."""
+
+    data: Path | None
+    cache: Path
+    clips: int
+
+
+def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
+    """Read the command line and the sound, and say what is wrong with them before any work."""
+    parser = Parser(
+        "Train a small speech recognizer in Whisper's shape on voices that eSpeak NG makes.",
+        steps=400,
+        batch_size=16,
+        rest_learning_rate=3e-3,
+        eval_every=100,
+        output=Path("runs/speech"),
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of NAME.wav and NAME.txt, in place of eSpeak NG")
+    add("--cache", type=Path, default=Path("runs/speech_clips"), help="folder of what it spoke")
+    add("--clips", type=integer, default=3000, help="to train on; a tenth as many are held out")
+    arguments = SpeechArguments()
+    parser.parse(arguments)
+    if arguments.width % arguments.heads or arguments.width % 2 or arguments.width < 4:
+        parser.error("--width must be even, at least 4, and divisible by --heads")
+    parser.open_output(arguments, "curves.json", "curves.png", "transcripts.png")
+    try:
+        if arguments.data:
+            return arguments, clips_of_folder(arguments.data)
+        held_out = max(10, arguments.clips // 10)
+        return arguments, load_synthetic(arguments.cache, arguments.clips, held_out)
+    except (OSError, RuntimeError, ValueError) as problem:
+        parser.error(str(problem))
+
+
+if __name__ == "__main__":
+    main()

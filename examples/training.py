@@ -1,0 +1,467 @@
+"""What the examples that train share: the loop, its checkpoints, its table, its command line.
+
+`make_optimizer` and `compiled_step` show the library; the rest is an ordinary MLX program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from mlx.optimizers import Adafactor as MlxAdafactor
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from mlx_maxfactor import (
+    OPTIMIZERS,
+    FrequencyAdaptiveMomentum,
+    RoutedOptimizer,
+    create_optimizer,
+    load_checkpoint,
+    save_checkpoint,
+    warmup_cosine,
+)
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+NAMES = (*OPTIMIZERS, "mlx_adafactor")  # for hidden matrices: the suite's, and a peer
+READ_EVERY = 10  # steps between two looks at the loss: each makes the host wait for the device
+
+Batch = tuple[mx.array, ...]
+
+
+class Task(Protocol):
+    """What a program teaches: a model, its data, its loss."""
+
+    @property
+    def baselines(self) -> Mapping[str, Mapping[str, float]]:
+        """Measures, named as in `validate`, of guesses that ignore the input, by their names."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A new model; its weights come from MLX's global random state alone."""
+        ...
+
+    def rules(self, name: str) -> dict[str, Any]:
+        """What the router cannot know, if the optimizer of that name gets the hidden matrices."""
+        ...
+
+    def training_batch(self, random: np.random.Generator) -> Batch:
+        """The next batch that the generator gives."""
+        ...
+
+    def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
+        """Mean over the batch, in nats."""
+        ...
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """The loss on what was held out, and other measures by name."""
+        ...
+
+    def sample(self, model: nn.Module) -> str:
+        """What the model makes, to look at."""
+        ...
+
+    @property
+    def watched(self) -> Sequence[str]:
+        """Paths of two layers whose frequency bands are worth a picture."""
+        ...
+
+
+@dataclass
+class Run:
+    """What one training leaves behind."""
+
+    optimizer: str
+    state_bytes: int
+    steps: list[int] = field(default_factory=list)
+    training_loss: list[float] = field(default_factory=list)  # mean since the entry before
+    learning_rate: list[float] = field(default_factory=list)
+    seconds_per_step: list[float] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
+    validation: dict[str, list[float]] = field(default_factory=dict)
+    bands: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # [step][share, μ]
+    skipped: int = 0
+    sample: str = ""
+
+    @property
+    def final(self) -> dict[str, float]:
+        """Each measure at the last validation."""
+        return {name: values[-1] for name, values in self.validation.items()}
+
+
+# Training
+
+
+def train(name: str, task: Task, rates: Mapping[str, float], arguments: Arguments) -> Run:
+    """Train a new model. Its first weights come from the seed alone: every optimizer gets them."""
+    mx.random.seed(arguments.seed)
+    model = task.model()
+    model.set_dtype(DTYPES[arguments.dtype])
+    optimizer = make_optimizer(name, model, task.rules(name), rates, arguments)
+    print(optimizer.plan, flush=True)
+
+    run = Run(name, optimizer.plan.state_bytes)
+    step = compiled_step(model, optimizer, task)
+    random = np.random.default_rng(arguments.seed)
+    first = resume(run, model, optimizer, random, arguments) if arguments.resume else 0
+    progress = tqdm(desc=name, total=arguments.steps, initial=first, unit="step")
+    progress.set_postfix_str("compiling the first step")
+    losses: list[mx.array] = []
+    start = time.perf_counter()
+    for done in range(first + 1, arguments.steps + 1):
+        losses.append(step(*task.training_batch(random)))
+        progress.update()
+        mx.async_eval(losses[-1], model.state, optimizer.state)
+        validate = done % arguments.eval_every == 0 or done == arguments.steps
+        saves = done % arguments.save_every == 0 or done == arguments.steps
+        if done % READ_EVERY == 0 or validate or saves:
+            run.steps.append(done)
+            run.training_loss.append(float(mx.mean(mx.stack(losses))))
+            run.learning_rate.append(float(optimizer.learning_rate))
+            run.seconds_per_step.append((time.perf_counter() - start) / len(losses))
+            record_bands(run, optimizer, task.watched)
+            progress.set_postfix_str(
+                f"loss {run.training_loss[-1]:.3f}, rate {run.learning_rate[-1]:.2g}"
+            )
+            if validate:
+                run.validation_steps.append(done)
+                for measure, value in task.validate(model).items():
+                    run.validation.setdefault(measure, []).append(value)
+            if saves:
+                save(run, model, optimizer, random, done, arguments)
+            losses, start = [], time.perf_counter()
+    progress.close()
+    run.skipped = int(optimizer.skipped)
+    run.sample = task.sample(model)
+    return run
+
+
+def make_optimizer(
+    name: str,
+    model: nn.Module,
+    rules: Mapping[str, Any],
+    rates: Mapping[str, float],
+    arguments: Arguments,
+) -> RoutedOptimizer:
+    """Hidden matrices to the optimizer of that name, all else to AdamW, both on one schedule."""
+    warmup_steps = arguments.steps // 10
+    schedule = partial(
+        warmup_cosine,
+        total_steps=arguments.steps,
+        warmup_steps=warmup_steps,
+        start_ratio=1 / (warmup_steps + 1),  # a start at 0 would waste the first update
+    )
+    rate = schedule(arguments.learning_rate or rates[name])
+    peer = MlxAdafactor(rate, relative_step=False) if name == "mlx_adafactor" else None
+    return create_optimizer(
+        model,
+        hidden=peer or name,
+        rest=arguments.rest,
+        learning_rate=None if peer else rate,
+        rest_learning_rate=schedule(arguments.rest_learning_rate),
+        rules=rules,
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+        rounding=arguments.rounding,
+        seed=arguments.seed,
+        rest_options=dict(arguments.rest_option),
+        **dict(arguments.option),
+    )
+
+
+def compiled_step(model: nn.Module, optimizer: Optimizer, task: Task) -> Callable[..., mx.array]:
+    """One update of the model and the optimizer, in place, as one compiled function."""
+    state = [model.state, optimizer.state]
+    loss_and_gradients = nn.value_and_grad(model, partial(task.loss, model))
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(*batch: mx.array) -> mx.array:
+        loss, gradients = loss_and_gradients(*batch)
+        optimizer.update(model, gradients)
+        return loss
+
+    return step
+
+
+def record_bands(run: Run, optimizer: RoutedOptimizer, watched: Sequence[str]) -> None:
+    """Share of the gradient's power and momentum of each band, where an optimizer has bands."""
+    for member in optimizer.optimizers:
+        momentum = getattr(member, "momentum", None)
+        states: Any = tree_flatten(member.state, is_leaf=has_bands)
+        for path, state in states:
+            if isinstance(momentum, FrequencyAdaptiveMomentum) and path in watched:
+                share, decay, _ = momentum.response(state)
+                values: Any = mx.concatenate([share, decay]).tolist()
+                run.bands.setdefault(path, []).append(values)
+
+
+def has_bands(node: Any) -> bool:
+    return isinstance(node, dict) and "power" in node
+
+
+# Checkpoints
+
+
+def save(
+    run: Run,
+    model: nn.Module,
+    optimizer: RoutedOptimizer,
+    random: np.random.Generator,
+    done: int,
+    arguments: Arguments,
+) -> None:
+    """Keep the run, with its curves and the order of its data; and of older files the last few."""
+    path = arguments.output / f"{run.optimizer}-{done:06}.safetensors"
+    extra = {"done": done, "run": asdict(run), "data": random.bit_generator.state}
+    save_checkpoint(path, model, optimizer, **extra)
+    for older in checkpoints(run.optimizer, arguments)[arguments.keep :]:
+        older.unlink()
+
+
+def resume(
+    run: Run,
+    model: nn.Module,
+    optimizer: RoutedOptimizer,
+    random: np.random.Generator,
+    arguments: Arguments,
+) -> int:
+    """Go back to the newest checkpoint, if there is one; the number of steps it had made."""
+    for path in checkpoints(run.optimizer, arguments)[:1]:
+        extra = load_checkpoint(path, model, optimizer)
+        vars(run).update(extra["run"])
+        random.bit_generator.state = extra["data"]
+        print(f"resuming {path} after {extra['done']} steps")
+        return extra["done"]
+    print("nothing to resume: starting from the beginning")
+    return 0
+
+
+def checkpoints(name: str, arguments: Arguments) -> list[Path]:
+    """Last written first: an older run in the same folder may have made more steps."""
+    files = arguments.output.glob(f"{name}-*.safetensors")
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+# Results
+
+
+def print_results(runs: Sequence[Run], task: Task) -> None:
+    """A table of the runs under the baselines, then what each model makes."""
+    measures = list(runs[0].final)
+    row = "{:14}" + " {:>14}" * (len(measures) + 2) + " {:>8}"
+    print("\n" + row.format("", *(f"{m}," for m in measures), "optimizer", "median", "steps"))
+    units = ("validation" for _ in measures)
+    print(row.format("", *units, "state, bytes", "seconds a step", "skipped"))
+    for name, values in task.baselines.items():
+        cells = (f"{values[m]:.3f}" if m in values else "" for m in measures)
+        print(row.format(name, *cells, "", "", "").rstrip())
+    for run in runs:
+        seconds = f"{np.median(run.seconds_per_step):.3f}"
+        values = (f"{value:.3f}" for value in run.final.values())
+        print(row.format(run.optimizer, *values, f"{run.state_bytes:,}", seconds, run.skipped))
+    for run in runs:
+        print(f"\n{run.optimizer} writes:\n{run.sample}")
+
+
+def save_results(runs: Sequence[Run], task: Task, title: str, folder: Path) -> None:
+    """Write curves.json, curves.png and, where an optimizer has frequency bands, bands.png."""
+    curves = {"baselines": task.baselines, "runs": [asdict(run) for run in runs]}
+    finite = json.loads(json.dumps(curves), parse_constant=lambda _: None)  # JSON has no NaN
+    (folder / "curves.json").write_text(json.dumps(finite), encoding="utf-8")
+
+    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
+    losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    draw_losses(losses, runs, task.baselines)
+    losses.set_title(f"{title}: validation loss (thick), training loss (thin)")
+    for i, run in enumerate(runs):
+        rates.plot(run.steps, run.learning_rate, f"C{i}")
+    rates.set(xlabel="step", ylabel="rate of hidden matrices", yscale="log")
+    figure.savefig(folder / "curves.png")
+    print(f"\ncurves: {folder / 'curves.png'} and {folder / 'curves.json'}")
+    for run in runs:
+        if run.bands:
+            draw_bands(run).savefig(folder / f"bands-{run.optimizer}.png")
+            print(f"frequency bands: {folder / f'bands-{run.optimizer}.png'}")
+
+
+def draw_losses(
+    axes: Axes, runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]]
+) -> None:
+    guesses = {name: values["loss"] for name, values in baselines.items() if "loss" in values}
+    for i, run in enumerate(runs):
+        label = f"{run.optimizer}, {run.final['loss']:.3f} at the end"
+        axes.plot(run.steps, run.training_loss, f"C{i}", linewidth=0.7, alpha=0.7)
+        axes.plot(run.validation_steps, run.validation["loss"], f"C{i}o-", linewidth=2, label=label)
+    for name, loss in guesses.items():
+        axes.axhline(loss, color="gray", linestyle="--", label=name)
+    seen = [*guesses.values(), *(loss for run in runs for loss in run.validation["loss"])]
+    axes.set_ylim(top=1.05 * max(filter(math.isfinite, seen)))  # cuts off the first few steps
+    axes.set_ylabel("nats per character")
+    axes.legend()
+
+
+def draw_bands(run: Run) -> Figure:
+    """Of each watched layer, the bands' shares of the gradient's power, and their momentum."""
+    figure = Figure(figsize=(12, 4 * len(run.bands)), dpi=100, layout="constrained")
+    rows = figure.subplots(len(run.bands), 2, sharex=True, squeeze=False)
+    colours = colormaps["viridis"]
+    for (share, decay), (path, history) in zip(rows, run.bands.items(), strict=True):
+        values = np.array(history)  # (steps, 2, bands)
+        bands = values.shape[-1]
+        for b in range(bands):
+            colour = colours(b / max(bands - 1, 1))
+            share.plot(run.steps, values[:, 0, b], color=colour, label=f"band {b}")
+            decay.plot(run.steps, values[:, 1, b], color=colour)
+        share.axhline(1 / bands, color="gray", linestyle="--", label="equal shares")
+        share.set(title=path, ylabel="share of the gradient's power", ylim=0)
+        decay.set(title=path, ylabel="momentum μ")
+    rows[0, 0].legend(ncols=2, fontsize="small")
+    for axes in rows[-1]:
+        axes.set_xlabel("step")
+    return figure
+
+
+# The command line
+
+
+class Arguments(argparse.Namespace):
+    """The arguments that the examples share, typed."""
+
+    optimizer: str
+    compare: list[str] | None
+    option: list[tuple[str, Any]]
+    learning_rate: float | None
+    rest: str
+    rest_option: list[tuple[str, Any]]
+    rest_learning_rate: float
+    steps: int
+    batch_size: int
+    layers: int
+    width: int
+    heads: int
+    seed: int
+    dtype: str
+    rounding: str
+    resume: bool
+    save_every: int
+    keep: int
+    eval_every: int
+    output: Path
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line that the examples share; one line for an error, without the usage."""
+
+    def __init__(self, description: str, **defaults: Any):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        which = self.add_mutually_exclusive_group()
+        which.add_argument("--optimizer", choices=NAMES, default="maxfactor", help="one to train")
+        which.add_argument("--compare", type=names, metavar="A,B,C", help="several to train")
+        add = self.add_argument
+        add("--option", type=option, action="append", default=[], metavar="NAME=VALUE")
+        add("--learning-rate", type=rate, help="peak on hidden matrices; None: as in RATES")
+        add("--rest", choices=OPTIMIZERS, default="adamw", help="of all other parameters")
+        add("--rest-option", type=option, action="append", default=[], metavar="NAME=VALUE")
+        add("--rest-learning-rate", type=rate, help="its peak")
+        add("--steps", type=integer, help="updates")
+        add("--batch-size", type=integer, help="examples in a batch")
+        add("--layers", type=integer, default=2, help="transformer blocks of each stack")
+        add("--width", type=integer, default=64, help="channels")
+        add("--heads", type=integer, default=2, help="attention heads")
+        add("--seed", type=partial(integer, least=0), default=1, help="of weights and batches")
+        add("--dtype", choices=DTYPES, default="float32", help="of the weights")
+        add("--rounding", choices=["nearest", "stochastic"], default="nearest", help="of them")
+        add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+        add("--save-every", type=integer, default=100, help="steps between checkpoints")
+        add("--keep", type=integer, default=2, help="checkpoints that stay")
+        add("--eval-every", type=integer, help="steps between validations")
+        add("--output", type=Path, help="folder of curves and checkpoints")
+        self.set_defaults(**defaults)
+
+    def parse(self, arguments: Arguments) -> None:
+        """Read the command line, and say what is wrong with it before any work."""
+        self.parse_args(namespace=arguments)
+        try:
+            for name in arguments.compare or [arguments.optimizer]:
+                if name in OPTIMIZERS:
+                    OPTIMIZERS[name](**dict(arguments.option))
+                elif arguments.option:
+                    raise ValueError(f"{name} takes none here")
+        except (TypeError, ValueError) as problem:
+            self.error(f"--option: {problem}")
+        try:
+            OPTIMIZERS[arguments.rest](**dict(arguments.rest_option))
+        except (TypeError, ValueError) as problem:
+            self.error(f"--rest-option: {problem}")
+
+    def open_output(self, arguments: Arguments, *names: str) -> None:
+        """Make the folder, and see that every file can be written."""
+        try:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (arguments.output / name).open("ab").close()
+        except OSError as problem:
+            self.error(f"--output {arguments.output}: {problem.strerror}")
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def integer(argument: str, least: int = 1) -> int:
+    if not (argument.isdecimal() and least <= int(argument) < 10**6):
+        message = f"must be an integer from {least} to {10**6 - 1}, got {argument!r}"
+        raise argparse.ArgumentTypeError(message)
+    return int(argument)
+
+
+def option(argument: str) -> tuple[str, Any]:
+    """An option of an optimizer; its value is JSON.
+
+    A dtype is its name, frequency-adaptive momentum an object: momentum={"bands": 10}.
+    """
+    name, equals, text = argument.partition("=")
+    try:
+        value = json.loads(text) if equals else True
+        if name == "momentum" and isinstance(value, dict):
+            value = FrequencyAdaptiveMomentum(**value)
+        elif name == "state_dtype" and value in DTYPES:
+            value = DTYPES[value]
+        return name, value
+    except (TypeError, ValueError) as problem:
+        message = f"takes NAME=VALUE with a JSON value, got {argument!r} ({problem})"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def rate(argument: str) -> float:
+    try:
+        value = float(argument)
+    except ValueError:
+        value = math.nan
+    if not 1e-12 <= value <= 1e3:
+        raise argparse.ArgumentTypeError(f"must be a number from 1e-12 to 1e3, got {argument!r}")
+    return value
+
+
+def names(argument: str) -> list[str]:
+    given = argument.split(",")
+    if not set(given) <= set(NAMES) or len(set(given)) < len(given):
+        choices = ", ".join(NAMES)
+        raise argparse.ArgumentTypeError(f"takes different names of {choices}, got {argument!r}")
+    return given

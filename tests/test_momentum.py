@@ -1,0 +1,260 @@
+"""Frequency-adaptive momentum against its twin, its closed forms, its state."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from killed_run import build
+from mlx.utils import tree_flatten
+from models import Table
+from trajectories import BOUND, distance, hard_gradients, parameter, trajectory, twin_trajectory
+
+from mlx_maxfactor import (
+    CheckpointError,
+    FrequencyAdaptiveMomentum,
+    MaxFactor,
+    create_optimizer,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mlx_maxfactor import functional as f
+
+ARRAYS = [
+    *(((32, 17), "batched"), ((17, 32), "batched"), ((8, 5), "batched"), ((4, 9), "batched")),
+    *(((3, 6, 7), "batched"), ((3, 6, 7), "experts"), ((2, 3, 6, 5), "experts")),
+    *(((6, 3, 8), "conv"), ((5, 3, 3, 9), "conv"), ((9, 6), "transposed"), ((3, 9, 6), "batched")),
+    *(((7,), "batched"), ((), "batched"), ((1,), "batched"), ((1, 1), "batched")),
+]
+VARIANTS = [
+    ({}, {}),
+    ({"bands": 1}, {}),
+    ({"bands": 3}, {}),
+    ({"bands": 40}, {}),  # more than any of these spectra has bins
+    ({"blend": 0.8, "blend_steps": 20}, {}),
+    ({}, {"cautious": True}),
+    ({}, {"nesterov": True}),
+    ({"alpha": 0.5, "beta": 0.9}, {"max_norm": False}),
+    ({"blend": 0.5, "beta": 0.0}, {"nesterov": True, "cautious": True, "full_matrix": True}),
+]
+
+
+def coloured_gradients(shape, steps=30, seed=8):
+    """White noise and its rows' and columns' means, other shares and another scale each step.
+
+    Not ``hard_gradients``: its magnitudes fall by up to 1e18 from a step to the next, and a
+    spectrum rounds each element by 1e-7 of its row. Where m is smaller than what that leaves, its
+    sign is a matter of rounding: 8 of 240 trajectories end 1e-3 elsewhere. Here the scale changes
+    100-fold at most, and with this seed no element that steps is below 6e-6 of its row's largest.
+    """
+    rng = np.random.default_rng(seed)
+    gradients = []
+    for t in range(steps):
+        g = rng.normal(size=shape)
+        for axis in range(len(shape))[-2:]:
+            g = g + rng.uniform(0, 3) * rng.normal(size=(*shape[:axis], 1, *shape[axis + 1 :]))
+        gradients.append((g * 10 ** rng.uniform(-1, 1) * (t % 13 != 12)).astype(np.float32))
+    return gradients
+
+
+@pytest.mark.parametrize(("shape", "layout"), ARRAYS, ids=str)
+@pytest.mark.parametrize(("fam", "options"), VARIANTS, ids=str)
+def test_it_follows_the_twin(fam, options, shape, layout):
+    twin = reference.MaxFactor(momentum=reference.FrequencyAdaptiveMomentum(**fam), **options)
+    ours = MaxFactor(momentum=FrequencyAdaptiveMomentum(**fam), **options)
+    start, gradients = parameter(shape), coloured_gradients(shape)
+    exact = twin_trajectory(twin, start, gradients, layout)
+    assert distance(trajectory(ours, start, gradients, layout), exact) < BOUND
+    # The step sees little but the sign of m: m itself as well, to a few roundings of its largest.
+    m = np.array(ours.state["p"]["m"], np.float64).ravel()
+    assert np.max(np.abs(m - twin.m.ravel())) < 1e-6 * np.max(np.abs(twin.m))
+    assert ("power" in ours.state["p"]) == (np.ndim(twin.h) > 0 and fam.get("bands") != 1)
+    if "power" in ours.state["p"]:
+        assert ours.state["p"]["power"].shape == twin.h.shape
+        assert np.allclose(np.array(ours.state["p"]["power"]), twin.h, rtol=1e-5, atol=0)
+
+
+# Formulas
+
+
+def spectra(n, scale=1.0):
+    g = parameter((2, 6, n), seed=n) * np.linspace(1, 3, 6, dtype=np.float32)[:, None]
+    return g, mx.fft.rfft(mx.array(g) * scale)
+
+
+@pytest.mark.parametrize("bands", [1, 3, 10, 40])
+@pytest.mark.parametrize("n", [5, 8, 16, 33])
+def test_formulas_are_the_twins(n, bands):
+    fam = reference.FrequencyAdaptiveMomentum(alpha=0.8, beta=0.7, bands=bands)
+    g, F = spectra(n)
+    band, rfft, _ = fam.bins(n)
+    shares = f.band_shares(F, bands)
+    assert shares.shape == (2, 1, bands)
+    assert np.allclose(np.array(shares), fam.shares(g @ rfft, band), rtol=1e-5, atol=0)
+    h = np.random.default_rng(0).uniform(0, 0.3, size=(2, 1, bands))
+    h[..., -1] = 0.0  # of 40 bands, damped by 0.9 at most
+    damp = f.band_damping(mx.array(h.astype(np.float32)))
+    assert np.allclose(np.array(damp), fam.damping(h), rtol=0, atol=1e-6)
+
+    m, h = parameter((2, 6, n), seed=1), h * (1 - 0.7**4)
+    exact, h = fam.filter(np.float64(g), np.float64(m), h, t=5)
+    damp = mx.array(fam.damping(h / (1 - 0.7**5)).astype(np.float32))
+    ours = f.band_momentum(F, mx.array(m), 0.8 * (1 - damp), 0.2 * (1 + damp))
+    assert np.max(np.abs(np.array(ours) - exact)) < 1e-6 * np.max(np.abs(exact))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-20, 1e10, 1e15])
+def test_shares_do_not_see_the_scale(scale):
+    # Squares of these are no float32, and neither are those of a complex magnitude taken bare.
+    exact = f.band_shares(spectra(16)[1], 4)
+    assert np.allclose(f.band_shares(spectra(16, scale)[1], 4), exact, rtol=1e-5, atol=0)
+
+
+def test_the_largest_gradient_has_shares():
+    # 1e15 is what gradients are clamped to; summed over this row it is 2e19, and no square at all.
+    assert np.allclose(f.band_shares(mx.fft.rfft(mx.full((5, 20000), 1e15)), 2), [[1, 0]])
+
+
+def test_zero_gradients_have_no_shares():
+    assert np.array_equal(f.band_shares(mx.zeros((6, 5), mx.complex64), 3), np.zeros((1, 3)))
+    tree = {"w": mx.ones((6, 8))}
+    optimizer = MaxFactor(momentum=FrequencyAdaptiveMomentum())
+    moved = optimizer.apply_gradients({"w": mx.zeros((6, 8))}, tree)["w"]
+    assert np.allclose(moved, 1 - 0.01 * 0.01)
+    for key in ("m", "power"):
+        assert not mx.any(optimizer.state["w"][key]).item()
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_equal_bands_are_plain_momentum(n):
+    g, F = spectra(n)
+    m, flat = parameter((2, 6, n), seed=1), mx.ones((2, 1, 3))
+    ours = f.band_momentum(F, mx.array(m), 0.9 * flat, 0.1 * flat)
+    assert np.allclose(np.array(ours), 0.9 * m + 0.1 * g, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("shape", "layout"), ARRAYS, ids=str)
+def test_one_band_is_plain_momentum_bit_for_bit(shape, layout):
+    # With gradients of any magnitude.
+    plain, fam = (
+        trajectory(MaxFactor(momentum=m), parameter(shape), hard_gradients(shape), layout)
+        for m in (0.9, FrequencyAdaptiveMomentum(bands=1))
+    )
+    assert np.array_equal(plain, fam)
+
+
+@pytest.mark.parametrize("n", [40, 41])
+@pytest.mark.parametrize(
+    ("bands", "k", "a"),  # of 21 bins: bin k lies in band k * bands // 21
+    [(10, 19, 0.1), (10, 19, 0.4), (10, 12, 0.4), (4, 6, 0.2), (10, 19, 1e3), (21, 19, 0.01)],
+)
+def test_a_tone_is_damped_as_the_formula_says(n, bands, k, a):
+    # cos of bin 1, in band 0, and a times cos of bin k: shares 1 : a^2, the same at every step.
+    alpha, T, b, share = 0.9, 25, k * bands // 21, a**2 / (1 + a**2)
+    rows = np.array([[1.0], [-2.0], [0.5], [3.0], [1.0]])
+    low, tone = (np.cos(2 * np.pi * i * np.arange(n) / n) for i in (1, k))
+    optimizer = MaxFactor(momentum=FrequencyAdaptiveMomentum(bands=bands))
+    tree, g = {"w": mx.ones((5, n))}, {"w": mx.array(rows * (low + a * tone))}
+    for _ in range(T):
+        tree = optimizer.apply_gradients(g, tree)
+    damp = min(max(b / bands * (1 - 5 * share), 0.0), 0.9)
+    assert (damp > 0) == (a < 0.5)
+    mu = alpha * (1 - damp)
+    amplitude = (1 - alpha) * (1 + damp) / (1 - mu) * (1 - mu**T)
+    expected = rows * ((1 - alpha**T) * low + a * amplitude * tone)
+    assert np.allclose(optimizer.state["w"]["m"], expected, rtol=0, atol=1e-6 * expected.max())
+    response = [x[0, b].item() for x in optimizer.momentum.response(optimizer.state["w"])]
+    assert np.allclose(response, [share, mu, (1 - alpha) * (1 + damp)], rtol=1e-5)
+
+
+# State
+
+
+def flat(tree):
+    return {path: np.array(a.astype(mx.float32)) for path, a in tree_flatten(tree)}
+
+
+def test_a_late_parameter_counts_its_own_updates():
+    optimizer, g = MaxFactor(momentum=FrequencyAdaptiveMomentum()), mx.array(parameter((6, 8)))
+    for tree in ({"a": g}, {"a": g}, {"a": g, "b": g}):
+        optimizer.apply_gradients(tree, tree)
+    early, late = (optimizer.momentum.response(optimizer.state[key]) for key in "ab")
+    for a, b in zip(early, late, strict=True):
+        assert np.allclose(a, b, rtol=1e-5)
+
+
+def test_compiled_equals_eager():
+    runs = []
+    for compiled in (False, True):
+        optimizer = MaxFactor(momentum=FrequencyAdaptiveMomentum(blend=0.8, blend_steps=20))
+        tree = {"w": mx.array(parameter((8, 9)))}
+        optimizer.init(tree)
+        step: Any = optimizer.apply_gradients
+        if compiled:
+            step = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
+        for g in coloured_gradients((8, 9)):
+            tree = step({"w": mx.array(g)}, tree)
+            mx.eval(tree, optimizer.state)
+        runs.append(flat({"tree": tree, "state": optimizer.state}))
+    for path, eager in runs[0].items():  # fused kernels round in another order
+        assert np.allclose(runs[1][path], eager, rtol=1e-5, atol=BOUND * np.max(eager)), path
+
+
+@pytest.mark.parametrize("state_dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_dtypes_of_parameters_and_state(dtype, state_dtype):
+    optimizer = MaxFactor(momentum=FrequencyAdaptiveMomentum(), state_dtype=state_dtype)
+    tree = {"w": mx.array(parameter((6, 8))).astype(dtype), "c": mx.ones((2, 8), dtype)}
+    moved = optimizer.apply_gradients(tree, tree)
+    assert {p.dtype for p in moved.values()} == {dtype}
+    dtypes = {key: array.dtype for key, array in optimizer.state["w"].items()}
+    kept = {"row": mx.float32, "column": mx.float32, "power": mx.float32, "count": mx.uint32}
+    assert dtypes == kept | {"m": state_dtype}
+    assert set(optimizer.state["c"]) == {"row", "column", "m"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.0}, r"alpha must be in \[0, 1\), got 1.0"),
+        ({"beta": 1.0}, r"beta must be in \[0, 1\), got 1.0"),
+        ({"bands": 0}, "bands must be a whole number of at least 1, got 0"),
+        ({"bands": 2.5}, "bands must be a whole number of at least 1, got 2.5"),
+        ({"blend": 1.5}, r"blend must be in \[0, 1\], got 1.5"),
+        ({"blend_steps": 0}, "blend_steps must be a whole number of at least 1, got 0"),
+        ({"momentum": "fam"}, r"momentum must be in \[0, 1\), got 'fam'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_it_is_built(options, message):
+    kind = MaxFactor if "momentum" in options else FrequencyAdaptiveMomentum
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    points = []
+    for resume in (False, True):
+        model, optimizer, step = build(momentum=FrequencyAdaptiveMomentum(blend_steps=9))
+        if resume:
+            load_checkpoint(tmp_path / "run", model, optimizer)
+        for t in range(6 if resume else 0, 12):
+            if t == 6 and not resume:
+                save_checkpoint(tmp_path / "run", model, optimizer)
+            step()
+        points.append(flat({"model": model.state, "state": optimizer.state}))
+    whole, resumed = points
+    assert any(path.endswith("power") for path in whole)
+    assert whole.keys() == resumed.keys()
+    assert all(np.array_equal(whole[path], resumed[path]) for path in whole)
+
+
+@pytest.mark.parametrize("other", [{"bands": 4}, {"beta": 0.99}, {"alpha": 0.5}], ids=str)
+def test_a_file_of_another_momentum_is_refused(other, tmp_path):
+    model = Table()
+    optimizer = create_optimizer(model, momentum=FrequencyAdaptiveMomentum(bands=10))
+    save_checkpoint(tmp_path / "run", model, optimizer)
+    optimizer = create_optimizer(model, momentum=FrequencyAdaptiveMomentum(**other))
+    with pytest.raises(CheckpointError, match=r"momentum is .*bands=10.* in the file, "):
+        load_checkpoint(tmp_path / "run", model, optimizer)
