@@ -87,6 +87,7 @@ class Run:
 
     optimizer: str
     state_bytes: int
+    hidden_state_bytes: int
     steps: list[int] = field(default_factory=list)
     training_loss: list[float] = field(default_factory=list)  # mean since the entry before
     learning_rate: list[float] = field(default_factory=list)
@@ -114,7 +115,8 @@ def train(name: str, task: Task, rates: Mapping[str, float], arguments: Argument
     optimizer = make_optimizer(name, model, task.rules(name), rates, arguments)
     print(optimizer.plan, flush=True)
 
-    run = Run(name, optimizer.plan.state_bytes)
+    hidden = sum(entry.state_bytes for entry in optimizer.plan if entry.role == "hidden")
+    run = Run(name, optimizer.plan.state_bytes, hidden)
     step = compiled_step(model, optimizer, task)
     random = np.random.default_rng(arguments.seed)
     first = resume(run, model, optimizer, random, arguments) if arguments.resume else 0

@@ -1,0 +1,314 @@
+r"""Compare optimizers on one of the examples, each at its best rate, from records that are kept.
+
+    python examples/compare_optimizers.py speech
+    python examples/compare_optimizers.py language_model --run --workers 2
+
+The first prints the table and draws the plots of the records in `examples/records`; `--run` first
+makes the runs that are missing there. Every configuration gets the same search: four rates of a
+ladder on seed 1, more while the best is the lowest or the highest of them, then two more seeds at
+the best. Each run is a command that anyone may give alone: the record has it. What follows `--` is
+handed on to every run, whose records belong in a file of their own (`--records`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, median
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from training import integer
+
+FOLDER = Path(__file__).parent
+LADDER = tuple(m * 10.0**e for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5, 7))
+FIRST_RATES = 4
+SEEDS = (1, 2, 3)
+
+
+def maxfactor(**options: object) -> tuple[str, ...]:
+    """Arguments for MaxFactor with these options, as JSON."""
+    return tuple(f"--option={name}={json.dumps(value)}" for name, value in options.items())
+
+
+# What is compared: arguments of the example, and the lowest of the first four rates by task.
+CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
+    "MaxFactor": (maxfactor(), {"speech": 0.01, "language_model": 0.05}),
+    "MaxFactor, momentum": (
+        maxfactor(momentum=0.9),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "MaxFactor, Nesterov": (
+        maxfactor(momentum=0.9, nesterov=True),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "MaxFactor, cautious": (
+        maxfactor(momentum=0.9, cautious=True),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "MaxFactor, cautious Nesterov": (
+        maxfactor(momentum=0.9, nesterov=True, cautious=True),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "MaxFactor, cautious, bf16 momentum": (
+        maxfactor(momentum=0.9, cautious=True, state_dtype="bfloat16"),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "MaxFactor, FAM": (
+        maxfactor(momentum={"bands": 10}),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "MaxFactor, cautious FAM": (
+        maxfactor(momentum={"bands": 10}, cautious=True),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "AdamW": (("--optimizer=adamw",), {"speech": 1e-3, "language_model": 2e-3}),
+    "Muon": (("--optimizer=muon",), {"speech": 0.01, "language_model": 0.02}),
+    "Muon, rest MaxFactor": (
+        (
+            "--optimizer=muon",
+            "--rest=maxfactor",
+            "--rest-option=momentum=0.9",
+            "--rest-option=cautious=true",
+            "--rest-learning-rate=0.02",
+        ),
+        {"speech": 0.01, "language_model": 0.02},
+    ),
+    "mlx Adafactor": (("--optimizer=mlx_adafactor",), {"speech": 0.01, "language_model": 0.02}),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: what was run, where, and what came of it."""
+
+    configuration: str
+    learning_rate: float
+    seed: int
+    command: str
+    platform: str
+    state_bytes: int
+    hidden_state_bytes: int
+    seconds_per_step: float  # median
+    validation_steps: list[int]
+    validation: dict[str, list[float | None]]
+
+    def final(self, measure: str) -> float:
+        """At the last validation; infinite if it was not finite."""
+        value = self.validation[measure][-1]
+        return math.inf if value is None else value
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    path = arguments.records or FOLDER / "records" / f"{arguments.task}.jsonl"
+    records = read(path)
+    if arguments.run:
+        records = run_missing(records, path, arguments)
+    if not records:
+        sys.exit(f"compare_optimizers.py: error: {path} holds no records: make them with --run")
+    print(table(records))
+    picture = path.with_suffix(".png")
+    draw(records, arguments.task).savefig(picture)
+    print(f"\npicture: {picture}")
+
+
+# Runs
+
+
+def run_missing(records: list[Record], path: Path, arguments: Arguments) -> list[Record]:
+    """Make every run that the search asks for next, until it asks for none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = partial(run_one, arguments=arguments)
+    while missing := [
+        (name, rate, seed)
+        for name in arguments.only or CONFIGURATIONS
+        for rate, seed in next_runs(name, arguments.task, records)
+    ]:
+        with ThreadPoolExecutor(arguments.workers) as pool, path.open("a") as file:
+            for record in tqdm(pool.map(run, missing), total=len(missing), desc=arguments.task):
+                file.write(json.dumps(asdict(record)) + "\n")
+                file.flush()
+                records.append(record)
+    return records
+
+
+def next_runs(name: str, task: str, records: Sequence[Record]) -> list[tuple[float, int]]:
+    """Rates and seeds that the search of one configuration asks for next."""
+    losses = {
+        (r.learning_rate, r.seed): r.final("loss") for r in records if r.configuration == name
+    }
+    start = LADDER.index(CONFIGURATIONS[name][1][task])
+    first = LADDER[start : start + FIRST_RATES]
+    tried = sorted({rate for rate, seed in losses if seed == SEEDS[0]} | set(first))
+    if missing := [(rate, SEEDS[0]) for rate in tried if (rate, SEEDS[0]) not in losses]:
+        return missing
+    best = min(tried, key=lambda rate: losses[rate, SEEDS[0]])
+    if best == tried[0]:
+        return [(LADDER[LADDER.index(best) - 1], SEEDS[0])]
+    if best == tried[-1]:
+        return [(LADDER[LADDER.index(best) + 1], SEEDS[0])]
+    return [(best, seed) for seed in SEEDS if (best, seed) not in losses]
+
+
+def run_one(what: tuple[str, float, int], arguments: Arguments) -> Record:
+    """Run the example as a user would, and read what it wrote."""
+    name, rate, seed = what
+    options = [
+        *CONFIGURATIONS[name][0],
+        f"--learning-rate={rate:g}",
+        f"--seed={seed}",
+        *arguments.others,
+    ]
+    script = FOLDER / f"train_{arguments.task}.py"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, str(script), *options, f"--output={folder}", "--save-every=999999"],
+            # A thread each: several of OpenBLAS's a run would wait for those of the run beside it.
+            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{name} at {rate:g}, seed {seed}: {done.stderr[-2000:]}")
+        run = json.loads((Path(folder) / "curves.json").read_text())["runs"][0]
+    return Record(
+        name,
+        rate,
+        seed,
+        f"python examples/{script.name} {' '.join(options)}",
+        f"MLX {version('mlx')}, {platform.system()} {platform.machine()}",
+        run["state_bytes"],
+        run["hidden_state_bytes"],
+        round(median(run["seconds_per_step"]), 4),
+        run["validation_steps"],
+        run["validation"],
+    )
+
+
+def read(path: Path) -> list[Record]:
+    if not path.exists():
+        return []
+    return [Record(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+# Table and picture
+
+
+def at_best(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Of each configuration all seeds at its best rate, the least mean loss first."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.configuration].append(record)
+    best = {}
+    for name, group in groups.items():
+        first = [r for r in group if r.seed == SEEDS[0]]
+        rate = min(first, key=lambda r: r.final("loss")).learning_rate
+        best[name] = [r for r in group if r.learning_rate == rate]
+    return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
+
+
+def mean_loss(records: Sequence[Record]) -> float:
+    return fmean(r.final("loss") for r in records)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: mean (least to greatest) over the seeds at the best rate."""
+    measures = list(records[0].validation)
+    head = ["hidden matrices", "rate", *measures, "state, bytes", "of them hidden", "s a step"]
+    rows = [head, ["---"] * len(head)]
+    for name, group in at_best(records).items():
+        spreads = [spread([r.final(measure) for r in group]) for measure in measures]
+        rates = sorted({r.learning_rate for r in records if r.configuration == name})
+        low, high = rates[0], rates[-1]
+        rows.append(
+            [
+                name,
+                f"{group[0].learning_rate:g} ({len(rates)} of {low:g} to {high:g})",
+                *spreads,
+                f"{group[0].state_bytes:,}",
+                f"{group[0].hidden_state_bytes:,}",
+                f"{median(r.seconds_per_step for r in group):.3f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean (least to greatest)."""
+    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def draw(records: Sequence[Record], task: str) -> Figure:
+    """Loss by rate on the first seed, and loss by state with the spread of the seeds."""
+    figure = Figure(figsize=(14, 7), dpi=100, layout="constrained")
+    rates, states = figure.subplots(1, 2)
+    finite = [r.final("loss") for r in records if math.isfinite(r.final("loss"))]
+    best = at_best(records)
+    for i, (name, group) in enumerate(best.items()):
+        style = {"color": f"C{i % 10}", "marker": "osv^D"[i // 10 * 2 + i % 2]}
+        first = [r for r in records if r.configuration == name and r.seed == SEEDS[0]]
+        first.sort(key=lambda r: r.learning_rate)
+        rates.plot(
+            [r.learning_rate for r in first], [r.final("loss") for r in first], label=name, **style
+        )
+        values = [r.final("loss") for r in group]
+        mean, size = fmean(values), group[0].hidden_state_bytes / 1000
+        errors = [[mean - min(values)], [max(values) - mean]]
+        states.errorbar([size], [mean], errors, capsize=4, label=f"{name}, {mean:.3f}", **style)
+    low = min(finite)
+    rates.set(
+        title=f"{task}: seed {SEEDS[0]}",
+        xlabel="peak rate on hidden matrices",
+        xscale="log",
+        ylabel="final validation loss, nats per character",
+        ylim=(0.95 * low, min(max(finite), 2 * low)),
+    )
+    states.set(
+        title=f"at the best rate: mean, least and greatest of {len(SEEDS)} seeds",
+        xlabel="state of hidden matrices, kB",
+        ylabel="final validation loss, nats per character",
+    )
+    states.legend(fontsize="small")
+    return figure
+
+
+class Arguments(argparse.Namespace):
+    """The command line, typed."""
+
+    task: str
+    run: bool
+    workers: int
+    only: list[str] | None
+    records: Path | None
+    others: list[str]
+
+
+def parse_arguments() -> Arguments:
+    parser = argparse.ArgumentParser(description="Compare optimizers, each at its best rate.")
+    add = parser.add_argument
+    add("task", choices=["speech", "language_model"])
+    add("--run", action="store_true", help="make the runs that are missing")
+    add("--workers", type=integer, default=1, help="runs side by side (default 1)")
+    add("--only", action="append", choices=CONFIGURATIONS, metavar="NAME", help="of these alone")
+    add("--records", type=Path, help="file of records (default examples/records/TASK.jsonl)")
+    add("others", nargs="*", metavar="-- ARGUMENT", help="handed on to every run")
+    return parser.parse_args(namespace=Arguments())
+
+
+if __name__ == "__main__":
+    main()
