@@ -25,9 +25,19 @@ import mlx.nn as nn
 import numpy as np
 from matplotlib.figure import Figure
 from speech_data import HOP, MELS, SAMPLE_RATE, Clip, clips_of_folder, load_synthetic, log_mel
-from training import Arguments, Parser, Run, integer, print_results, save_results, train
+from training import (
+    Arguments,
+    Parser,
+    Run,
+    integer,
+    option,
+    print_results,
+    save_results,
+    schedule_of,
+    train,
+)
 
-from mlx_maxfactor import CheckpointError
+from mlx_maxfactor import CheckpointError, MaxFactor
 
 END = "\n"  # begins and ends every text
 
@@ -83,12 +93,18 @@ class Speech:
         return Recognizer(len(self.characters), self.longest_text, a.width, a.layers, a.heads)
 
     def rules(self, name: str) -> dict[str, Any]:
-        """Explain the position table; the convolution that reads the sound goes to MaxFactor.
+        """Explain the position table; MaxFactor takes the convolution that reads the sound too.
 
         There its momentum may run along the mel axis, the only one whose order means a frequency.
+        With `min_rms` 1 its rate is as absolute as AdamW's, and is that of the rest.
         """
-        convolution = {"encoder.conv1.weight": "conv"} if name == "maxfactor" else {}
-        return {"decoder.positions": "embedding", **convolution}
+        rules: dict[str, Any] = {"decoder.positions": "embedding"}
+        if name == "maxfactor":
+            a = self.arguments
+            options = {**dict(a.option), **dict(a.convolution_option)}
+            rate = schedule_of(a)(a.rest_learning_rate)
+            rules["encoder.conv1.weight"] = MaxFactor(rate, min_rms=1.0, **options)
+        return rules
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, mx.array]:
         """Random clips, the next that the generator gives."""
@@ -302,6 +318,7 @@ def save_transcripts(run: Run, task: Speech, folder: Path) -> None:
 class SpeechArguments(Arguments):
     """And where the sound comes from."""
 
+    convolution_option: list[tuple[str, Any]]
     data: Path | None
     cache: Path
     clips: int
@@ -313,16 +330,29 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
         "Train a small speech recognizer in Whisper's shape on voices that eSpeak NG makes.",
         steps=400,
         batch_size=16,
-        rest_learning_rate=3e-3,
+        rest_learning_rate=1e-2,
         eval_every=100,
         output=Path("runs/speech"),
     )
     add = parser.add_argument
+    add(
+        "--convolution-option",
+        type=option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of MaxFactor on the first convolution, over those of --option",
+    )
     add("--data", type=Path, help="folder of NAME.wav and NAME.txt, in place of eSpeak NG")
     add("--cache", type=Path, default=Path("runs/speech_clips"), help="folder of what it spoke")
     add("--clips", type=integer, default=3000, help="to train on; a tenth as many are held out")
     arguments = SpeechArguments()
     parser.parse(arguments)
+    try:
+        MaxFactor(**{**dict(arguments.option), **dict(arguments.convolution_option)})
+    except (TypeError, ValueError) as problem:
+        if "maxfactor" in (arguments.compare or [arguments.optimizer]):
+            parser.error(f"--convolution-option: {problem}")
     if arguments.width % arguments.heads or arguments.width % 2 or arguments.width < 4:
         parser.error("--width must be even, at least 4, and divisible by --heads")
     parser.open_output(arguments, "curves.json", "curves.png", "transcripts.png")

@@ -24,12 +24,14 @@ from matplotlib.figure import Figure
 from mlx.optimizers import Adafactor as MlxAdafactor
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
+from momentum_variants import VARIANTS
 from tqdm import tqdm
 
 from mlx_maxfactor import (
     OPTIMIZERS,
     FrequencyAdaptiveMomentum,
     RoutedOptimizer,
+    Schedule,
     create_optimizer,
     load_checkpoint,
     save_checkpoint,
@@ -160,13 +162,7 @@ def make_optimizer(
     arguments: Arguments,
 ) -> RoutedOptimizer:
     """Hidden matrices to the optimizer of that name, all else to AdamW, both on one schedule."""
-    warmup_steps = arguments.steps // 10
-    schedule = partial(
-        warmup_cosine,
-        total_steps=arguments.steps,
-        warmup_steps=warmup_steps,
-        start_ratio=1 / (warmup_steps + 1),  # a start at 0 would waste the first update
-    )
+    schedule = schedule_of(arguments)
     rate = schedule(arguments.learning_rate or rates[name])
     peer = MlxAdafactor(rate, relative_step=False) if name == "mlx_adafactor" else None
     return create_optimizer(
@@ -182,6 +178,17 @@ def make_optimizer(
         seed=arguments.seed,
         rest_options=dict(arguments.rest_option),
         **dict(arguments.option),
+    )
+
+
+def schedule_of(arguments: Arguments) -> Callable[[float], Schedule]:
+    """From a peak rate to its schedule: a tenth of the run to warm up, then half a cosine."""
+    warmup_steps = arguments.steps // 10
+    return partial(
+        warmup_cosine,
+        total_steps=arguments.steps,
+        warmup_steps=warmup_steps,
+        start_ratio=1 / (warmup_steps + 1),  # a start at 0 would waste the first update
     )
 
 
@@ -436,17 +443,19 @@ def integer(argument: str, least: int = 1) -> int:
 def option(argument: str) -> tuple[str, Any]:
     """An option of an optimizer; its value is JSON.
 
-    A dtype is its name, frequency-adaptive momentum an object: momentum={"bands": 10}.
+    A dtype is its name, frequency-adaptive momentum an object: momentum={"bands": 10}; with a
+    "variant", one of momentum_variants.py.
     """
     name, equals, text = argument.partition("=")
     try:
         value = json.loads(text) if equals else True
         if name == "momentum" and isinstance(value, dict):
-            value = FrequencyAdaptiveMomentum(**value)
+            variant = VARIANTS[value.pop("variant", "published")]
+            value = variant(**value)
         elif name == "state_dtype" and value in DTYPES:
             value = DTYPES[value]
         return name, value
-    except (TypeError, ValueError) as problem:
+    except (KeyError, TypeError, ValueError) as problem:
         message = f"takes NAME=VALUE with a JSON value, got {argument!r} ({problem})"
         raise argparse.ArgumentTypeError(message) from None
 

@@ -97,8 +97,12 @@ class FrequencyAdaptiveMomentum:
         """
         t = mx.maximum(state["count"], 1).astype(mx.float32)
         share = state["power"] / f.gathered_weight(self.beta, t)
+        return share, *self.weights(share)
+
+    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
+        """Decay and gain of each band from its share. A subclass may have another rule."""
         damping = f.band_damping(share)
-        return share, self.alpha * (1 - damping), (1 - self.alpha) * (1 + damping)
+        return self.alpha * (1 - damping), (1 - self.alpha) * (1 + damping)
 
     def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
         """What stands for the gradient: more of the momentum with each update."""

@@ -1,0 +1,103 @@
+"""Other rules for frequency-adaptive momentum, tried beside the published one; see NOTES.md."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_maxfactor import FrequencyAdaptiveMomentum
+from mlx_maxfactor import functional as f
+
+
+@dataclass(frozen=True)
+class UnityGain(FrequencyAdaptiveMomentum):
+    """A steady gradient passes whole in every band: damping shortens memory and no more."""
+
+    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
+        """Decay ``μ_b`` as published, gain ``1 - μ_b``."""
+        decay, _ = super().weights(share)
+        return decay, 1 - decay
+
+
+@dataclass(frozen=True)
+class ByShare(FrequencyAdaptiveMomentum):
+    """Bands with less than an equal share are damped, low ones like high ones."""
+
+    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
+        """``δ_b = clip(1 - B h_b, 0, 0.9)``."""
+        damping = mx.clip(1 - self.bands * share, 0.0, 0.9)
+        return self.alpha * (1 - damping), (1 - self.alpha) * (1 + damping)
+
+
+@dataclass(frozen=True)
+class LowBandsDamped(FrequencyAdaptiveMomentum):
+    """A control: the published rule upside down."""
+
+    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
+        """``δ_b = clip((1 - (b + 1) / B) (1 - 5 h_b), 0, 0.9)``."""
+        mirrored = f.band_damping(share[..., ::-1])[..., ::-1]
+        return self.alpha * (1 - mirrored), (1 - self.alpha) * (1 + mirrored)
+
+
+@dataclass(frozen=True)
+class Whitened(FrequencyAdaptiveMomentum):
+    """Plain momentum of a gradient whose bands were given equal power."""
+
+    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
+        """Decay ``α``, gain ``(1 - α) / √(B h_b)``, at most tenfold."""
+        gain = mx.rsqrt(mx.maximum(self.bands * share, 0.01))
+        return mx.full(share.shape, self.alpha), (1 - self.alpha) * gain
+
+
+@dataclass(frozen=True)
+class Persistent(FrequencyAdaptiveMomentum):
+    """Plain momentum, of which each band counts as far as it is signal (a Wiener filter).
+
+    Of white noise, momentum keeps the share ``ρ₀ = (1 - α) / (1 + α)`` of the gradient's power; of
+    a steady gradient all. The weight of a band is ``clip((ρ_b - ρ₀) / (1 - ρ₀), 0.1, 1)``, where
+    ``ρ_b`` is a moving average of the share it kept.
+    """
+
+    def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """And a moving average of what momentum kept of each band's power."""
+        state = super().init(shape)
+        return state | {"kept": state["power"]} if "power" in state else state
+
+    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
+        """Those of plain momentum."""
+        ones = mx.ones(share.shape)
+        return self.alpha * ones, (1 - self.alpha) * ones
+
+    def update(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
+        """The buffer ``m``, plain; the state learns how much of each band it kept."""
+        momentum = super().update(gradient, momentum, state)
+        if "kept" in state:
+            powers = [band_powers(x, self.bands) for x in (momentum, gradient)]
+            kept = mx.minimum(powers[0] / mx.maximum(powers[1], 1e-30), 1.0)
+            state["kept"] = self.beta * state["kept"] + (1 - self.beta) * kept
+        return momentum
+
+    def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
+        """The momentum, filtered."""
+        if "kept" not in state:
+            return momentum
+        kept = state["kept"] / f.gathered_weight(self.beta, state["count"].astype(mx.float32))
+        noise = (1 - self.alpha) / (1 + self.alpha)
+        weight = mx.clip((kept - noise) / (1 - noise), 0.1, 1.0)
+        spectrum = mx.fft.rfft(momentum)
+        return f.band_momentum(spectrum, mx.zeros(momentum.shape), weight, weight)
+
+
+def band_powers(x: mx.array, bands: int) -> mx.array:
+    """Power of the rows in each band, as a part of the largest element's square."""
+    shares = f.band_shares(mx.fft.rfft(x), bands)
+    return shares * mx.sum(mx.square(x), axis=(-2, -1), keepdims=True)
+
+
+VARIANTS = {
+    "published": FrequencyAdaptiveMomentum,
+    "unity_gain": UnityGain,
+    "by_share": ByShare,
+    "low_bands_damped": LowBandsDamped,
+    "whitened": Whitened,
+    "persistent": Persistent,
+}
