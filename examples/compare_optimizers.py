@@ -59,10 +59,6 @@ CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
         maxfactor(momentum=0.9, cautious=True),
         {"speech": 0.01, "language_model": 0.02},
     ),
-    "MaxFactor, cautious Nesterov": (
-        maxfactor(momentum=0.9, nesterov=True, cautious=True),
-        {"speech": 0.01, "language_model": 0.02},
-    ),
     "MaxFactor, cautious, bf16 momentum": (
         maxfactor(momentum=0.9, cautious=True, state_dtype="bfloat16"),
         {"speech": 0.01, "language_model": 0.02},
@@ -76,16 +72,15 @@ CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
         {"speech": 0.01, "language_model": 0.02},
     ),
     "AdamW": (("--optimizer=adamw",), {"speech": 1e-3, "language_model": 2e-3}),
-    "Muon": (("--optimizer=muon",), {"speech": 0.01, "language_model": 0.02}),
+    "Muon": (("--optimizer=muon",), {"speech": 0.015, "language_model": 0.02}),
     "Muon, rest MaxFactor": (
         (
             "--optimizer=muon",
             "--rest=maxfactor",
             "--rest-option=momentum=0.9",
-            "--rest-option=cautious=true",
-            "--rest-learning-rate=0.02",
+            "--rest-option=min_rms=1",
         ),
-        {"speech": 0.01, "language_model": 0.02},
+        {"speech": 0.015, "language_model": 0.02},
     ),
     "mlx Adafactor": (("--optimizer=mlx_adafactor",), {"speech": 0.01, "language_model": 0.02}),
 }

@@ -330,7 +330,7 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
         "Train a small speech recognizer in Whisper's shape on voices that eSpeak NG makes.",
         steps=400,
         batch_size=16,
-        rest_learning_rate=1e-2,
+        rest_learning_rate=2e-2,
         eval_every=100,
         output=Path("runs/speech"),
     )
