@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -44,34 +45,23 @@ def maxfactor(**options: object) -> tuple[str, ...]:
     return tuple(f"--option={name}={json.dumps(value)}" for name, value in options.items())
 
 
+def mel_axis(momentum: object) -> tuple[tuple[str, ...], dict[str, float]]:
+    """The winner of the rest, and MaxFactor with this momentum on the first convolution too."""
+    first = {"momentum": momentum, "cautious": True}
+    options = (f"--convolution-option={name}={json.dumps(value)}" for name, value in first.items())
+    return (*maxfactor(momentum=0.9, cautious=True), *options), {"speech": 0.01}
+
+
 # What is compared: arguments of the example, and the lowest of the first four rates by task.
+BOTH = {"speech": 0.01, "language_model": 0.02}
 CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
-    "MaxFactor": (maxfactor(), {"speech": 0.01, "language_model": 0.05}),
-    "MaxFactor, momentum": (
-        maxfactor(momentum=0.9),
-        {"speech": 0.01, "language_model": 0.02},
-    ),
-    "MaxFactor, Nesterov": (
-        maxfactor(momentum=0.9, nesterov=True),
-        {"speech": 0.01, "language_model": 0.02},
-    ),
-    "MaxFactor, cautious": (
-        maxfactor(momentum=0.9, cautious=True),
-        {"speech": 0.01, "language_model": 0.02},
-    ),
-    "MaxFactor, cautious, bf16 momentum": (
-        maxfactor(momentum=0.9, cautious=True, state_dtype="bfloat16"),
-        {"speech": 0.01, "language_model": 0.02},
-    ),
-    "MaxFactor, FAM": (
-        maxfactor(momentum={"bands": 10}),
-        {"speech": 0.01, "language_model": 0.02},
-    ),
-    "MaxFactor, cautious FAM": (
-        maxfactor(momentum={"bands": 10}, cautious=True),
-        {"speech": 0.01, "language_model": 0.02},
-    ),
+    "MaxFactor, cautious": (maxfactor(momentum=0.9, cautious=True), BOTH),
     "AdamW": (("--optimizer=adamw",), {"speech": 1e-3, "language_model": 2e-3}),
+    "MaxFactor, cautious FAM": (maxfactor(momentum={"bands": 10}, cautious=True), BOTH),
+    "MaxFactor, momentum": (maxfactor(momentum=0.9), BOTH),
+    "MaxFactor, Nesterov": (maxfactor(momentum=0.9, nesterov=True), BOTH),
+    "MaxFactor, FAM": (maxfactor(momentum={"bands": 10}), BOTH),
+    "MaxFactor": (maxfactor(momentum=0), {"speech": 0.015, "language_model": 0.05}),
     "Muon": (("--optimizer=muon",), {"speech": 0.015, "language_model": 0.02}),
     "Muon, rest MaxFactor": (
         (
@@ -82,7 +72,18 @@ CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
         ),
         {"speech": 0.015, "language_model": 0.02},
     ),
-    "mlx Adafactor": (("--optimizer=mlx_adafactor",), {"speech": 0.01, "language_model": 0.02}),
+    "mlx Adafactor": (("--optimizer=mlx_adafactor",), BOTH),
+    "MaxFactor, cautious, bf16": (
+        maxfactor(momentum=0.9, cautious=True, state_dtype="bfloat16"),
+        BOTH,
+    ),
+    # Where frequency-adaptive momentum (FAM) could be true, and other rules for it.
+    "mel axis: momentum": mel_axis(0.9),
+    "mel axis: FAM": mel_axis({"bands": 10}),
+    "mel axis: whitened": mel_axis({"bands": 10, "variant": "whitened"}),
+    "mel axis: persistent": mel_axis({"bands": 10, "variant": "persistent"}),
+    "mel axis: unity gain": mel_axis({"bands": 10, "variant": "unity_gain"}),
+    "mel axis: low bands damped": mel_axis({"bands": 10, "variant": "low_bands_damped"}),
 }
 
 
@@ -131,6 +132,7 @@ def run_missing(records: list[Record], path: Path, arguments: Arguments) -> list
     while missing := [
         (name, rate, seed)
         for name in arguments.only or CONFIGURATIONS
+        if arguments.task in CONFIGURATIONS[name][1]
         for rate, seed in next_runs(name, arguments.task, records)
     ]:
         with ThreadPoolExecutor(arguments.workers) as pool, path.open("a") as file:
@@ -185,7 +187,7 @@ def run_one(what: tuple[str, float, int], arguments: Arguments) -> Record:
         name,
         rate,
         seed,
-        f"python examples/{script.name} {' '.join(options)}",
+        shlex.join(["python", f"examples/{script.name}", *options]),
         f"MLX {version('mlx')}, {platform.system()} {platform.machine()}",
         run["state_bytes"],
         run["hidden_state_bytes"],

@@ -19,16 +19,6 @@ class UnityGain(FrequencyAdaptiveMomentum):
 
 
 @dataclass(frozen=True)
-class ByShare(FrequencyAdaptiveMomentum):
-    """Bands with less than an equal share are damped, low ones like high ones."""
-
-    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
-        """``δ_b = clip(1 - B h_b, 0, 0.9)``."""
-        damping = mx.clip(1 - self.bands * share, 0.0, 0.9)
-        return self.alpha * (1 - damping), (1 - self.alpha) * (1 + damping)
-
-
-@dataclass(frozen=True)
 class LowBandsDamped(FrequencyAdaptiveMomentum):
     """A control: the published rule upside down."""
 
@@ -96,7 +86,6 @@ def band_powers(x: mx.array, bands: int) -> mx.array:
 VARIANTS = {
     "published": FrequencyAdaptiveMomentum,
     "unity_gain": UnityGain,
-    "by_share": ByShare,
     "low_bands_damped": LowBandsDamped,
     "whitened": Whitened,
     "persistent": Persistent,

@@ -2,7 +2,7 @@ r"""Train a small speech recognizer in Whisper's shape on voices that eSpeak NG 
 
     python examples/train_speech.py
     python examples/train_speech.py --compare maxfactor,muon,adamw
-    python examples/train_speech.py --option 'momentum={"bands": 10}'
+    python examples/train_speech.py --convolution-option 'momentum={"bands": 10}'
     python examples/train_speech.py --data my_recordings
     python examples/train_speech.py --resume
 
@@ -93,16 +93,14 @@ class Speech:
         return Recognizer(len(self.characters), self.longest_text, a.width, a.layers, a.heads)
 
     def rules(self, name: str) -> dict[str, Any]:
-        """Explain the position table; MaxFactor takes the convolution that reads the sound too.
+        """Explain the position table, and give the first convolution to MaxFactor if that is asked.
 
-        There its momentum may run along the mel axis, the only one whose order means a frequency.
-        With `min_rms` 1 its rate is as absolute as AdamW's, and is that of the rest.
+        Only there, along the mel axis, does the order of inputs mean a frequency. With `min_rms` 1
+        the rate is as absolute as AdamW's, so it is that of the rest.
         """
         rules: dict[str, Any] = {"decoder.positions": "embedding"}
-        if name == "maxfactor":
-            a = self.arguments
-            options = {**dict(a.option), **dict(a.convolution_option)}
-            rate = schedule_of(a)(a.rest_learning_rate)
+        if options := dict(self.arguments.convolution_option):
+            rate = schedule_of(self.arguments)(self.arguments.rest_learning_rate)
             rules["encoder.conv1.weight"] = MaxFactor(rate, min_rms=1.0, **options)
         return rules
 
@@ -302,13 +300,16 @@ def sinusoids(length: int, width: int) -> mx.array:
 
 def save_transcripts(run: Run, task: Speech, folder: Path) -> None:
     """Write transcripts.png: spectrograms of held-out clips, what was said and understood."""
-    said = [line.strip() for line in run.sample.splitlines()[1:]]
-    figure = Figure(figsize=(12, 9), dpi=100, layout="constrained")
-    for axes, features, text in zip(figure.subplots(4, 2).flat, task.features, said, strict=False):
-        seconds = len(features) * HOP / SAMPLE_RATE
-        image = np.array(features).T
+    figure = Figure(figsize=(12, 10), dpi=100, layout="constrained")
+    panels = zip(
+        figure.subplots(4, 2).flat, task.held_out, run.sample.splitlines()[1:], strict=False
+    )
+    for axes, clip, line in panels:
+        understood = line[len(clip.text) :].strip()
+        image = log_mel(clip.samples).T
+        seconds = len(clip.samples) / SAMPLE_RATE
         axes.imshow(image, origin="lower", aspect="auto", extent=(0, seconds, 0, MELS))
-        axes.set_title(text, family="monospace", fontsize="medium")
+        axes.set_title(f"said: {clip.text}\nunderstood: {understood}", loc="left")
     figure.supxlabel("seconds")
     figure.supylabel("mel bin")
     figure.savefig(folder / "transcripts.png")
@@ -341,7 +342,7 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of MaxFactor on the first convolution, over those of --option",
+        help="give the first convolution to MaxFactor, with this option",
     )
     add("--data", type=Path, help="folder of NAME.wav and NAME.txt, in place of eSpeak NG")
     add("--cache", type=Path, default=Path("runs/speech_clips"), help="folder of what it spoke")
@@ -349,10 +350,9 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
     arguments = SpeechArguments()
     parser.parse(arguments)
     try:
-        MaxFactor(**{**dict(arguments.option), **dict(arguments.convolution_option)})
+        MaxFactor(**dict(arguments.convolution_option))
     except (TypeError, ValueError) as problem:
-        if "maxfactor" in (arguments.compare or [arguments.optimizer]):
-            parser.error(f"--convolution-option: {problem}")
+        parser.error(f"--convolution-option: {problem}")
     if arguments.width % arguments.heads or arguments.width % 2 or arguments.width < 4:
         parser.error("--width must be even, at least 4, and divisible by --heads")
     parser.open_output(arguments, "curves.json", "curves.png", "transcripts.png")

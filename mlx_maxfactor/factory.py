@@ -30,6 +30,12 @@ OPTIMIZERS: dict[str, type[Float32Optimizer]] = {
 DEFAULT_RATES = {"maxfactor": 1e-2, "adafactor": 1e-2, "signsgd": 1e-2, "muon": 2e-2, "adamw": 1e-3}
 """Rates of the members. A rate given for the hidden matrices moves the others in proportion."""
 
+DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"momentum": 0.9, "cautious": True}}
+"""Options of a member that was asked for by name, where they are not the constructor's own.
+
+MaxFactor's are what won in NOTES.md's comparison; ``momentum=0`` gives both up.
+"""
+
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts", "lora_a", "lora_b"})
 UNDECAYED_ROLES = frozenset({"norm", "bias", "vector"})
 
@@ -61,7 +67,8 @@ def create_optimizer(
 
     Args:
         model: The complete model, with its layers frozen or LoRA-wrapped already.
-        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "maxfactor".
+        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "maxfactor", with cautious momentum
+            0.9; ``momentum=0`` is the smallest choice.
         rest: Likewise. An optimizer keeps its own weight decay for every parameter. Default "adamw"
             (betas (0.9, 0.95), weight decay 0.1).
         learning_rate: Rate of ``hidden`` if it is a name, a number or a schedule. None: its default
@@ -81,7 +88,7 @@ def create_optimizer(
         rounding: Of bf16 and fp16 parameters, in every member that is made from a name: "nearest",
             or "stochastic", which lets updates below their spacing count on average.
         seed: Of stochastic rounding.
-        **hidden_options: Options of ``hidden`` if it is a name, such as ``momentum=0.9``.
+        **hidden_options: Options of ``hidden`` if it is a name, such as ``momentum=0.95``.
 
     Returns:
         The optimizer, its state made, with ``.plan``, ``.optimizers``, ``.learning_rate``.
@@ -255,7 +262,10 @@ class _Roster:
             return Member(type(part.choice).__name__, part.choice, _nominal(part.choice))
         # A seed apart, or the first parameters of two members would be rounded alike.
         seed = self.shared["seed"] + len(self.members)
-        options = {**self.shared, "seed": seed, **part.options}
+        defaults = DEFAULT_OPTIONS.get(part.choice, {})
+        if not part.options.get("momentum", True):
+            defaults = {}
+        options = {**self.shared, "seed": seed, **defaults, **part.options}
         if not decays:
             options["weight_decay"] = 0.0
         label = part.choice if decays else f"{part.choice}, no decay"

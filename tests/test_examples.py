@@ -7,11 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_optimizers
 import mlx.core as mx
+import numpy as np
 import pytest
+from compare_optimizers import LADDER, Record, next_runs
+from momentum_variants import VARIANTS
+from speech_data import Clip, write_wav
+
+from mlx_maxfactor import MaxFactor
 
 ROOT = Path(__file__).parent.parent
 LANGUAGE_MODEL = ROOT / "examples" / "train_language_model.py"
+SPEECH = ROOT / "examples" / "train_speech.py"
+COMPARE = ROOT / "examples" / "compare_optimizers.py"
 SMALL = ("--steps", "12", "--width", "16", "--context", "16", "--batch-size", "2")
 
 
@@ -62,14 +71,14 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
         "--optimizer",
         "maxfactor",
         "--option",
-        "momentum=0.9",
+        "momentum=0.8",
         "--output",
         "b",
         "--resume",
         cwd=tmp_path,
     )
     assert done.returncode != 0
-    assert "momentum is 0.0 in the file, 0.9 here" in done.stderr
+    assert "momentum is 0.9 in the file, 0.8 here" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -117,6 +126,187 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert not done.stdout
+
+
+# Speech
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Three speakers of a user's own, who say what their pitch is."""
+    folder = tmp_path_factory.mktemp("recordings")
+    random = np.random.default_rng(0)
+    for speaker in ("anna", "ben", "carl"):
+        (folder / speaker).mkdir()
+        for name, pitch in (("low", 200), ("high", 1500), ("both", 0)):
+            t = np.arange(4000) / 16_000
+            tone = sum(np.sin(2 * np.pi * f * t) for f in ((pitch,) if pitch else (200, 1500)))
+            samples = 0.3 * tone + 0.01 * random.normal(size=t.size)
+            write_wav(folder / speaker / f"{name}.wav", Clip(samples, "", ""))
+            (folder / speaker / f"{name}.txt").write_text(name)
+    return folder
+
+
+TINY = ("--steps", "8", "--width", "16", "--batch-size", "2", "--eval-every", "4")
+
+
+def test_speech_trains_on_a_users_recordings_compares_and_draws(recordings, tmp_path):
+    arguments = ("--data", str(recordings), *TINY)
+    done = run(SPEECH, "--compare", "maxfactor,muon,mlx_adafactor", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("encoder.conv1.weight"))
+    assert "MaxFactor" in row, "the first convolution goes to MaxFactor"
+    assert "unexplained" not in done.stdout
+    for baseline in ("most frequent", "untrained"):
+        assert re.search(rf"^{baseline} .*\d\.\d{{3}}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^muon writes:\nsaid +understood\nboth ", done.stdout, re.MULTILINE)
+    folder = tmp_path / "runs" / "speech"
+    curves = json.loads((folder / "curves.json").read_text())
+    assert set(curves["runs"][0]["validation"]) == {"loss", "character error", "word error"}
+    assert len({run["training_loss"][0] for run in curves["runs"]}) == 3
+    for picture in ("curves.png", "transcripts.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_speech_is_synthesized_once_and_its_bands_are_drawn(tmp_path):
+    arguments = ("--clips", "12", "--option", 'momentum={"bands": 3}', "--steps", "4", *TINY[2:])
+    first = run(SPEECH, *arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "synthesizing speech" in first.stderr
+    folder = tmp_path / "runs" / "speech"
+    curves = json.loads((folder / "curves.json").read_text())
+    (bands,) = [run["bands"] for run in curves["runs"]]
+    assert list(bands) == ["encoder.conv1.weight", "encoder.blocks.0.up.weight"]
+    for history in bands.values():
+        shares, momenta = np.array(history)[-1]
+        assert shares.sum() == pytest.approx(1, abs=1e-5)
+        damping = np.clip(np.arange(3) / 3 * (1 - 5 * shares), 0, 0.9)
+        assert momenta == pytest.approx(0.9 * (1 - damping), abs=1e-5)
+    assert (folder / "bands-maxfactor.png").read_bytes().startswith(b"\x89PNG")
+    again = run(SPEECH, *arguments, cwd=tmp_path)
+    assert "synthesizing speech" not in again.stderr
+
+
+def test_speech_resumes_where_it_was(recordings, tmp_path):
+    arguments = ("--data", str(recordings), *TINY, "--save-every", "5", "--option", "momentum={}")
+    assert run(SPEECH, *arguments, "--output", "a", cwd=tmp_path).returncode == 0
+    files = sorted((tmp_path / "a").glob("*.safetensors"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / files[0].name).write_bytes(files[0].read_bytes())
+    done = run(SPEECH, *arguments, "--output", "b", "--resume", cwd=tmp_path)
+    assert "after 5 steps" in done.stdout, done.stderr
+    one, other = (mx.load(str(tmp_path / folder / files[1].name)) for folder in "ab")
+    assert one.keys() == other.keys()
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere: 0 .wav files"),
+        (["--width", "30", "--heads", "4"], "--width"),
+        (["--option", 'momentum={"bands": 0}'], "bands must be a whole number of at least 1"),
+        (["--option", 'momentum={"variant": "x"}'], "'x'"),
+        (["--convolution-option", "speed=9"], "speed"),
+        (["--rest-option", "speed=9"], "--rest-option"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_speech_get_one_line_and_status_2(arguments, message, tmp_path):
+    done = run(SPEECH, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_moves_the_weights_and_stays_finite(name):
+    tree = {"w": mx.zeros((8, 12))}
+    optimizer = MaxFactor(momentum=VARIANTS[name](bands=3), cautious=True)
+    plain = MaxFactor(momentum=0.9, cautious=True)
+    other = tree
+    for seed in range(6):
+        g = {"w": mx.random.normal((8, 12), key=mx.random.key(seed)) + mx.arange(12) / 4}
+        tree, other = optimizer.apply_gradients(g, tree), plain.apply_gradients(g, other)
+    assert mx.all(mx.isfinite(tree["w"])).item()
+    assert not mx.array_equal(tree["w"], other["w"]).item(), "its rule must matter"
+
+
+def test_a_persistent_band_is_kept_and_a_noisy_one_damped():
+    fam = VARIANTS["persistent"](bands=2, alpha=0.9, beta=0.9)
+    state, m, g = fam.init((64, 32)), mx.zeros((64, 32)), mx.zeros((64, 32))
+    tone = mx.broadcast_to(mx.cos(2 * mx.pi * mx.arange(32) * 2 / 32), (64, 32))
+    for seed in range(60):
+        noise = mx.fft.rfft(mx.random.normal((64, 32), key=mx.random.key(seed)))
+        noise = mx.fft.irfft(noise * (mx.arange(17) >= 9), 32)
+        g = tone + noise
+        m = fam.update(g, m, state)
+    out = mx.abs(mx.fft.rfft(fam.blended(g, m, state)))
+    kept = out / mx.abs(mx.fft.rfft(m))
+    assert kept[0, 2].item() > 0.9
+    assert kept[0, 12].item() == pytest.approx(0.1, abs=0.05)
+
+
+# Comparisons
+
+
+def fake_record(name, rate, seed, loss):
+    return Record(name, rate, seed, "", "", 10, 5, 0.1, [1], {"loss": [loss]})
+
+
+def search(losses):
+    """Every run that the search asks for, when the loss is a function of rate and seed."""
+    records = []
+    while missing := next_runs("AdamW", "speech", records):
+        records += [fake_record("AdamW", rate, seed, losses(rate, seed)) for rate, seed in missing]
+    return [(r.learning_rate, r.seed) for r in records]
+
+
+@pytest.mark.parametrize("best", [1e-4, 1.5e-3, 1e-2])
+def test_the_search_ends_with_its_best_rate_inside_and_three_seeds_there(best):
+    runs = search(lambda rate, seed: abs(np.log(rate / best)) + seed)
+    rates = sorted(rate for rate, seed in runs if seed == 1)
+    assert len(runs) == len(set(runs)) == len(rates) + 2
+    assert len(rates) >= 4
+    assert rates[0] < best < rates[-1]
+    assert {seed for rate, seed in runs if rate == pytest.approx(best)} == {1, 2, 3}
+    assert set(rates) <= set(LADDER)
+
+
+def test_a_run_that_was_lost_is_no_best_rate():
+    runs = search(lambda rate, seed: None if rate > 1.2e-3 else 1.0)
+    assert {rate for rate, seed in runs if seed > 1} == {1e-3}
+
+
+def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
+    few = ("--run", "--only", "AdamW", "--records", str(tmp_path / "r.jsonl"), "--", *SMALL)
+    done = run(COMPARE, "language_model", *few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = [
+        Record(**json.loads(line)) for line in (tmp_path / "r.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert len(records) >= 6
+    best = [r for r in records if r.seed == 2]
+    assert f"| {best[0].learning_rate:g} (" in done.stdout
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    again = run(COMPARE, "language_model", "--records", str(tmp_path / "r.jsonl"), cwd=tmp_path)
+    assert [line for line in done.stdout.splitlines() if line[:1] == "|"] == [
+        line for line in again.stdout.splitlines() if line[:1] == "|"
+    ]
+
+
+def test_the_comparison_without_records_says_how_to_make_them(tmp_path):
+    done = run(COMPARE, "speech", "--records", "none.jsonl", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "make them with --run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("task", ["speech", "language_model"])
+def test_every_figure_of_the_notes_table_comes_from_a_kept_record(task):
+    records = compare_optimizers.read(ROOT / "examples" / "records" / f"{task}.jsonl")
+    table = compare_optimizers.table(records)
+    assert table in (ROOT / "NOTES.md").read_text()
 
 
 def test_the_benchmark_prints_ratios(tmp_path):

@@ -1,5 +1,7 @@
 """The routed optimizer and its factories: members, rates, rules, freezing, mlx's own optimizers."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
@@ -101,10 +103,33 @@ def test_mlx_optimizers_may_be_members():
     assert optimizer.effective_learning_rates(model)["linear1.weight"] == pytest.approx(0.04)
 
 
+def test_the_default_has_cautious_momentum_and_the_smallest_choice_is_one_argument_away():
+    def hidden_bytes(**options):
+        plan = create_optimizer(Table(), **options).plan
+        return sum(entry.state_bytes for entry in plan if entry.role == "hidden")
+
+    shapes = [entry.shape for entry in create_optimizer(Table()).plan if entry.role == "hidden"]
+    smallest = sum(4 * (m + n) for m, n in shapes)
+    assert hidden_bytes(momentum=0) == smallest
+    assert hidden_bytes() == smallest + sum(4 * m * n for m, n in shapes)
+
+    for options, expected in [
+        ({}, (0.9, True)),
+        ({"momentum": 0}, (0, False)),
+        ({"momentum": 0.5}, (0.5, True)),
+        ({"cautious": False}, (0.9, False)),
+        ({"hidden": "muon", "rest": "maxfactor"}, (0.9, True)),
+        ({"hidden": "muon", "rest": "maxfactor", "rest_options": {"momentum": 0.0}}, (0, False)),
+    ]:
+        members = create_optimizer(Table(), **options).optimizers
+        member = next(m for m in members if isinstance(m, MaxFactor))
+        assert (member.momentum, member.cautious) == expected
+
+
 @pytest.mark.parametrize(
     ("hidden", "twin"),
     [
-        ("maxfactor", reference.MaxFactor),
+        ("maxfactor", partial(reference.MaxFactor, momentum=0.9, cautious=True)),
         ("adafactor", reference.Adafactor),
         ("muon", reference.Muon),
     ],
