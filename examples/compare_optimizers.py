@@ -303,8 +303,11 @@ def parse_arguments() -> Arguments:
     add("--workers", type=integer, default=1, help="runs side by side (default 1)")
     add("--only", action="append", choices=CONFIGURATIONS, metavar="NAME", help="of these alone")
     add("--records", type=Path, help="file of records (default examples/records/TASK.jsonl)")
-    add("others", nargs="*", metavar="-- ARGUMENT", help="handed on to every run")
-    return parser.parse_args(namespace=Arguments())
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_args(given[:cut], namespace=Arguments())
+    arguments.others = given[cut + 1 :]
+    return arguments
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The text is on every machine that runs Python. Every eighth module is held out f
 
 from __future__ import annotations
 
-import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from training import Arguments, Parser, integer, print_results, save_results, train
-
-from mlx_maxfactor import CheckpointError
+from training import Arguments, Parser, integer, train_all
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # all others are dropped from the text
 VALIDATION_BATCHES = 16
@@ -36,14 +33,7 @@ RATES["mlx_adafactor"] = 0.03
 
 def main() -> None:
     arguments, text = parse_arguments()
-    task = LanguageModel(text, arguments)
-    try:
-        names = arguments.compare or [arguments.optimizer]
-        runs = [train(name, task, RATES, arguments) for name in names]
-    except CheckpointError as problem:
-        sys.exit(f"train_language_model.py: error: {problem}")
-    print_results(runs, task)
-    save_results(runs, task, "Python's standard library", arguments.output)
+    train_all(LanguageModel(text, arguments), RATES, "Python's standard library", arguments)
 
 
 class LanguageModel:

@@ -13,7 +13,6 @@ Digits and commands, in seven accents of English; four voices are held out for v
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,19 +24,9 @@ import mlx.nn as nn
 import numpy as np
 from matplotlib.figure import Figure
 from speech_data import HOP, MELS, SAMPLE_RATE, Clip, clips_of_folder, load_synthetic, log_mel
-from training import (
-    Arguments,
-    Parser,
-    Run,
-    integer,
-    option,
-    print_results,
-    save_results,
-    schedule_of,
-    train,
-)
+from training import Arguments, Parser, Run, integer, option, schedule_of, train_all
 
-from mlx_maxfactor import CheckpointError, MaxFactor
+from mlx_maxfactor import MaxFactor
 
 END = "\n"  # begins and ends every text
 
@@ -49,13 +38,7 @@ RATES["mlx_adafactor"] = 0.03
 def main() -> None:
     arguments, clips = parse_arguments()
     task = Speech(*clips, arguments)
-    try:
-        names = arguments.compare or [arguments.optimizer]
-        runs = [train(name, task, RATES, arguments) for name in names]
-    except CheckpointError as problem:
-        sys.exit(f"train_speech.py: error: {problem}")
-    print_results(runs, task)
-    save_results(runs, task, "Held-out voices", arguments.output)
+    runs = train_all(task, RATES, "Held-out voices", arguments)
     save_transcripts(runs[-1], task, arguments.output)
 
 

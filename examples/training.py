@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from mlx_maxfactor import (
     OPTIMIZERS,
+    CheckpointError,
     FrequencyAdaptiveMomentum,
     RoutedOptimizer,
     Schedule,
@@ -107,6 +109,20 @@ class Run:
 
 
 # Training
+
+
+def train_all(
+    task: Task, rates: Mapping[str, float], title: str, arguments: Arguments
+) -> list[Run]:
+    """Train with each optimizer that was asked for; print and draw what came of it."""
+    names = arguments.compare or [arguments.optimizer]
+    try:
+        runs = [train(name, task, rates, arguments) for name in names]
+    except CheckpointError as problem:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
+    print_results(runs, task)
+    save_results(runs, task, title, arguments.output)
+    return runs
 
 
 def train(name: str, task: Task, rates: Mapping[str, float], arguments: Arguments) -> Run:
