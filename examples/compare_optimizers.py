@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from matplotlib.figure import Figure
+from momentum_variants import VARIANTS
 from tqdm import tqdm
 from training import integer
 
@@ -40,50 +41,64 @@ FIRST_RATES = 4
 SEEDS = (1, 2, 3)
 
 
-def maxfactor(**options: object) -> tuple[str, ...]:
-    """Arguments for MaxFactor with these options, as JSON."""
-    return tuple(f"--option={name}={json.dumps(value)}" for name, value in options.items())
+@dataclass(frozen=True)
+class Configuration:
+    """Arguments of an example, and the lowest of the first four rates to try, by task."""
+
+    arguments: tuple[str, ...]
+    first_rates: dict[str, float]
+    searched: str = "--learning-rate"
 
 
-def mel_axis(momentum: object) -> tuple[tuple[str, ...], dict[str, float]]:
-    """The winner of the rest, and MaxFactor with this momentum on the first convolution too."""
-    first = {"momentum": momentum, "cautious": True}
-    options = (f"--convolution-option={name}={json.dumps(value)}" for name, value in first.items())
-    return (*maxfactor(momentum=0.9, cautious=True), *options), {"speech": 0.01}
+SPEECH_AND_TEXT = {"speech": 0.01, "language_model": 0.02}
 
 
-# What is compared: arguments of the example, and the lowest of the first four rates by task.
-BOTH = {"speech": 0.01, "language_model": 0.02}
-CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
-    "MaxFactor, cautious": (maxfactor(momentum=0.9, cautious=True), BOTH),
-    "AdamW": (("--optimizer=adamw",), {"speech": 1e-3, "language_model": 2e-3}),
-    "MaxFactor, cautious FAM": (maxfactor(momentum={"bands": 10}, cautious=True), BOTH),
-    "MaxFactor, momentum": (maxfactor(momentum=0.9), BOTH),
-    "MaxFactor, Nesterov": (maxfactor(momentum=0.9, nesterov=True), BOTH),
-    "MaxFactor, FAM": (maxfactor(momentum={"bands": 10}), BOTH),
-    "MaxFactor": (maxfactor(momentum=0), {"speech": 0.015, "language_model": 0.05}),
-    "Muon": (("--optimizer=muon",), {"speech": 0.015, "language_model": 0.02}),
-    "Muon, rest MaxFactor": (
+def maxfactor(first_rates: dict[str, float] = SPEECH_AND_TEXT, **options: object) -> Configuration:
+    """MaxFactor with these options on the hidden matrices."""
+    return Configuration(arguments_of("--option", options), first_rates)
+
+
+def mel_axis(**options: object) -> Configuration:
+    """The best MaxFactor on the hidden matrices, and one with these options on the first layer."""
+    hidden = ("--option=momentum=0.9", "--option=cautious=true", "--learning-rate=0.015")
+    first = arguments_of("--convolution-option", options)
+    return Configuration((*hidden, *first), {"speech": 0.01}, "--convolution-learning-rate")
+
+
+def arguments_of(flag: str, options: dict[str, object]) -> tuple[str, ...]:
+    return tuple(f"{flag}={name}={json.dumps(value)}" for name, value in options.items())
+
+
+CONFIGURATIONS = {
+    "MaxFactor, no momentum": maxfactor({"speech": 0.015, "language_model": 0.05}, momentum=0),
+    "MaxFactor, momentum": maxfactor(momentum=0.9, cautious=False),
+    "MaxFactor, Nesterov": maxfactor(momentum=0.9, cautious=False, nesterov=True),
+    "MaxFactor, cautious": maxfactor(momentum=0.9, cautious=True),
+    "MaxFactor, cautious, bf16": maxfactor(momentum=0.9, cautious=True, state_dtype="bfloat16"),
+    "MaxFactor, FAM": maxfactor(momentum={"bands": 10}, cautious=False),
+    "MaxFactor, cautious FAM": maxfactor(momentum={"bands": 10}, cautious=True),
+    "AdamW": Configuration(("--optimizer=adamw",), {"speech": 1e-3, "language_model": 2e-3}),
+    "Muon": Configuration(("--optimizer=muon",), {"speech": 0.015, "language_model": 0.02}),
+    "Muon, rest MaxFactor": Configuration(
         (
             "--optimizer=muon",
             "--rest=maxfactor",
-            "--rest-option=momentum=0.9",
-            "--rest-option=min_rms=1",
+            *arguments_of("--rest-option", {"momentum": 0.9, "cautious": True, "min_rms": 1}),
         ),
         {"speech": 0.015, "language_model": 0.02},
     ),
-    "mlx Adafactor": (("--optimizer=mlx_adafactor",), BOTH),
-    "MaxFactor, cautious, bf16": (
-        maxfactor(momentum=0.9, cautious=True, state_dtype="bfloat16"),
-        BOTH,
-    ),
+    "mlx Adafactor": Configuration(("--optimizer=mlx_adafactor",), SPEECH_AND_TEXT),
     # Where frequency-adaptive momentum (FAM) could be true, and other rules for it.
-    "mel axis: momentum": mel_axis(0.9),
-    "mel axis: FAM": mel_axis({"bands": 10}),
-    "mel axis: whitened": mel_axis({"bands": 10, "variant": "whitened"}),
-    "mel axis: persistent": mel_axis({"bands": 10, "variant": "persistent"}),
-    "mel axis: unity gain": mel_axis({"bands": 10, "variant": "unity_gain"}),
-    "mel axis: low bands damped": mel_axis({"bands": 10, "variant": "low_bands_damped"}),
+    "mel axis: no momentum": mel_axis(momentum=0),
+    "mel axis: momentum": mel_axis(momentum=0.9, cautious=True),
+    "mel axis: FAM": mel_axis(momentum={"bands": 10}, cautious=True),
+    **{
+        f"mel axis: {variant.replace('_', ' ')}": mel_axis(
+            momentum={"bands": 10, "variant": variant}, cautious=True
+        )
+        for variant in VARIANTS
+        if variant != "published"
+    },
 }
 
 
@@ -92,19 +107,19 @@ class Record:
     """One run: what was run, where, and what came of it."""
 
     configuration: str
-    learning_rate: float
+    rate: float
     seed: int
     command: str
     platform: str
+    workers: int
     state_bytes: int
     hidden_state_bytes: int
-    seconds_per_step: float  # median
-    validation_steps: list[int]
-    validation: dict[str, list[float | None]]
+    seconds_per_step: float  # median, with `workers` runs side by side
+    validation: dict[str, float | None]
 
     def final(self, measure: str) -> float:
-        """At the last validation; infinite if it was not finite."""
-        value = self.validation[measure][-1]
+        """At the end of the run; infinite if it was not finite."""
+        value = self.validation[measure]
         return math.inf if value is None else value
 
 
@@ -132,48 +147,47 @@ def run_missing(records: list[Record], path: Path, arguments: Arguments) -> list
     while missing := [
         (name, rate, seed)
         for name in arguments.only or CONFIGURATIONS
-        if arguments.task in CONFIGURATIONS[name][1]
+        if arguments.task in CONFIGURATIONS[name].first_rates
         for rate, seed in next_runs(name, arguments.task, records)
     ]:
         with ThreadPoolExecutor(arguments.workers) as pool, path.open("a") as file:
-            for record in tqdm(pool.map(run, missing), total=len(missing), desc=arguments.task):
-                file.write(json.dumps(asdict(record)) + "\n")
+            running = [pool.submit(run, *what) for what in missing]
+            for done in tqdm(as_completed(running), total=len(running), desc=arguments.task):
+                records.append(done.result())
+                file.write(json.dumps(asdict(records[-1])) + "\n")
                 file.flush()
-                records.append(record)
     return records
 
 
 def next_runs(name: str, task: str, records: Sequence[Record]) -> list[tuple[float, int]]:
     """Rates and seeds that the search of one configuration asks for next."""
-    losses = {
-        (r.learning_rate, r.seed): r.final("loss") for r in records if r.configuration == name
-    }
-    start = LADDER.index(CONFIGURATIONS[name][1][task])
+    losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
+    start = LADDER.index(CONFIGURATIONS[name].first_rates[task])
     first = LADDER[start : start + FIRST_RATES]
     tried = sorted({rate for rate, seed in losses if seed == SEEDS[0]} | set(first))
     if missing := [(rate, SEEDS[0]) for rate in tried if (rate, SEEDS[0]) not in losses]:
         return missing
     best = min(tried, key=lambda rate: losses[rate, SEEDS[0]])
+    place = LADDER.index(best)
+    if losses[best, SEEDS[0]] == math.inf or not 0 < place < len(LADDER) - 1:
+        raise RuntimeError(f"{name}: no best rate inside {LADDER[0]:g} to {LADDER[-1]:g}")
     if best == tried[0]:
-        return [(LADDER[LADDER.index(best) - 1], SEEDS[0])]
+        return [(LADDER[place - 1], SEEDS[0])]
     if best == tried[-1]:
-        return [(LADDER[LADDER.index(best) + 1], SEEDS[0])]
+        return [(LADDER[place + 1], SEEDS[0])]
     return [(best, seed) for seed in SEEDS if (best, seed) not in losses]
 
 
-def run_one(what: tuple[str, float, int], arguments: Arguments) -> Record:
+def run_one(name: str, rate: float, seed: int, arguments: Arguments) -> Record:
     """Run the example as a user would, and read what it wrote."""
-    name, rate, seed = what
-    options = [
-        *CONFIGURATIONS[name][0],
-        f"--learning-rate={rate:g}",
-        f"--seed={seed}",
-        *arguments.others,
-    ]
-    script = FOLDER / f"train_{arguments.task}.py"
+    configuration = CONFIGURATIONS[name]
+    script = f"train_{arguments.task}.py"
+    options = [*configuration.arguments, f"{configuration.searched}={rate:g}", f"--seed={seed}"]
+    options += arguments.others
     with tempfile.TemporaryDirectory() as folder:
+        only_the_end = ["--eval-every=999999", "--save-every=999999", f"--output={folder}"]
         done = subprocess.run(
-            [sys.executable, str(script), *options, f"--output={folder}", "--save-every=999999"],
+            [sys.executable, str(FOLDER / script), *options, *only_the_end],
             # A thread each: several of OpenBLAS's a run would wait for those of the run beside it.
             env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
             capture_output=True,
@@ -187,13 +201,13 @@ def run_one(what: tuple[str, float, int], arguments: Arguments) -> Record:
         name,
         rate,
         seed,
-        shlex.join(["python", f"examples/{script.name}", *options]),
+        shlex.join(["python", f"examples/{script}", *options]),
         f"MLX {version('mlx')}, {platform.system()} {platform.machine()}",
+        arguments.workers,
         run["state_bytes"],
         run["hidden_state_bytes"],
         round(median(run["seconds_per_step"]), 4),
-        run["validation_steps"],
-        run["validation"],
+        {measure: values[-1] for measure, values in run["validation"].items()},
     )
 
 
@@ -214,8 +228,8 @@ def at_best(records: Sequence[Record]) -> dict[str, list[Record]]:
     best = {}
     for name, group in groups.items():
         first = [r for r in group if r.seed == SEEDS[0]]
-        rate = min(first, key=lambda r: r.final("loss")).learning_rate
-        best[name] = [r for r in group if r.learning_rate == rate]
+        rate = min(first, key=lambda r: r.final("loss")).rate
+        best[name] = [r for r in group if r.rate == rate]
     return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
 
 
@@ -230,12 +244,12 @@ def table(records: Sequence[Record]) -> str:
     rows = [head, ["---"] * len(head)]
     for name, group in at_best(records).items():
         spreads = [spread([r.final(measure) for r in group]) for measure in measures]
-        rates = sorted({r.learning_rate for r in records if r.configuration == name})
+        rates = sorted({r.rate for r in records if r.configuration == name})
         low, high = rates[0], rates[-1]
         rows.append(
             [
                 name,
-                f"{group[0].learning_rate:g} ({len(rates)} of {low:g} to {high:g})",
+                f"{group[0].rate:g} ({len(rates)} of {low:g} to {high:g})",
                 *spreads,
                 f"{group[0].state_bytes:,}",
                 f"{group[0].hidden_state_bytes:,}",
@@ -259,10 +273,8 @@ def draw(records: Sequence[Record], task: str) -> Figure:
     for i, (name, group) in enumerate(best.items()):
         style = {"color": f"C{i % 10}", "marker": "osv^D"[i // 10 * 2 + i % 2]}
         first = [r for r in records if r.configuration == name and r.seed == SEEDS[0]]
-        first.sort(key=lambda r: r.learning_rate)
-        rates.plot(
-            [r.learning_rate for r in first], [r.final("loss") for r in first], label=name, **style
-        )
+        first.sort(key=lambda r: r.rate)
+        rates.plot([r.rate for r in first], [r.final("loss") for r in first], label=name, **style)
         values = [r.final("loss") for r in group]
         mean, size = fmean(values), group[0].hidden_state_bytes / 1000
         errors = [[mean - min(values)], [max(values) - mean]]
@@ -307,6 +319,8 @@ def parse_arguments() -> Arguments:
     cut = given.index("--") if "--" in given else len(given)
     arguments = parser.parse_args(given[:cut], namespace=Arguments())
     arguments.others = given[cut + 1 :]
+    if arguments.others and not arguments.records:
+        parser.error("runs with arguments of their own need a file of their own: give --records")
     return arguments
 
 

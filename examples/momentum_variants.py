@@ -61,8 +61,8 @@ class Persistent(FrequencyAdaptiveMomentum):
         """The buffer ``m``, plain; the state learns how much of each band it kept."""
         momentum = super().update(gradient, momentum, state)
         if "kept" in state:
-            powers = [band_powers(x, self.bands) for x in (momentum, gradient)]
-            kept = mx.minimum(powers[0] / mx.maximum(powers[1], 1e-30), 1.0)
+            kept, whole = (band_powers(x, self.bands) for x in (momentum, gradient))
+            kept = mx.minimum(kept / mx.maximum(whole, 1e-30), 1.0)
             state["kept"] = self.beta * state["kept"] + (1 - self.beta) * kept
         return momentum
 
@@ -78,9 +78,10 @@ class Persistent(FrequencyAdaptiveMomentum):
 
 
 def band_powers(x: mx.array, bands: int) -> mx.array:
-    """Power of the rows in each band, as a part of the largest element's square."""
-    shares = f.band_shares(mx.fft.rfft(x), bands)
-    return shares * mx.sum(mx.square(x), axis=(-2, -1), keepdims=True)
+    """Σ|F|² in each band."""
+    spectrum = mx.fft.rfft(x)
+    total = mx.sum(mx.square(mx.abs(spectrum)), axis=(-2, -1), keepdims=True)
+    return f.band_shares(spectrum, bands) * total
 
 
 VARIANTS = {

@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 from matplotlib.figure import Figure
 from speech_data import HOP, MELS, SAMPLE_RATE, Clip, clips_of_folder, load_synthetic, log_mel
-from training import Arguments, Parser, Run, integer, option, schedule_of, train_all
+from training import Arguments, Parser, Run, integer, option, rate, schedule_of, train_all
 
 from mlx_maxfactor import MaxFactor
 
@@ -83,8 +83,11 @@ class Speech:
         """
         rules: dict[str, Any] = {"decoder.positions": "embedding"}
         if options := dict(self.arguments.convolution_option):
-            rate = schedule_of(self.arguments)(self.arguments.rest_learning_rate)
-            rules["encoder.conv1.weight"] = MaxFactor(rate, min_rms=1.0, **options)
+            a = self.arguments
+            peak = schedule_of(a)(a.convolution_learning_rate or a.rest_learning_rate)
+            rules["encoder.conv1.weight"] = MaxFactor(
+                peak, min_rms=1.0, rounding=a.rounding, seed=a.seed + 1000, **options
+            )
         return rules
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, mx.array]:
@@ -303,6 +306,7 @@ class SpeechArguments(Arguments):
     """And where the sound comes from."""
 
     convolution_option: list[tuple[str, Any]]
+    convolution_learning_rate: float | None
     data: Path | None
     cache: Path
     clips: int
@@ -327,6 +331,7 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
         metavar="NAME=VALUE",
         help="give the first convolution to MaxFactor, with this option",
     )
+    add("--convolution-learning-rate", type=rate, help="its peak; None: that of the rest")
     add("--data", type=Path, help="folder of NAME.wav and NAME.txt, in place of eSpeak NG")
     add("--cache", type=Path, default=Path("runs/speech_clips"), help="folder of what it spoke")
     add("--clips", type=integer, default=3000, help="to train on; a tenth as many are held out")

@@ -39,6 +39,7 @@ from mlx_maxfactor import (
     save_checkpoint,
     warmup_cosine,
 )
+from mlx_maxfactor.factory import HIDDEN_ROLES
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 NAMES = (*OPTIMIZERS, "mlx_adafactor")  # for hidden matrices: the suite's, and a peer
@@ -133,7 +134,7 @@ def train(name: str, task: Task, rates: Mapping[str, float], arguments: Argument
     optimizer = make_optimizer(name, model, task.rules(name), rates, arguments)
     print(optimizer.plan, flush=True)
 
-    hidden = sum(entry.state_bytes for entry in optimizer.plan if entry.role == "hidden")
+    hidden = sum(entry.state_bytes for entry in optimizer.plan if entry.role in HIDDEN_ROLES)
     run = Run(name, optimizer.plan.state_bytes, hidden)
     step = compiled_step(model, optimizer, task)
     random = np.random.default_rng(arguments.seed)

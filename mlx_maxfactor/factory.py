@@ -67,8 +67,8 @@ def create_optimizer(
 
     Args:
         model: The complete model, with its layers frozen or LoRA-wrapped already.
-        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "maxfactor", with cautious momentum
-            0.9; ``momentum=0`` is the smallest choice.
+        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "maxfactor", with cautious
+            momentum 0.9; ``momentum=0`` is the smallest choice.
         rest: Likewise. An optimizer keeps its own weight decay for every parameter. Default "adamw"
             (betas (0.9, 0.95), weight decay 0.1).
         learning_rate: Rate of ``hidden`` if it is a name, a number or a schedule. None: its default

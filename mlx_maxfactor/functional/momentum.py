@@ -28,7 +28,7 @@ def band_shares(spectrum: mx.array, bands: int) -> mx.array:
     square = mx.square(real / peak) + mx.square(imaginary / peak)
     power = mx.sum(square, axis=-2, keepdims=True)
     members = bands_of_bins(spectrum.shape[-1], bands)[:, None] == mx.arange(bands)
-    in_band = power @ members.astype(mx.float32)
+    in_band = mx.sum(mx.where(members, power[..., None], 0.0), axis=-2)
     total = mx.sum(in_band, axis=-1, keepdims=True)
     return in_band / mx.where(total > 0, total, 1.0)
 
