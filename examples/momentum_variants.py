@@ -47,6 +47,13 @@ class Persistent(FrequencyAdaptiveMomentum):
     ``ρ_b`` is a moving average of the share it kept.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blend != 1 or self.blend_steps != 1:
+            raise ValueError(
+                "blend and blend_steps must be 1: this rule has a filter in their place"
+            )
+
     def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """And a moving average of what momentum kept of each band's power."""
         state = super().init(shape)

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import tempfile
+import unicodedata
 import wave
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +127,7 @@ def load_synthetic(
     path = folder / f"synthetic-{name}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return read_cache(path)
+    folder.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
     write_cache(path, *synthetic_clips(training, validation, seed))
     return read_cache(path)
 
@@ -142,7 +144,6 @@ def read_cache(path: Path) -> tuple[list[Clip], list[Clip]]:
 
 def write_cache(path: Path, training: list[Clip], validation: list[Clip]) -> None:
     clips = training + validation
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         np.savez(
@@ -347,7 +348,8 @@ def clips_of_folder(folder: Path) -> tuple[list[Clip], list[Clip]]:
 def read_text(path: Path) -> str:
     """What a clip says, in lower case, with single spaces."""
     try:
-        text = " ".join(path.read_text("utf-8-sig").lower().split())
+        text = unicodedata.normalize("NFC", path.read_text("utf-8-sig"))
+        text = " ".join(text.lower().split())
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; write there what the .wav says") from None
     except (OSError, UnicodeDecodeError) as problem:
@@ -371,7 +373,7 @@ def read_wav(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: not a PCM file ({problem}); convert it: {remedy}") from None
     samples = from_pcm(data[: len(data) // (width * channels) * width * channels], width)
     samples = samples.reshape(-1, channels).mean(axis=1)
-    if not len(samples) or rate < 1:
+    if not len(samples) or not 1 <= rate <= 10**6:
         raise ValueError(f"{path}: holds no sound; record it again, or remove it")
     if len(samples) > LONGEST * rate:
         raise ValueError(f"{path}: longer than {LONGEST} s; cut it into shorter clips")

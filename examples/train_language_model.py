@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sysconfig
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class LanguageModel:
 
     def __init__(self, text: Text, arguments: LanguageArguments) -> None:
         self.text, self.arguments = text, arguments
+        self.identity = f"{text.digest}, {arguments.batch_size} x {arguments.context}"
         self.baselines = {"unigram entropy": {"loss": text.unigram_entropy}}
         self.watched = ("blocks.0.attention.query.weight", "blocks.0.down.weight")
         self._held_out = text.validation_batches(arguments)
@@ -151,6 +153,11 @@ class Text:
         """Read every module; each eighth is for validation."""
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))
         return cls(read([f for i, f in enumerate(files) if i % 8]), read(files[::8]))
+
+    @property
+    def digest(self) -> str:
+        """What tells this text from others."""
+        return sha256(self.training.tobytes() + self.validation.tobytes()).hexdigest()
 
     @property
     def unigram_entropy(self) -> float:

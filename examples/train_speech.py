@@ -2,7 +2,8 @@ r"""Train a small speech recognizer in Whisper's shape on voices that eSpeak NG 
 
     python examples/train_speech.py
     python examples/train_speech.py --compare maxfactor,muon,adamw
-    python examples/train_speech.py --convolution-option 'momentum={"bands": 10}'
+    python examples/train_speech.py --option 'momentum={"bands": 10}' \
+        --convolution-option 'momentum={"bands": 10}' --convolution-option cautious=true
     python examples/train_speech.py --data my_recordings
     python examples/train_speech.py --resume
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from training import Arguments, Parser, Run, integer, option, rate, schedule_of,
 
 from mlx_maxfactor import MaxFactor
 
+VALIDATION_BATCH = 64
 END = "\n"  # begins and ends every text
 
 # Peak rates on hidden matrices: the best of a small grid, at the defaults below.
@@ -52,6 +55,8 @@ class Speech:
     ) -> None:
         self.arguments, self.held_out = arguments, held_out
         clips = [*training, *held_out]
+        digest = sha256(b"".join(c.text.encode() + c.samples.tobytes() for c in clips)).hexdigest()
+        self.identity = f"{digest}, batches of {arguments.batch_size}"
         self.characters = END + "".join(sorted({c for clip in clips for c in clip.text}))
         self.longest_text = 1 + max(len(clip.text) for clip in clips)
         self.samples = 2 * HOP * math.ceil(max(len(clip.samples) for clip in clips) / (2 * HOP))
@@ -78,16 +83,11 @@ class Speech:
     def rules(self, name: str) -> dict[str, Any]:
         """Explain the position table, and give the first convolution to MaxFactor if that is asked.
 
-        Only there, along the mel axis, does the order of inputs mean a frequency. With `min_rms` 1
-        the rate is as absolute as AdamW's, so it is that of the rest.
+        Only there, along the mel axis, does the order of inputs mean a frequency.
         """
         rules: dict[str, Any] = {"decoder.positions": "embedding"}
-        if options := dict(self.arguments.convolution_option):
-            a = self.arguments
-            peak = schedule_of(a)(a.convolution_learning_rate or a.rest_learning_rate)
-            rules["encoder.conv1.weight"] = MaxFactor(
-                peak, min_rms=1.0, rounding=a.rounding, seed=a.seed + 1000, **options
-            )
+        if self.arguments.convolution_option:
+            rules["encoder.conv1.weight"] = convolution_optimizer(self.arguments)
         return rules
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, mx.array]:
@@ -106,18 +106,26 @@ class Speech:
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """The loss on held-out speakers, and the error rates of greedy transcripts."""
-        losses = self.loss(model, self.features, self.texts)
-        return {"loss": float(losses), **self.error_rates(self.transcribe(model, self.features))}
+        total, characters, transcripts = 0.0, 0, []
+        for start in range(0, len(self.held_out), VALIDATION_BATCH):
+            part = slice(start, start + VALIDATION_BATCH)
+            features, texts = self.features[part], self.texts[part]
+            count = int(mx.sum(texts[:, 1:] >= 0))
+            total += count * float(self.loss(model, features, texts))
+            characters += count
+            transcripts += self.transcribe(model, features)
+        return {"loss": total / characters, **self.error_rates(transcripts)}
 
     def transcribe(self, model: nn.Module, features: mx.array) -> list[str]:
-        """The most likely character, one after the other."""
+        """The most likely character, one after the other, until every text has ended."""
         assert isinstance(model, Recognizer)
         sound = model.encoder(features)
         texts = mx.zeros((len(features), 1), mx.int32)
-        while texts.shape[1] <= self.longest_text:
+        ended = False
+        while texts.shape[1] <= self.longest_text and not ended:
             newest = mx.argmax(model.decoder(texts, sound)[:, -1:], axis=-1).astype(mx.int32)
             texts = mx.concatenate([texts, newest], axis=1)
-            mx.eval(texts)
+            ended = mx.all(mx.any(texts[:, 1:] == 0, axis=1)).item()
         rows = ("".join(self.characters[i] for i in row[1:]) for row in np.array(texts))
         return [row.partition(END)[0] for row in rows]
 
@@ -149,6 +157,18 @@ def most_frequent(clips: Sequence[Clip]) -> str:
     return Counter(clip.text for clip in clips).most_common(1)[0][0]
 
 
+def convolution_optimizer(arguments: SpeechArguments) -> MaxFactor:
+    """MaxFactor with `min_rms` 1: its rate is then as absolute as AdamW's."""
+    rate = arguments.convolution_learning_rate or arguments.rest_learning_rate
+    return MaxFactor(
+        schedule_of(arguments)(rate),
+        min_rms=1.0,
+        rounding=arguments.rounding,
+        seed=arguments.seed + 1000,  # apart from the seeds of the router's own members
+        **dict(arguments.convolution_option),
+    )
+
+
 # The model
 
 
@@ -170,7 +190,7 @@ class Recognizer(nn.Module):
 class Encoder(nn.Module):
     """Two convolutions, of which the second halves the frames, then transformer blocks.
 
-    With ReLU: on a CPU, the tanh of Whisper's GELU costs more than the matrix products around it.
+    With ReLU: on a CPU, Whisper's GELU costs more than the matrix products around it.
     """
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
@@ -240,7 +260,7 @@ class CrossBlock(Block):
         self.cross_norm = nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads)
 
-    def __call__(self, x: mx.array, sound: mx.array) -> mx.array:  # pyright: ignore
+    def __call__(self, x: mx.array, sound: mx.array) -> mx.array:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(batch, text, width) to the same shape; `sound` is (batch, frames / 2, width)."""
         x = x + self.attention(self.attention_norm(x), mask="causal")
         x = x + self.cross_attention(self.cross_norm(x), sound)
@@ -295,7 +315,8 @@ def save_transcripts(run: Run, task: Speech, folder: Path) -> None:
         image = log_mel(clip.samples).T
         seconds = len(clip.samples) / SAMPLE_RATE
         axes.imshow(image, origin="lower", aspect="auto", extent=(0, seconds, 0, MELS))
-        axes.set_title(f"said: {clip.text}\nunderstood: {understood}", loc="left")
+        title = f"said: {clip.text}\nunderstood: {understood}"
+        axes.set_title(title, loc="left", parse_math=False)
     figure.supxlabel("seconds")
     figure.supylabel("mel bin")
     figure.savefig(folder / "transcripts.png")
@@ -338,19 +359,21 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
     arguments = SpeechArguments()
     parser.parse(arguments)
     try:
-        MaxFactor(**dict(arguments.convolution_option))
+        convolution_optimizer(arguments)
     except (TypeError, ValueError) as problem:
         parser.error(f"--convolution-option: {problem}")
     if arguments.width % arguments.heads or arguments.width % 2 or arguments.width < 4:
         parser.error("--width must be even, at least 4, and divisible by --heads")
-    parser.open_output(arguments, "curves.json", "curves.png", "transcripts.png")
     try:
         if arguments.data:
-            return arguments, clips_of_folder(arguments.data)
-        held_out = max(10, arguments.clips // 10)
-        return arguments, load_synthetic(arguments.cache, arguments.clips, held_out)
+            clips = clips_of_folder(arguments.data)
+        else:
+            held_out = max(10, arguments.clips // 10)
+            clips = load_synthetic(arguments.cache, arguments.clips, held_out)
     except (OSError, RuntimeError, ValueError) as problem:
         parser.error(str(problem))
+    parser.open_output(arguments, "curves.json", "curves.png", "transcripts.png")
+    return arguments, clips
 
 
 if __name__ == "__main__":

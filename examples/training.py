@@ -52,6 +52,11 @@ class Task(Protocol):
     """What a program teaches: a model, its data, its loss."""
 
     @property
+    def identity(self) -> str:
+        """What tells this data from other data, so that no run goes on with other data."""
+        ...
+
+    @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
         """Measures, named as in `validate`, of guesses that ignore the input, by their names."""
         ...
@@ -138,7 +143,7 @@ def train(name: str, task: Task, rates: Mapping[str, float], arguments: Argument
     run = Run(name, optimizer.plan.state_bytes, hidden)
     step = compiled_step(model, optimizer, task)
     random = np.random.default_rng(arguments.seed)
-    first = resume(run, model, optimizer, random, arguments) if arguments.resume else 0
+    first = resume(run, task, model, optimizer, random, arguments) if arguments.resume else 0
     progress = tqdm(desc=name, total=arguments.steps, initial=first, unit="step")
     progress.set_postfix_str("compiling the first step")
     losses: list[mx.array] = []
@@ -163,7 +168,7 @@ def train(name: str, task: Task, rates: Mapping[str, float], arguments: Argument
                 for measure, value in task.validate(model).items():
                     run.validation.setdefault(measure, []).append(value)
             if saves:
-                save(run, model, optimizer, random, done, arguments)
+                save(run, task, model, optimizer, random, done, arguments)
             losses, start = [], time.perf_counter()
     progress.close()
     run.skipped = int(optimizer.skipped)
@@ -244,6 +249,7 @@ def has_bands(node: Any) -> bool:
 
 def save(
     run: Run,
+    task: Task,
     model: nn.Module,
     optimizer: RoutedOptimizer,
     random: np.random.Generator,
@@ -252,14 +258,15 @@ def save(
 ) -> None:
     """Keep the run, with its curves and the order of its data; and of older files the last few."""
     path = arguments.output / f"{run.optimizer}-{done:06}.safetensors"
-    extra = {"done": done, "run": asdict(run), "data": random.bit_generator.state}
-    save_checkpoint(path, model, optimizer, **extra)
+    data = {"identity": task.identity, "order": random.bit_generator.state}
+    save_checkpoint(path, model, optimizer, done=done, run=asdict(run), data=data)
     for older in checkpoints(run.optimizer, arguments)[arguments.keep :]:
         older.unlink()
 
 
 def resume(
     run: Run,
+    task: Task,
     model: nn.Module,
     optimizer: RoutedOptimizer,
     random: np.random.Generator,
@@ -268,8 +275,10 @@ def resume(
     """Go back to the newest checkpoint, if there is one; the number of steps it had made."""
     for path in checkpoints(run.optimizer, arguments)[:1]:
         extra = load_checkpoint(path, model, optimizer)
+        if extra["data"]["identity"] != task.identity:
+            raise CheckpointError(f"{path} was trained on other data, or in other batches")
         vars(run).update(extra["run"])
-        random.bit_generator.state = extra["data"]
+        random.bit_generator.state = extra["data"]["order"]
         print(f"resuming {path} after {extra['done']} steps")
         return extra["done"]
     print("nothing to resume: starting from the beginning")
@@ -279,7 +288,7 @@ def resume(
 def checkpoints(name: str, arguments: Arguments) -> list[Path]:
     """Last written first: an older run in the same folder may have made more steps."""
     files = arguments.output.glob(f"{name}-*.safetensors")
-    return sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
 
 
 # Results
@@ -288,7 +297,7 @@ def checkpoints(name: str, arguments: Arguments) -> list[Path]:
 def print_results(runs: Sequence[Run], task: Task) -> None:
     """A table of the runs under the baselines, then what each model makes."""
     measures = list(runs[0].final)
-    row = "{:14}" + " {:>14}" * (len(measures) + 2) + " {:>8}"
+    row = "{:16}" + " {:>14}" * (len(measures) + 2) + " {:>8}"
     print("\n" + row.format("", *(f"{m}," for m in measures), "optimizer", "median", "steps"))
     units = ("validation" for _ in measures)
     print(row.format("", *units, "state, bytes", "seconds a step", "skipped"))
@@ -335,7 +344,8 @@ def draw_losses(
     for name, loss in guesses.items():
         axes.axhline(loss, color="gray", linestyle="--", label=name)
     seen = [*guesses.values(), *(loss for run in runs for loss in run.validation["loss"])]
-    axes.set_ylim(top=1.05 * max(filter(math.isfinite, seen)))  # cuts off the first few steps
+    # Cuts off the first few steps.
+    axes.set_ylim(top=1.05 * max(filter(math.isfinite, seen), default=1.0))
     axes.set_ylabel("nats per character")
     axes.legend()
 
@@ -400,10 +410,11 @@ class Parser(argparse.ArgumentParser):
         which.add_argument("--optimizer", choices=NAMES, default="maxfactor", help="one to train")
         which.add_argument("--compare", type=names, metavar="A,B,C", help="several to train")
         add = self.add_argument
-        add("--option", type=option, action="append", default=[], metavar="NAME=VALUE")
+        of = partial(add, type=option, action="append", default=[], metavar="NAME=VALUE")
+        of("--option", help="of the optimizer on hidden matrices; a value is JSON")
         add("--learning-rate", type=rate, help="peak on hidden matrices; None: as in RATES")
         add("--rest", choices=OPTIMIZERS, default="adamw", help="of all other parameters")
-        add("--rest-option", type=option, action="append", default=[], metavar="NAME=VALUE")
+        of("--rest-option", help="of that on the rest")
         add("--rest-learning-rate", type=rate, help="its peak")
         add("--steps", type=integer, help="updates")
         add("--batch-size", type=integer, help="examples in a batch")
@@ -423,18 +434,11 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Arguments) -> None:
         """Read the command line, and say what is wrong with it before any work."""
         self.parse_args(namespace=arguments)
-        try:
-            for name in arguments.compare or [arguments.optimizer]:
-                if name in OPTIMIZERS:
-                    OPTIMIZERS[name](**dict(arguments.option))
-                elif arguments.option:
-                    raise ValueError(f"{name} takes none here")
-        except (TypeError, ValueError) as problem:
-            self.error(f"--option: {problem}")
-        try:
-            OPTIMIZERS[arguments.rest](**dict(arguments.rest_option))
-        except (TypeError, ValueError) as problem:
-            self.error(f"--rest-option: {problem}")
+        for name in arguments.compare or [arguments.optimizer]:
+            try:
+                make_optimizer(name, nn.Linear(8, 8), {}, {name: 1.0}, arguments)
+            except (TypeError, ValueError) as problem:
+                self.error(f"--option or --rest-option: {problem}")
 
     def open_output(self, arguments: Arguments, *names: str) -> None:
         """Make the folder, and see that every file can be written."""

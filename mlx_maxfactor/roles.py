@@ -220,7 +220,9 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
             key = path[len(node.path) + 1 if node.path else 0 :].partition(".")[0]
             role, note = _role(node, key, array), ""
             if path in declared:
-                role = declared[path]
+                # A kernel that goes with the hidden matrices still is one: `(out, k..., in)`.
+                kernel = role == "conv" and declared[path] == "hidden"
+                role = "conv" if kernel else declared[path]
             elif role == "hidden" and node in heads:
                 role, note = "head", heads[node]
             elif node in gates and role in ("hidden", "unknown"):

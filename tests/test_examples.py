@@ -3,17 +3,20 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import compare_optimizers
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from compare_optimizers import LADDER, Record, next_runs
 from momentum_variants import VARIANTS
 from speech_data import Clip, write_wav
+from training import Parser, make_optimizer
 
 from mlx_maxfactor import MaxFactor
 
@@ -50,7 +53,7 @@ def test_the_language_model_trains_compares_and_draws(tmp_path):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     for name in names:
         assert re.search(rf"^{name} writes:\ndef ", done.stdout, re.MULTILINE)
-    assert "tokens/s" in done.stderr
+    assert "step/s" in done.stderr
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
@@ -151,11 +154,12 @@ TINY = ("--steps", "8", "--width", "16", "--batch-size", "2", "--eval-every", "4
 
 
 def test_speech_trains_on_a_users_recordings_compares_and_draws(recordings, tmp_path):
-    arguments = ("--data", str(recordings), *TINY)
+    convolution = ("--convolution-option", "momentum=0.9")
+    arguments = ("--data", str(recordings), *TINY, *convolution)
     done = run(SPEECH, "--compare", "maxfactor,muon,mlx_adafactor", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("encoder.conv1.weight"))
-    assert "MaxFactor" in row, "the first convolution goes to MaxFactor"
+    assert "MaxFactor" in row, "a rule gives the first convolution to MaxFactor"
     assert "unexplained" not in done.stdout
     for baseline in ("most frequent", "untrained"):
         assert re.search(rf"^{baseline} .*\d\.\d{{3}}$", done.stdout, re.MULTILINE)
@@ -169,14 +173,15 @@ def test_speech_trains_on_a_users_recordings_compares_and_draws(recordings, tmp_
 
 
 def test_speech_is_synthesized_once_and_its_bands_are_drawn(tmp_path):
-    arguments = ("--clips", "12", "--option", 'momentum={"bands": 3}', "--steps", "4", *TINY[2:])
+    fam = 'momentum={"bands": 3}'
+    arguments = ("--clips", "12", "--option", fam, "--convolution-option", fam, *TINY)
     first = run(SPEECH, *arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "synthesizing speech" in first.stderr
     folder = tmp_path / "runs" / "speech"
     curves = json.loads((folder / "curves.json").read_text())
     (bands,) = [run["bands"] for run in curves["runs"]]
-    assert list(bands) == ["encoder.conv1.weight", "encoder.blocks.0.up.weight"]
+    assert set(bands) == {"encoder.conv1.weight", "encoder.blocks.0.up.weight"}
     for history in bands.values():
         shares, momenta = np.array(history)[-1]
         assert shares.sum() == pytest.approx(1, abs=1e-5)
@@ -185,6 +190,24 @@ def test_speech_is_synthesized_once_and_its_bands_are_drawn(tmp_path):
     assert (folder / "bands-maxfactor.png").read_bytes().startswith(b"\x89PNG")
     again = run(SPEECH, *arguments, cwd=tmp_path)
     assert "synthesizing speech" not in again.stderr
+
+
+def test_no_run_goes_on_with_other_data(recordings, tmp_path):
+    assert run(SPEECH, "--data", str(recordings), *TINY, cwd=tmp_path).returncode == 0
+    batches = (*TINY[:4], "--batch-size", "3")
+    done = run(SPEECH, "--data", str(recordings), *batches, "--resume", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "other data, or in other batches" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_texts_may_hold_what_a_picture_takes_for_mathematics(recordings, tmp_path):
+    copy = tmp_path / "recordings"
+    shutil.copytree(recordings, copy)
+    for text in copy.rglob("*.txt"):
+        text.write_text("$^$ é")
+    done = run(SPEECH, "--data", str(copy), *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_speech_resumes_where_it_was(recordings, tmp_path):
@@ -251,7 +274,7 @@ def test_a_persistent_band_is_kept_and_a_noisy_one_damped():
 
 
 def fake_record(name, rate, seed, loss):
-    return Record(name, rate, seed, "", "", 10, 5, 0.1, [1], {"loss": [loss]})
+    return Record(name, rate, seed, "", "", 1, 10, 5, 0.1, {"loss": loss})
 
 
 def search(losses):
@@ -259,7 +282,7 @@ def search(losses):
     records = []
     while missing := next_runs("AdamW", "speech", records):
         records += [fake_record("AdamW", rate, seed, losses(rate, seed)) for rate, seed in missing]
-    return [(r.learning_rate, r.seed) for r in records]
+    return [(r.rate, r.seed) for r in records]
 
 
 @pytest.mark.parametrize("best", [1e-4, 1.5e-3, 1e-2])
@@ -278,6 +301,34 @@ def test_a_run_that_was_lost_is_no_best_rate():
     assert {rate for rate, seed in runs if seed > 1} == {1e-3}
 
 
+def test_a_search_that_finds_nothing_ends():
+    with pytest.raises(RuntimeError, match="AdamW: no best rate inside"):
+        search(lambda rate, seed: None)
+    with pytest.raises(RuntimeError, match="AdamW: no best rate inside"):
+        search(lambda rate, seed: rate)
+
+
+def test_no_two_configurations_are_the_same_optimizer():
+    # One named "momentum" once was the cautious one: the factory's default had stayed.
+    made = set()
+    for name, configuration in compare_optimizers.CONFIGURATIONS.items():
+        parser = Parser("", steps=10, batch_size=2, rest_learning_rate=1e-2, eval_every=5)
+        for flag in ("--convolution-option", "--convolution-learning-rate"):
+            parser.add_argument(flag, action="append")
+        given = parser.parse_args([*configuration.arguments, f"{configuration.searched}=0.1"])
+        optimizer = make_optimizer(given.optimizer, nn.Linear(8, 8), {}, {"maxfactor": 1.0}, given)
+        options = [
+            {k: str(v) for k, v in vars(member).items() if k[0] != "_" and k not in PLACES}
+            for member in optimizer.optimizers
+        ]
+        made.add(str((options, given.convolution_option)))
+        assert ("cautious" in name) <= ("cautious=true" in str(configuration.arguments))
+    assert len(made) == len(compare_optimizers.CONFIGURATIONS)
+
+
+PLACES = ("layouts", "paths", "optimizers", "seed")
+
+
 def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
     few = ("--run", "--only", "AdamW", "--records", str(tmp_path / "r.jsonl"), "--", *SMALL)
     done = run(COMPARE, "language_model", *few, cwd=tmp_path)
@@ -287,12 +338,18 @@ def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
     ]
     assert len(records) >= 6
     best = [r for r in records if r.seed == 2]
-    assert f"| {best[0].learning_rate:g} (" in done.stdout
+    assert f"| {best[0].rate:g} (" in done.stdout
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     again = run(COMPARE, "language_model", "--records", str(tmp_path / "r.jsonl"), cwd=tmp_path)
     assert [line for line in done.stdout.splitlines() if line[:1] == "|"] == [
         line for line in again.stdout.splitlines() if line[:1] == "|"
     ]
+
+
+def test_runs_of_another_length_need_records_of_their_own(tmp_path):
+    done = run(COMPARE, "speech", "--run", "--", "--steps=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "give --records" in done.stderr
 
 
 def test_the_comparison_without_records_says_how_to_make_them(tmp_path):

@@ -258,3 +258,24 @@ def test_a_file_of_another_momentum_is_refused(other, tmp_path):
     optimizer = create_optimizer(model, momentum=FrequencyAdaptiveMomentum(**other))
     with pytest.raises(CheckpointError, match=r"momentum is .*bands=10.* in the file, "):
         load_checkpoint(tmp_path / "run", model, optimizer)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_cautious_steps_leave_inputs_without_gradient(cautious):
+    # The filter spreads along the axis, and a step by the sign would move them like the others.
+    fam = FrequencyAdaptiveMomentum()
+    optimizer = MaxFactor(momentum=fam, cautious=cautious, weight_decay=0.0)
+    start = {"w": mx.array(parameter((16, 32)))}
+    tree = start
+    for seed in range(10):
+        g = parameter((16, 32), seed) * (np.arange(32) > 3)
+        tree = optimizer.apply_gradients({"w": mx.array(g)}, tree)
+    moved = mx.any(tree["w"] != start["w"], axis=0).tolist()
+    assert all(moved[4:])
+    assert any(moved[:4]) is not cautious
+
+
+def test_numbers_of_any_kind_are_kept_as_floats():
+    assert type(MaxFactor(momentum=np.float32(0.5)).momentum) is float
+    assert FrequencyAdaptiveMomentum(alpha=0, blend=1) == FrequencyAdaptiveMomentum(alpha=0.0)
+    assert str(FrequencyAdaptiveMomentum(blend=1)) == str(FrequencyAdaptiveMomentum())

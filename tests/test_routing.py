@@ -320,6 +320,12 @@ def test_a_rule_may_say_what_an_array_is():
     )
 
 
+def test_a_kernel_that_a_rule_calls_hidden_stays_a_kernel():
+    plan = create_optimizer(Whisper(), rules={"*conv1.weight": "hidden"}).plan
+    (entry,) = [entry for entry in plan if entry.path.endswith("conv1.weight")]
+    assert (entry.optimizer, entry.layout) == ("maxfactor", "conv")
+
+
 def test_all_wrong_rules_are_named_at_once():
     rules = {"*.wq.weigth": "muon", "embeding": "adamw", "head": "sgd", "bias": "norm"}
     with pytest.raises(ValueError, match="rule") as error:

@@ -170,9 +170,11 @@ class MaxFactor(Float32Optimizer):
         self.relative_step = relative_step
         self.vector_sign = vector_sign
         self.maximize = maximize
-        if not isinstance(momentum, FrequencyAdaptiveMomentum):
-            check_number("momentum", momentum, 0.0, 1.0)
-        self.momentum = momentum
+        self.momentum = (
+            momentum
+            if isinstance(momentum, FrequencyAdaptiveMomentum)
+            else check_number("momentum", momentum, 0.0, 1.0)
+        )
         self.nesterov = nesterov
         self.cautious = cautious
         for name in ("nesterov", "cautious"):
@@ -262,20 +264,20 @@ class MaxFactor(Float32Optimizer):
         return self.max_norm if ndim > 1 else self.vector_sign
 
     def _momentum(self, g: mx.array, state: dict, shape: tuple[int, ...]) -> mx.array:
+        """What stands for the gradient in the update. In ``shape`` the input's axis is the last."""
         if not self.momentum:
             return g
-        m, fam = state["m"].astype(mx.float32), self.momentum
-        if isinstance(fam, FrequencyAdaptiveMomentum):
-            beta = fam.alpha
-            m = fam.update(g.reshape(shape), m.reshape(shape), state).reshape(g.shape)
-        else:
-            beta = fam
-            m = beta * m + (1 - beta) * g
+        m = state["m"].astype(mx.float32)
+        if isinstance(self.momentum, FrequencyAdaptiveMomentum):
+            view, beta = g.shape, self.momentum.alpha
+            g, m = g.reshape(shape), m.reshape(shape)
+            m = self.momentum.update(g, m, state)
+            state["m"] = m.reshape(view).astype(self.state_dtype)
+            smooth = beta * m + (1 - beta) * g if self.nesterov else m
+            return self.momentum.blended(g, smooth, state).reshape(view)
+        m = self.momentum * m + (1 - self.momentum) * g
         state["m"] = m.astype(self.state_dtype)
-        smooth = beta * m + (1 - beta) * g if self.nesterov else m
-        return (
-            fam.blended(g, smooth, state) if isinstance(fam, FrequencyAdaptiveMomentum) else smooth
-        )
+        return self.momentum * m + (1 - self.momentum) * g if self.nesterov else m
 
     def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
         if not self._is_factored(g.shape):

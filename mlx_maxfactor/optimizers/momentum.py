@@ -33,6 +33,9 @@ class FrequencyAdaptiveMomentum:
     and :math:`g'` stands for the gradient in MaxFactor's update. With one band this is plain
     momentum :math:`\alpha`, which vectors and matrices with a side under five always get.
 
+    Where bands are damped unlike, the filter spreads along the axis, to inputs without gradient
+    too, and MaxFactor steps by the sign: ``cautious=True`` leaves those as they are.
+
     Args:
         alpha: α, momentum of a band that is not damped. Default 0.9.
         beta: β, of the moving average of the bands' shares. Default 0.999.
@@ -59,10 +62,11 @@ class FrequencyAdaptiveMomentum:
     blend_steps: int = 1
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha, 0.0, 1.0)
-        check_number("beta", self.beta, 0.0, 1.0)
+        for name, ends in {"alpha": "[)", "beta": "[)", "blend": "[]"}.items():
+            # As floats, so that a file saved with blend=1 is one saved with blend=1.0.
+            value = check_number(name, getattr(self, name), 0.0, 1.0, ends)
+            object.__setattr__(self, name, value)
         check_integer("bands", self.bands, 1)
-        check_number("blend", self.blend, 0.0, 1.0, "[]")
         check_integer("blend_steps", self.blend_steps, 1)
 
     def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
