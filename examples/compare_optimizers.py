@@ -36,7 +36,7 @@ from tqdm import tqdm
 from training import integer
 
 FOLDER = Path(__file__).parent
-LADDER = tuple(m * 10.0**e for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5, 7))
+LADDER = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5, 7))
 FIRST_RATES = 4
 SEEDS = (1, 2, 3)
 
@@ -131,7 +131,7 @@ def main() -> None:
         records = run_missing(records, path, arguments)
     if not records:
         sys.exit(f"compare_optimizers.py: error: {path} holds no records: make them with --run")
-    print(table(records))
+    print(table(records, arguments.task))
     picture = path.with_suffix(".png")
     draw(records, arguments.task).savefig(picture)
     print(f"\npicture: {picture}")
@@ -237,7 +237,7 @@ def mean_loss(records: Sequence[Record]) -> float:
     return fmean(r.final("loss") for r in records)
 
 
-def table(records: Sequence[Record]) -> str:
+def table(records: Sequence[Record], task: str) -> str:
     """Markdown: mean (least to greatest) over the seeds at the best rate."""
     measures = list(records[0].validation)
     head = ["hidden matrices", "rate", *measures, "state, bytes", "of them hidden", "s a step"]
@@ -248,7 +248,7 @@ def table(records: Sequence[Record]) -> str:
         low, high = rates[0], rates[-1]
         rows.append(
             [
-                name,
+                f"{name} (unfinished)" if next_runs(name, task, records) else name,
                 f"{group[0].rate:g} ({len(rates)} of {low:g} to {high:g})",
                 *spreads,
                 f"{group[0].state_bytes:,}",
@@ -265,34 +265,41 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(records: Sequence[Record], task: str) -> Figure:
-    """Loss by rate on the first seed, and loss by state with the spread of the seeds."""
-    figure = Figure(figsize=(14, 7), dpi=100, layout="constrained")
-    rates, states = figure.subplots(1, 2)
-    finite = [r.final("loss") for r in records if math.isfinite(r.final("loss"))]
+    """Loss by rate on the first seed, and loss at the best rate with the spread of the seeds."""
     best = at_best(records)
+    figure = Figure(figsize=(14, 3 + 0.35 * len(best)), dpi=100, layout="constrained")
+    rates, losses = figure.subplots(1, 2)
+    labels = []
     for i, (name, group) in enumerate(best.items()):
-        style = {"color": f"C{i % 10}", "marker": "osv^D"[i // 10 * 2 + i % 2]}
-        first = [r for r in records if r.configuration == name and r.seed == SEEDS[0]]
-        first.sort(key=lambda r: r.rate)
-        rates.plot([r.rate for r in first], [r.final("loss") for r in first], label=name, **style)
+        style = {"color": f"C{i % 10}", "marker": "osv^D"[i // 10]}
+        first = sorted(
+            (r for r in records if r.configuration == name and r.seed == SEEDS[0]),
+            key=lambda r: r.rate,
+        )
+        if CONFIGURATIONS[name].searched == "--learning-rate":
+            rates.plot([r.rate for r in first], [r.final("loss") for r in first], **style)
         values = [r.final("loss") for r in group]
-        mean, size = fmean(values), group[0].hidden_state_bytes / 1000
+        mean = fmean(values)
         errors = [[mean - min(values)], [max(values) - mean]]
-        states.errorbar([size], [mean], errors, capsize=4, label=f"{name}, {mean:.3f}", **style)
-    low = min(finite)
+        losses.errorbar([mean], [i], xerr=errors, capsize=4, **style)
+        labels.append(f"{name}, {group[0].hidden_state_bytes / 1000:,.0f} kB")
+    low = min(mean_loss(group) for group in best.values())
+    high = max(mean_loss(group) for group in best.values())
     rates.set(
-        title=f"{task}: seed {SEEDS[0]}",
+        title=f"{task}, seed {SEEDS[0]}",
         xlabel="peak rate on hidden matrices",
         xscale="log",
         ylabel="final validation loss, nats per character",
-        ylim=(0.95 * low, min(max(finite), 2 * low)),
+        ylim=(low - 0.2 * (high - low), high + 0.8 * (high - low)),
     )
-    states.set(
-        title=f"at the best rate: mean, least and greatest of {len(SEEDS)} seeds",
-        xlabel="state of hidden matrices, kB",
-        ylabel="final validation loss, nats per character",
+    losses.set(
+        title=f"at the best rate: mean, least, greatest of {len(SEEDS)} seeds",
+        xlabel="final validation loss, nats per character",
+        yticks=range(len(labels)),
+        yticklabels=labels,
     )
-    states.legend(fontsize="small")
+    losses.invert_yaxis()
+    losses.grid(axis="x", alpha=0.3)
     return figure
 
 

@@ -2,8 +2,7 @@ r"""Train a small character transformer on the source of Python's standard libra
 
     python examples/train_language_model.py
     python examples/train_language_model.py --optimizer muon --steps 1000
-    python examples/train_language_model.py --option momentum=0.9 --option cautious=true \
-        --learning-rate 0.03
+    python examples/train_language_model.py --option momentum=0 --learning-rate 0.1
     python examples/train_language_model.py --compare maxfactor,muon,adamw
     python examples/train_language_model.py --resume
 
@@ -28,8 +27,8 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # all others are dropped 
 VALIDATION_BATCHES = 16
 
 # Peak rates on hidden matrices: the best of a small grid, at the defaults below.
-RATES = {"maxfactor": 0.1, "adafactor": 5e-3, "signsgd": 5e-3, "muon": 0.03, "adamw": 5e-3}
-RATES["mlx_adafactor"] = 0.03
+RATES = {"maxfactor": 0.03, "adafactor": 5e-3, "signsgd": 5e-3, "muon": 0.03, "adamw": 3e-3}
+RATES["mlx_adafactor"] = 0.05
 
 
 def main() -> None:

@@ -362,7 +362,7 @@ def test_the_comparison_without_records_says_how_to_make_them(tmp_path):
 @pytest.mark.parametrize("task", ["speech", "language_model"])
 def test_every_figure_of_the_notes_table_comes_from_a_kept_record(task):
     records = compare_optimizers.read(ROOT / "examples" / "records" / f"{task}.jsonl")
-    table = compare_optimizers.table(records)
+    table = compare_optimizers.table(records, task)
     assert table in (ROOT / "NOTES.md").read_text()
 
 
