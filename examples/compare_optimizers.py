@@ -285,12 +285,13 @@ def draw(records: Sequence[Record], task: str) -> Figure:
         labels.append(f"{name}, {group[0].hidden_state_bytes / 1000:,.0f} kB")
     low = min(mean_loss(group) for group in best.values())
     high = max(mean_loss(group) for group in best.values())
+    span = max(high - low, 0.02 * low)
     rates.set(
         title=f"{task}, seed {SEEDS[0]}",
         xlabel="peak rate on hidden matrices",
         xscale="log",
         ylabel="final validation loss, nats per character",
-        ylim=(low - 0.2 * (high - low), high + 0.8 * (high - low)),
+        ylim=(low - 0.2 * span, high + 0.8 * span),
     )
     losses.set(
         title=f"at the best rate: mean, least, greatest of {len(SEEDS)} seeds",
