@@ -51,7 +51,7 @@ class LanguageModel:
         a = self.arguments
         return Transformer(a.width, a.layers, a.heads)
 
-    def rules(self, name: str) -> dict[str, Any]:
+    def rules(self) -> dict[str, Any]:
         """None: the router knows every layer."""
         return {}
 

@@ -81,7 +81,7 @@ class Speech:
         a = self.arguments
         return Recognizer(len(self.characters), self.longest_text, a.width, a.layers, a.heads)
 
-    def rules(self, name: str) -> dict[str, Any]:
+    def rules(self) -> dict[str, Any]:
         """Explain the position table, and give the first convolution to MaxFactor if that is asked.
 
         Only there, along the mel axis, does the order of inputs mean a frequency.

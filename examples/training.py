@@ -65,8 +65,8 @@ class Task(Protocol):
         """A new model; its weights come from MLX's global random state alone."""
         ...
 
-    def rules(self, name: str) -> dict[str, Any]:
-        """What the router cannot know, if the optimizer of that name gets the hidden matrices."""
+    def rules(self) -> dict[str, Any]:
+        """What the router cannot know."""
         ...
 
     def training_batch(self, random: np.random.Generator) -> Batch:
@@ -136,7 +136,7 @@ def train(name: str, task: Task, rates: Mapping[str, float], arguments: Argument
     mx.random.seed(arguments.seed)
     model = task.model()
     model.set_dtype(DTYPES[arguments.dtype])
-    optimizer = make_optimizer(name, model, task.rules(name), rates, arguments)
+    optimizer = make_optimizer(name, model, task.rules(), rates, arguments)
     print(optimizer.plan, flush=True)
 
     hidden = sum(entry.state_bytes for entry in optimizer.plan if entry.role in HIDDEN_ROLES)
