@@ -283,8 +283,8 @@ def draw(records: Sequence[Record], task: str) -> Figure:
         errors = [[mean - min(values)], [max(values) - mean]]
         losses.errorbar([mean], [i], xerr=errors, capsize=4, **style)
         labels.append(f"{name}, {group[0].hidden_state_bytes / 1000:,.0f} kB")
-    low = min(mean_loss(group) for group in best.values())
-    high = max(mean_loss(group) for group in best.values())
+    means = [mean_loss(group) for group in best.values()]  # in rising order
+    low, high = means[0], means[-1]
     span = max(high - low, 0.02 * low)
     rates.set(
         title=f"{task}, seed {SEEDS[0]}",

@@ -22,10 +22,9 @@ class UnityGain(FrequencyAdaptiveMomentum):
 class LowBandsDamped(FrequencyAdaptiveMomentum):
     """A control: the published rule upside down."""
 
-    def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
+    def damping(self, share: mx.array) -> mx.array:
         """``δ_b = clip((1 - (b + 1) / B) (1 - 5 h_b), 0, 0.9)``."""
-        mirrored = f.band_damping(share[..., ::-1])[..., ::-1]
-        return self.alpha * (1 - mirrored), (1 - self.alpha) * (1 + mirrored)
+        return super().damping(share[..., ::-1])[..., ::-1]
 
 
 @dataclass(frozen=True)

@@ -137,10 +137,11 @@ def train(name: str, task: Task, rates: Mapping[str, float], arguments: Argument
     model = task.model()
     model.set_dtype(DTYPES[arguments.dtype])
     optimizer = make_optimizer(name, model, task.rules(), rates, arguments)
-    print(optimizer.plan, flush=True)
+    plan = optimizer.plan
+    print(plan, flush=True)
 
-    hidden = sum(entry.state_bytes for entry in optimizer.plan if entry.role in HIDDEN_ROLES)
-    run = Run(name, optimizer.plan.state_bytes, hidden)
+    hidden = sum(entry.state_bytes for entry in plan if entry.role in HIDDEN_ROLES)
+    run = Run(name, plan.state_bytes, hidden)
     step = compiled_step(model, optimizer, task)
     random = np.random.default_rng(arguments.seed)
     first = resume(run, task, model, optimizer, random, arguments) if arguments.resume else 0
@@ -232,9 +233,11 @@ def record_bands(run: Run, optimizer: RoutedOptimizer, watched: Sequence[str]) -
     """Share of the gradient's power and momentum of each band, where an optimizer has bands."""
     for member in optimizer.optimizers:
         momentum = getattr(member, "momentum", None)
+        if not isinstance(momentum, FrequencyAdaptiveMomentum):
+            continue
         states: Any = tree_flatten(member.state, is_leaf=has_bands)
         for path, state in states:
-            if isinstance(momentum, FrequencyAdaptiveMomentum) and path in watched:
+            if path in watched:
                 share, decay, _ = momentum.response(state)
                 values: Any = mx.concatenate([share, decay]).tolist()
                 run.bands.setdefault(path, []).append(values)

@@ -105,8 +105,12 @@ class FrequencyAdaptiveMomentum:
 
     def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
         """Decay and gain of each band from its share. A subclass may have another rule."""
-        damping = f.band_damping(share)
+        damping = self.damping(share)
         return self.alpha * (1 - damping), (1 - self.alpha) * (1 + damping)
+
+    def damping(self, share: mx.array) -> mx.array:
+        """``δ_b`` of each band from its share."""
+        return f.band_damping(share)
 
     def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
         """What stands for the gradient: more of the momentum with each update."""
