@@ -22,84 +22,25 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 
+from configurations import CONFIGURATIONS, LADDER, TRAININGS, WHICH
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from momentum_variants import VARIANTS
 from tqdm import tqdm
 from training import integer
 
 FOLDER = Path(__file__).parent
-LADDER = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5, 7))
 FIRST_RATES = 4
 SEEDS = (1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """Arguments of an example, and the lowest of the first four rates to try, by task."""
-
-    arguments: tuple[str, ...]
-    first_rates: dict[str, float]
-    searched: str = "--learning-rate"
-
-
-SPEECH_AND_TEXT = {"speech": 0.01, "language_model": 0.02}
-
-
-def maxfactor(first_rates: dict[str, float] = SPEECH_AND_TEXT, **options: object) -> Configuration:
-    """MaxFactor with these options on the hidden matrices."""
-    return Configuration(arguments_of("--option", options), first_rates)
-
-
-def mel_axis(**options: object) -> Configuration:
-    """The best MaxFactor on the hidden matrices, and one with these options on the first layer."""
-    hidden = ("--option=momentum=0.9", "--option=cautious=true", "--learning-rate=0.015")
-    first = arguments_of("--convolution-option", options)
-    return Configuration((*hidden, *first), {"speech": 0.01}, "--convolution-learning-rate")
-
-
-def arguments_of(flag: str, options: dict[str, object]) -> tuple[str, ...]:
-    return tuple(f"{flag}={name}={json.dumps(value)}" for name, value in options.items())
-
-
-CONFIGURATIONS = {
-    "MaxFactor, no momentum": maxfactor({"speech": 0.015, "language_model": 0.05}, momentum=0),
-    "MaxFactor, momentum": maxfactor(momentum=0.9, cautious=False),
-    "MaxFactor, Nesterov": maxfactor(momentum=0.9, cautious=False, nesterov=True),
-    "MaxFactor, cautious": maxfactor(momentum=0.9, cautious=True),
-    "MaxFactor, cautious, bf16": maxfactor(momentum=0.9, cautious=True, state_dtype="bfloat16"),
-    "MaxFactor, FAM": maxfactor(momentum={"bands": 10}, cautious=False),
-    "MaxFactor, cautious FAM": maxfactor(momentum={"bands": 10}, cautious=True),
-    "AdamW": Configuration(("--optimizer=adamw",), {"speech": 1e-3, "language_model": 2e-3}),
-    "Muon": Configuration(("--optimizer=muon",), {"speech": 0.015, "language_model": 0.02}),
-    "Muon, rest MaxFactor": Configuration(
-        (
-            "--optimizer=muon",
-            "--rest=maxfactor",
-            *arguments_of("--rest-option", {"momentum": 0.9, "cautious": True, "min_rms": 1}),
-        ),
-        {"speech": 0.015, "language_model": 0.02},
-    ),
-    "mlx Adafactor": Configuration(("--optimizer=mlx_adafactor",), SPEECH_AND_TEXT),
-    # Where frequency-adaptive momentum (FAM) could be true, and other rules for it.
-    "mel axis: no momentum": mel_axis(momentum=0),
-    "mel axis: momentum": mel_axis(momentum=0.9, cautious=True),
-    "mel axis: FAM": mel_axis(momentum={"bands": 10}, cautious=True),
-    **{
-        f"mel axis: {variant.replace('_', ' ')}": mel_axis(
-            momentum={"bands": 10, "variant": variant}, cautious=True
-        )
-        for variant in VARIANTS
-        if variant != "published"
-    },
-}
+COLOURS = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]
+TITLES = "; ".join(f"{name}: {training.title}" for name, training in TRAININGS.items())
 
 
 @dataclass(frozen=True)
@@ -125,45 +66,66 @@ class Record:
 
 def main() -> None:
     arguments = parse_arguments()
-    path = arguments.records or FOLDER / "records" / f"{arguments.task}.jsonl"
-    records = read(path)
+    records = {name: read(file_of(name, arguments)) for name in arguments.trainings}
     if arguments.run:
-        records = run_missing(records, path, arguments)
-    if not records:
-        sys.exit(f"compare_optimizers.py: error: {path} holds no records: make them with --run")
-    print(table(records, arguments.task))
-    picture = path.with_suffix(".png")
-    draw(records, arguments.task).savefig(picture)
-    print(f"\npicture: {picture}")
+        run_missing(records, arguments)
+    for name, kept in records.items():
+        if not kept:
+            path = file_of(name, arguments)
+            sys.exit(f"compare_optimizers.py: error: {path} holds no records: make them with --run")
+    for name, kept in records.items():
+        print(f"{TRAININGS[name].title}\n\n{tables(kept, name)}\n")
+    if len(records) > 1:
+        print(f"Final validation loss in all\n\n{overview(records)}\n")
+    picture = file_of(arguments.trainings[-1], arguments).with_name("loss.png")
+    draw(records).savefig(picture)
+    print(f"picture: {picture}")
 
 
 # Runs
 
 
-def run_missing(records: list[Record], path: Path, arguments: Arguments) -> list[Record]:
-    """Make every run that the search asks for next, until it asks for none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run = partial(run_one, arguments=arguments)
-    while missing := [
-        (name, rate, seed)
-        for name in arguments.only or CONFIGURATIONS
-        if arguments.task in CONFIGURATIONS[name].first_rates
-        for rate, seed in next_runs(name, arguments.task, records)
-    ]:
-        with ThreadPoolExecutor(arguments.workers) as pool, path.open("a") as file:
-            running = [pool.submit(run, *what) for what in missing]
-            for done in tqdm(as_completed(running), total=len(running), desc=arguments.task):
-                records.append(done.result())
-                file.write(json.dumps(asdict(records[-1])) + "\n")
-                file.flush()
-    return records
+def run_missing(records: dict[str, list[Record]], arguments: Arguments) -> None:
+    """Make every run that the searches ask for next, until they ask for none."""
+    running: dict[Future[Record], tuple[str, str, float, int]] = {}
+    progress = tqdm(unit="run")
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        while True:
+            wanted = [
+                (training, name, rate, seed)
+                for training in arguments.trainings
+                for name in arguments.only or CONFIGURATIONS
+                if training in CONFIGURATIONS[name].trainings
+                for rate, seed in next_runs(name, training, records[training])
+            ]
+            progress.total = progress.n + len(wanted)
+            progress.refresh()
+            new = [run for run in wanted if run not in running.values()]
+            for run in new[: arguments.workers - len(running)]:
+                running[pool.submit(run_one, *run, arguments)] = run
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                training = running.pop(done)[0]
+                records[training].append(done.result())
+                path = file_of(training, arguments)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(json.dumps(asdict(done.result())) + "\n")
+                progress.update()
 
 
-def next_runs(name: str, task: str, records: Sequence[Record]) -> list[tuple[float, int]]:
+def next_runs(name: str, training: str, records: Sequence[Record]) -> list[tuple[float, int]]:
     """Rates and seeds that the search of one configuration asks for next."""
+    configuration = CONFIGURATIONS[name]
     losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
-    start = LADDER.index(CONFIGURATIONS[name].first_rates[task])
-    first = LADDER[start : start + FIRST_RATES]
+    if configuration.rate_of:
+        other = best_rate(configuration.rate_of, training, records)
+        if other is None:
+            return []
+        if configuration.searched == "--learning-rate":
+            return [(other, seed) for seed in SEEDS if (other, seed) not in losses]
+    first = configuration.first_rates_in(training, FIRST_RATES)
     tried = sorted({rate for rate, seed in losses if seed == SEEDS[0]} | set(first))
     if missing := [(rate, SEEDS[0]) for rate in tried if (rate, SEEDS[0]) not in losses]:
         return missing
@@ -178,12 +140,23 @@ def next_runs(name: str, task: str, records: Sequence[Record]) -> list[tuple[flo
     return [(best, seed) for seed in SEEDS if (best, seed) not in losses]
 
 
-def run_one(name: str, rate: float, seed: int, arguments: Arguments) -> Record:
+def best_rate(name: str, training: str, records: Sequence[Record]) -> float | None:
+    """The rate that a search has settled on, if it has."""
+    if any(seed == SEEDS[0] for _, seed in next_runs(name, training, records)):
+        return None
+    first = [r for r in records if r.configuration == name and r.seed == SEEDS[0]]
+    return min(first, key=lambda r: r.final("loss")).rate
+
+
+def run_one(training: str, name: str, rate: float, seed: int, arguments: Arguments) -> Record:
     """Run the example as a user would, and read what it wrote."""
-    configuration = CONFIGURATIONS[name]
-    script = f"train_{arguments.task}.py"
-    options = [*configuration.arguments, f"{configuration.searched}={rate:g}", f"--seed={seed}"]
-    options += arguments.others
+    configuration, of = CONFIGURATIONS[name], TRAININGS[training]
+    script = f"train_{of.task}.py"
+    options = [*of.arguments, *configuration.arguments]
+    if configuration.searched != "--learning-rate" and configuration.rate_of:
+        hidden = best_rate(configuration.rate_of, training, read(file_of(training, arguments)))
+        options.append(f"--learning-rate={hidden:g}")
+    options += [f"{configuration.searched}={rate:g}", f"--seed={seed}", *arguments.others]
     with tempfile.TemporaryDirectory() as folder:
         only_the_end = ["--eval-every=999999", "--save-every=999999", f"--output={folder}"]
         done = subprocess.run(
@@ -237,26 +210,54 @@ def mean_loss(records: Sequence[Record]) -> float:
     return fmean(r.final("loss") for r in records)
 
 
-def table(records: Sequence[Record], task: str) -> str:
-    """Markdown: mean (least to greatest) over the seeds at the best rate."""
+def tables(records: Sequence[Record], training: str) -> str:
+    """A table for each question, as Markdown."""
+    best = at_best(records)
+    questions = dict.fromkeys(configuration.question for configuration in CONFIGURATIONS.values())
+    parts = []
+    for question in questions:
+        names = [name for name in best if CONFIGURATIONS[name].question == question]
+        if names:
+            parts.append(f"{question}\n\n{table(names, records, training)}")
+    return "\n\n".join(parts)
+
+
+def table(names: Sequence[str], records: Sequence[Record], training: str) -> str:
+    """Mean (least to greatest) over the seeds at the best rate, as Markdown."""
     measures = list(records[0].validation)
-    head = ["hidden matrices", "rate", *measures, "state, bytes", "of them hidden", "s a step"]
-    rows = [head, ["---"] * len(head)]
-    for name, group in at_best(records).items():
-        spreads = [spread([r.final(measure) for r in group]) for measure in measures]
+    rows = [["", "rate", *measures, "state, bytes", "of them hidden", "s a step"]]
+    for name in names:
+        group = at_best(records)[name]
         rates = sorted({r.rate for r in records if r.configuration == name})
-        low, high = rates[0], rates[-1]
+        searched = f" ({len(rates)} of {rates[0]:g} to {rates[-1]:g})" if len(rates) > 1 else ""
         rows.append(
             [
-                f"{name} (unfinished)" if next_runs(name, task, records) else name,
-                f"{group[0].rate:g} ({len(rates)} of {low:g} to {high:g})",
-                *spreads,
+                f"{name} (unfinished)" if next_runs(name, training, records) else name,
+                f"{group[0].rate:g}{searched}",
+                *(spread([r.final(measure) for r in group]) for measure in measures),
                 f"{group[0].state_bytes:,}",
                 f"{group[0].hidden_state_bytes:,}",
                 f"{median(r.seconds_per_step for r in group):.3f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
+
+
+def overview(records: Mapping[str, Sequence[Record]]) -> str:
+    """Final losses of the configurations that every training has, as Markdown."""
+    best = {training: at_best(kept) for training, kept in records.items()}
+    names = [name for name in CONFIGURATIONS if all(name in groups for groups in best.values())]
+    rows = [["", *(TRAININGS[training].title for training in records)]]
+    for name in names:
+        losses = [[r.final("loss") for r in groups[name]] for groups in best.values()]
+        rows.append([name, *map(spread, losses)])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -264,50 +265,68 @@ def spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def draw(records: Sequence[Record], task: str) -> Figure:
-    """Loss by rate on the first seed, and loss at the best rate with the spread of the seeds."""
-    best = at_best(records)
-    figure = Figure(figsize=(14, 3 + 0.35 * len(best)), dpi=100, layout="constrained")
-    rates, losses = figure.subplots(1, 2)
-    labels = []
-    for i, (name, group) in enumerate(best.items()):
-        style = {"color": f"C{i % 10}", "marker": "osv^D"[i // 10]}
-        first = sorted(
-            (r for r in records if r.configuration == name and r.seed == SEEDS[0]),
-            key=lambda r: r.rate,
+def draw(records: Mapping[str, Sequence[Record]]) -> Figure:
+    """Loss against state and against time, a row for each training."""
+    figure = Figure(figsize=(15, 5 * len(records)), dpi=100, layout="constrained")
+    rows = figure.subplots(len(records), 2, sharey="row", squeeze=False)
+    for (by_state, by_time), (training, kept) in zip(rows, records.items(), strict=True):
+        best = {
+            name: group
+            for name, group in at_best(kept).items()
+            if CONFIGURATIONS[name].question == WHICH
+        }
+        losses = {name: [r.final("loss") for r in group] for name, group in best.items()}
+        steps = {name: median(r.seconds_per_step for r in group) for name, group in best.items()}
+        state = {name: group[0].hidden_state_bytes / 1000 for name, group in best.items()}
+        draw_front(by_state, state, losses)
+        draw_front(by_time, steps, losses)
+        by_state.set(
+            title=TRAININGS[training].title,
+            xlabel="optimizer state of the hidden matrices, kB",
+            ylabel="validation loss, nats per character",
+            xscale="symlog" if 0 in state.values() else "log",
         )
-        if CONFIGURATIONS[name].searched == "--learning-rate":
-            rates.plot([r.rate for r in first], [r.final("loss") for r in first], **style)
-        values = [r.final("loss") for r in group]
-        mean = fmean(values)
-        errors = [[mean - min(values)], [max(values) - mean]]
-        losses.errorbar([mean], [i], xerr=errors, capsize=4, **style)
-        labels.append(f"{name}, {group[0].hidden_state_bytes / 1000:,.0f} kB")
-    means = [mean_loss(group) for group in best.values()]  # in rising order
-    low, high = means[0], means[-1]
-    span = max(high - low, 0.02 * low)
-    rates.set(
-        title=f"{task}, seed {SEEDS[0]}",
-        xlabel="peak rate on hidden matrices",
-        xscale="log",
-        ylabel="final validation loss, nats per character",
-        ylim=(low - 0.2 * span, high + 0.8 * span),
-    )
-    losses.set(
-        title=f"at the best rate: mean, least, greatest of {len(SEEDS)} seeds",
-        xlabel="final validation loss, nats per character",
-        yticks=range(len(labels)),
-        yticklabels=labels,
-    )
-    losses.invert_yaxis()
-    losses.grid(axis="x", alpha=0.3)
+        by_time.set(title="at the best rate: mean and range of the seeds", xlabel="seconds a step")
     return figure
+
+
+def draw_front(
+    axes: Axes, cost: Mapping[str, float], losses: Mapping[str, Sequence[float]]
+) -> None:
+    """A labelled point for each configuration, and a line through those that none beats in both."""
+    means = {name: fmean(values) for name, values in losses.items()}
+    front = []
+    for name in sorted(cost, key=lambda name: (cost[name], means[name])):
+        if not front or means[name] < means[front[-1]]:
+            front.append(name)
+    axes.step(
+        [cost[name] for name in front],
+        [means[name] for name in front],
+        where="post",
+        color="lightgray",
+        linewidth=6,
+        zorder=0,
+    )
+    ordered = sorted(means, key=lambda name: means[name])
+    for place, name in enumerate(ordered):
+        colour, values = COLOURS[list(CONFIGURATIONS).index(name) % len(COLOURS)], losses[name]
+        errors = [[means[name] - min(values)], [max(values) - means[name]]]
+        axes.errorbar([cost[name]], [means[name]], yerr=errors, fmt="o", capsize=4, color=colour)
+        axes.annotate(
+            name,
+            (cost[name], means[name]),
+            xytext=(1.02, (place + 0.5) / len(ordered)),
+            textcoords="axes fraction",
+            color=colour,
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.3},
+        )
 
 
 class Arguments(argparse.Namespace):
     """The command line, typed."""
 
-    task: str
+    trainings: list[str]
     run: bool
     workers: int
     only: list[str] | None
@@ -318,18 +337,26 @@ class Arguments(argparse.Namespace):
 def parse_arguments() -> Arguments:
     parser = argparse.ArgumentParser(description="Compare optimizers, each at its best rate.")
     add = parser.add_argument
-    add("task", choices=["speech", "language_model"])
+    add("trainings", nargs="+", choices=[*TRAININGS, "all"], metavar="TRAINING", help=TITLES)
     add("--run", action="store_true", help="make the runs that are missing")
     add("--workers", type=integer, default=1, help="runs side by side (default 1)")
     add("--only", action="append", choices=CONFIGURATIONS, metavar="NAME", help="of these alone")
-    add("--records", type=Path, help="file of records (default examples/records/TASK.jsonl)")
+    add("--records", type=Path, help="file of records (default examples/records/TRAINING.jsonl)")
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     arguments = parser.parse_args(given[:cut], namespace=Arguments())
     arguments.others = given[cut + 1 :]
     if arguments.others and not arguments.records:
         parser.error("runs with arguments of their own need a file of their own: give --records")
+    if "all" in arguments.trainings:
+        arguments.trainings = list(TRAININGS)
+    if arguments.records and len(arguments.trainings) > 1:
+        parser.error("--records is a file of one training")
     return arguments
+
+
+def file_of(training: str, arguments: Arguments) -> Path:
+    return arguments.records or FOLDER / "records" / f"{training}.jsonl"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ The text is on every machine that runs Python. Every eighth module is held out f
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,11 +25,11 @@ import numpy as np
 from training import Arguments, Parser, integer, train_all
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # all others are dropped from the text
-VALIDATION_BATCHES = 16
+VALIDATION = (16, 8)  # batches, windows in each
 
 # Peak rates on hidden matrices: the best of a small grid, at the defaults below.
-RATES = {"maxfactor": 0.03, "adafactor": 5e-3, "signsgd": 5e-3, "muon": 0.03, "adamw": 3e-3}
-RATES["mlx_adafactor"] = 0.05
+RATES = {"maxfactor": 0.1, "adafactor": 5e-3, "signsgd": 5e-3, "muon": 0.03, "adamw": 3e-3}
+RATES |= {"mlx_adafactor": 0.05, "normuon": 0.05, "unrefused_maxfactor": 0.1}
 
 
 def main() -> None:
@@ -173,10 +174,10 @@ class Text:
     def validation_batches(self, arguments: LanguageArguments) -> list[mx.array]:
         """The same windows at every evaluation, spread evenly over the held-out files."""
         last = len(self.validation) - arguments.context - 1
-        starts = np.linspace(0, last, VALIDATION_BATCHES * arguments.batch_size, dtype=int)
+        starts = np.linspace(0, last, math.prod(VALIDATION), dtype=int)
         return [
             windows(self.validation, part, arguments.context + 1)
-            for part in np.split(starts, VALIDATION_BATCHES)
+            for part in starts.reshape(VALIDATION)
         ]
 
 

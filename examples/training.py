@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from mlx.optimizers import Adafactor as MlxAdafactor
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
-from momentum_variants import VARIANTS
 from tqdm import tqdm
+from variants import VARIANTS, NorMuon, UnrefusedMaxFactor
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -42,7 +42,13 @@ from mlx_maxfactor import (
 from mlx_maxfactor.factory import HIDDEN_ROLES
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-NAMES = (*OPTIMIZERS, "mlx_adafactor")  # for hidden matrices: the suite's, and a peer
+STATE_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int8": mx.int8}
+PEERS: dict[str, Callable[..., Optimizer]] = {
+    "mlx_adafactor": partial(MlxAdafactor, relative_step=False),
+    "normuon": NorMuon,
+    "unrefused_maxfactor": UnrefusedMaxFactor,
+}
+NAMES = (*OPTIMIZERS, *PEERS)  # for hidden matrices
 READ_EVERY = 10  # steps between two looks at the loss: each makes the host wait for the device
 
 Batch = tuple[mx.array, ...]
@@ -187,7 +193,8 @@ def make_optimizer(
     """Hidden matrices to the optimizer of that name, all else to AdamW, both on one schedule."""
     schedule = schedule_of(arguments)
     rate = schedule(arguments.learning_rate or rates[name])
-    peer = MlxAdafactor(rate, relative_step=False) if name == "mlx_adafactor" else None
+    options = dict(arguments.option)
+    peer = PEERS[name](rate, **options) if name in PEERS else None
     return create_optimizer(
         model,
         hidden=peer or name,
@@ -200,7 +207,7 @@ def make_optimizer(
         rounding=arguments.rounding,
         seed=arguments.seed,
         rest_options=dict(arguments.rest_option),
-        **dict(arguments.option),
+        **({} if peer else options),
     )
 
 
@@ -476,8 +483,8 @@ def option(argument: str) -> tuple[str, Any]:
         if name == "momentum" and isinstance(value, dict):
             variant = VARIANTS[value.pop("variant", "published")]
             value = variant(**value)
-        elif name == "state_dtype" and value in DTYPES:
-            value = DTYPES[value]
+        elif name == "state_dtype" and value in STATE_DTYPES:
+            value = STATE_DTYPES[value]
         return name, value
     except (KeyError, TypeError, ValueError) as problem:
         message = f"takes NAME=VALUE with a JSON value, got {argument!r} ({problem})"

@@ -6,7 +6,15 @@ from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .factory import DEFAULT_RATES, OPTIMIZERS, create_optimizer, create_optimizer_for_hrm
 from .functional import newton_schulz, polar_express
 from .guard import GuardedOptimizer
-from .optimizers import Adafactor, AdamW, FrequencyAdaptiveMomentum, MaxFactor, Muon, SignSGD
+from .optimizers import (
+    Adafactor,
+    AdamW,
+    FrequencyAdaptiveMomentum,
+    MaxFactor,
+    Muon,
+    Orthogonal,
+    SignSGD,
+)
 from .roles import ROLES
 from .routing import Plan, PlanEntry, RoutedOptimizer
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
@@ -22,6 +30,7 @@ __all__ = [
     "GuardedOptimizer",
     "MaxFactor",
     "Muon",
+    "Orthogonal",
     "Plan",
     "PlanEntry",
     "RoutedOptimizer",

@@ -30,10 +30,10 @@ OPTIMIZERS: dict[str, type[Float32Optimizer]] = {
 DEFAULT_RATES = {"maxfactor": 2e-2, "adafactor": 1e-2, "signsgd": 1e-2, "muon": 2e-2, "adamw": 1e-3}
 """Rates of the members. A rate given for the hidden matrices moves the others in proportion."""
 
-DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"momentum": 0.9, "cautious": True}}
-"""Options of a member that was asked for by name, where they are not the constructor's own.
+HIDDEN_OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"step": "orthogonal"}}
+"""Options, where they are not the constructor's own, of a member that was asked for by name.
 
-MaxFactor's are what won in NOTES.md's comparison; ``momentum=0`` gives both up.
+They are what won in NOTES.md's comparison on hidden matrices; the rest keeps the constructor's.
 """
 
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts", "lora_a", "lora_b"})
@@ -67,8 +67,8 @@ def create_optimizer(
 
     Args:
         model: The complete model, with its layers frozen or LoRA-wrapped already.
-        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "maxfactor", with cautious
-            momentum 0.9; ``momentum=0`` is the smallest choice.
+        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "maxfactor", with its orthogonal
+            step and no momentum; ``step="row_max"`` gives its published step.
         rest: Likewise. An optimizer keeps its own weight decay for every parameter. Default "adamw"
             (betas (0.9, 0.95), weight decay 0.1).
         learning_rate: Rate of ``hidden`` if it is a name, a number or a schedule. None: its default
@@ -262,9 +262,7 @@ class _Roster:
             return Member(type(part.choice).__name__, part.choice, _nominal(part.choice))
         # A seed apart, or the first parameters of two members would be rounded alike.
         seed = self.shared["seed"] + len(self.members)
-        defaults = DEFAULT_OPTIONS.get(part.choice, {})
-        if not part.options.get("momentum", True):
-            defaults = {}
+        defaults = {} if part is self.rest else HIDDEN_OPTIONS.get(part.choice, {})
         options = {**self.shared, "seed": seed, **defaults, **part.options}
         if not decays:
             options["weight_decay"] = 0.0

@@ -12,6 +12,9 @@ import mlx.nn as nn
 from mlx_maxfactor import create_optimizer, load_checkpoint, save_checkpoint, warmup_cosine
 
 
+EIGHT_BITS = {"momentum": 0.8, "state_dtype": mx.int8}
+
+
 def build(hidden="maxfactor", steps=40, **options):
     """A small bf16 model, an optimizer with all that has state, a step that draws its data."""
     mx.random.seed(0)
@@ -39,7 +42,7 @@ def build(hidden="maxfactor", steps=40, **options):
 
 if __name__ == "__main__":
     path, steps = Path(sys.argv[1]), int(sys.argv[2])
-    model, optimizer, step = build()
+    model, optimizer, step = build(**EIGHT_BITS)
     done = load_checkpoint(path, model, optimizer)["done"] if path.exists() else 0
     print("ready", flush=True)
     while done < steps:

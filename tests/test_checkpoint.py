@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
-from killed_run import build
+from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
 from models import CASES, Shared, Table, llama
 
@@ -299,7 +299,7 @@ def test_weights_alone_and_missing_files_are_refused(path):
 def test_a_run_killed_at_200_random_moments_ends_as_if_it_had_not_been(tmp_path):
     path, dice, steps, kills = tmp_path / "run.safetensors", random.Random(0), 2000, 0
     script = [sys.executable, str(Path(__file__).parent / "killed_run.py"), str(path)]
-    model, optimizer, step = build()
+    model, optimizer, step = build(**EIGHT_BITS)
     seen = [0]
     while kills < 200:
         child = subprocess.Popen([*script, str(steps)], stdout=subprocess.PIPE, text=True)
@@ -315,7 +315,7 @@ def test_a_run_killed_at_200_random_moments_ends_as_if_it_had_not_been(tmp_path)
             assert seen[-1] >= seen[-2], "an older state came back"
     assert seen[-1] > 100, "the kills came before any step"
     resumed = snapshot(model, optimizer)
-    model, optimizer, step = build()
+    model, optimizer, step = build(**EIGHT_BITS)
     for _ in range(seen[-1]):
         step()
     assert same(snapshot(model, optimizer), resumed)

@@ -13,12 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from compare_optimizers import LADDER, Record, next_runs
-from momentum_variants import VARIANTS
+from compare_optimizers import Record, next_runs
+from configurations import CONFIGURATIONS, LADDER, TRAININGS
 from speech_data import Clip, write_wav
-from training import Parser, make_optimizer
+from training import NAMES, Parser, make_optimizer
+from trajectories import parameter
+from variants import VARIANTS, NorMuon, UnrefusedMaxFactor
 
-from mlx_maxfactor import MaxFactor
+from mlx_maxfactor import MaxFactor, Muon
 
 ROOT = Path(__file__).parent.parent
 LANGUAGE_MODEL = ROOT / "examples" / "train_language_model.py"
@@ -81,7 +83,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode != 0
-    assert "momentum is 0.9 in the file, 0.8 here" in done.stderr
+    assert "momentum is 0.0 in the file, 0.8 here" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -96,11 +98,14 @@ def test_a_new_run_in_an_old_folder_keeps_and_resumes_its_own(tmp_path):
 
 
 def test_options_reach_the_optimizer(tmp_path):
-    options = ("--option", "momentum=0.9", "--option", "cautious=true")
-    done = run(LANGUAGE_MODEL, *options, *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stdout.splitlines() if "query" in line)
-    assert int(row.split()[-1].replace(",", "")) == 4 * (16 * 16 + 16 + 16)
+    published = ("--option", 'step="row_max"', "--option", "cautious=true")
+    eight = ("--option", 'step={"block": 5}', "--option", 'state_dtype="int8"')
+    for options, size in ((published, 4 * 16 * 16), (eight, 16 * 16 + 4 + 8)):
+        options = ("--option", "momentum=0.9", *options)
+        done = run(LANGUAGE_MODEL, *options, *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        row = next(line for line in done.stdout.splitlines() if "query" in line)
+        assert int(row.split()[-1].replace(",", "")) == size + 4 * (16 + 16)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,8 @@ def test_speech_trains_on_a_users_recordings_compares_and_draws(recordings, tmp_
 
 def test_speech_is_synthesized_once_and_its_bands_are_drawn(tmp_path):
     fam = 'momentum={"bands": 3}'
-    arguments = ("--clips", "12", "--option", fam, "--convolution-option", fam, *TINY)
+    row_max = ("--option", 'step="row_max"', "--option", fam)
+    arguments = ("--clips", "12", *row_max, "--convolution-option", fam, *TINY)
     first = run(SPEECH, *arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "synthesizing speech" in first.stderr
@@ -211,7 +217,8 @@ def test_texts_may_hold_what_a_picture_takes_for_mathematics(recordings, tmp_pat
 
 
 def test_speech_resumes_where_it_was(recordings, tmp_path):
-    arguments = ("--data", str(recordings), *TINY, "--save-every", "5", "--option", "momentum={}")
+    fam = ("--option", 'step="row_max"', "--option", "momentum={}")
+    arguments = ("--data", str(recordings), *TINY, "--save-every", "5", *fam)
     assert run(SPEECH, *arguments, "--output", "a", cwd=tmp_path).returncode == 0
     files = sorted((tmp_path / "a").glob("*.safetensors"))
     (tmp_path / "b").mkdir()
@@ -270,6 +277,33 @@ def test_a_persistent_band_is_kept_and_a_noisy_one_damped():
     assert kept[0, 12].item() == pytest.approx(0.1, abs=0.05)
 
 
+def test_normuon_gives_rows_of_equal_size():
+    # Its rows end with one size where the gradients' have many; Muon's do not.
+    g = parameter((16, 12)) * np.logspace(-3, 0, 16, dtype=np.float32)[:, None]
+    sizes = []
+    for optimizer in (NorMuon(1.0, momentum=0), Muon(1.0, momentum=0, steps=2)):
+        tree = {"w": mx.zeros((16, 12))}
+        for _ in range(50):
+            before, tree = tree, optimizer.apply_gradients({"w": mx.array(g)}, tree)
+        step = np.array(tree["w"] - before["w"])
+        sizes.append(np.sqrt(np.mean(step**2, axis=1)))
+    assert sizes[0] == pytest.approx([0.2] * 16, rel=1e-3)
+    assert max(sizes[1]) > 3 * min(sizes[1])
+
+
+def test_what_the_library_refuses_can_be_measured():
+    tree = {"w": mx.array(parameter((8, 12)))}
+    moved = []
+    for options in ({}, {"cautious": True}, {"momentum": VARIANTS["published"](bands=3)}):
+        options = {"step": "orthogonal", "momentum": 0.9, **options}
+        optimizer, moving = UnrefusedMaxFactor(0.1, **options), tree
+        for seed in range(3):
+            moving = optimizer.apply_gradients({"w": mx.array(parameter((8, 12), seed))}, moving)
+        moved.append(np.array(moving["w"]))
+    assert not np.array_equal(moved[0], moved[1])
+    assert not np.array_equal(moved[0], moved[2])
+
+
 # Comparisons
 
 
@@ -277,12 +311,12 @@ def fake_record(name, rate, seed, loss):
     return Record(name, rate, seed, "", "", 1, 10, 5, 0.1, {"loss": loss})
 
 
-def search(losses):
+def search(losses, names=("AdamW",), training="speech"):
     """Every run that the search asks for, when the loss is a function of rate and seed."""
     records = []
-    while missing := next_runs("AdamW", "speech", records):
-        records += [fake_record("AdamW", rate, seed, losses(rate, seed)) for rate, seed in missing]
-    return [(r.rate, r.seed) for r in records]
+    while missing := [(name, *run) for name in names for run in next_runs(name, training, records)]:
+        records += [fake_record(*run, losses(*run[1:])) for run in missing]
+    return [(r.rate, r.seed) for r in records if r.configuration == names[-1]]
 
 
 @pytest.mark.parametrize("best", [1e-4, 1.5e-3, 1e-2])
@@ -294,6 +328,20 @@ def test_the_search_ends_with_its_best_rate_inside_and_three_seeds_there(best):
     assert rates[0] < best < rates[-1]
     assert {seed for rate, seed in runs if rate == pytest.approx(best)} == {1, 2, 3}
     assert set(rates) <= set(LADDER)
+
+
+def test_what_is_only_stored_in_fewer_bits_takes_the_rate_of_the_other():
+    losses = lambda rate, seed: abs(np.log(rate / 0.03)) + seed  # noqa: E731
+    names = ("orthogonal, momentum 0.8", "orthogonal, momentum 0.8, 8 bits")
+    assert search(losses, names) == [(0.03, 1), (0.03, 2), (0.03, 3)]
+    assert search(losses, names[1:]) == [], "it waits for the other"
+
+
+def test_the_rest_is_searched_at_the_best_rate_of_the_hidden_matrices():
+    losses = lambda rate, seed: abs(np.log(rate / 0.03)) + seed  # noqa: E731
+    runs = search(losses, ("orthogonal", "rest Adafactor"))
+    assert len(runs) >= 6
+    assert search(losses, ("rest Adafactor",)) == []
 
 
 def test_a_run_that_was_lost_is_no_best_rate():
@@ -311,19 +359,28 @@ def test_a_search_that_finds_nothing_ends():
 def test_no_two_configurations_are_the_same_optimizer():
     # One named "momentum" once was the cautious one: the factory's default had stayed.
     made = set()
-    for name, configuration in compare_optimizers.CONFIGURATIONS.items():
+    for name, configuration in CONFIGURATIONS.items():
         parser = Parser("", steps=10, batch_size=2, rest_learning_rate=1e-2, eval_every=5)
         for flag in ("--convolution-option", "--convolution-learning-rate"):
             parser.add_argument(flag, action="append")
         given = parser.parse_args([*configuration.arguments, f"{configuration.searched}=0.1"])
-        optimizer = make_optimizer(given.optimizer, nn.Linear(8, 8), {}, {"maxfactor": 1.0}, given)
+        rates = dict.fromkeys(NAMES, 0.1)
+        optimizer = make_optimizer(given.optimizer, nn.Linear(8, 8), {}, rates, given)
         options = [
             {k: str(v) for k, v in vars(member).items() if k[0] != "_" and k not in PLACES}
             for member in optimizer.optimizers
         ]
-        made.add(str((options, given.convolution_option)))
+        kinds = [type(member) for member in optimizer.optimizers]
+        made.add(str((kinds, options, given.convolution_option)))
+        lead = optimizer.optimizers[0]
         assert ("cautious" in name) <= ("cautious=true" in str(configuration.arguments))
-    assert len(made) == len(compare_optimizers.CONFIGURATIONS)
+        assert ("row-max" in name) <= (getattr(lead, "orthogonal", 0) is None)
+        assert name.startswith(("orthogonal", "rest")) == bool(getattr(lead, "orthogonal", None))
+        if found := re.search(r"(?:momentum|Muon|beta_1) ([\d.]+)", name):
+            kept = lead.beta_1 if "beta_1" in name else lead.momentum
+            assert kept == float(found.group(1))
+        assert ("8 bits" in name) == (getattr(lead, "state_dtype", None) == mx.int8)
+    assert len(made) == len(CONFIGURATIONS)
 
 
 PLACES = ("layouts", "paths", "optimizers", "seed")
@@ -339,7 +396,7 @@ def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
     assert len(records) >= 6
     best = [r for r in records if r.seed == 2]
     assert f"| {best[0].rate:g} (" in done.stdout
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     again = run(COMPARE, "language_model", "--records", str(tmp_path / "r.jsonl"), cwd=tmp_path)
     assert [line for line in done.stdout.splitlines() if line[:1] == "|"] == [
         line for line in again.stdout.splitlines() if line[:1] == "|"
@@ -359,11 +416,15 @@ def test_the_comparison_without_records_says_how_to_make_them(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("task", ["speech", "language_model"])
-def test_every_figure_of_the_notes_table_comes_from_a_kept_record(task):
-    records = compare_optimizers.read(ROOT / "examples" / "records" / f"{task}.jsonl")
-    table = compare_optimizers.table(records, task)
-    assert table in (ROOT / "NOTES.md").read_text()
+def test_every_figure_of_the_notes_tables_comes_from_a_kept_record():
+    records = {
+        name: compare_optimizers.read(ROOT / "examples" / "records" / f"{name}.jsonl")
+        for name in TRAININGS
+    }
+    notes = (ROOT / "NOTES.md").read_text()
+    for name, kept in records.items():
+        assert compare_optimizers.tables(kept, name) in notes, name
+    assert compare_optimizers.overview(records) in notes
 
 
 def test_the_benchmark_prints_ratios(tmp_path):

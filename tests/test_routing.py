@@ -18,6 +18,7 @@ from mlx_maxfactor import (
     AdamW,
     MaxFactor,
     Muon,
+    Orthogonal,
     RoutedOptimizer,
     SignSGD,
     create_optimizer,
@@ -103,27 +104,29 @@ def test_mlx_optimizers_may_be_members():
     assert optimizer.effective_learning_rates(model)["linear1.weight"] == pytest.approx(0.04)
 
 
-def test_the_default_has_cautious_momentum_and_the_smallest_choice_is_one_argument_away():
+def test_the_default_is_the_orthogonal_step_at_the_smallest_state():
     def hidden_bytes(**options):
         plan = create_optimizer(Table(), **options).plan
         return sum(entry.state_bytes for entry in plan if entry.role == "hidden")
 
     shapes = [entry.shape for entry in create_optimizer(Table()).plan if entry.role == "hidden"]
     smallest = sum(4 * (m + n) for m, n in shapes)
-    assert hidden_bytes(momentum=0) == smallest
-    assert hidden_bytes() == smallest + sum(4 * m * n for m, n in shapes)
+    assert hidden_bytes() == smallest
+    assert hidden_bytes(momentum=0.8) == smallest + sum(4 * m * n for m, n in shapes)
 
+    published = {"step": "row_max", "momentum": 0.9, "cautious": True}
     for options, expected in [
-        ({}, (0.9, True)),
-        ({"momentum": 0}, (0, False)),
-        ({"momentum": 0.5}, (0.5, True)),
-        ({"cautious": False}, (0.9, False)),
-        ({"hidden": "muon", "rest": "maxfactor"}, (0.9, True)),
-        ({"hidden": "muon", "rest": "maxfactor", "rest_options": {"momentum": 0.0}}, (0, False)),
+        ({}, (Orthogonal(), 0, False)),
+        ({"momentum": 0.5}, (Orthogonal(), 0.5, False)),
+        ({"step": "row_max"}, (None, 0, False)),
+        (published, (None, 0.9, True)),
+        # On the rest, where embeddings and the head are, the constructor's own.
+        ({"hidden": "muon", "rest": "maxfactor"}, (None, 0, False)),
+        ({"hidden": "muon", "rest": "maxfactor", "rest_options": published}, (None, 0.9, True)),
     ]:
         members = create_optimizer(Table(), **options).optimizers
         member = next(m for m in members if isinstance(m, MaxFactor))
-        assert (member.momentum, member.cautious) == expected
+        assert (member.orthogonal, member.momentum, member.cautious) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_the_default_has_cautious_momentum_and_the_smallest_choice_is_one_argume
     [
         (
             "maxfactor",
-            partial(reference.MaxFactor, DEFAULT_RATES["maxfactor"], momentum=0.9, cautious=True),
+            partial(reference.MaxFactor, DEFAULT_RATES["maxfactor"], step="orthogonal"),
         ),
         ("adafactor", reference.Adafactor),
         ("muon", reference.Muon),

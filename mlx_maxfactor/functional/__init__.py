@@ -9,12 +9,21 @@ from .layouts import LAYOUTS, as_matrices, from_matrices, input_axis_shape, norm
 from .moments import factored_root, factored_second_moment, gathered_weight, second_moment_weight
 from .momentum import band_damping, band_momentum, band_shares
 from .norms import clamp_gradient, hoist, rms, scaled_global_norm, unit_frobenius
-from .orthogonalization import POLAR_EXPRESS, muon_scale, newton_schulz, polar_express
+from .orthogonalization import (
+    METHODS,
+    POLAR_EXPRESS,
+    muon_scale,
+    newton_schulz,
+    orthogonalize,
+    polar_express,
+)
+from .quantization import dequantize, quantize, scales
 from .rounding import stochastic_round
-from .steps import ROOT_FLOOR, cautious, row_max, update_scale
+from .steps import ROOT_FLOOR, cautious, row_max, unit_rms, update_scale
 
 __all__ = [
     "LAYOUTS",
+    "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
     "as_matrices",
@@ -23,6 +32,7 @@ __all__ = [
     "band_shares",
     "cautious",
     "clamp_gradient",
+    "dequantize",
     "factored_root",
     "factored_second_moment",
     "from_matrices",
@@ -32,12 +42,16 @@ __all__ = [
     "muon_scale",
     "newton_schulz",
     "norm_axes",
+    "orthogonalize",
     "polar_express",
+    "quantize",
     "rms",
     "row_max",
     "scaled_global_norm",
+    "scales",
     "second_moment_weight",
     "stochastic_round",
     "unit_frobenius",
+    "unit_rms",
     "update_scale",
 ]

@@ -41,3 +41,16 @@ def input_axis_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 def norm_axes(ndim: int, layout: str) -> tuple[int, int] | None:
     """The axes that a norm spans: each matrix by itself for experts, else the whole array."""
     return (-2, -1) if layout == "experts" and ndim > 2 else None
+
+
+def filled(x: mx.array, axis: int, multiple: int) -> mx.array:
+    """Zeros at the end of an axis, until its length is a multiple."""
+    shape = list(x.shape)
+    shape[axis] = -shape[axis] % multiple
+    return mx.concatenate([x, mx.zeros(shape, x.dtype)], axis) if shape[axis] else x
+
+
+def cut(x: mx.array, axis: int, length: int) -> mx.array:
+    """The first ``length`` places of an axis: what :func:`filled` was given."""
+    # By take: a slice and a pad cannot be compiled shapeless.
+    return x if x.shape[axis] == length else mx.take(x, mx.arange(length), axis)

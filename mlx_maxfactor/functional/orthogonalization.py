@@ -4,6 +4,7 @@ import math
 
 import mlx.core as mx
 
+from .layouts import cut, filled
 from .norms import unit_frobenius
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -91,6 +92,34 @@ def polar_express(x: mx.array, steps: int = 5) -> mx.array:
     table += [POLAR_EXPRESS[-1]] * max(0, steps - len(table))
     unit = unit_frobenius(x.astype(mx.float32)) / s
     return _iterate_quintics(unit, table[:steps]).astype(x.dtype)
+
+
+METHODS = {"newton_schulz": newton_schulz, "polar_express": polar_express}
+"""What orthogonalizes, by name."""
+
+
+def orthogonalize(
+    x: mx.array, method: str = "newton_schulz", steps: int = 5, block: int | None = None
+) -> mx.array:
+    """Orthogonalize each matrix, or each block of its rows by itself.
+
+    Args:
+        x: ``(..., m, n)``.
+        method: A name in ``METHODS``.
+        steps: Its iterations.
+        block: Rows of a block, along the shorter side (columns of a tall matrix), all blocks in
+            one batched product; the last may be smaller. None: the whole matrix.
+    """
+    if block is None or block >= min(x.shape[-2:]):
+        return METHODS[method](x, steps)
+    tall = x.shape[-2] > x.shape[-1]
+    wide = x.swapaxes(-1, -2) if tall else x
+    *batch, rows, columns = wide.shape
+    # Rows of zeros fill the last block: they stay zero, and change nothing of the others.
+    whole = filled(wide, -2, block)
+    blocks = METHODS[method](whole.reshape(*batch, -1, block, columns), steps)
+    wide = cut(blocks.reshape(whole.shape), -2, rows)
+    return wide.swapaxes(-1, -2) if tall else wide
 
 
 def _check_matrices(x: mx.array, steps: int) -> None:

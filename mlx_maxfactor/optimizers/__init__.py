@@ -5,6 +5,15 @@ from .adamw import AdamW
 from .maxfactor import MaxFactor
 from .momentum import FrequencyAdaptiveMomentum
 from .muon import Muon
+from .orthogonal import Orthogonal
 from .signsgd import SignSGD
 
-__all__ = ["Adafactor", "AdamW", "FrequencyAdaptiveMomentum", "MaxFactor", "Muon", "SignSGD"]
+__all__ = [
+    "Adafactor",
+    "AdamW",
+    "FrequencyAdaptiveMomentum",
+    "MaxFactor",
+    "Muon",
+    "Orthogonal",
+    "SignSGD",
+]

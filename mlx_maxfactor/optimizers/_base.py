@@ -193,6 +193,11 @@ class Float32Optimizer(Optimizer):
         Here the key of its stochastic rounding; a subclass adds its statistics.
         """
         if self.rounding == "stochastic":
+            self.add_key(state)
+
+    def add_key(self, state: dict) -> None:
+        """Give a parameter a random key of its own, unless it has one."""
+        if "key" not in state:
             state["key"] = mx.random.key(self.seed << 32 | self._keys)
             self._keys += 1
 

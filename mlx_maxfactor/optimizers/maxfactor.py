@@ -1,5 +1,7 @@
 """MaxFactor: factored second moments, infinity norm, sign times row maximum."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -7,7 +9,9 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_number, check_pair
 from ._base import Float32Optimizer
+from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
 from .momentum import FrequencyAdaptiveMomentum
+from .orthogonal import Orthogonal
 
 FLOAT32_EPS = 2.0**-23
 
@@ -61,6 +65,10 @@ class MaxFactor(Float32Optimizer):
 
     Args:
         learning_rate: η, a number or a function of the step. Default 0.01.
+        step: "row_max", the published step above, or the orthogonal step: an ``Orthogonal``, its
+            options as a dictionary, or "orthogonal" for its defaults. It takes no ``d``,
+            ``clip_threshold``, ``max_norm=False``, ``cautious`` or ``FrequencyAdaptiveMomentum``;
+            vectors and single numbers step as ever. Default "row_max".
         beta2_decay: Exponent of the weight of the newest squared gradient. Default -0.8.
         beta2_bounds: Bounds of that weight. Default (0.001, 0.999).
         eps: (ε₁, ε₂): floor of divisors, at least 1e-15; floor of RMS(p). Default (1e-10, 1e-4).
@@ -92,7 +100,8 @@ class MaxFactor(Float32Optimizer):
         rounding: Of bf16 and fp16 parameters: "nearest", or "stochastic", which lets updates below
             their spacing count on average. Default "nearest".
         seed: Of stochastic rounding. Default 0.
-        state_dtype: Of the momentum buffer, float32 or bfloat16. Default float32.
+        state_dtype: Of the momentum buffer: float32, bfloat16, or int8, in blocks of 256 with a
+            scale each, rounded by chance and so without bias. Default float32.
 
     Raises:
         ValueError: An option outside its range; the message names it, its range and the value.
@@ -114,6 +123,7 @@ class MaxFactor(Float32Optimizer):
         self,
         learning_rate: Rate = 0.01,
         *,
+        step: str | Mapping[str, Any] | Orthogonal = "row_max",
         beta2_decay: float = -0.8,
         beta2_bounds: tuple[float, float] = (0.001, 0.999),
         eps: tuple[float, float] = (1e-10, 1e-4),
@@ -139,7 +149,8 @@ class MaxFactor(Float32Optimizer):
         state_dtype: mx.Dtype = mx.float32,
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_choice("state_dtype", state_dtype, (mx.float32, mx.bfloat16))
+        self.state_dtype = check_choice("state_dtype", state_dtype, STATE_DTYPES)
+        self.orthogonal = orthogonal_step_of(step)
         check_flags(
             max_norm=max_norm,
             full_matrix=full_matrix,
@@ -182,6 +193,8 @@ class MaxFactor(Float32Optimizer):
                 raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum!r}")
         self.eps_rms = check_number("eps_rms", eps_rms, 0.0)
         self.min_rms = check_number("min_rms", min_rms, 0.0)
+        if self.orthogonal:
+            self._refuse_options_of_the_row_max_step()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "MaxFactor":
@@ -207,7 +220,7 @@ class MaxFactor(Float32Optimizer):
         else:
             state["v"] = mx.zeros(shape)
         if self.momentum:
-            state["m"] = mx.zeros(shape, self.state_dtype)
+            init_momentum(self, state, shape, self.state_dtype)
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
             state.update(self.momentum.init(f.input_axis_shape(parameter.shape, layout)))
 
@@ -228,19 +241,10 @@ class MaxFactor(Float32Optimizer):
             step = smooth / (root + self.eps[0]) * (alpha * (self.scalar_boost or 1.0))
         else:
             u = smooth / mx.maximum(root, self.eps[0])
-            peaks = f.row_max(u)
-            scale = alpha * f.update_scale(
-                u,
-                mx.max(peaks, axis=axes, keepdims=True),
-                eps=self.eps[0] + self.eps_rms,
-                clip_threshold=self.clip_threshold,
-                d=self.d,
-                axes=axes,
-            )
-            if self._steps_by_row_max(p.ndim):
-                step = mx.sign(smooth) * f.hoist(scale * peaks)
+            if orthogonal := self._orthogonal_step(p.shape):
+                step = orthogonal.direction(u) * f.hoist(alpha)
             else:
-                step = u * f.hoist(scale)
+                step = self._normalized_step(u, smooth, alpha, axes)
         if self.cautious:
             step = f.cautious(step, g, axes)
         return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
@@ -252,13 +256,51 @@ class MaxFactor(Float32Optimizer):
         size = mx.maximum(size, max(self.eps[1], self.min_rms))
         if self.relative_step:
             return mx.minimum(rate, size * mx.minimum(1e-6 * t, mx.rsqrt(t)))
+        orthogonal = self._orthogonal_step(parameter.shape)
+        if orthogonal and not orthogonal.capped:
+            return size * rate
         return size * mx.maximum(mx.minimum(rate, mx.rsqrt(t)), self.min_lr)
+
+    def _orthogonal_step(self, shape: tuple[int, ...]) -> Orthogonal | None:
+        return self.orthogonal if len(shape) > 1 and not self._is_scalar(shape) else None
+
+    def _normalized_step(
+        self, u: mx.array, smooth: mx.array, alpha: mx.array, axes: tuple[int, ...] | None
+    ) -> mx.array:
+        peaks = f.row_max(u)
+        scale = alpha * f.update_scale(
+            u,
+            mx.max(peaks, axis=axes, keepdims=True),
+            eps=self.eps[0] + self.eps_rms,
+            clip_threshold=self.clip_threshold,
+            d=self.d,
+            axes=axes,
+        )
+        if self._steps_by_row_max(u.ndim):
+            return mx.sign(smooth) * f.hoist(scale * peaks)
+        return u * f.hoist(scale)
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
         return self.scalar_boost is not None and all(n == 1 for n in shape)
 
     def _is_factored(self, shape: tuple[int, ...]) -> bool:
         return len(shape) > 1 and not self.full_matrix and not self._is_scalar(shape)
+
+    def _refuse_options_of_the_row_max_step(self) -> None:
+        given = {
+            "d": self.d != 1,
+            "clip_threshold": self.clip_threshold is not None,
+            "max_norm": not self.max_norm,
+            "cautious": self.cautious,
+            "momentum=FrequencyAdaptiveMomentum": isinstance(
+                self.momentum, FrequencyAdaptiveMomentum
+            ),
+        }
+        if named := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(
+                f"{', '.join(named)} cannot go with the orthogonal step, {self.orthogonal}: "
+                'leave it out, or use step="row_max"'
+            )
 
     def _steps_by_row_max(self, ndim: int) -> bool:
         return self.max_norm if ndim > 1 else self.vector_sign
@@ -267,16 +309,16 @@ class MaxFactor(Float32Optimizer):
         """What stands for the gradient in the update. In ``shape`` the input's axis is the last."""
         if not self.momentum:
             return g
-        m = state["m"].astype(mx.float32)
+        m = read_momentum(state)
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
             view, beta = g.shape, self.momentum.alpha
             g, m = g.reshape(shape), m.reshape(shape)
             m = self.momentum.update(g, m, state)
-            state["m"] = m.reshape(view).astype(self.state_dtype)
+            write_momentum(m.reshape(view), state)
             smooth = beta * m + (1 - beta) * g if self.nesterov else m
             return self.momentum.blended(g, smooth, state).reshape(view)
         m = self.momentum * m + (1 - self.momentum) * g
-        state["m"] = m.astype(self.state_dtype)
+        write_momentum(m, state)
         return self.momentum * m + (1 - self.momentum) * g if self.nesterov else m
 
     def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
@@ -290,3 +332,20 @@ class MaxFactor(Float32Optimizer):
             return f.factored_root(row, column, 1.0)
         largest = mx.max(row, axis=-2, keepdims=True)
         return f.factored_root(row, column, mx.maximum(largest, self.eps[0] + self.eps_rms))
+
+
+def orthogonal_step_of(step: Any) -> Orthogonal | None:
+    """What the option ``step`` stands for; None for the row-max step."""
+    if isinstance(step, Orthogonal):
+        return step
+    if isinstance(step, Mapping):
+        known = [field.name for field in fields(Orthogonal)]
+        if unknown := [key for key in step if key not in known]:
+            raise ValueError(f"step has no option {unknown[0]!r}; it has {', '.join(known)}")
+        return Orthogonal(**step)
+    if step not in ("row_max", "orthogonal"):
+        raise ValueError(
+            "step must be 'row_max', 'orthogonal', options of Orthogonal or an Orthogonal, "
+            f"got {step!r}"
+        )
+    return Orthogonal() if step == "orthogonal" else None

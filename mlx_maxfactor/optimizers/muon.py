@@ -5,8 +5,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_integer, check_number
 from ._base import Float32Optimizer
-
-METHODS = {"newton_schulz": f.newton_schulz, "polar_express": f.polar_express}
+from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
 
 
 class Muon(Float32Optimizer):
@@ -20,7 +19,7 @@ class Muon(Float32Optimizer):
     Args:
         learning_rate: η, the spectral norm of an update where s is 1; a number or a function of the
             step. Default 0.02.
-        momentum: β, in [0, 1). Default 0.95.
+        momentum: β, in [0, 1); 0 keeps no buffer. Default 0.95.
         nesterov: Look ahead by one step of momentum. Default True.
         weight_decay: λ, decoupled: it is not orthogonalized away. Default 0.
         scale: s, from the rows and columns of the matrix that was orthogonalized. None: 1;
@@ -31,6 +30,8 @@ class Muon(Float32Optimizer):
         layout: How arrays of more than two axes hold matrices, as for ``MaxFactor``; each matrix is
             orthogonalized by itself.
         rounding, seed, state_dtype: As for ``MaxFactor``.
+        block: Rows that are orthogonalized at a time, as for ``Orthogonal``; ``scale`` stays that
+            of the whole matrix. Default None: all.
 
     Raises:
         ValueError: An option outside its range; or, from ``init_single``, a parameter with fewer
@@ -63,19 +64,21 @@ class Muon(Float32Optimizer):
         rounding: str = "nearest",
         seed: int = 0,
         state_dtype: mx.Dtype = mx.float32,
+        block: int | None = None,
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_choice("state_dtype", state_dtype, (mx.float32, mx.bfloat16))
+        self.state_dtype = check_choice("state_dtype", state_dtype, STATE_DTYPES)
         check_flags(nesterov=nesterov)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = nesterov
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.scale = check_choice("scale", scale, (None, "spectral", "rms"))
-        self.method = check_choice("method", method, METHODS)
+        self.method = check_choice("method", method, f.METHODS)
         self.steps = check_integer("steps", steps, 1)
+        self.block = None if block is None else check_integer("block", block, 1)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """The momentum buffer."""
+        """The momentum buffer; nothing without momentum."""
         if parameter.ndim < 2:
             raise ValueError(
                 f"Muon orthogonalizes matrices and cannot take shape {parameter.shape}; route it "
@@ -83,7 +86,8 @@ class Muon(Float32Optimizer):
             )
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
-        state["m"] = mx.zeros(shape, self.state_dtype)
+        if self.momentum:
+            init_momentum(self, state, shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -92,14 +96,19 @@ class Muon(Float32Optimizer):
         layout = layout or self.layout
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
-        m = self.momentum * state["m"].astype(mx.float32) + g
-        state["m"] = m.astype(self.state_dtype)
-        u = g + self.momentum * m if self.nesterov else m
-        direction = METHODS[self.method](u, self.steps)
+        u = g
+        if self.momentum:
+            m = self.momentum * read_momentum(state) + g
+            write_momentum(m, state)
+            u = g + self.momentum * m if self.nesterov else m
 
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
-        p = p * (1 - self.learning_rate * self.weight_decay) - alpha * direction
+        p = p * (1 - self.learning_rate * self.weight_decay) - alpha * self.direction(u, state)
         return self.store(p, parameter, state, layout)
+
+    def direction(self, u: mx.array, state: dict) -> mx.array:
+        """Each matrix, or block of its rows, orthogonalized. A subclass may do more with it."""
+        return f.orthogonalize(u, self.method, self.steps, self.block)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """η · s, the spectral norm of an update."""

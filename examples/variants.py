@@ -1,10 +1,15 @@
-"""Other rules for frequency-adaptive momentum, tried beside the published one; see NOTES.md."""
+"""What was measured beside the library's own and is not in it; see NOTES.md.
+
+Other rules for frequency-adaptive momentum; NorMuon; caution and frequency-adaptive momentum
+beside the orthogonal step, which the library refuses.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_maxfactor import FrequencyAdaptiveMomentum
+from mlx_maxfactor import FrequencyAdaptiveMomentum, MaxFactor, Muon, Schedule
 from mlx_maxfactor import functional as f
 
 
@@ -97,3 +102,34 @@ VARIANTS = {
     "whitened": Whitened,
     "persistent": Persistent,
 }
+
+
+class NorMuon(Muon):
+    """Muon with the rows of its step brought to equal size by a second moment of each.
+
+    Li et al. 2025, arXiv 2510.05491: ``v ← β₂v + (1 - β₂) mean_j O²``, ``O / √v`` scaled to an RMS
+    of 0.2.
+    """
+
+    def __init__(self, learning_rate: float | Schedule, *, beta2: float = 0.95, **options: Any):
+        super().__init__(learning_rate, **options)
+        self.beta2 = beta2
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """And a float for each row."""
+        super().init_single(parameter, state, layout)
+        state["v"] = mx.zeros((*f.as_matrices(parameter, layout or self.layout).shape[:-1], 1))
+
+    def direction(self, u: mx.array, state: dict) -> mx.array:
+        """Orthogonalized, its rows normalized."""
+        step = super().direction(u, state)
+        mean = mx.mean(mx.square(step), axis=-1, keepdims=True)
+        state["v"] = self.beta2 * state["v"] + (1 - self.beta2) * mean
+        return 0.2 * f.unit_rms(step * mx.rsqrt(state["v"] + 1e-10))
+
+
+class UnrefusedMaxFactor(MaxFactor):
+    """MaxFactor with caution or frequency-adaptive momentum beside the orthogonal step."""
+
+    def _refuse_options_of_the_row_max_step(self) -> None:
+        pass

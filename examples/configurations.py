@@ -1,0 +1,224 @@
+"""What compare_optimizers.py compares: trainings, and optimizers for them, by question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from variants import VARIANTS
+
+LADDER = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5, 7))
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of the examples with arguments that change how much noise there is to average.
+
+    Attributes:
+        task: "language_model" or "speech".
+        arguments: Of its program.
+        title: For pictures and tables.
+        shift: Places on the ladder from the task's own first rates to this training's.
+    """
+
+    task: str
+    arguments: tuple[str, ...]
+    title: str
+    shift: int = 0
+
+
+TRAININGS = {
+    "language_model": Training("language_model", (), "300 steps"),
+    "language_model_1500": Training("language_model", ("--steps=1500",), "1,500 steps", -1),
+    "language_model_6000": Training("language_model", ("--steps=6000",), "6,000 steps", -2),
+    "language_model_wide": Training("language_model", ("--width=128",), "width 128", -1),
+    "language_model_small_batch": Training(
+        "language_model", ("--batch-size=2", "--steps=1200"), "batches of 2", -3
+    ),
+    "language_model_large_batch": Training(
+        "language_model", ("--batch-size=32", "--steps=75"), "batches of 32", 1
+    ),
+    "speech": Training("speech", (), "speech, 400 steps"),
+    "speech_1600": Training("speech", ("--steps=1600",), "speech, 1,600 steps", -1),
+}
+EVERYWHERE = tuple(TRAININGS)
+MAIN = ("language_model", "language_model_1500", "speech")
+SHORT = ("language_model", "speech")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """An optimizer, and where its best rate is looked for.
+
+    Attributes:
+        question: Which table it stands in.
+        arguments: Of the example.
+        first_rates: Lowest of the first four rates to try, by task.
+        trainings: Where it is measured.
+        searched: The argument that the search sets.
+        rate_of: A configuration whose best rate on the hidden matrices it takes; if that is what
+            would be searched, there is no search.
+    """
+
+    question: str
+    arguments: tuple[str, ...]
+    first_rates: Mapping[str, float]
+    trainings: tuple[str, ...] = SHORT
+    searched: str = "--learning-rate"
+    rate_of: str = ""
+
+    def first_rates_in(self, training: str, count: int) -> tuple[float, ...]:
+        """The rates of the ladder that are tried at first."""
+        of = TRAININGS[training]
+        start = LADDER.index(self.first_rates[of.task]) + of.shift
+        return LADDER[start : start + count]
+
+
+def options(flag: str = "--option", /, **values: object) -> tuple[str, ...]:
+    """Options as arguments of the examples."""
+    return tuple(f"{flag}={name}={json.dumps(value)}" for name, value in values.items())
+
+
+def rates(language_model: float, speech: float) -> dict[str, float]:
+    return {"language_model": language_model, "speech": speech}
+
+
+def orthogonal(
+    question: str,
+    first_rates: Mapping[str, float],
+    trainings: tuple[str, ...] = SHORT,
+    step: object = "orthogonal",
+    **given: object,
+) -> Configuration:
+    """MaxFactor's orthogonal step; Nesterov's momentum where there is momentum."""
+    nesterov = {"nesterov": True} if given.get("momentum") else {}
+    return Configuration(question, options(step=step, **given, **nesterov), first_rates, trainings)
+
+
+def row_max(
+    question: str,
+    trainings: tuple[str, ...] = SHORT,
+    first_rates: Mapping[str, float] | None = None,
+    **given: object,
+) -> Configuration:
+    """MaxFactor's published step."""
+    first_rates = first_rates or rates(0.02, 0.01)
+    return Configuration(question, options(step="row_max", **given), first_rates, trainings)
+
+
+def named(
+    question: str,
+    optimizer: str,
+    first_rates: Mapping[str, float],
+    trainings: tuple[str, ...] = SHORT,
+    **given: object,
+) -> Configuration:
+    """Another optimizer on the hidden matrices."""
+    arguments = (f"--optimizer={optimizer}", *options(**given))
+    return Configuration(question, arguments, first_rates, trainings)
+
+
+def stored(other: str, trainings: tuple[str, ...], dtype: str) -> Configuration:
+    """The same with its momentum in fewer bits, at the same rate."""
+    base = CONFIGURATIONS[other]
+    arguments = (*base.arguments, *options(state_dtype=dtype))
+    return replace(base, question=BITS, arguments=arguments, trainings=trainings, rate_of=other)
+
+
+def rest(optimizer: str, first_rates: Mapping[str, float], **given: object) -> Configuration:
+    """The orthogonal step at its best rate, and something else than AdamW on the rest."""
+    base = CONFIGURATIONS["orthogonal"]
+    arguments = (*base.arguments, f"--rest={optimizer}", *options("--rest-option", **given))
+    return Configuration(REST, arguments, first_rates, MAIN, "--rest-learning-rate", "orthogonal")
+
+
+def mel_axis(**given: object) -> Configuration:
+    """The row-max step on the hidden matrices, and one with these options on the first layer."""
+    hidden = (*options(step="row_max", momentum=0.9, cautious=True), "--learning-rate=0.015")
+    first = options("--convolution-option", **given)
+    return Configuration(
+        BANDS, (*hidden, *first), {"speech": 0.01}, ("speech",), "--convolution-learning-rate"
+    )
+
+
+WHICH = "Which optimizer, at how much state"
+MOMENTUM = "How much momentum"
+BITS = "How many bits of momentum"
+COST = "What makes orthogonalization cheaper, and what it may have beside it"
+REST = "Which optimizer for the rest"
+BANDS = "Frequency-adaptive momentum"
+
+ORTHOGONAL, HALF, MUON = rates(0.05, 0.02), rates(0.03, 0.015), rates(0.02, 0.015)
+
+CONFIGURATIONS: dict[str, Configuration] = {
+    "orthogonal": orthogonal(WHICH, ORTHOGONAL, EVERYWHERE),
+    "orthogonal, momentum 0.8": orthogonal(WHICH, HALF, EVERYWHERE, momentum=0.8),
+    "Muon 0.8": named(WHICH, "muon", MUON, EVERYWHERE, momentum=0.8),
+    "AdamW": named(WHICH, "adamw", rates(2e-3, 1e-3), EVERYWHERE),
+    "row-max, cautious": row_max(WHICH, EVERYWHERE, momentum=0.9, cautious=True),
+    "row-max": row_max(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
+    "Muon 0": named(WHICH, "muon", rates(0.03, 0.015), MAIN, momentum=0),
+    "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), MAIN, momentum=0.8),
+    "mlx Adafactor": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), MAIN),
+    "mlx Adafactor, beta_1 0.9": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), beta_1=0.9),
+    "orthogonal, momentum 0.5": orthogonal(MOMENTUM, HALF, MAIN, momentum=0.5),
+    "orthogonal, momentum 0.95": orthogonal(MOMENTUM, rates(0.01, 5e-3), MAIN, momentum=0.95),
+    "Muon 0.5": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.5),
+    "Muon 0.9": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.9),
+    "Muon": named(MOMENTUM, "muon", MUON, MAIN),
+    "row-max, momentum": row_max(MOMENTUM, momentum=0.9, cautious=False),
+    "row-max, Nesterov": row_max(MOMENTUM, momentum=0.9, cautious=False, nesterov=True),
+    "row-max, cautious, bf16": row_max(BITS, momentum=0.9, cautious=True, state_dtype="bfloat16"),
+    "orthogonal, blocks of 1/2": orthogonal(COST, ORTHOGONAL, step={"block": 32}),
+    "orthogonal, blocks of 1/4": orthogonal(COST, ORTHOGONAL, MAIN, step={"block": 16}),
+    "orthogonal, blocks of 1/8": orthogonal(COST, ORTHOGONAL, step={"block": 8}),
+    "orthogonal, 3 steps": orthogonal(COST, ORTHOGONAL, step={"steps": 3}),
+    "orthogonal, Polar Express": orthogonal(COST, ORTHOGONAL, step={"method": "polar_express"}),
+    "orthogonal, Polar Express, 3 steps": orthogonal(
+        COST, ORTHOGONAL, step={"method": "polar_express", "steps": 3}
+    ),
+    "orthogonal, not capped": orthogonal(COST, ORTHOGONAL, MAIN, step={"capped": False}),
+    "orthogonal, momentum 0.8, cautious": named(
+        COST,
+        "unrefused_maxfactor",
+        HALF,
+        step="orthogonal",
+        momentum=0.8,
+        nesterov=True,
+        cautious=True,
+    ),
+    "orthogonal, FAM": named(
+        COST, "unrefused_maxfactor", HALF, step="orthogonal", momentum={"alpha": 0.8}
+    ),
+    "Muon, rest MaxFactor": Configuration(
+        REST,
+        (
+            "--optimizer=muon",
+            "--rest=maxfactor",
+            *options("--rest-option", momentum=0.9, cautious=True, min_rms=1),
+        ),
+        MUON,
+    ),
+    "row-max, FAM": row_max(BANDS, momentum={"bands": 10}, cautious=False),
+    "row-max, cautious FAM": row_max(BANDS, momentum={"bands": 10}, cautious=True),
+    # Where frequency-adaptive momentum (FAM) could be true, and other rules for it.
+    "mel axis: no momentum": mel_axis(momentum=0),
+    "mel axis: momentum": mel_axis(momentum=0.9, cautious=True),
+    "mel axis: FAM": mel_axis(momentum={"bands": 10}, cautious=True),
+    **{
+        f"mel axis: {variant.replace('_', ' ')}": mel_axis(
+            momentum={"bands": 10, "variant": variant}, cautious=True
+        )
+        for variant in VARIANTS
+        if variant != "published"
+    },
+}
+CONFIGURATIONS |= {
+    "orthogonal, momentum 0.8, 8 bits": stored("orthogonal, momentum 0.8", EVERYWHERE, "int8"),
+    "orthogonal, momentum 0.8, bf16": stored("orthogonal, momentum 0.8", MAIN, "bfloat16"),
+    "orthogonal, momentum 0.95, 8 bits": stored("orthogonal, momentum 0.95", SHORT, "int8"),
+    "Muon 0.8, 8 bits": stored("Muon 0.8", MAIN, "int8"),
+    "rest Adafactor": rest("adafactor", rates(7e-3, 0.01)),
+    "rest MaxFactor": rest("maxfactor", rates(7e-3, 0.01), momentum=0, min_rms=1),
+}

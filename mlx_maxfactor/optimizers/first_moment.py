@@ -1,0 +1,34 @@
+"""The momentum buffer ``m``, in float32, bf16 or 8 bits, of every optimizer that keeps one."""
+
+import mlx.core as mx
+
+from .. import functional as f
+from ._base import Float32Optimizer
+
+STATE_DTYPES = (mx.float32, mx.bfloat16, mx.int8)
+
+
+def init_momentum(
+    optimizer: Float32Optimizer, state: dict, shape: tuple[int, ...], dtype: mx.Dtype
+) -> None:
+    """Give a parameter a buffer of zeros: ``m``, and in 8 bits scales and a key to round with."""
+    state["m"] = mx.zeros(shape, dtype)
+    if dtype == mx.int8:
+        state["m_scale"] = mx.zeros(f.scales(state["m"].size))
+        optimizer.add_key(state)
+
+
+def read_momentum(state: dict) -> mx.array:
+    """The buffer in float32."""
+    if "m_scale" in state:
+        return f.dequantize(state["m"], state["m_scale"])
+    return state["m"].astype(mx.float32)
+
+
+def write_momentum(m: mx.array, state: dict) -> None:
+    """Keep a float32 buffer; 8 bits are rounded by chance, with the parameter's own key."""
+    if "m_scale" in state:
+        state["key"], key = mx.random.split(state["key"])
+        state["m"], state["m_scale"] = f.quantize(m, key)
+    else:
+        state["m"] = m.astype(state["m"].dtype)
