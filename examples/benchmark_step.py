@@ -5,7 +5,8 @@
 
 The parameters are those of a transformer: embedding, blocks of six matrices, norms. Every round
 times each optimizer once, in turn, so that a change of the machine's speed touches all of them;
-what is printed are ratios within a round: median, and the least and greatest.
+what is printed are ratios within a round: median, and the least and greatest. Then the orthogonal
+step of one large matrix, in blocks of its rows over the whole.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from statistics import median
@@ -24,12 +25,21 @@ import mlx.optimizers as mlx_optimizers
 from mlx.utils import tree_map, tree_reduce
 from tqdm import tqdm
 
-from mlx_maxfactor import Adafactor, AdamW, MaxFactor, Muon, SignSGD
+from mlx_maxfactor import Adafactor, AdamW, MaxFactor, Muon, Orthogonal, SignSGD
 
 # Ours beside the one of mlx that stands nearest. Vectors go to no Muon, so it gets matrices alone.
 PAIRS: dict[str, tuple[Callable[[], mlx_optimizers.Optimizer], str]] = {
     "MaxFactor": (MaxFactor, "mlx Adafactor"),
     "MaxFactor, cautious momentum": (partial(MaxFactor, momentum=0.9, cautious=True), "mlx AdamW"),
+    "MaxFactor, orthogonal": (partial(MaxFactor, step="orthogonal"), "mlx Muon"),
+    "MaxFactor, orthogonal, momentum": (
+        partial(MaxFactor, step="orthogonal", momentum=0.8),
+        "mlx Muon",
+    ),
+    "the same, momentum in 8 bits": (
+        partial(MaxFactor, step="orthogonal", momentum=0.8, state_dtype=mx.int8),
+        "mlx Muon",
+    ),
     "Adafactor": (Adafactor, "mlx Adafactor"),
     "SignSGD": (SignSGD, "mlx SGD"),
     "AdamW": (partial(AdamW, 1e-3), "mlx AdamW"),
@@ -70,6 +80,19 @@ def main() -> None:
         milliseconds = [f"{1e3 * median(t[name]):.0f}" for t in times.values()]
         print(row.format(name, "", *milliseconds))
 
+    rows, columns = 2 * arguments.width, 8 * arguments.width
+    print(f"\northogonal step of a {rows} × {columns} matrix, over the whole, compiled")
+    blocks = {f"blocks of {rows // part}": rows // part for part in (2, 4, 8)}
+    optimizers = {
+        name: partial(MaxFactor, step=Orthogonal(block))
+        for name, block in {"whole": None, **blocks}.items()
+    }
+    seconds = time_steps(
+        optimizers, {"w": mx.random.normal((rows, columns))}, True, arguments.rounds
+    )
+    for name in blocks:
+        print(row.format(name, "whole", "", ratios(seconds[name], seconds["whole"])))
+
 
 def count(argument: str) -> int:
     if not (argument.isdecimal() and int(argument)):
@@ -87,8 +110,19 @@ def transformer_parameters(width: int, layers: int) -> dict:
 
 def measure(parameters: dict, compiled: bool, rounds: int) -> dict[str, list[float]]:
     """Seconds of each update, by optimizer, over the rounds."""
-    steps = {name: make_step(make(), parameters, compiled) for name, (make, _) in PAIRS.items()}
-    steps |= {name: make_step(make(), parameters, compiled) for name, make in PEERS.items()}
+    return time_steps(
+        {name: make for name, (make, _) in PAIRS.items()} | PEERS, parameters, compiled, rounds
+    )
+
+
+def time_steps(
+    optimizers: Mapping[str, Callable[[], mlx_optimizers.Optimizer]],
+    parameters: dict,
+    compiled: bool,
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Seconds of each update, in turn, after one round to warm up."""
+    steps = {name: make_step(make(), parameters, compiled) for name, make in optimizers.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     mode = "compiled" if compiled else "eager"
     for i in tqdm(range(rounds + 1), mode, leave=False):

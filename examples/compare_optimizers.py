@@ -3,11 +3,12 @@ r"""Compare optimizers on one of the examples, each at its best rate, from recor
     python examples/compare_optimizers.py speech
     python examples/compare_optimizers.py language_model --run --workers 2
 
-The first prints the table and draws the plots of the records in `examples/records`; `--run` first
-makes the runs that are missing there. Every configuration gets the same search: four rates of a
-ladder on seed 1, more while the best is the lowest or the highest of them, then two more seeds at
-the best. Each run is a command that anyone may give alone: the record has it. What follows `--` is
-handed on to every run, whose records belong in a file of their own (`--records`).
+The first prints the tables of the records in `examples/records` and draws loss against state and
+against seconds; `all` stands for every training. `--run` first makes the runs that are missing
+there. Every configuration of `configurations.py` gets the same search: four rates of a ladder on
+seed 1, more while the best is the lowest or the highest of them, then two more seeds at the best.
+Each run is a command that anyone may give alone: the record has it. What follows `--` is handed on
+to every run, whose records belong in a file of their own (`--records`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from pathlib import Path
 from statistics import fmean, median
 
 from configurations import CONFIGURATIONS, LADDER, TRAININGS, WHICH
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -39,7 +39,14 @@ from training import integer
 FOLDER = Path(__file__).parent
 FIRST_RATES = 4
 SEEDS = (1, 2, 3)
-COLOURS = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]
+DRAWN = [name for name in CONFIGURATIONS if CONFIGURATIONS[name].question == WHICH]
+COLOURS = dict(zip(DRAWN, [*(f"C{i}" for i in range(10)), "black", "navy"], strict=False))
+PICTURED = ("language_model_1500", "speech")
+COSTS = {
+    "state": "optimizer state of the hidden matrices, kB",
+    "seconds": "seconds a step, training and all",
+}
+TIMED_STEPS = 100
 TITLES = "; ".join(f"{name}: {training.title}" for name, training in TRAININGS.items())
 
 
@@ -69,17 +76,22 @@ def main() -> None:
     records = {name: read(file_of(name, arguments)) for name in arguments.trainings}
     if arguments.run:
         run_missing(records, arguments)
+    if arguments.time:
+        time_steps(records, arguments)
     for name, kept in records.items():
         if not kept:
             path = file_of(name, arguments)
             sys.exit(f"compare_optimizers.py: error: {path} holds no records: make them with --run")
-    for name, kept in records.items():
-        print(f"{TRAININGS[name].title}\n\n{tables(kept, name)}\n")
-    if len(records) > 1:
-        print(f"Final validation loss in all\n\n{overview(records)}\n")
-    picture = file_of(arguments.trainings[-1], arguments).with_name("loss.png")
-    draw(records).savefig(picture)
-    print(f"picture: {picture}")
+    print(report(records))
+    # What is kept beside the records is of all trainings.
+    whole = list(records) == list(TRAININGS)
+    folder = FOLDER / "records" if whole else Path("runs/comparison")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tables.md").write_text(report(records), encoding="utf-8")
+    pictured = {name: kept for name, kept in records.items() if name in PICTURED} or records
+    for cost in COSTS:
+        draw(pictured, cost).savefig(folder / f"loss_by_{cost}.png")
+    print(f"{folder / 'tables.md'}, {', '.join(f'loss_by_{cost}.png' for cost in COSTS)}")
 
 
 # Runs
@@ -184,6 +196,24 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
     )
 
 
+def time_steps(records: Mapping[str, Sequence[Record]], arguments: Arguments) -> None:
+    """Time short runs of what is drawn, one at a time and in turn, in place of older timings."""
+    arguments.workers, arguments.others = 1, [f"--steps={TIMED_STEPS}"]
+    best = {training: at_best(kept) for training, kept in records.items()}
+    timed: dict[str, list[Record]] = {training: [] for training in records}
+    todo = [(s, t, name) for s in SEEDS for t, groups in best.items() for name in groups]
+    for seed, training, name in tqdm([run for run in todo if run[2] in DRAWN], desc="timing"):
+        rate = best[training][name][0].rate
+        timed[training].append(run_one(training, name, rate, seed, arguments))
+    for training, kept in timed.items():
+        lines = (json.dumps(asdict(record)) + "\n" for record in kept)
+        timings_of(training).write_text("".join(lines), encoding="utf-8")
+
+
+def timings_of(training: str) -> Path:
+    return FOLDER / "records" / f"seconds_{training}.jsonl"
+
+
 def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
@@ -210,6 +240,19 @@ def mean_loss(records: Sequence[Record]) -> float:
     return fmean(r.final("loss") for r in records)
 
 
+def report(records: Mapping[str, Sequence[Record]]) -> str:
+    """Every table, as Markdown."""
+    parts = [f"# {TRAININGS[name].title}\n\n{tables(kept, name)}" for name, kept in records.items()]
+    if len(records) > 1:
+        parts.insert(0, f"# Final validation loss\n\n{overview(records)}")
+    parts += [
+        f"# Seconds a step, {TRAININGS[name].title}\n\n{seconds_table(name)}"
+        for name in records
+        if timings_of(name).exists()
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def tables(records: Sequence[Record], training: str) -> str:
     """A table for each question, as Markdown."""
     best = at_best(records)
@@ -218,14 +261,14 @@ def tables(records: Sequence[Record], training: str) -> str:
     for question in questions:
         names = [name for name in best if CONFIGURATIONS[name].question == question]
         if names:
-            parts.append(f"{question}\n\n{table(names, records, training)}")
+            parts.append(f"## {question}\n\n{table(names, records, training)}")
     return "\n\n".join(parts)
 
 
 def table(names: Sequence[str], records: Sequence[Record], training: str) -> str:
     """Mean (least to greatest) over the seeds at the best rate, as Markdown."""
     measures = list(records[0].validation)
-    rows = [["", "rate", *measures, "state, bytes", "of them hidden", "s a step"]]
+    rows = [["", "rate", *measures, "state, bytes", "of them hidden"]]
     for name in names:
         group = at_best(records)[name]
         rates = sorted({r.rate for r in records if r.configuration == name})
@@ -237,7 +280,6 @@ def table(names: Sequence[str], records: Sequence[Record], training: str) -> str
                 *(spread([r.final(measure) for r in group]) for measure in measures),
                 f"{group[0].state_bytes:,}",
                 f"{group[0].hidden_state_bytes:,}",
-                f"{median(r.seconds_per_step for r in group):.3f}",
             ]
         )
     return markdown(rows)
@@ -254,6 +296,17 @@ def overview(records: Mapping[str, Sequence[Record]]) -> str:
     return markdown(rows)
 
 
+def seconds_table(training: str) -> str:
+    """Seconds a step of runs that were timed in turn: median (least to greatest)."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for record in read(timings_of(training)):
+        seconds[record.configuration].append(record.seconds_per_step)
+    rows = [["", "seconds a step"]]
+    for name, each in sorted(seconds.items(), key=lambda item: median(item[1])):
+        rows.append([name, f"{median(each):.4f} ({min(each):.4f} to {max(each):.4f})"])
+    return markdown(rows)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """The first row is the head."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
@@ -265,28 +318,29 @@ def spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def draw(records: Mapping[str, Sequence[Record]]) -> Figure:
-    """Loss against state and against time, a row for each training."""
-    figure = Figure(figsize=(15, 5 * len(records)), dpi=100, layout="constrained")
-    rows = figure.subplots(len(records), 2, sharey="row", squeeze=False)
-    for (by_state, by_time), (training, kept) in zip(rows, records.items(), strict=True):
-        best = {
-            name: group
-            for name, group in at_best(kept).items()
-            if CONFIGURATIONS[name].question == WHICH
-        }
-        losses = {name: [r.final("loss") for r in group] for name, group in best.items()}
-        steps = {name: median(r.seconds_per_step for r in group) for name, group in best.items()}
-        state = {name: group[0].hidden_state_bytes / 1000 for name, group in best.items()}
-        draw_front(by_state, state, losses)
-        draw_front(by_time, steps, losses)
-        by_state.set(
-            title=TRAININGS[training].title,
-            xlabel="optimizer state of the hidden matrices, kB",
+def draw(records: Mapping[str, Sequence[Record]], cost: str) -> Figure:
+    """Loss against what an optimizer costs, a panel for each training."""
+    figure = Figure(figsize=(9 * len(records), 5.5), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(records), squeeze=False)[0]
+    for axes, (training, kept) in zip(panels, records.items(), strict=True):
+        groups = {name: group for name, group in at_best(kept).items() if name in DRAWN}
+        losses = {name: [r.final("loss") for r in group] for name, group in groups.items()}
+        if cost == "state":
+            costs = {name: group[0].hidden_state_bytes / 1000 for name, group in groups.items()}
+        else:
+            timed = read(timings_of(training)) or kept
+            costs = {
+                name: median(r.seconds_per_step for r in timed if r.configuration == name)
+                for name in groups
+            }
+        draw_front(axes, costs, losses)
+        axes.set(
+            title=f"{TRAININGS[training].title}: mean and range of {len(SEEDS)} seeds",
+            xlabel=COSTS[cost],
             ylabel="validation loss, nats per character",
-            xscale="symlog" if 0 in state.values() else "log",
         )
-        by_time.set(title="at the best rate: mean and range of the seeds", xlabel="seconds a step")
+        if cost == "state":
+            axes.set_xscale("symlog", linthresh=1)
     return figure
 
 
@@ -309,7 +363,7 @@ def draw_front(
     )
     ordered = sorted(means, key=lambda name: means[name])
     for place, name in enumerate(ordered):
-        colour, values = COLOURS[list(CONFIGURATIONS).index(name) % len(COLOURS)], losses[name]
+        colour, values = COLOURS[name], losses[name]
         errors = [[means[name] - min(values)], [max(values) - means[name]]]
         axes.errorbar([cost[name]], [means[name]], yerr=errors, fmt="o", capsize=4, color=colour)
         axes.annotate(
@@ -328,6 +382,7 @@ class Arguments(argparse.Namespace):
 
     trainings: list[str]
     run: bool
+    time: bool
     workers: int
     only: list[str] | None
     records: Path | None
@@ -339,6 +394,7 @@ def parse_arguments() -> Arguments:
     add = parser.add_argument
     add("trainings", nargs="+", choices=[*TRAININGS, "all"], metavar="TRAINING", help=TITLES)
     add("--run", action="store_true", help="make the runs that are missing")
+    add("--time", action="store_true", help="time what is drawn, one run at a time")
     add("--workers", type=integer, default=1, help="runs side by side (default 1)")
     add("--only", action="append", choices=CONFIGURATIONS, metavar="NAME", help="of these alone")
     add("--records", type=Path, help="file of records (default examples/records/TRAINING.jsonl)")

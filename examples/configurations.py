@@ -29,15 +29,21 @@ class Training:
 
 
 TRAININGS = {
-    "language_model": Training("language_model", (), "300 steps"),
-    "language_model_1500": Training("language_model", ("--steps=1500",), "1,500 steps", -1),
-    "language_model_6000": Training("language_model", ("--steps=6000",), "6,000 steps", -2),
-    "language_model_wide": Training("language_model", ("--width=128",), "width 128", -1),
+    "language_model": Training("language_model", (), "language model, 300 steps"),
+    "language_model_1500": Training(
+        "language_model", ("--steps=1500",), "language model, 1,500 steps", -1
+    ),
+    "language_model_6000": Training(
+        "language_model", ("--steps=6000",), "language model, 6,000 steps", -2
+    ),
+    "language_model_wide": Training(
+        "language_model", ("--width=128",), "language model, width 128", -1
+    ),
     "language_model_small_batch": Training(
-        "language_model", ("--batch-size=2", "--steps=1200"), "batches of 2", -3
+        "language_model", ("--batch-size=2", "--steps=1200"), "language model, batches of 2", -3
     ),
     "language_model_large_batch": Training(
-        "language_model", ("--batch-size=32", "--steps=75"), "batches of 32", 1
+        "language_model", ("--batch-size=32", "--steps=75"), "language model, batches of 32", 1
     ),
     "speech": Training("speech", (), "speech, 400 steps"),
     "speech_1600": Training("speech", ("--steps=1600",), "speech, 1,600 steps", -1),
@@ -45,6 +51,14 @@ TRAININGS = {
 EVERYWHERE = tuple(TRAININGS)
 MAIN = ("language_model", "language_model_1500", "speech")
 SHORT = ("language_model", "speech")
+
+
+WHICH = "Which optimizer, at how much state"
+MOMENTUM = "How much momentum"
+BITS = "How many bits of momentum"
+COST = "What makes orthogonalization cheaper, and what it may have beside it"
+REST = "Which optimizer for the rest"
+BANDS = "Frequency-adaptive momentum"
 
 
 @dataclass(frozen=True)
@@ -119,11 +133,13 @@ def named(
     return Configuration(question, arguments, first_rates, trainings)
 
 
-def stored(other: str, trainings: tuple[str, ...], dtype: str) -> Configuration:
+def stored(
+    other: str, trainings: tuple[str, ...], dtype: str, question: str = BITS
+) -> Configuration:
     """The same with its momentum in fewer bits, at the same rate."""
     base = CONFIGURATIONS[other]
     arguments = (*base.arguments, *options(state_dtype=dtype))
-    return replace(base, question=BITS, arguments=arguments, trainings=trainings, rate_of=other)
+    return replace(base, question=question, arguments=arguments, trainings=trainings, rate_of=other)
 
 
 def rest(optimizer: str, first_rates: Mapping[str, float], **given: object) -> Configuration:
@@ -141,13 +157,6 @@ def mel_axis(**given: object) -> Configuration:
         BANDS, (*hidden, *first), {"speech": 0.01}, ("speech",), "--convolution-learning-rate"
     )
 
-
-WHICH = "Which optimizer, at how much state"
-MOMENTUM = "How much momentum"
-BITS = "How many bits of momentum"
-COST = "What makes orthogonalization cheaper, and what it may have beside it"
-REST = "Which optimizer for the rest"
-BANDS = "Frequency-adaptive momentum"
 
 ORTHOGONAL, HALF, MUON = rates(0.05, 0.02), rates(0.03, 0.015), rates(0.02, 0.015)
 
@@ -215,7 +224,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     },
 }
 CONFIGURATIONS |= {
-    "orthogonal, momentum 0.8, 8 bits": stored("orthogonal, momentum 0.8", EVERYWHERE, "int8"),
+    "orthogonal, momentum 0.8, 8 bits": stored(
+        "orthogonal, momentum 0.8", EVERYWHERE, "int8", WHICH
+    ),
     "orthogonal, momentum 0.8, bf16": stored("orthogonal, momentum 0.8", MAIN, "bfloat16"),
     "orthogonal, momentum 0.95, 8 bits": stored("orthogonal, momentum 0.95", SHORT, "int8"),
     "Muon 0.8, 8 bits": stored("Muon 0.8", MAIN, "int8"),

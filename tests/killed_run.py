@@ -11,7 +11,6 @@ import mlx.nn as nn
 
 from mlx_maxfactor import create_optimizer, load_checkpoint, save_checkpoint, warmup_cosine
 
-
 EIGHT_BITS = {"momentum": 0.8, "state_dtype": mx.int8}
 
 

@@ -117,6 +117,7 @@ class MaxFactor(Twin):
     cautious: bool = False
     eps_rms: float = 0.0
     min_rms: float = 0.0
+    step: str | dict[str, Any] = "row_max"  # or "orthogonal", or its options by name
     layout: str = "batched"
 
     @classmethod
@@ -131,11 +132,15 @@ class MaxFactor(Twin):
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         g = -g if self.maximize else g
         boost = self.scalar_boost if p.size == 1 else None
-        alpha, decay = self.rates(p, eta, span)
+        matrices = p.ndim >= 2 and boost is None
+        polar = self.orthogonal if matrices and self.step != "row_max" else None
+        alpha, decay = self.rates(p, eta, span, polar is None or polar["capped"])
         full = p.ndim < 2 or self.full_matrix or boost is not None
         V = self.second_moment(g, full)
         if boost is not None:
             step = boost * self.averaged(g) / (np.sqrt(V) + self.eps[0])
+        elif polar is not None:
+            step = self.polar_direction(self.averaged(g), V, polar)
         else:
             step = self.direction(self.averaged(g), V, span)
         if self.cautious:  # Liang et al. 2024
@@ -143,13 +148,20 @@ class MaxFactor(Twin):
             step = step * mask / np.maximum(np.mean(mask, axis=span, keepdims=True), 1e-3)
         return p * (1 - decay) - alpha * step
 
-    def rates(self, p: Array, eta: float, span: Span) -> tuple[Array, Any]:
-        """alpha and the decay."""
+    @property
+    def orthogonal(self) -> dict[str, Any]:
+        """The options of the orthogonal step, the defaults filled in."""
+        options = {"block": None, "method": "newton_schulz", "steps": 5, "capped": True}
+        given = self.step if isinstance(self.step, dict) else {}
+        return options | given
+
+    def rates(self, p: Array, eta: float, span: Span, capped: bool = True) -> tuple[Array, Any]:
+        """alpha and the decay; rho_t is eta itself where it is not capped."""
         scale = np.maximum(max(self.eps[1], self.min_rms), rms(p, span))
         if self.relative_step:
             alpha = np.minimum(eta, scale * min(1e-6 * self.t, 1 / np.sqrt(self.t)))
             return alpha, alpha * self.weight_decay
-        rho_t = max(self.min_lr, min(eta, 1 / np.sqrt(self.t)))
+        rho_t = max(self.min_lr, min(eta, 1 / np.sqrt(self.t))) if capped else eta
         return scale * rho_t, eta * self.weight_decay
 
     def second_moment(self, g: Array, full: bool) -> Array:
@@ -191,6 +203,13 @@ class MaxFactor(Twin):
             row = -1 if u.ndim >= 2 else None
             u = np.sign(u) * np.max(np.abs(u), axis=row, keepdims=True)
         return u / D
+
+    def polar_direction(self, g: Array, V: Array, polar: dict[str, Any]) -> Array:
+        """X / RMS(X) of each matrix by itself, X the orthogonalized u; 0 where X is zero."""
+        u = g / np.sqrt(np.maximum(V, self.eps[0] ** 2))
+        X = orthogonalize_blocks(u, polar["method"], polar["steps"], polar["block"])
+        size = rms(X, (-2, -1))  # (..., 1, 1)
+        return X / np.where(size > 0, size, 1)
 
 
 @dataclass
@@ -249,6 +268,7 @@ class Muon(Twin):
     scale: str | None = None
     method: str = "newton_schulz"
     steps: int = 5
+    block: int | None = None
     layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
@@ -257,8 +277,8 @@ class Muon(Twin):
         u = g + beta * self.m if self.nesterov else self.m
         spectral, moonshot = max(1, rows / cols) ** 0.5, 0.2 * max(rows, cols) ** 0.5
         s = {None: 1.0, "spectral": spectral, "rms": moonshot}[self.scale]
-        polar = {"newton_schulz": newton_schulz, "polar_express": polar_express}[self.method]
-        return p * (1 - eta * self.weight_decay) - eta * s * polar(u, self.steps)
+        X = orthogonalize_blocks(u, self.method, self.steps, self.block)
+        return p * (1 - eta * self.weight_decay) - eta * s * X
 
 
 @dataclass
@@ -301,6 +321,24 @@ def newton_schulz(x: Array, steps: int = 5) -> Array:
 def polar_express(x: Array, steps: int = 5) -> Array:
     """Amsel et al. 2025 (arXiv 2505.16932)."""
     return orthogonalize(x, polar_express_coefficients(steps), slack=1.01)
+
+
+def orthogonalize_blocks(
+    G: Array, method: str = "newton_schulz", steps: int = 5, block: int | None = None
+) -> Array:
+    """G (..., m, n): `block` rows at a time, or columns if m > n, each block by itself."""
+    polar = {"newton_schulz": newton_schulz, "polar_express": polar_express}[method]
+    m, n = G.shape[-2:]
+    if block is None or block >= min(m, n):
+        return polar(G, steps)
+    X = np.zeros_like(G)
+    for i in range(0, min(m, n), block):
+        j = min(i + block, min(m, n))
+        if m > n:
+            X[..., :, i:j] = polar(G[..., :, i:j], steps)  # (..., m, j - i)
+        else:
+            X[..., i:j, :] = polar(G[..., i:j, :], steps)  # (..., j - i, n)
+    return X
 
 
 @cache

@@ -282,7 +282,7 @@ def test_normuon_gives_rows_of_equal_size():
     g = parameter((16, 12)) * np.logspace(-3, 0, 16, dtype=np.float32)[:, None]
     sizes = []
     for optimizer in (NorMuon(1.0, momentum=0), Muon(1.0, momentum=0, steps=2)):
-        tree = {"w": mx.zeros((16, 12))}
+        tree = before = {"w": mx.zeros((16, 12))}
         for _ in range(50):
             before, tree = tree, optimizer.apply_gradients({"w": mx.array(g)}, tree)
         step = np.array(tree["w"] - before["w"])
@@ -379,7 +379,7 @@ def test_no_two_configurations_are_the_same_optimizer():
         if found := re.search(r"(?:momentum|Muon|beta_1) ([\d.]+)", name):
             kept = lead.beta_1 if "beta_1" in name else lead.momentum
             assert kept == float(found.group(1))
-        assert ("8 bits" in name) == (getattr(lead, "state_dtype", None) == mx.int8)
+        assert ("8 bits" in name) == (getattr(lead, "state_dtype", mx.float32) == mx.int8)
     assert len(made) == len(CONFIGURATIONS)
 
 
@@ -396,7 +396,9 @@ def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
     assert len(records) >= 6
     best = [r for r in records if r.seed == 2]
     assert f"| {best[0].rate:g} (" in done.stdout
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss_by_state.png", "loss_by_seconds.png"):
+        kept = tmp_path / "runs" / "comparison" / picture
+        assert kept.read_bytes().startswith(b"\x89PNG")
     again = run(COMPARE, "language_model", "--records", str(tmp_path / "r.jsonl"), cwd=tmp_path)
     assert [line for line in done.stdout.splitlines() if line[:1] == "|"] == [
         line for line in again.stdout.splitlines() if line[:1] == "|"
@@ -416,15 +418,17 @@ def test_the_comparison_without_records_says_how_to_make_them(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_every_figure_of_the_notes_tables_comes_from_a_kept_record():
-    records = {
-        name: compare_optimizers.read(ROOT / "examples" / "records" / f"{name}.jsonl")
-        for name in TRAININGS
-    }
-    notes = (ROOT / "NOTES.md").read_text()
-    for name, kept in records.items():
-        assert compare_optimizers.tables(kept, name) in notes, name
-    assert compare_optimizers.overview(records) in notes
+def test_every_figure_of_the_kept_tables_comes_from_a_kept_record():
+    folder = ROOT / "examples" / "records"
+    records = {name: compare_optimizers.read(folder / f"{name}.jsonl") for name in TRAININGS}
+    assert compare_optimizers.report(records) == (folder / "tables.md").read_text()
+    assert compare_optimizers.overview(records) in (ROOT / "NOTES.md").read_text()
+
+
+def test_every_point_of_the_pictures_has_its_own_colour():
+    colours = compare_optimizers.COLOURS
+    assert list(colours) == compare_optimizers.DRAWN
+    assert len(set(colours.values())) == len(colours)
 
 
 def test_the_benchmark_prints_ratios(tmp_path):

@@ -191,7 +191,7 @@ def test_options_are_checked_when_it_is_built(options, message):
 def test_presets_have_the_published_options(name):
     ours, twin = vars(MaxFactor.preset(name)), vars(reference.MaxFactor.preset(name))
     assert {k: ours[k] for k in twin if k in ours} == {k: twin[k] for k in twin if k in ours}
-    assert set(twin) - set(ours) <= {"learning_rate", "t"}
+    assert set(twin) - set(ours) <= {"learning_rate", "step", "t"}
 
 
 def test_an_option_that_float32_cannot_hold_is_refused():
