@@ -106,6 +106,16 @@ def test_it_is_as_good_as_float32_on_average():
         assert seen[1:].mean() == pytest.approx(expected[1], rel=0.2)
 
 
+def test_each_step_and_each_parameter_draws_anew():
+    optimizer = MaxFactor(momentum=0.9, state_dtype=mx.int8)
+    tree = {name: mx.array(parameter((20, 20))) for name in "ab"}
+    keys = set()
+    for _ in range(3):
+        optimizer.apply_gradients(tree, tree)
+        keys |= {tuple(optimizer.state[name]["key"].tolist()) for name in "ab"}
+    assert len(keys) == 6
+
+
 def test_two_seeds_differ_and_one_repeats():
     def moved(seed):
         optimizer = MaxFactor(0.1, momentum=0.9, state_dtype=mx.int8, seed=seed)
