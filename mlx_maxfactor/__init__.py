@@ -3,9 +3,10 @@
 from ._version import __version__
 from .accumulation import accumulate_gradients, averaged_gradients
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .factory import DEFAULT_RATES, OPTIMIZERS, create_optimizer, create_optimizer_for_hrm
+from .factory import create_optimizer, create_optimizer_for_hrm
 from .functional import newton_schulz, polar_express
 from .guard import GuardedOptimizer
+from .members import DEFAULT_RATES, OPTIMIZERS
 from .optimizers import (
     Adafactor,
     AdamW,

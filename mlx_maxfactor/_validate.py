@@ -1,7 +1,8 @@
 """The few checks of options, and the one form of their messages: name, rule, value."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from ctypes import c_float
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -67,3 +68,9 @@ def check_rate(name: str, value: Any) -> Rate:
     if not isinstance(value, Real):
         raise ValueError(f"{name} must be a number or a function of the step, got {value!r}")
     return check_number(name, value, 0.0)
+
+
+def hint(word: str, choices: Iterable[str]) -> str:
+    """The nearest choice as a question, if one is near."""
+    close = get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

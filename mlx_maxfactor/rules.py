@@ -1,0 +1,69 @@
+"""Rules: what a user says beside what the module tree says."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+
+from ._validate import hint
+from .members import OPTIMIZERS
+from .optimizers._base import flatten
+from .roles import ROLES, Parameter, find_aliases, find_roles
+
+
+def apply_rules(
+    model: nn.Module, rules: Mapping[str, str | Optimizer]
+) -> tuple[list[Parameter], dict[str, str | Optimizer]]:
+    """The parameters with their roles, and the optimizer of those that a rule names, by path."""
+    if not isinstance(rules, Mapping) or not all(isinstance(key, str) for key in rules):
+        raise ValueError(f"rules must map roles and path patterns to optimizers, got {rules!r}")
+    parameters = find_roles(model)
+    aliases = find_aliases(model)
+    paths = [*(p.path for p in parameters), *aliases]
+    problems = []
+    for key, value in rules.items():
+        by_role = key in ROLES
+        matched = by_role or any(fnmatchcase(path, key) for path in paths)
+        if not matched:
+            near = hint(key, [*ROLES, *paths])
+            problems.append(f"rule {key!r} is no role and matches no whole path{near}")
+        choices = [*OPTIMIZERS, "rest"] + ([] if by_role else list(ROLES))
+        if not isinstance(value, Optimizer) and value not in choices:
+            problems.append(
+                f"rule {key!r} must give an optimizer or one of {', '.join(choices)}, got {value!r}"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+    by_path = {}
+    for path in paths:
+        key = next((k for k in rules if k not in ROLES and fnmatchcase(path, k)), None)
+        if key is not None:
+            by_path.setdefault(aliases.get(path, path), rules[key])
+    declared = {path: v for path, v in by_path.items() if isinstance(v, str) and v in ROLES}
+    parameters = find_roles(model, declared) if declared else parameters
+    by_role = {}
+    for p in parameters:
+        role = "hidden" if p.role == "first" and "first" not in rules else p.role
+        if role in rules:
+            by_role[p.path] = rules[role]
+    return parameters, by_role | {path: v for path, v in by_path.items() if path not in declared}
+
+
+def check_explained(
+    model: nn.Module, parameters: list[Parameter], exceptions: Mapping[str, Any]
+) -> None:
+    """Raise for trainable arrays that belong to no known layer and that no rule names."""
+    paths = flatten(model.trainable_parameters())
+    unexplained = [
+        f"{p.path} {p.shape}"
+        for p in parameters
+        if p.role == "unknown" and p.path in paths and p.path not in exceptions
+    ]
+    if unexplained:
+        raise ValueError(
+            f"strict: {len(unexplained)} parameters belong to no layer the router knows: "
+            f"{', '.join(unexplained)}; give each a rule"
+        )
