@@ -51,6 +51,7 @@ TRAININGS = {
 EVERYWHERE = tuple(TRAININGS)
 MAIN = ("language_model", "language_model_1500", "speech")
 SHORT = ("language_model", "speech")
+FIRST = ("language_model",)
 
 
 WHICH = "Which optimizer, at how much state"
@@ -179,26 +180,29 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "row-max, momentum": row_max(MOMENTUM, momentum=0.9, cautious=False),
     "row-max, Nesterov": row_max(MOMENTUM, momentum=0.9, cautious=False, nesterov=True),
     "row-max, cautious, bf16": row_max(BITS, momentum=0.9, cautious=True, state_dtype="bfloat16"),
-    "orthogonal, blocks of 1/2": orthogonal(COST, ORTHOGONAL, step={"block": 32}),
+    "orthogonal, blocks of 1/2": orthogonal(COST, ORTHOGONAL, FIRST, step={"block": 32}),
     "orthogonal, blocks of 1/4": orthogonal(COST, ORTHOGONAL, MAIN, step={"block": 16}),
-    "orthogonal, blocks of 1/8": orthogonal(COST, ORTHOGONAL, step={"block": 8}),
-    "orthogonal, 3 steps": orthogonal(COST, ORTHOGONAL, step={"steps": 3}),
-    "orthogonal, Polar Express": orthogonal(COST, ORTHOGONAL, step={"method": "polar_express"}),
+    "orthogonal, blocks of 1/8": orthogonal(COST, ORTHOGONAL, FIRST, step={"block": 8}),
+    "orthogonal, 3 steps": orthogonal(COST, ORTHOGONAL, FIRST, step={"steps": 3}),
+    "orthogonal, Polar Express": orthogonal(
+        COST, ORTHOGONAL, FIRST, step={"method": "polar_express"}
+    ),
     "orthogonal, Polar Express, 3 steps": orthogonal(
-        COST, ORTHOGONAL, step={"method": "polar_express", "steps": 3}
+        COST, ORTHOGONAL, FIRST, step={"method": "polar_express", "steps": 3}
     ),
     "orthogonal, not capped": orthogonal(COST, ORTHOGONAL, MAIN, step={"capped": False}),
     "orthogonal, momentum 0.8, cautious": named(
         COST,
         "unrefused_maxfactor",
         HALF,
+        FIRST,
         step="orthogonal",
         momentum=0.8,
         nesterov=True,
         cautious=True,
     ),
     "orthogonal, FAM": named(
-        COST, "unrefused_maxfactor", HALF, step="orthogonal", momentum={"alpha": 0.8}
+        COST, "unrefused_maxfactor", HALF, FIRST, step="orthogonal", momentum={"alpha": 0.8}
     ),
     "Muon, rest MaxFactor": Configuration(
         REST,
@@ -228,7 +232,7 @@ CONFIGURATIONS |= {
         "orthogonal, momentum 0.8", EVERYWHERE, "int8", WHICH
     ),
     "orthogonal, momentum 0.8, bf16": stored("orthogonal, momentum 0.8", MAIN, "bfloat16"),
-    "orthogonal, momentum 0.95, 8 bits": stored("orthogonal, momentum 0.95", SHORT, "int8"),
+    "orthogonal, momentum 0.95, 8 bits": stored("orthogonal, momentum 0.95", FIRST, "int8"),
     "Muon 0.8, 8 bits": stored("Muon 0.8", MAIN, "int8"),
     "rest Adafactor": rest("adafactor", rates(7e-3, 0.01)),
     "rest MaxFactor": rest("maxfactor", rates(7e-3, 0.01), momentum=0, min_rms=1),
