@@ -38,6 +38,7 @@ VARIANTS = {
     "muon no momentum": (OPTIMIZERS["muon"], {"momentum": 0.0}),
     "muon 8 bits": (OPTIMIZERS["muon"], {"block": 3, "state_dtype": mx.int8}),
     "muon polar": (OPTIMIZERS["muon"], {"method": "polar_express", "scale": "rms"}),
+    "adamw 8 bits": (OPTIMIZERS["adamw"], {"learning_rate": 1e-3, "state_dtype": mx.int8}),
     "signsgd sparse": (OPTIMIZERS["signsgd"], {"sparse_rows": True}),
 }
 

@@ -5,6 +5,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_number, check_pair
 from ._base import Float32Optimizer
+from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
 
 
 class AdamW(Float32Optimizer):
@@ -53,7 +54,7 @@ class AdamW(Float32Optimizer):
         state_dtype: mx.Dtype = mx.float32,
     ):
         super().__init__(learning_rate, rounding=rounding, seed=seed)
-        self.state_dtype = check_choice("state_dtype", state_dtype, (mx.float32, mx.bfloat16))
+        self.state_dtype = check_choice("state_dtype", state_dtype, STATE_DTYPES)
         check_flags(bias_correction=bias_correction)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
         self.eps = check_number("eps", eps, 0.0, ends="()")
@@ -63,7 +64,7 @@ class AdamW(Float32Optimizer):
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Two moments, and a count of the parameter's own updates."""
         super().init_single(parameter, state)
-        state["m"] = mx.zeros(parameter.shape, self.state_dtype)
+        init_momentum(self, state, parameter.shape, self.state_dtype)
         state["v"] = mx.zeros(parameter.shape)
         if self.bias_correction:
             state["count"] = mx.array(0, mx.uint32)
@@ -75,8 +76,8 @@ class AdamW(Float32Optimizer):
         p, g = parameter.astype(mx.float32), f.clamp_gradient(gradient.astype(mx.float32))
         eta, (beta1, beta2) = self.learning_rate, self.betas
 
-        m = beta1 * state["m"].astype(mx.float32) + (1 - beta1) * g
-        state["m"] = m.astype(self.state_dtype)
+        m = beta1 * read_momentum(state) + (1 - beta1) * g
+        write_momentum(m, state)
         v = state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
         if self.bias_correction:
             state["count"] = state["count"] + 1

@@ -1,4 +1,4 @@
-"""The momentum buffer ``m``, in float32, bf16 or 8 bits, of every optimizer that keeps one."""
+"""The first moment ``m``, in float32, bf16 or 8 bits, of every optimizer that keeps one."""
 
 import mlx.core as mx
 
