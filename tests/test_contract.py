@@ -140,7 +140,7 @@ def test_unfreezing_after_init(make):
 
 def test_shapeless_compilation(make):
     optimizer, tree = make(), {"w": mx.array(parameter((4, 3)))}
-    if getattr(optimizer, "state_dtype", None) == mx.int8:
+    if getattr(optimizer, "state_dtype", mx.float32) == mx.int8:
         pytest.skip("MLX cannot compile random numbers without shapes")
     optimizer.init(tree)
     step: Any = mx.compile(

@@ -74,8 +74,34 @@ def test_a_rank_one_square_is_estimated_exactly():
     r, c = np.array([1.0, 4.0, 9.0]), np.array([0.25, 1.0])
     g = mx.array(np.sqrt(np.outer(r, c)).astype(np.float32))
     row, column = f.factored_second_moment(g, mx.zeros((3, 1)), mx.zeros((1, 2)), mx.array(1.0))
-    root = f.factored_root(row, column, mx.mean(row))
-    assert np.allclose(np.array(root), np.array(g), rtol=1e-6)
+    rows, root = f.factored_root(row, column, mx.mean(row), 1e-10)
+    assert np.allclose(np.array(rows * root), np.array(g), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 3, 255), (4, 256), (3, 1000), (2, 1021)], ids=str)
+def test_rows_are_reduced_whole(shape):
+    # Long rows in two stages; 1021 is prime, and goes in one.
+    x = parameter(shape)
+    sums, peaks = f.row_sum(mx.array(x)), f.row_max(mx.array(x))
+    assert np.allclose(np.array(sums), x.astype(np.float64).sum(-1, keepdims=True), atol=1e-4)
+    assert np.array_equal(np.array(peaks), x.max(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("axes", [None, (-2, -1)])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 6), (3, 5, 6)], ids=str)
+def test_rms_equals_its_twin(shape, axes):
+    if axes and len(shape) < 2:
+        pytest.skip("no matrix")
+    x = parameter(shape)
+    assert np.allclose(np.array(f.rms(mx.array(x), axes)), reference.rms(x, axes), rtol=1e-6)
+
+
+def test_a_root_has_its_floor_in_dead_rows_and_columns():
+    row, column = mx.array([[0.0], [4.0], [1e-30]]), mx.array([[9.0, 0.0]])
+    rows, root = f.factored_root(row, column, mx.array(1.0), 1e-3)
+    assert np.allclose(np.array(rows * root)[1], [6.0, 1e-3], rtol=1e-6)
+    assert np.allclose(np.array(rows * root)[2], [1e-3, 1e-3], rtol=1e-6)
+    assert mx.all((rows * root)[0] >= 1e-3).item()
 
 
 def test_a_cautious_step_keeps_what_agrees_over_its_share():

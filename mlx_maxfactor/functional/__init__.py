@@ -8,7 +8,17 @@ knows a class.
 from .layouts import LAYOUTS, as_matrices, from_matrices, input_axis_shape, norm_axes
 from .moments import factored_root, factored_second_moment, gathered_weight, second_moment_weight
 from .momentum import band_damping, band_momentum, band_shares
-from .norms import clamp_gradient, hoist, rms, scaled_global_norm, unit_frobenius
+from .norms import (
+    clamp_gradient,
+    clamped_magnitude,
+    clamped_square,
+    hoist,
+    rms,
+    row_max,
+    row_sum,
+    scaled_global_norm,
+    unit_frobenius,
+)
 from .orthogonalization import (
     METHODS,
     POLAR_EXPRESS,
@@ -19,7 +29,7 @@ from .orthogonalization import (
 )
 from .quantization import dequantize, quantize, scales
 from .rounding import stochastic_round
-from .steps import ROOT_FLOOR, cautious, row_max, unit_rms, update_scale
+from .steps import ROOT_FLOOR, cautious, unit_rms, update_scale
 
 __all__ = [
     "LAYOUTS",
@@ -32,6 +42,8 @@ __all__ = [
     "band_shares",
     "cautious",
     "clamp_gradient",
+    "clamped_magnitude",
+    "clamped_square",
     "dequantize",
     "factored_root",
     "factored_second_moment",
@@ -47,6 +59,7 @@ __all__ = [
     "quantize",
     "rms",
     "row_max",
+    "row_sum",
     "scaled_global_norm",
     "scales",
     "second_moment_weight",

@@ -4,7 +4,7 @@ import math
 
 import mlx.core as mx
 
-from .norms import hoist
+from .norms import clamped_square, hoist, row_sum
 
 
 def second_moment_weight(
@@ -26,18 +26,26 @@ def factored_second_moment(
         weight: ``b_t`` of the newest mean.
         eps: Added to each square.
     """
-    square = mx.square(gradient)
-    row_mean = mx.mean(square, axis=-1, keepdims=True) + eps
+    square = clamped_square(gradient)
+    row_mean = row_sum(square) / gradient.shape[-1] + eps
     column_mean = mx.mean(square, axis=-2, keepdims=True) + eps
     return row + weight * (row_mean - row), column + weight * (column_mean - column)
 
 
-def factored_root(row: mx.array, column: mx.array, divisor: mx.array | float) -> mx.array:
-    """``√V`` of the rank-one estimate ``V = (R / divisor) · C``.
+def factored_root(
+    row: mx.array, column: mx.array, divisor: mx.array | float, floor: float
+) -> tuple[mx.array, mx.array]:
+    """``max(√V, floor)`` of the rank-one estimate ``V = (R / divisor) · C``, as two factors.
 
-    A product of two roots, because the product itself can leave the range of float32.
+    The first is one number a row, so that what is divided by both needs one pass; the second is
+    full-size. Roots are taken apart because their product can leave the range of float32.
+
+    Returns:
+        ``(..., m, 1)`` and ``(..., m, n)``.
     """
-    return hoist(mx.sqrt(row / divisor)) * hoist(mx.sqrt(column))
+    rows = mx.sqrt(row / divisor)
+    rows = hoist(mx.where(rows > 0, rows, floor))
+    return rows, mx.maximum(hoist(mx.sqrt(column)), hoist(floor / rows))
 
 
 def gathered_weight(beta: float, t: mx.array) -> mx.array:

@@ -11,11 +11,6 @@ LEAST_SHARE = 1e-3
 """Least share of kept elements that a cautious step divides by (as its authors' code does)."""
 
 
-def row_max(u: mx.array) -> mx.array:
-    """Largest magnitude in each row (last axis), kept as an axis of length one."""
-    return mx.max(mx.abs(u), axis=-1, keepdims=True) if u.ndim else mx.abs(u)
-
-
 def unit_rms(x: mx.array) -> mx.array:
     """Divide each matrix by its root mean square; a zero matrix stays zero."""
     size = rms(x, (-2, -1))
@@ -51,6 +46,8 @@ def cautious(step: mx.array, gradient: mx.array, axes: tuple[int, ...] | None = 
 
     Liang et al. 2024, arXiv 2411.16085. The share is at least 1e-3.
     """
-    agrees = (mx.sign(step) * mx.sign(gradient) > 0).astype(step.dtype)
-    share = mx.mean(agrees, axis=axes, keepdims=True)
-    return step * agrees / mx.maximum(share, LEAST_SHARE)
+    agrees = mx.maximum(mx.sign(step) * mx.sign(gradient), 0.0)
+    rows = mx.sum(agrees, axis=-2, keepdims=True) if agrees.ndim > 1 else agrees
+    share = mx.sum(rows, axis=axes, keepdims=True)
+    share = share * (share.size / agrees.size)
+    return step * agrees * hoist(1 / mx.maximum(share, LEAST_SHARE))

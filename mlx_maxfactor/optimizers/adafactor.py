@@ -97,13 +97,15 @@ class Adafactor(Float32Optimizer):
                 g, state["row"], state["column"], weight, self.eps[0]
             )
             state["row"], state["column"] = row, column
-            root = f.factored_root(row, column, mx.mean(row, axis=-2, keepdims=True))
+            mean = mx.mean(row, axis=-2, keepdims=True)
+            rows, root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
+            u = g / root / rows
         else:
             state["v"] = state["v"] + weight * (mx.square(g) + self.eps[0] - state["v"])
-            root = mx.sqrt(state["v"])
+            u = g / mx.maximum(mx.sqrt(state["v"]), f.ROOT_FLOOR)
 
         # Where a dead row meets a dead column the estimate is 0; and u is squared for its RMS.
-        u = f.clamp_gradient(g / mx.maximum(root, f.ROOT_FLOOR))
+        u = f.clamp_gradient(u)
         clip = mx.maximum(1.0, f.rms(u, f.norm_axes(u.ndim, layout)) / self.clip_threshold)
         p = p * f.hoist(1 - alpha * self.weight_decay) - u * f.hoist(alpha / clip)
         return self.store(p, parameter, state, layout)

@@ -79,10 +79,13 @@ class AdamW(Float32Optimizer):
         m = beta1 * read_momentum(state) + (1 - beta1) * g
         write_momentum(m, state)
         v = state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
+        rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
+            # m/c₁ / (√(v/c₂) + ε), with both corrections in numbers apart from what is full-size.
             state["count"] = state["count"] + 1
             t = state["count"].astype(mx.float32)
-            m = m / f.hoist(f.gathered_weight(beta1, t))
-            v = v / f.hoist(f.gathered_weight(beta2, t))
-        new = p * (1 - eta * self.weight_decay) - eta * m / (mx.sqrt(v) + self.eps)
+            root = mx.sqrt(f.gathered_weight(beta2, t))
+            rate, eps = eta * root / f.gathered_weight(beta1, t), eps * root
+        decay = f.hoist(1 - eta * self.weight_decay)
+        new = p * decay - f.hoist(rate) * m / (mx.sqrt(v) + f.hoist(eps))
         return self.store(new, parameter, state, "batched")

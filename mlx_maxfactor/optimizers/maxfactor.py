@@ -229,22 +229,22 @@ class MaxFactor(Float32Optimizer):
     ) -> mx.array:
         """One update of one parameter."""
         layout = layout or self.layout
-        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
+        p, g = self.load(parameter, layout), self.load(gradient, layout)
         g = -g if self.maximize else g
         axes = f.norm_axes(p.ndim, layout)
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
 
         smooth = self._momentum(g, state, f.input_axis_shape(parameter.shape, layout))
-        root = self._second_moment_root(g, state)
+        rows, root = self._second_moment_root(g, state)
         if self._is_scalar(p.shape):
-            step = smooth / (root + self.eps[0]) * (alpha * (self.scalar_boost or 1.0))
+            u = f.clamp_gradient(smooth) / (root + self.eps[0])
+            step = u * (alpha * (self.scalar_boost or 1.0))
+        elif orthogonal := self._orthogonal_step(p.shape):
+            u = f.clamp_gradient(smooth) / root / rows
+            step = orthogonal.direction(u) * f.hoist(alpha)
         else:
-            u = smooth / mx.maximum(root, self.eps[0])
-            if orthogonal := self._orthogonal_step(p.shape):
-                step = orthogonal.direction(u) * f.hoist(alpha)
-            else:
-                step = self._normalized_step(u, smooth, alpha, axes)
+            step = self._normalized_step(smooth, rows, root, alpha, axes)
         if self.cautious:
             step = f.cautious(step, g, axes)
         return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
@@ -265,9 +265,16 @@ class MaxFactor(Float32Optimizer):
         return self.orthogonal if len(shape) > 1 and not self._is_scalar(shape) else None
 
     def _normalized_step(
-        self, u: mx.array, smooth: mx.array, alpha: mx.array, axes: tuple[int, ...] | None
+        self,
+        g: mx.array,
+        rows: mx.array,
+        root: mx.array,
+        alpha: mx.array,
+        axes: tuple[int, ...] | None,
     ) -> mx.array:
-        peaks = f.row_max(u)
+        """The step of ``u = g / (rows · root)``, an array that the row-max step never makes."""
+        peaks = f.row_max(f.clamped_magnitude(g) / root) / rows
+        u = f.clamp_gradient(g) / root / rows
         scale = alpha * f.update_scale(
             u,
             mx.max(peaks, axis=axes, keepdims=True),
@@ -276,8 +283,8 @@ class MaxFactor(Float32Optimizer):
             d=self.d,
             axes=axes,
         )
-        if self._steps_by_row_max(u.ndim):
-            return mx.sign(smooth) * f.hoist(scale * peaks)
+        if self._steps_by_row_max(g.ndim):
+            return mx.sign(g) * f.hoist(scale * peaks)
         return u * f.hoist(scale)
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
@@ -309,7 +316,7 @@ class MaxFactor(Float32Optimizer):
         """What stands for the gradient in the update. In ``shape`` the input's axis is the last."""
         if not self.momentum:
             return g
-        m = read_momentum(state)
+        m, g = read_momentum(state), f.hoist(f.clamp_gradient(g))
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
             view, beta = g.shape, self.momentum.alpha
             g, m = g.reshape(shape), m.reshape(shape)
@@ -317,21 +324,25 @@ class MaxFactor(Float32Optimizer):
             write_momentum(m.reshape(view), state)
             smooth = beta * m + (1 - beta) * g if self.nesterov else m
             return self.momentum.blended(g, smooth, state).reshape(view)
-        m = self.momentum * m + (1 - self.momentum) * g
+        m = f.hoist(self.momentum * m + (1 - self.momentum) * g)
         write_momentum(m, state)
-        return self.momentum * m + (1 - self.momentum) * g if self.nesterov else m
+        return f.hoist(self.momentum * m + (1 - self.momentum) * g) if self.nesterov else m
 
-    def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
+    def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
+        """``max(√V, ε₁)`` in two factors, the first one number a row; of a number √V itself."""
         if not self._is_factored(g.shape):
-            state["v"] = self.gamma * state["v"] + (1 - self.gamma) * mx.square(g)
-            return mx.sqrt(state["v"])
+            state["v"] = self.gamma * state["v"] + (1 - self.gamma) * f.clamped_square(g)
+            root = mx.sqrt(state["v"])
+            one = mx.array(1.0)
+            return one, root if self._is_scalar(g.shape) else mx.maximum(root, self.eps[0])
         weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
         row, column = f.factored_second_moment(g, state["row"], state["column"], weight)
         state["row"], state["column"] = row, column
-        if not self.max_norm:
-            return f.factored_root(row, column, 1.0)
-        largest = mx.max(row, axis=-2, keepdims=True)
-        return f.factored_root(row, column, mx.maximum(largest, self.eps[0] + self.eps_rms))
+        divisor = mx.array(1.0)
+        if self.max_norm:
+            largest = mx.max(row, axis=-2, keepdims=True)
+            divisor = mx.maximum(largest, self.eps[0] + self.eps_rms)
+        return f.factored_root(row, column, divisor, self.eps[0])
 
 
 def orthogonal_step_of(step: Any) -> Orthogonal | None:
