@@ -84,7 +84,7 @@ def main() -> None:
             sys.exit(f"compare_optimizers.py: error: {path} holds no records: make them with --run")
     print(report(records))
     # What is kept beside the records is of all trainings.
-    whole = list(records) == list(TRAININGS)
+    whole = list(records) == kept_trainings() and not arguments.records
     folder = FOLDER / "records" if whole else Path("runs/comparison")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tables.md").write_text(report(records), encoding="utf-8")
@@ -405,10 +405,15 @@ def parse_arguments() -> Arguments:
     if arguments.others and not arguments.records:
         parser.error("runs with arguments of their own need a file of their own: give --records")
     if "all" in arguments.trainings:
-        arguments.trainings = list(TRAININGS)
+        arguments.trainings = list(TRAININGS) if arguments.run else kept_trainings()
     if arguments.records and len(arguments.trainings) > 1:
         parser.error("--records is a file of one training")
     return arguments
+
+
+def kept_trainings() -> list[str]:
+    """Those with records in the folder."""
+    return [name for name in TRAININGS if (FOLDER / "records" / f"{name}.jsonl").exists()]
 
 
 def file_of(training: str, arguments: Arguments) -> Path:

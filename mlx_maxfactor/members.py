@@ -23,7 +23,7 @@ OPTIMIZERS: dict[str, type[Float32Optimizer]] = {
 }
 """Every optimizer that a name stands for."""
 
-DEFAULT_RATES = {"maxfactor": 2e-2, "adafactor": 1e-2, "signsgd": 1e-2, "muon": 2e-2, "adamw": 1e-3}
+DEFAULT_RATES = {"maxfactor": 5e-2, "adafactor": 1e-2, "signsgd": 1e-2, "muon": 2e-2, "adamw": 1e-3}
 """Rates of the members. A rate given for the hidden matrices moves the others in proportion."""
 
 HIDDEN_OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"step": "orthogonal"}}
