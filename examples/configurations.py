@@ -170,6 +170,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "row-max": row_max(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
     "Muon 0": named(WHICH, "muon", rates(0.03, 0.015), MAIN, momentum=0),
     "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), MAIN, momentum=0.8),
+    "mlx AdamW": named(WHICH, "mlx_adamw", rates(1e-3, 1e-3), MAIN),
     "mlx Adafactor": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), MAIN),
     "mlx Adafactor, beta_1 0.9": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), beta_1=0.9),
     "orthogonal, momentum 0.5": orthogonal(MOMENTUM, HALF, MAIN, momentum=0.5),

@@ -29,7 +29,7 @@ VALIDATION = (16, 8)  # batches, windows in each
 
 # Peak rates on hidden matrices: the best of a small grid, at the defaults below.
 RATES = {"maxfactor": 0.1, "adafactor": 5e-3, "signsgd": 5e-3, "muon": 0.03, "adamw": 3e-3}
-RATES |= {"mlx_adafactor": 0.05, "normuon": 0.05, "unrefused_maxfactor": 0.1}
+RATES |= {"mlx_adamw": 0.003, "mlx_adafactor": 0.05, "normuon": 0.05, "unrefused_maxfactor": 0.1}
 
 
 def main() -> None:

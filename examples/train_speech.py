@@ -36,7 +36,7 @@ END = "\n"  # begins and ends every text
 # Peak rates on hidden matrices, at the defaults below: the best that compare_optimizers.py found;
 # those of adafactor and signsgd are guesses.
 RATES = {"maxfactor": 0.05, "adafactor": 5e-3, "signsgd": 2e-3, "muon": 0.02, "adamw": 2e-3}
-RATES |= {"mlx_adafactor": 0.015, "normuon": 0.03, "unrefused_maxfactor": 0.05}
+RATES |= {"mlx_adamw": 0.0015, "mlx_adafactor": 0.015, "normuon": 0.03, "unrefused_maxfactor": 0.05}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mlx.optimizers import Adafactor as MlxAdafactor
+from mlx.optimizers import AdamW as MlxAdamW
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 from tqdm import tqdm
@@ -45,6 +46,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 STATE_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int8": mx.int8}
 PEERS: dict[str, Callable[..., Optimizer]] = {
     "mlx_adafactor": partial(MlxAdafactor, relative_step=False),
+    "mlx_adamw": MlxAdamW,
     "normuon": NorMuon,
     "unrefused_maxfactor": UnrefusedMaxFactor,
 }

@@ -166,9 +166,7 @@ def test_every_layout_reaches_the_formula(build, hidden, twin):
 
 
 def test_a_rate_for_the_hidden_matrices_moves_the_rest_in_proportion():
-    assert rates(create_optimizer(Table(), learning_rate=0.1)) == pytest.approx(
-        [0.1, 2e-3, 2e-3]
-    )
+    assert rates(create_optimizer(Table(), learning_rate=0.1)) == pytest.approx([0.1, 2e-3, 2e-3])
     optimizer = create_optimizer(Table(), learning_rate=0.05, rest_learning_rate=2e-3)
     assert rates(optimizer) == pytest.approx([0.05, 2e-3, 2e-3])
     optimizer.learning_rate = 0.1
