@@ -89,8 +89,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tables.md").write_text(report(records), encoding="utf-8")
     pictured = {name: kept for name, kept in records.items() if name in PICTURED} or records
+    timed = {name: kept for name, kept in pictured.items() if timings_of(name).exists()}
     for cost in COSTS:
-        draw(pictured, cost).savefig(folder / f"loss_by_{cost}.png")
+        drawn = timed or pictured if cost == "seconds" else pictured
+        draw(drawn, cost).savefig(folder / f"loss_by_{cost}.png")
     print(f"{folder / 'tables.md'}, {', '.join(f'loss_by_{cost}.png' for cost in COSTS)}")
 
 
@@ -296,11 +298,17 @@ def overview(records: Mapping[str, Sequence[Record]]) -> str:
     return markdown(rows)
 
 
+def seconds_of(records: Sequence[Record]) -> dict[str, list[float]]:
+    """Seconds a step of each run, by configuration."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        seconds[record.configuration].append(record.seconds_per_step)
+    return seconds
+
+
 def seconds_table(training: str) -> str:
     """Seconds a step of runs that were timed in turn: median (least to greatest)."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for record in read(timings_of(training)):
-        seconds[record.configuration].append(record.seconds_per_step)
+    seconds = seconds_of(read(timings_of(training)))
     rows = [["", "seconds a step"]]
     for name, each in sorted(seconds.items(), key=lambda item: median(item[1])):
         rows.append([name, f"{median(each):.4f} ({min(each):.4f} to {max(each):.4f})"])
@@ -324,15 +332,12 @@ def draw(records: Mapping[str, Sequence[Record]], cost: str) -> Figure:
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for axes, (training, kept) in zip(panels, records.items(), strict=True):
         groups = {name: group for name, group in at_best(kept).items() if name in DRAWN}
-        losses = {name: [r.final("loss") for r in group] for name, group in groups.items()}
         if cost == "state":
             costs = {name: group[0].hidden_state_bytes / 1000 for name, group in groups.items()}
         else:
-            timed = read(timings_of(training)) or kept
-            costs = {
-                name: median(r.seconds_per_step for r in timed if r.configuration == name)
-                for name in groups
-            }
+            seconds = seconds_of(read(timings_of(training)) or kept)
+            costs = {name: median(seconds[name]) for name in groups if name in seconds}
+        losses = {name: [r.final("loss") for r in groups[name]] for name in costs}
         draw_front(axes, costs, losses)
         axes.set(
             title=f"{TRAININGS[training].title}: mean and range of {len(SEEDS)} seeds",

@@ -440,12 +440,24 @@ def test_the_benchmark_prints_ratios(tmp_path):
     assert re.search(r"Muon +mlx Muon +\d+\.\d\d \(\d", done.stdout)
 
 
+LOOP_OF_A_USER = """
+import mlx.core as mx
+import mlx.nn as nn
+
+model, batch = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), mx.ones((3, 4))
+
+
+def loss_of(batch):
+    return model(batch).square().mean()
+"""
+
+
 def test_what_readme_shows_runs_and_prints_what_it_shows(tmp_path):
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     table = re.search(r"plan before it makes a step:\n\n```\n(.*?)```", readme, re.S)
     assert table
-    done = run("-c", "\n".join(blocks), cwd=tmp_path)
+    done = run("-c", "\n".join([LOOP_OF_A_USER, *blocks]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert table.group(1) in done.stdout
