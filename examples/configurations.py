@@ -51,6 +51,7 @@ TRAININGS = {
 EVERYWHERE = tuple(TRAININGS)
 MAIN = ("language_model", "language_model_1500", "speech")
 SHORT = ("language_model", "speech")
+LANGUAGE = ("language_model", "language_model_1500")
 FIRST = ("language_model",)
 
 
@@ -169,12 +170,14 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "row-max, cautious": row_max(WHICH, EVERYWHERE, momentum=0.9, cautious=True),
     "row-max": row_max(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
     "Muon 0": named(WHICH, "muon", rates(0.03, 0.015), MAIN, momentum=0),
-    "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), MAIN, momentum=0.8),
+    "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), SHORT, momentum=0.8),
     "mlx AdamW": named(WHICH, "mlx_adamw", rates(1e-3, 1e-3), MAIN),
     "mlx Adafactor": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), MAIN),
-    "mlx Adafactor, beta_1 0.9": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), beta_1=0.9),
-    "orthogonal, momentum 0.5": orthogonal(MOMENTUM, HALF, MAIN, momentum=0.5),
-    "orthogonal, momentum 0.95": orthogonal(MOMENTUM, rates(0.01, 5e-3), MAIN, momentum=0.95),
+    "mlx Adafactor, beta_1 0.9": named(
+        WHICH, "mlx_adafactor", rates(0.02, 0.01), FIRST, beta_1=0.9
+    ),
+    "orthogonal, momentum 0.5": orthogonal(MOMENTUM, HALF, SHORT, momentum=0.5),
+    "orthogonal, momentum 0.95": orthogonal(MOMENTUM, rates(0.01, 5e-3), SHORT, momentum=0.95),
     "Muon 0.5": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.5),
     "Muon 0.9": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.9),
     "Muon": named(MOMENTUM, "muon", MUON, MAIN),
@@ -182,7 +185,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "row-max, Nesterov": row_max(MOMENTUM, momentum=0.9, cautious=False, nesterov=True),
     "row-max, cautious, bf16": row_max(BITS, momentum=0.9, cautious=True, state_dtype="bfloat16"),
     "orthogonal, blocks of 1/2": orthogonal(COST, ORTHOGONAL, FIRST, step={"block": 32}),
-    "orthogonal, blocks of 1/4": orthogonal(COST, ORTHOGONAL, MAIN, step={"block": 16}),
+    "orthogonal, blocks of 1/4": orthogonal(COST, ORTHOGONAL, SHORT, step={"block": 16}),
     "orthogonal, blocks of 1/8": orthogonal(COST, ORTHOGONAL, FIRST, step={"block": 8}),
     "orthogonal, 3 steps": orthogonal(COST, ORTHOGONAL, FIRST, step={"steps": 3}),
     "orthogonal, Polar Express": orthogonal(
@@ -191,7 +194,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "orthogonal, Polar Express, 3 steps": orthogonal(
         COST, ORTHOGONAL, FIRST, step={"method": "polar_express", "steps": 3}
     ),
-    "orthogonal, not capped": orthogonal(COST, ORTHOGONAL, MAIN, step={"capped": False}),
+    "orthogonal, not capped": orthogonal(COST, ORTHOGONAL, LANGUAGE, step={"capped": False}),
     "orthogonal, momentum 0.8, cautious": named(
         COST,
         "unrefused_maxfactor",
@@ -232,9 +235,9 @@ CONFIGURATIONS |= {
     "orthogonal, momentum 0.8, 8 bits": stored(
         "orthogonal, momentum 0.8", EVERYWHERE, "int8", WHICH
     ),
-    "orthogonal, momentum 0.8, bf16": stored("orthogonal, momentum 0.8", MAIN, "bfloat16"),
+    "orthogonal, momentum 0.8, bf16": stored("orthogonal, momentum 0.8", FIRST, "bfloat16"),
     "orthogonal, momentum 0.95, 8 bits": stored("orthogonal, momentum 0.95", FIRST, "int8"),
-    "Muon 0.8, 8 bits": stored("Muon 0.8", MAIN, "int8"),
+    "Muon 0.8, 8 bits": stored("Muon 0.8", FIRST, "int8"),
     "rest Adafactor": rest("adafactor", rates(7e-3, 0.01)),
     "rest MaxFactor": rest("maxfactor", rates(7e-3, 0.01), momentum=0, min_rms=1),
 }

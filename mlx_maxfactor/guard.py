@@ -1,5 +1,6 @@
 """Bad batches: clipping by the global norm, and steps that are skipped, inside a compiled step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ from mlx.utils import tree_map
 from . import functional as f
 from ._validate import Rate, check_flags, check_number
 from .optimizers._base import Float32Optimizer, flatten
+from .optimizers._turns import Leaf, Turns, Update, find_leaves
 
 
 class GuardedOptimizer(MultiOptimizer):
@@ -58,7 +60,6 @@ class GuardedOptimizer(MultiOptimizer):
             check_number("max_grad_norm", max_grad_norm, 0.0, ends="()")
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self._restored = False
         self._guard = {"skipped": mx.array(0, mx.uint32)} if skip_nonfinite else {}
 
     @property
@@ -87,31 +88,59 @@ class GuardedOptimizer(MultiOptimizer):
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
-        # A member's init gets parameters here, never gradients, as MLX's lazy one would.
-        self.init(tree_map(lambda _, p: p, gradients, parameters))
-        if self.max_grad_norm is None and not self.skip_nonfinite:
-            return self._updated(gradients, parameters)
+        leaves = find_leaves(gradients, parameters, self._states)
+        if not all(map(self._is_ready, leaves)):
+            # A member's init gets parameters here, never gradients, as MLX's lazy one would.
+            self.init(tree_map(lambda _, p: p, gradients, parameters))
+            leaves = find_leaves(gradients, parameters, self._states)
+        turns = self._turns([leaf.gradient for leaf in leaves])
+        whole: dict[str, mx.array] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            if _is_single(optimizer):
+                _advance(optimizer, turns)
+            else:
+                whole |= _update_whole(optimizer, self._part(gradients, index), parameters, turns)
 
-        peak, norm = f.scaled_global_norm(list(flatten(gradients).values()))
+        def way(leaf: Leaf) -> tuple[Update, dict] | None:
+            index = self._index_of(leaf.path)
+            if index is None:
+                return None
+            if leaf.path in whole:
+                return (lambda *_: whole[leaf.path]), {}
+            optimizer = self.optimizers[index]
+            ours = isinstance(optimizer, Float32Optimizer)
+            update = optimizer.update_at(leaf.path) if ours else optimizer.apply_single
+            return update, leaf.states[index]
+
+        updated = turns.take_all(gradients, leaves, way)
+        if self.skip_nonfinite:
+            skipped = self._guard["skipped"]
+            self._guard["skipped"] = turns.kept(skipped, skipped + 1)
+        return updated
+
+    def _turns(self, gradients: Sequence[mx.array]) -> Turns:
+        """What happens to every gradient and every update of this step."""
+        if self.max_grad_norm is None and not self.skip_nonfinite:
+            return Turns()
+        factor, (peak, norm) = None, f.scaled_global_norm(gradients)
+        finite = f.hoist(mx.isfinite(norm))
         if self.max_grad_norm is not None:
             # An inf is not scaled: times 0 it would be a NaN, and all else 0.
             factor = mx.minimum(1.0, self.max_grad_norm / peak / norm)
-            factor = f.hoist(mx.where(mx.isfinite(norm), factor, 1.0))
-            gradients = tree_map(
-                lambda g: (g.astype(mx.float32) * factor).astype(g.dtype), gradients
-            )
-        if not self.skip_nonfinite:
-            return self._updated(gradients, parameters)
+            factor = f.hoist(mx.where(finite, factor, 1.0))
+        return Turns(factor, finite if self.skip_nonfinite else None)
 
-        finite = f.hoist(mx.isfinite(norm))
-        before = tree_map(lambda array: array, self.state)
-        updated = self._updated(gradients, parameters)
-        _keep(before, self.state, finite)
-        self._guard["skipped"] = self._guard["skipped"] + mx.where(finite, 0, 1).astype(mx.uint32)
-        return tree_map(lambda new, old: mx.where(finite, new, old), updated, parameters)
+    @property
+    def _states(self) -> list[dict]:
+        return [optimizer.state for optimizer in self.optimizers]
 
-    def _updated(self, gradients: dict, parameters: dict) -> dict:
-        return self.optimizers[0].apply_gradients(gradients, parameters)
+    def _index_of(self, path: str) -> int | None:
+        """Index of the member that updates the parameter at a path."""
+        return 0
+
+    def _is_ready(self, leaf: Leaf) -> bool:
+        index = self._index_of(leaf.path)
+        return index is not None and isinstance(leaf.states[index], dict)
 
     def _part(self, tree: Any, index: int) -> Any:
         return tree
@@ -137,13 +166,40 @@ class GuardedOptimizer(MultiOptimizer):
                 optimizer.state.clear()
                 optimizer.state.update(new)
         self._guard.update(state.get("guard", {}))
-        self._restored = True  # flattening may have lost empty containers: init puts them back
 
 
-def _keep(before: Any, live: Any, finite: mx.array) -> None:
-    """Where the gradients were not finite, put the arrays from before back into a live state."""
+def _is_single(optimizer: Optimizer) -> bool:
+    """Whether it updates one parameter at a time, as MLX's own do."""
+    own = type(optimizer).apply_gradients
+    return own in (Optimizer.apply_gradients, Float32Optimizer.apply_gradients)
+
+
+def _advance(optimizer: Optimizer, turns: Turns) -> None:
+    """Count an update and move the schedules, if the step is made."""
+    before = {key: x for key, x in optimizer.state.items() if isinstance(x, mx.array)}
+    if isinstance(optimizer, Float32Optimizer):
+        optimizer.advance()
+    else:
+        for key, schedule in optimizer._schedulers.items():
+            optimizer.state[key] = schedule(optimizer.step)
+        optimizer.state["step"] = optimizer.step + 1
+    optimizer.state.update({key: turns.kept(optimizer.state[key], x) for key, x in before.items()})
+
+
+def _update_whole(
+    optimizer: Optimizer, gradients: Any, parameters: Any, turns: Turns
+) -> dict[str, mx.array]:
+    """The update of an optimizer that has its own way with trees, by path."""
+    before = tree_map(lambda array: array, optimizer.state)
+    updated = optimizer.apply_gradients(tree_map(turns.scaled, gradients), parameters)
+    _keep(before, optimizer.state, turns)
+    return flatten(tree_map(turns.kept, updated, parameters))
+
+
+def _keep(before: Any, live: Any, turns: Turns) -> None:
+    """Put the arrays from before back into a live state if the step is not made."""
     for key, old in before.items() if isinstance(before, dict) else enumerate(before):
         if isinstance(old, mx.array):
-            live[key] = mx.where(finite, live[key], old)
+            live[key] = turns.kept(live[key], old)
         else:
-            _keep(old, live[key], finite)
+            _keep(old, live[key], turns)

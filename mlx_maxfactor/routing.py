@@ -8,11 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
-from mlx.utils import tree_merge
 
 from ._validate import Rate, check_rate
 from .guard import GuardedOptimizer
 from .optimizers._base import Float32Optimizer, flatten, trainable
+from .optimizers._turns import Leaf
 from .roles import Parameter, find_aliases
 from .schedules import scaled
 
@@ -188,18 +188,15 @@ class RoutedOptimizer(GuardedOptimizer):
                 f"the model did not have these parameters when create_optimizer was called: "
                 f"{', '.join(unknown)}; call it after the model is complete"
             )
-        if new or self._restored:
-            for index, optimizer in enumerate(self.optimizers):
-                optimizer.init(self._part(parameters, index))
-            self._prepared.update(new)
-            self._restored = False
+        super().init(parameters)
+        self._prepared.update(new)
 
-    def _updated(self, gradients: dict, parameters: dict) -> dict:
-        updated: Any = {}
-        for index, optimizer in enumerate(self.optimizers):
-            part = optimizer.apply_gradients(self._part(gradients, index), parameters)
-            updated = tree_merge(updated, part)
-        return updated
+    def _index_of(self, path: str) -> int | None:
+        return self._routes.get(path)
+
+    def _is_ready(self, leaf: Leaf) -> bool:
+        integer = not mx.issubdtype(leaf.parameter.dtype, mx.floating)
+        return super()._is_ready(leaf) or integer
 
     def _part(self, tree: Any, index: int, path: str = "") -> Any:
         """The tree without what belongs to other members; lists keep their length."""

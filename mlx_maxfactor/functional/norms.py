@@ -1,6 +1,6 @@
 """Norms that neither overflow nor underflow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -73,15 +73,26 @@ def unit_frobenius(x: mx.array) -> mx.array:
     return x / mx.where(norm > 0, norm, 1.0)
 
 
-def scaled_global_norm(arrays: list[mx.array]) -> tuple[mx.array, mx.array]:
+def scaled_global_norm(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
     """The norm of all arrays as a product of two numbers, largest magnitude and what remains.
 
     The norm of finite gradients may itself be beyond float32; the second number never is, unless
-    an element is not finite.
+    an element is not finite. One array after the other, so that a float32 copy of one is alive.
     """
-    arrays = [x.astype(mx.float32) for x in arrays if x.size]
-    peaks = [mx.max(mx.abs(x)) for x in arrays]
-    peak = mx.max(mx.stack(peaks)) if peaks else mx.array(1.0)
-    peak = hoist(mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0))
-    squares = [mx.sum(mx.square(x / peak)) for x in arrays]
-    return peak, mx.sqrt(mx.sum(mx.stack(squares))) if squares else mx.array(0.0)
+    peaks, squares = [], []
+    for x in arrays:
+        if x.size and mx.issubdtype(x.dtype, mx.floating):
+            x = mx.depends(x, squares[-1]) if squares else x
+            peaks.append(mx.maximum(mx.max(x), -mx.min(x)).astype(mx.float32))
+            scaled = x.astype(mx.float32) / _divisor(peaks[-1])
+            squares.append(mx.sum(mx.square(scaled)))
+    if not peaks:
+        return mx.array(1.0), mx.array(0.0)
+    each = mx.stack(peaks)
+    peak = _divisor(mx.max(each))
+    return peak, mx.sqrt(mx.sum(mx.stack(squares) * mx.square(_divisor(each) / peak)))
+
+
+def _divisor(peak: mx.array) -> mx.array:
+    """A largest magnitude to divide by: 1 in place of zero, inf and NaN."""
+    return hoist(mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0))

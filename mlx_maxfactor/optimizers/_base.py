@@ -6,10 +6,11 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_integer, check_rate
+from ._turns import Turns, Update, find_leaves
 
 RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 """Keys of the state beside the parameters'."""
@@ -176,16 +177,30 @@ class Float32Optimizer(Optimizer):
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
-        self.init(gradients)
+        leaves = find_leaves(gradients, parameters, [self.state])
+        if any(not isinstance(leaf.states[0], dict) for leaf in leaves):
+            self.init(gradients)
+            leaves = find_leaves(gradients, parameters, [self.state])
+        self.advance()
+        return Turns().take_all(
+            gradients, leaves, lambda leaf: (self.update_at(leaf.path), leaf.states[0])
+        )
+
+    def advance(self) -> None:
+        """Count an update, and set the rate that it is made at."""
         self.state["learning_rate"] = self._next_rate()
         self.state["step"] = self.step + 1
 
-        def update(path: str, g: mx.array, p: mx.array, state: dict) -> mx.array:
-            if not (_is_trained(p) and self.owns(path)):
-                return p
-            return self.apply_single(g, p, state, self.layout_of(path))
+    def update_at(self, path: str) -> Update:
+        """``apply_single`` of the parameter at a path; what is not trained stays as it is."""
+        owns, layout = self.owns(path), self.layout_of(path)
 
-        return tree_map_with_path(update, gradients, parameters, self.state)
+        def update(gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+            if not (owns and _is_trained(parameter)):
+                return parameter
+            return self.apply_single(gradient, parameter, state, layout)
+
+        return update
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make the state of one parameter, from its shape alone.

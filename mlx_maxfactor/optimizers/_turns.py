@@ -1,0 +1,109 @@
+"""One parameter at a time: what a step has at each path, and the order of its evaluation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+Update = Callable[[mx.array, mx.array, dict], mx.array]
+"""An optimizer's ``apply_single``: gradient, parameter and state to the parameter, updated."""
+
+
+class Leaf(NamedTuple):
+    """A gradient, its parameter, and what each optimizer keeps at their path (None: nothing)."""
+
+    path: str
+    gradient: mx.array
+    parameter: mx.array
+    states: tuple[Any, ...]
+
+
+def find_leaves(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[Leaf]:
+    """Everything that a step has, path by path, in the order of the gradients."""
+    leaves: list[Leaf] = []
+
+    def visit(path: str, gradient: Any, parameter: Any, states: Sequence[Any]) -> None:
+        if isinstance(gradient, dict):
+            prefix = f"{path}." if path else ""
+            for key, child in gradient.items():
+                below = [state.get(key) if isinstance(state, dict) else None for state in states]
+                visit(f"{prefix}{key}", child, parameter[key], below)
+        elif isinstance(gradient, (list, tuple)):
+            prefix = f"{path}." if path else ""
+            for i, child in enumerate(gradient):
+                below = [state[i] if _reaches(state, i) else None for state in states]
+                visit(f"{prefix}{i}", child, parameter[i], below)
+        else:
+            leaves.append(Leaf(path, gradient, parameter, tuple(states)))
+
+    visit("", gradients, parameters, states)
+    return leaves
+
+
+def _reaches(state: Any, index: int) -> bool:
+    return isinstance(state, (list, tuple)) and index < len(state)
+
+
+class Turns:
+    """Updates that are evaluated one after the other, whatever the order of the graph.
+
+    MLX evaluates breadth first: float32 copies of twenty bf16 weights, and what was computed from
+    them, are alive at once. Where each update waits for the one before, they are released in
+    between, and so is a gradient. A backward pass ends with the first layers: the last are first.
+
+    Args:
+        factor: What gradients are multiplied by, in float32. None: nothing.
+        finite: Whether the step is made; if not, every array stays as it was. None: it is.
+    """
+
+    def __init__(self, factor: mx.array | None = None, finite: mx.array | None = None):
+        self.factor = factor
+        self.finite = finite
+        self._before: list[mx.array] = []
+
+    def take_all(
+        self,
+        gradients: Any,
+        leaves: Sequence[Leaf],
+        way: Callable[[Leaf], tuple[Update, dict] | None],
+    ) -> Any:
+        """Update every leaf, the last one first.
+
+        Args:
+            gradients: The tree that the leaves are of.
+            leaves: What :func:`find_leaves` found.
+            way: What updates a leaf, and its state; None leaves the parameter as it is.
+
+        Returns:
+            The parameters, in the structure of the gradients.
+        """
+        updated = {}
+        for leaf in reversed(leaves):
+            found = way(leaf)
+            updated[leaf.path] = self.take(leaf, *found) if found else leaf.parameter
+        each = (updated[leaf.path] for leaf in leaves)
+        return tree_map(lambda _: next(each), gradients)
+
+    def take(self, leaf: Leaf, apply_single: Update, state: dict) -> mx.array:
+        """Return one parameter, updated after the one before it; its state changes in place."""
+        kept = [key for key, x in state.items() if isinstance(x, mx.array)]
+        arrays = [leaf.gradient, leaf.parameter, *(state[key] for key in kept)]
+        if self._before:
+            arrays = mx.depends(arrays, self._before)
+        gradient, parameter, *old = arrays
+        state.update(zip(kept, old, strict=True))
+        updated = self.kept(apply_single(self.scaled(gradient), parameter, state), parameter)
+        state.update((key, self.kept(state[key], x)) for key, x in zip(kept, old, strict=True))
+        self._before = [updated, *(state[key] for key in kept)]
+        return updated
+
+    def scaled(self, gradient: mx.array) -> mx.array:
+        """The gradient times the factor, in its own dtype."""
+        if self.factor is None:
+            return gradient
+        return (gradient.astype(mx.float32) * self.factor).astype(gradient.dtype)
+
+    def kept(self, new: mx.array, old: mx.array) -> mx.array:
+        """The new array, or the old one if the step is not made."""
+        return new if self.finite is None else mx.where(self.finite, new, old)
