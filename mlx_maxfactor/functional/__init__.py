@@ -29,13 +29,14 @@ from .orthogonalization import (
 )
 from .quantization import dequantize, quantize, scales
 from .rounding import stochastic_round
-from .steps import ROOT_FLOOR, cautious, unit_rms, update_scale
+from .steps import ROOT_FLOOR, agreeing_share, cautious, unit_rms, update_scale
 
 __all__ = [
     "LAYOUTS",
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
+    "agreeing_share",
     "as_matrices",
     "band_damping",
     "band_momentum",

@@ -41,13 +41,24 @@ def update_scale(
     return scale
 
 
-def cautious(step: mx.array, gradient: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
-    """Keep the elements of a step that agree in sign with the gradient, over the share kept.
+def agreement(step: mx.array, gradient: mx.array) -> mx.array:
+    """1 where a step agrees in sign with the gradient, else 0."""
+    return mx.maximum(mx.sign(step) * mx.sign(gradient), 0.0)
 
-    Liang et al. 2024, arXiv 2411.16085. The share is at least 1e-3.
-    """
-    agrees = mx.maximum(mx.sign(step) * mx.sign(gradient), 0.0)
+
+def agreeing_share(
+    step: mx.array, gradient: mx.array, axes: tuple[int, ...] | None = None
+) -> mx.array:
+    """Share of the elements of a step that agree in sign with the gradient."""
+    agrees = agreement(step, gradient)
     rows = mx.sum(agrees, axis=-2, keepdims=True) if agrees.ndim > 1 else agrees
     share = mx.sum(rows, axis=axes, keepdims=True)
-    share = share * (share.size / agrees.size)
-    return step * agrees * hoist(1 / mx.maximum(share, LEAST_SHARE))
+    return share * (share.size / agrees.size)
+
+
+def cautious(step: mx.array, gradient: mx.array, share: mx.array) -> mx.array:
+    """Keep the elements of a step that agree in sign with the gradient, over their share.
+
+    Liang et al. 2024, arXiv 2411.16085. The share counts as at least 1e-3.
+    """
+    return step * agreement(step, gradient) * hoist(1 / mx.maximum(share, LEAST_SHARE))

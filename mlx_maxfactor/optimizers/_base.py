@@ -116,8 +116,13 @@ class Float32Optimizer(Optimizer):
         """The layout of the parameter at ``path``."""
         return self.layouts.get(path, self.layout)
 
-    def load(self, x: mx.array, layout: str) -> mx.array:
-        """An array in float32, seen as the matrices it holds."""
+    def load(self, x: mx.array, layout: str, after: mx.array | None = None) -> mx.array:
+        """An array in float32, seen as the matrices it holds.
+
+        Once ``after`` is there it is read anew: two fused kernels that share a float32 array write
+        it out, where a bf16 or float32 one that is already there costs nothing.
+        """
+        x = x if after is None else mx.depends(x, after)
         return f.as_matrices(x.astype(mx.float32), layout)
 
     def store(self, x: mx.array, parameter: mx.array, state: dict, layout: str) -> mx.array:

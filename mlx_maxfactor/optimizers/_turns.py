@@ -22,23 +22,23 @@ class Leaf(NamedTuple):
 def find_leaves(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[Leaf]:
     """Everything that a step has, path by path, in the order of the gradients."""
     leaves: list[Leaf] = []
-
-    def visit(path: str, gradient: Any, parameter: Any, states: Sequence[Any]) -> None:
-        if isinstance(gradient, dict):
-            prefix = f"{path}." if path else ""
-            for key, child in gradient.items():
-                below = [state.get(key) if isinstance(state, dict) else None for state in states]
-                visit(f"{prefix}{key}", child, parameter[key], below)
-        elif isinstance(gradient, (list, tuple)):
-            prefix = f"{path}." if path else ""
-            for i, child in enumerate(gradient):
-                below = [state[i] if _reaches(state, i) else None for state in states]
-                visit(f"{prefix}{i}", child, parameter[i], below)
-        else:
-            leaves.append(Leaf(path, gradient, parameter, tuple(states)))
-
-    visit("", gradients, parameters, states)
+    _visit("", gradients, parameters, states, leaves)
     return leaves
+
+
+def _visit(path: str, gradient: Any, parameter: Any, states: Any, leaves: list[Leaf]) -> None:
+    # No function inside find_leaves: its reference to itself would keep every gradient alive.
+    prefix = f"{path}." if path else ""
+    if isinstance(gradient, dict):
+        for key, child in gradient.items():
+            below = [state.get(key) if isinstance(state, dict) else None for state in states]
+            _visit(f"{prefix}{key}", child, parameter[key], below, leaves)
+    elif isinstance(gradient, (list, tuple)):
+        for i, child in enumerate(gradient):
+            below = [state[i] if _reaches(state, i) else None for state in states]
+            _visit(f"{prefix}{i}", child, parameter[i], below, leaves)
+    else:
+        leaves.append(Leaf(path, gradient, parameter, tuple(states)))
 
 
 def _reaches(state: Any, index: int) -> bool:
@@ -92,9 +92,11 @@ class Turns:
         if self._before:
             arrays = mx.depends(arrays, self._before)
         gradient, parameter, *old = arrays
-        state.update(zip(kept, old, strict=True))
-        updated = self.kept(apply_single(self.scaled(gradient), parameter, state), parameter)
-        state.update((key, self.kept(state[key], x)) for key, x in zip(kept, old, strict=True))
+        # Through a dictionary that keeps: a formula that reads back what it wrote then needs no
+        # second copy of its state beside the one that stays.
+        live = _Kept(self, state | dict(zip(kept, old, strict=True)))
+        updated = self.kept(apply_single(self.scaled(gradient), parameter, live), parameter)
+        state.update(live)
         self._before = [updated, *(state[key] for key in kept)]
         return updated
 
@@ -107,3 +109,14 @@ class Turns:
     def kept(self, new: mx.array, old: mx.array) -> mx.array:
         """The new array, or the old one if the step is not made."""
         return new if self.finite is None else mx.where(self.finite, new, old)
+
+
+class _Kept(dict):
+    """Arrays of a state, each of which stays as it is if the step is not made."""
+
+    def __init__(self, turns: Turns, state: dict):
+        super().__init__(state)
+        self._turns = turns
+
+    def __setitem__(self, key: str, new: mx.array) -> None:
+        super().__setitem__(key, self._turns.kept(new, self[key]) if key in self else new)

@@ -87,8 +87,9 @@ class Adafactor(Float32Optimizer):
     ) -> mx.array:
         """One update of one parameter."""
         layout = layout or self.layout
-        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
-        alpha = self.step_size(p, self.step, self.learning_rate, layout)
+        alpha = self.step_size(self.load(parameter, layout), self.step, self.learning_rate, layout)
+        g = self.load(gradient, layout, alpha)
+        axes = f.norm_axes(g.ndim, layout)
 
         state["count"] = state["count"] + 1
         weight = f.second_moment_weight(state["count"], self.decay_rate)
@@ -99,15 +100,20 @@ class Adafactor(Float32Optimizer):
             state["row"], state["column"] = row, column
             mean = mx.mean(row, axis=-2, keepdims=True)
             rows, root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
-            u = g / root / rows
         else:
-            state["v"] = state["v"] + weight * (mx.square(g) + self.eps[0] - state["v"])
-            u = g / mx.maximum(mx.sqrt(state["v"]), f.ROOT_FLOOR)
+            square = f.clamped_square(g) + self.eps[0]
+            state["v"] = state["v"] + weight * (square - state["v"])
+            rows, root = mx.array(1.0), mx.maximum(mx.sqrt(state["v"]), f.ROOT_FLOOR)
 
-        # Where a dead row meets a dead column the estimate is 0; and u is squared for its RMS.
-        u = f.clamp_gradient(u)
-        clip = mx.maximum(1.0, f.rms(u, f.norm_axes(u.ndim, layout)) / self.clip_threshold)
-        p = p * f.hoist(1 - alpha * self.weight_decay) - u * f.hoist(alpha / clip)
+        def update(after: mx.array) -> mx.array:
+            u = f.clamp_gradient(self.load(gradient, layout, after)) / root / rows
+            # Where a dead row meets a dead column the estimate is 0; and u is squared for its RMS.
+            return f.clamp_gradient(u)
+
+        clip = mx.maximum(1.0, f.rms(update(rows), axes) / self.clip_threshold)
+        scale = f.hoist(alpha / clip)
+        p = self.load(parameter, layout, scale)
+        p = p * f.hoist(1 - alpha * self.weight_decay) - update(scale) * scale
         return self.store(p, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:

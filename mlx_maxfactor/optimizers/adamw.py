@@ -76,9 +76,8 @@ class AdamW(Float32Optimizer):
         p, g = parameter.astype(mx.float32), f.clamp_gradient(gradient.astype(mx.float32))
         eta, (beta1, beta2) = self.learning_rate, self.betas
 
-        m = beta1 * read_momentum(state) + (1 - beta1) * g
-        write_momentum(m, state)
-        v = state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
+        m = write_momentum(beta1 * read_momentum(state) + (1 - beta1) * g, state)
+        state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
             # m/c₁ / (√(v/c₂) + ε), with both corrections in numbers apart from what is full-size.
@@ -87,5 +86,5 @@ class AdamW(Float32Optimizer):
             root = mx.sqrt(f.gathered_weight(beta2, t))
             rate, eps = eta * root / f.gathered_weight(beta1, t), eps * root
         decay = f.hoist(1 - eta * self.weight_decay)
-        new = p * decay - f.hoist(rate) * m / (mx.sqrt(v) + f.hoist(eps))
+        new = p * decay - f.hoist(rate) * m / (mx.sqrt(state["v"]) + f.hoist(eps))
         return self.store(new, parameter, state, "batched")

@@ -25,10 +25,15 @@ def read_momentum(state: dict) -> mx.array:
     return state["m"].astype(mx.float32)
 
 
-def write_momentum(m: mx.array, state: dict) -> None:
-    """Keep a float32 buffer; 8 bits are rounded by chance, with the parameter's own key."""
+def write_momentum(m: mx.array, state: dict) -> mx.array:
+    """Keep a float32 buffer; 8 bits are rounded by chance, with the parameter's own key.
+
+    Returns:
+        The buffer to go on with, not yet rounded.
+    """
     if "m_scale" in state:
         state["key"], key = mx.random.split(state["key"])
         state["m"], state["m_scale"] = f.quantize(m, key)
     else:
         state["m"] = m.astype(state["m"].dtype)
+    return state["m"] if state["m"].dtype == mx.float32 else m

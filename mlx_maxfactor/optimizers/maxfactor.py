@@ -1,6 +1,6 @@
 """MaxFactor: factored second moments, infinity norm, sign times row maximum."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +14,9 @@ from .momentum import FrequencyAdaptiveMomentum
 from .orthogonal import Orthogonal
 
 FLOAT32_EPS = 2.0**-23
+
+Reader = Callable[[mx.array], mx.array]
+"""Reads an array once another is there: fused kernels then share no float32 copy of it."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "early": {
@@ -229,24 +232,27 @@ class MaxFactor(Float32Optimizer):
     ) -> mx.array:
         """One update of one parameter."""
         layout = layout or self.layout
-        p, g = self.load(parameter, layout), self.load(gradient, layout)
-        g = -g if self.maximize else g
+        p = self.load(parameter, layout)
         axes = f.norm_axes(p.ndim, layout)
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
 
-        smooth = self._momentum(g, state, f.input_axis_shape(parameter.shape, layout))
-        rows, root = self._second_moment_root(g, state)
-        if self._is_scalar(p.shape):
-            u = f.clamp_gradient(smooth) / (root + self.eps[0])
-            step = u * (alpha * (self.scalar_boost or 1.0))
-        elif orthogonal := self._orthogonal_step(p.shape):
-            u = f.clamp_gradient(smooth) / root / rows
+        def read(after: mx.array) -> mx.array:
+            g = self.load(gradient, layout, after)
+            return -g if self.maximize else g
+
+        smooth = self._momentum(read, state, f.input_axis_shape(parameter.shape, layout))
+        rows, root = self._second_moment_root(read(alpha), state)
+        if orthogonal := self._orthogonal_step(p.shape):
+            u = f.clamp_gradient(smooth(rows)) / root / rows
             step = orthogonal.direction(u) * f.hoist(alpha)
         else:
-            step = self._normalized_step(smooth, rows, root, alpha, axes)
-        if self.cautious:
-            step = f.cautious(step, g, axes)
+            step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
+            step = step_of(smooth(scale))
+            if self.cautious:
+                share = f.agreeing_share(step, read(scale), axes)
+                step = f.cautious(step_of(smooth(share)), read(share), share)
+        p = self.load(parameter, layout, alpha)
         return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
@@ -264,19 +270,24 @@ class MaxFactor(Float32Optimizer):
     def _orthogonal_step(self, shape: tuple[int, ...]) -> Orthogonal | None:
         return self.orthogonal if len(shape) > 1 and not self._is_scalar(shape) else None
 
-    def _normalized_step(
+    def _elementwise_step(
         self,
         g: mx.array,
         rows: mx.array,
         root: mx.array,
         alpha: mx.array,
         axes: tuple[int, ...] | None,
-    ) -> mx.array:
-        """The step of ``u = g / (rows · root)``, an array that the row-max step never makes."""
+    ) -> tuple[Callable[[mx.array], mx.array], mx.array]:
+        """The step as a function of ``g``, and the factor in it that each of its readers waits for.
+
+        It is that of ``u = g / (rows · root)``, an array that is never kept.
+        """
+        if self._is_scalar(g.shape):
+            scale = alpha * (self.scalar_boost or 1.0)
+            return lambda g: f.clamp_gradient(g) / (root + self.eps[0]) * scale, scale
         peaks = f.row_max(f.clamped_magnitude(g) / root) / rows
-        u = f.clamp_gradient(g) / root / rows
         scale = alpha * f.update_scale(
-            u,
+            f.clamp_gradient(g) / root / rows,
             mx.max(peaks, axis=axes, keepdims=True),
             eps=self.eps[0] + self.eps_rms,
             clip_threshold=self.clip_threshold,
@@ -284,8 +295,10 @@ class MaxFactor(Float32Optimizer):
             axes=axes,
         )
         if self._steps_by_row_max(g.ndim):
-            return mx.sign(g) * f.hoist(scale * peaks)
-        return u * f.hoist(scale)
+            scale = f.hoist(scale * peaks)
+            return lambda g: mx.sign(g) * scale, scale
+        scale = f.hoist(scale)
+        return lambda g: f.clamp_gradient(g) / root / rows * scale, scale
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
         return self.scalar_boost is not None and all(n == 1 for n in shape)
@@ -312,21 +325,23 @@ class MaxFactor(Float32Optimizer):
     def _steps_by_row_max(self, ndim: int) -> bool:
         return self.max_norm if ndim > 1 else self.vector_sign
 
-    def _momentum(self, g: mx.array, state: dict, shape: tuple[int, ...]) -> mx.array:
+    def _momentum(self, read: Reader, state: dict, shape: tuple[int, ...]) -> Reader:
         """What stands for the gradient in the update. In ``shape`` the input's axis is the last."""
         if not self.momentum:
-            return g
-        m, g = read_momentum(state), f.hoist(f.clamp_gradient(g))
+            return read
+        m, g = read_momentum(state), f.clamp_gradient(read(self.step))
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
             view, beta = g.shape, self.momentum.alpha
             g, m = g.reshape(shape), m.reshape(shape)
             m = self.momentum.update(g, m, state)
             write_momentum(m.reshape(view), state)
-            smooth = beta * m + (1 - beta) * g if self.nesterov else m
-            return self.momentum.blended(g, smooth, state).reshape(view)
-        m = f.hoist(self.momentum * m + (1 - self.momentum) * g)
-        write_momentum(m, state)
-        return f.hoist(self.momentum * m + (1 - self.momentum) * g) if self.nesterov else m
+            ahead = beta * m + (1 - beta) * g if self.nesterov else m
+            blended = self.momentum.blended(g, ahead, state).reshape(view)
+            return lambda after: mx.depends(blended, after)
+        beta = self.momentum
+        m = write_momentum(beta * m + (1 - beta) * g, state)
+        ahead = beta * m + (1 - beta) * g if self.nesterov else m
+        return lambda after: mx.depends(ahead, after)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
         """``max(√V, ε₁)`` in two factors, the first one number a row; of a number √V itself."""

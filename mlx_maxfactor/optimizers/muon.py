@@ -98,8 +98,7 @@ class Muon(Float32Optimizer):
 
         u = g
         if self.momentum:
-            m = self.momentum * read_momentum(state) + g
-            write_momentum(m, state)
+            m = write_momentum(self.momentum * read_momentum(state) + g, state)
             u = g + self.momentum * m if self.nesterov else m
 
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
