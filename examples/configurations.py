@@ -51,7 +51,7 @@ TRAININGS = {
 EVERYWHERE = tuple(TRAININGS)
 MAIN = ("language_model", "language_model_1500", "speech")
 SHORT = ("language_model", "speech")
-LANGUAGE = ("language_model", "language_model_1500")
+LANGUAGE = ("language_model", "language_model_1500", "language_model_6000")
 FIRST = ("language_model",)
 
 
@@ -179,7 +179,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "orthogonal, momentum 0.5": orthogonal(MOMENTUM, HALF, SHORT, momentum=0.5),
     "orthogonal, momentum 0.95": orthogonal(MOMENTUM, rates(0.01, 5e-3), SHORT, momentum=0.95),
     "Muon 0.5": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.5),
-    "Muon 0.9": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.9),
+    "Muon 0.9": named(MOMENTUM, "muon", MUON, (*MAIN, "language_model_6000"), momentum=0.9),
     "Muon": named(MOMENTUM, "muon", MUON, MAIN),
     "row-max, momentum": row_max(MOMENTUM, momentum=0.9, cautious=False),
     "row-max, Nesterov": row_max(MOMENTUM, momentum=0.9, cautious=False, nesterov=True),

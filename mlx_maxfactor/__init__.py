@@ -3,7 +3,7 @@
 from ._version import __version__
 from .accumulation import accumulate_gradients, averaged_gradients
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .factory import create_optimizer, create_optimizer_for_hrm
+from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
 from .functional import newton_schulz, polar_express
 from .guard import GuardedOptimizer
 from .members import DEFAULT_RATES, OPTIMIZERS
@@ -43,6 +43,7 @@ __all__ = [
     "averaged_gradients",
     "create_optimizer",
     "create_optimizer_for_hrm",
+    "estimate_state_bytes",
     "load_checkpoint",
     "newton_schulz",
     "polar_express",

@@ -115,6 +115,29 @@ def create_optimizer(
     )
 
 
+def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> int:
+    """Bytes of optimizer state that :func:`create_optimizer` would keep, from shapes alone.
+
+    Nothing is allocated: a model that was built and not yet evaluated, of any size, stays shapes.
+
+    Args:
+        model: The model.
+        *arguments: As for ``create_optimizer``.
+        **options: Likewise.
+
+    Raises:
+        ValueError: As from ``create_optimizer``.
+
+    Example:
+        >>> import mlx.nn as nn
+        >>> from mlx_maxfactor import estimate_state_bytes
+        >>> model = nn.Sequential(*[nn.Linear(10_000, 10_000, bias=False) for _ in range(3)])
+        >>> [estimate_state_bytes(model, name, rest="adafactor") for name in ("muon", "maxfactor")]
+        [1200000000, 240000]
+    """
+    return create_optimizer(model, *arguments, **options).plan.state_bytes
+
+
 def create_optimizer_for_hrm(
     model: nn.Module,
     lr: float = 1e-4,
