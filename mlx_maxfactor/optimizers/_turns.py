@@ -92,9 +92,10 @@ class Turns:
         if self._before:
             arrays = mx.depends(arrays, self._before)
         gradient, parameter, *old = arrays
+        state.update(zip(kept, old, strict=True))
         # Through a dictionary that keeps: a formula that reads back what it wrote then needs no
         # second copy of its state beside the one that stays.
-        live = _Kept(self, state | dict(zip(kept, old, strict=True)))
+        live = state if self.finite is None else _Kept(self, state)
         updated = self.kept(apply_single(self.scaled(gradient), parameter, live), parameter)
         state.update(live)
         self._before = [updated, *(state[key] for key in kept)]
