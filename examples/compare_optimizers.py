@@ -6,7 +6,8 @@ r"""Compare optimizers on one of the examples, each at its best rate, from recor
 The first prints the tables of the records in `examples/records` and draws loss against state and
 against seconds; `all` stands for every training. `--run` first makes the runs that are missing
 there. Every configuration of `configurations.py` gets the same search: four rates of a ladder on
-seed 1, more while the best is the lowest or the highest of them, then two more seeds at the best.
+seed 1, more while the best is the lowest or the highest of them, then two more seeds at the best
+(`--seeds 8`: seven more, where three do not decide).
 Each run is a command that anyone may give alone: the record has it. What follows `--` is handed on
 to every run, whose records belong in a file of their own (`--records`).
 """
@@ -43,7 +44,7 @@ DRAWN = [name for name in CONFIGURATIONS if CONFIGURATIONS[name].question == WHI
 COLOURS = dict(zip(DRAWN, [*(f"C{i}" for i in range(10)), "black", "navy"], strict=False))
 PICTURED = ("language_model_1500", "speech")
 COSTS = {
-    "state": "optimizer state of the hidden matrices, kB",
+    "state": "optimizer state of the hidden matrices, over AdamW's",
     "seconds": "seconds a step, training and all",
 }
 TIMED_STEPS = 100
@@ -110,7 +111,7 @@ def run_missing(records: dict[str, list[Record]], arguments: Arguments) -> None:
                 for training in arguments.trainings
                 for name in arguments.only or CONFIGURATIONS
                 if training in CONFIGURATIONS[name].trainings
-                for rate, seed in next_runs(name, training, records[training])
+                for rate, seed in next_runs(name, training, records[training], arguments.seeds)
             ]
             progress.total = progress.n + len(wanted)
             progress.refresh()
@@ -129,16 +130,18 @@ def run_missing(records: dict[str, list[Record]], arguments: Arguments) -> None:
                 progress.update()
 
 
-def next_runs(name: str, training: str, records: Sequence[Record]) -> list[tuple[float, int]]:
+def next_runs(
+    name: str, training: str, records: Sequence[Record], count: int = len(SEEDS)
+) -> list[tuple[float, int]]:
     """Rates and seeds that the search of one configuration asks for next."""
-    configuration = CONFIGURATIONS[name]
+    configuration, seeds = CONFIGURATIONS[name], range(1, count + 1)
     losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
     if configuration.rate_of:
         other = best_rate(configuration.rate_of, training, records)
         if other is None:
             return []
         if configuration.searched == "--learning-rate":
-            return [(other, seed) for seed in SEEDS if (other, seed) not in losses]
+            return [(other, seed) for seed in seeds if (other, seed) not in losses]
     first = configuration.first_rates_in(training, FIRST_RATES)
     tried = sorted({rate for rate, seed in losses if seed == SEEDS[0]} | set(first))
     if missing := [(rate, SEEDS[0]) for rate in tried if (rate, SEEDS[0]) not in losses]:
@@ -151,7 +154,7 @@ def next_runs(name: str, training: str, records: Sequence[Record]) -> list[tuple
         return [(LADDER[place - 1], SEEDS[0])]
     if best == tried[-1]:
         return [(LADDER[place + 1], SEEDS[0])]
-    return [(best, seed) for seed in SEEDS if (best, seed) not in losses]
+    return [(best, seed) for seed in seeds if (best, seed) not in losses]
 
 
 def best_rate(name: str, training: str, records: Sequence[Record]) -> float | None:
@@ -328,24 +331,23 @@ def spread(values: Sequence[float]) -> str:
 
 def draw(records: Mapping[str, Sequence[Record]], cost: str) -> Figure:
     """Loss against what an optimizer costs, a panel for each training."""
-    figure = Figure(figsize=(9 * len(records), 5.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8 * len(records), 6), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for axes, (training, kept) in zip(panels, records.items(), strict=True):
         groups = {name: group for name, group in at_best(kept).items() if name in DRAWN}
         if cost == "state":
-            costs = {name: group[0].hidden_state_bytes / 1000 for name, group in groups.items()}
+            sizes = {name: group[0].hidden_state_bytes for name, group in groups.items()}
+            costs = {name: size / max(sizes.values()) for name, size in sizes.items()}
         else:
             seconds = seconds_of(read(timings_of(training)) or kept)
             costs = {name: median(seconds[name]) for name in groups if name in seconds}
         losses = {name: [r.final("loss") for r in groups[name]] for name in costs}
-        draw_front(axes, costs, losses)
         axes.set(
             title=f"{TRAININGS[training].title}: mean and range of {len(SEEDS)} seeds",
             xlabel=COSTS[cost],
             ylabel="validation loss, nats per character",
         )
-        if cost == "state":
-            axes.set_xscale("symlog", linthresh=1)
+        draw_front(axes, costs, losses)
     return figure
 
 
@@ -358,28 +360,33 @@ def draw_front(
     for name in sorted(cost, key=lambda name: (cost[name], means[name])):
         if not front or means[name] < means[front[-1]]:
             front.append(name)
-    axes.step(
-        [cost[name] for name in front],
-        [means[name] for name in front],
-        where="post",
-        color="lightgray",
-        linewidth=6,
-        zorder=0,
-    )
-    ordered = sorted(means, key=lambda name: means[name])
-    for place, name in enumerate(ordered):
-        colour, values = COLOURS[name], losses[name]
+    line = {"where": "post", "color": "lightgray", "linewidth": 6, "zorder": 0}
+    axes.step([cost[name] for name in front], [means[name] for name in front], **line)
+    for name, values in losses.items():
         errors = [[means[name] - min(values)], [max(values) - means[name]]]
-        axes.errorbar([cost[name]], [means[name]], yerr=errors, fmt="o", capsize=4, color=colour)
+        point = {"fmt": "o", "capsize": 4, "color": COLOURS[name]}
+        axes.errorbar([cost[name]], [means[name]], yerr=errors, **point)
+    for name, height in label_heights(cost, means).items():
         axes.annotate(
             name,
             (cost[name], means[name]),
-            xytext=(1.02, (place + 0.5) / len(ordered)),
-            textcoords="axes fraction",
-            color=colour,
+            xytext=(cost[name] + 0.03 * max(cost.values()), height),
+            color=COLOURS[name],
             verticalalignment="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.3},
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0},
+            arrowprops={"arrowstyle": "-", "color": COLOURS[name], "alpha": 0.3},
         )
+    axes.set_xlim(-0.05 * max(cost.values()), 1.3 * max(cost.values()))
+
+
+def label_heights(cost: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
+    """Heights of labels beside their points, moved up where they would touch one below."""
+    wide, high = 0.4 * max(cost.values()), 0.04 * (max(means.values()) - min(means.values()))
+    heights: dict[str, float] = {}
+    for name in sorted(means, key=lambda name: means[name]):
+        below = [y for other, y in heights.items() if abs(cost[other] - cost[name]) < wide]
+        heights[name] = max([means[name], *(y + high for y in below)])
+    return heights
 
 
 class Arguments(argparse.Namespace):
@@ -389,6 +396,7 @@ class Arguments(argparse.Namespace):
     run: bool
     time: bool
     workers: int
+    seeds: int
     only: list[str] | None
     records: Path | None
     others: list[str]
@@ -401,6 +409,7 @@ def parse_arguments() -> Arguments:
     add("--run", action="store_true", help="make the runs that are missing")
     add("--time", action="store_true", help="time what is drawn, one run at a time")
     add("--workers", type=integer, default=1, help="runs side by side (default 1)")
+    add("--seeds", type=integer, default=len(SEEDS), help="seeds at the best rate (default 3)")
     add("--only", action="append", choices=CONFIGURATIONS, metavar="NAME", help="of these alone")
     add("--records", type=Path, help="file of records (default examples/records/TRAINING.jsonl)")
     given = sys.argv[1:]

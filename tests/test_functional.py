@@ -69,6 +69,22 @@ def test_five_polar_steps_come_closer_than_five_of_newton_schulz():
     assert errors["polar_express"] < errors["newton_schulz"]
 
 
+def test_more_polar_steps_reach_smaller_singular_values():
+    x = mx.diag(mx.array([1.0, 1e-7]))
+    assert mx.allclose(polar_express(x, steps=25), mx.eye(2), atol=1e-4).item()
+
+
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+@pytest.mark.parametrize("shape", [(2, 4000), (4000, 2)], ids=str)
+def test_gram_matrices_are_of_the_shorter_side(name, shape):
+    x = mx.array(parameter(shape))
+    mx.eval(x)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(ORTHOGONALIZERS[name][0](x))
+    assert mx.get_peak_memory() - before < 100 * x.nbytes
+
+
 def test_a_rank_one_square_is_estimated_exactly():
     # g² = r cᵀ: after one update with weight 1, V = R Cᵀ / mean(R) is g² itself.
     r, c = np.array([1.0, 4.0, 9.0]), np.array([0.25, 1.0])
@@ -102,6 +118,8 @@ def test_a_root_has_its_floor_in_dead_rows_and_columns():
     assert np.allclose(np.array(rows * root)[1], [6.0, 1e-3], rtol=1e-6)
     assert np.allclose(np.array(rows * root)[2], [1e-3, 1e-3], rtol=1e-6)
     assert mx.all((rows * root)[0] >= 1e-3).item()
+    rows, root = f.factored_root(row, column / 100, mx.array(1.0), 1e-3)
+    assert np.allclose(np.array(rows * root)[0], [1e-3, 1e-3], rtol=1e-6)
 
 
 def test_a_cautious_step_keeps_what_agrees_over_its_share():

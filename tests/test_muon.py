@@ -14,7 +14,7 @@ OPTIONS = [
     {"scale": "spectral", "weight_decay": 0.1},
     {"scale": "rms", "method": "polar_express"},
     {"method": "polar_express", "steps": 8},
-    {"steps": 1, "momentum": 0.0},
+    {"steps": 1, "momentum": 0.0, "weight_decay": 0.1},
     {"learning_rate": lambda step: 0.05 / (step + 1)},
 ]
 

@@ -27,6 +27,8 @@ VARIANTS = [
     {"step": {"block": 1}},
     {"step": {"method": "polar_express"}, "learning_rate": 0.1},
     {"step": {"steps": 3, "capped": False}, "learning_rate": 0.1},
+    {"step": {"capped": False}, "min_lr": 0.02},
+    {"step": {"capped": False}, "relative_step": True},
     {"step": "orthogonal", "momentum": 0.8},
     {"step": {"block": 5}, "momentum": 0.8, "nesterov": True},
     {"step": "orthogonal", "maximize": True, "weight_decay": 0.5},
@@ -84,11 +86,49 @@ def test_the_cap_is_an_option():
     assert rates[1] / rates[0] == pytest.approx(0.5 / 0.1)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (4,), ()], ids=str)
+def test_vectors_and_single_numbers_are_always_capped(shape):
+    optimizer = MaxFactor(0.5, step={"capped": False})
+    optimizer.state["step"] = mx.array(99, mx.uint64)
+    rate = optimizer.effective_learning_rates({"w": mx.ones(shape)})["w"]
+    assert rate == pytest.approx(0.1)
+
+
+def test_the_cap_leaves_decay_alone():
+    p = mx.array(parameter((6, 4)))
+    optimizer = MaxFactor(0.5, step="orthogonal", weight_decay=0.5)
+    optimizer.state["step"] = mx.array(99, mx.uint64)
+    moved = optimizer.apply_gradients({"w": mx.zeros((6, 4))}, {"w": p})["w"]
+    assert mx.array_equal(moved, p * mx.array(1 - 0.5 * 0.5)).item()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_gradient_beyond_the_limit_counts_as_the_limit(momentum):
+    g = np.sign(parameter((6, 5))) * np.logspace(13, 30, 30, dtype=np.float32).reshape(6, 5)
+    p = {"w": mx.array(parameter((6, 5)))}
+    moved = [
+        MaxFactor(step="orthogonal", momentum=momentum).apply_gradients({"w": mx.array(x)}, p)["w"]
+        for x in (g, np.clip(g, -1e15, 1e15))
+    ]
+    # In float32 the square of 1e15 is not 1e30: statistics differ by a rounding.
+    assert mx.allclose(*moved, rtol=0, atol=1e-6).item()
+
+
 def test_a_zero_gradient_moves_nothing_but_decay():
     p = mx.array(parameter((6, 4)))
     optimizer = MaxFactor(0.1, step="orthogonal", weight_decay=0.5)
     moved = optimizer.apply_gradients({"w": mx.zeros((6, 4))}, {"w": p})["w"]
     assert mx.array_equal(moved, p * mx.array(1 - 0.1 * 0.5)).item()
+
+
+def test_an_expert_without_gradient_stays_and_the_others_step():
+    p, shares = mx.array(parameter((3, 6, 5))), mx.array([1.0, 0.0, 1.0])[:, None, None]
+    g = shares * mx.array(parameter((3, 6, 5), 1))
+    optimizer = MaxFactor(0.01, step="orthogonal", layout="experts", weight_decay=0.0)
+    moved = optimizer.apply_gradients({"w": g}, {"w": p})["w"]
+    sizes = f.rms(moved - p, (-2, -1)) / f.rms(p, (-2, -1))
+    # Differences of parameters of size 1, rounded to 6e-8, for steps of 0.01.
+    assert sizes.flatten().tolist() == pytest.approx([0.01, 0.0, 0.01], rel=1e-4)
 
 
 HARD = {
@@ -153,9 +193,9 @@ def test_muon_in_blocks_keeps_the_scale_of_the_whole_matrix():
     options = {"scale": "spectral", "method": "polar_express", "steps": 8}
     sizes = [
         f.rms(Muon(1.0, block=block, **options).apply_gradients(g, p)["w"]).item()
-        for block in (None, 4)
+        for block in (None, 4, 100)
     ]
-    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
+    assert sizes[1:] == pytest.approx([sizes[0]] * 2, rel=1e-3)
 
 
 # Options
@@ -174,6 +214,7 @@ def test_a_step_is_a_value_a_name_or_its_options():
     [
         (lambda: Orthogonal(block=0), "block must be a whole number of at least 1, got 0"),
         (lambda: Orthogonal(steps=2.5), "steps must be a whole number"),
+        (lambda: Orthogonal(steps=0), "steps must be a whole number of at least 1, got 0"),
         (lambda: Orthogonal(capped=1), "capped must be True or False, got 1"),
         (
             lambda: Orthogonal(method="svd"),
@@ -231,6 +272,14 @@ def test_a_checkpoint_of_another_step_is_refused(tmp_path):
     model, path = Table(), tmp_path / "run.safetensors"
     save_checkpoint(path, model, create_optimizer(model, step={"block": 16}))
     load_checkpoint(path, model, create_optimizer(model, step=Orthogonal(block=16)))
-    for other in ("row_max", "orthogonal", {"block": 16, "steps": 3}):
+    others = ({"steps": 3}, {"method": "polar_express"}, {"capped": False})
+    for other in ("row_max", "orthogonal", *({"block": 16, **option} for option in others)):
         with pytest.raises(CheckpointError, match="orthogonal is"):
             load_checkpoint(path, model, create_optimizer(model, step=other))
+
+
+def test_a_checkpoint_of_other_blocks_is_refused(tmp_path):
+    model, path = Table(), tmp_path / "run.safetensors"
+    save_checkpoint(path, model, create_optimizer(model, "muon", block=16))
+    with pytest.raises(CheckpointError, match="block is 16 in the file, 8 here"):
+        load_checkpoint(path, model, create_optimizer(model, "muon", block=8))

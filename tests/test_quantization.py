@@ -61,6 +61,13 @@ def test_it_is_unbiased():
     assert np.any(np.abs(values[0] - x) > 0), "nothing was rounded: the test cannot fail"
 
 
+def test_each_element_draws_by_itself():
+    x = mx.where(mx.arange(1024) % 256 == 0, 1.0, 0.3)
+    blocks = f.quantize(x, KEY)[0].reshape(4, 256)[:, 1:].tolist()
+    assert len(set(map(tuple, blocks))) == 4
+    assert all(len(set(block)) == 2 for block in blocks)
+
+
 def test_what_a_code_stands_for_stays():
     codes = mx.arange(-127, 128).astype(mx.int8)
     x = f.dequantize(codes, mx.array([3.0]))
@@ -106,6 +113,17 @@ def test_it_is_as_good_as_float32_on_average():
         assert seen[1:].mean() == pytest.approx(expected[1], rel=0.2)
 
 
+@pytest.mark.parametrize("state_dtype", [mx.bfloat16, mx.int8], ids=str)
+@pytest.mark.parametrize("kind", [MaxFactor, Muon])
+def test_a_step_uses_momentum_before_it_is_rounded(kind, state_dtype):
+    p, g = {"w": mx.array(parameter((20, 20)))}, {"w": mx.array(parameter((20, 20), 1))}
+    moved = [
+        kind(momentum=0.9, state_dtype=dtype).apply_gradients(g, p)["w"]
+        for dtype in (mx.float32, state_dtype)
+    ]
+    assert mx.array_equal(*moved).item()
+
+
 def test_each_step_and_each_parameter_draws_anew():
     optimizer = MaxFactor(momentum=0.9, state_dtype=mx.int8)
     tree = {name: mx.array(parameter((20, 20))) for name in "ab"}
@@ -114,6 +132,19 @@ def test_each_step_and_each_parameter_draws_anew():
         optimizer.apply_gradients(tree, tree)
         keys |= {tuple(optimizer.state[name]["key"].tolist()) for name in "ab"}
     assert len(keys) == 6
+
+
+def test_momentum_and_parameter_draw_apart(monkeypatch):
+    keys = []
+    for name in ("quantize", "stochastic_round"):
+        draw = getattr(f, name)
+        spy = lambda *args, draw=draw: keys.append(tuple(args[-1].tolist())) or draw(*args)  # noqa: E731
+        monkeypatch.setattr(f, name, spy)
+    tree = {"w": mx.array(parameter((20, 20))).astype(mx.bfloat16)}
+    optimizer = Muon(state_dtype=mx.int8, rounding="stochastic")
+    for _ in range(2):
+        optimizer.apply_gradients(tree, tree)
+    assert len(keys) == len(set(keys)) == 4
 
 
 def test_two_seeds_differ_and_one_repeats():

@@ -151,6 +151,15 @@ def test_momentum_in_bf16_halves_its_bytes_and_tracks_float32(make):
     assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(moved)
 
 
+def test_momentum_in_bf16_is_rounded_once_a_step():
+    optimizer, tree = Muon(momentum=0.9, state_dtype=mx.bfloat16), {"w": mx.zeros((16, 16))}
+    first, second = mx.array(parameter((16, 16))), mx.array(parameter((16, 16), 1))
+    for g in (first, second):
+        optimizer.apply_gradients({"w": g}, tree)
+    once = 0.9 * first.astype(mx.bfloat16).astype(mx.float32) + second
+    assert mx.array_equal(optimizer.state["w"]["m"], once.astype(mx.bfloat16)).item()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

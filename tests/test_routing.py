@@ -120,6 +120,7 @@ def test_the_default_is_the_orthogonal_step_at_the_smallest_state():
         ({"momentum": 0.5}, (Orthogonal(), 0.5, False)),
         ({"step": "row_max"}, (None, 0, False)),
         (published, (None, 0.9, True)),
+        ({"hidden": "muon", "rules": {"linear1.weight": "maxfactor"}}, (Orthogonal(), 0, False)),
         # On the rest, where embeddings and the head are, the constructor's own.
         ({"hidden": "muon", "rest": "maxfactor"}, (None, 0, False)),
         ({"hidden": "muon", "rest": "maxfactor", "rest_options": published}, (None, 0.9, True)),
