@@ -325,8 +325,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean (least to greatest)."""
-    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    """Mean (least to greatest), and of how many where that is more than usual."""
+    seeds = f", {len(values)} seeds" if len(values) > len(SEEDS) else ""
+    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f}{seeds})"
 
 
 def draw(records: Mapping[str, Sequence[Record]], cost: str) -> Figure:
