@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 LANGUAGE_MODEL = ROOT / "examples" / "train_language_model.py"
 SPEECH = ROOT / "examples" / "train_speech.py"
 COMPARE = ROOT / "examples" / "compare_optimizers.py"
+BENCHMARK = ROOT / "examples" / "benchmark_optimizers.py"
 SMALL = ("--steps", "12", "--width", "16", "--context", "16", "--batch-size", "2")
 
 
@@ -433,11 +434,30 @@ def test_every_point_of_the_pictures_has_its_own_colour():
     assert len(set(colours.values())) == len(colours)
 
 
-def test_the_benchmark_prints_ratios(tmp_path):
-    script = ROOT / "examples" / "benchmark_step.py"
-    done = run(script, "--width", "16", "--layers", "1", "--rounds", "2", cwd=tmp_path)
+def test_the_benchmark_prints_ratios_and_keeps_every_round(tmp_path):
+    names = ("default", "adamw, guards", "bare Muon")
+    only = [part for name in names for part in ("--only", name)]
+    small = ("--width", "16", "--layers", "1", "--rounds", "2", "--rows", "32")
+    done = run(BENCHMARK, *small, *only, "--output", "kept", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Muon +mlx Muon +\d+\.\d\d \(\d", done.stdout)
+    ratio = r" +\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)"
+    for row in ("default", "adamw, guards +adamw", "bare Muon +mlx Muon", "blocks of 4"):
+        assert re.search(rf"^{row}{ratio}", done.stdout, re.MULTILINE), row
+    kept = json.loads((tmp_path / "kept" / "benchmark.json").read_text())
+    for dtype, size in (("float32", 4), ("bf16", 2)):
+        for mode in ("eager", "compiled"):
+            measured = kept["updates"][dtype][mode]
+            assert {len(times) for times in measured["seconds"].values()} == {2}
+            for name in names:
+                kinds = measured["bytes"][name]
+                weights = kinds["weights"][0]
+                assert weights == (2 * 128 * 16 + 12 * 16**2 + 2 * 16) * size
+                # Weights and state are there, and gradients before an update, whatever else is.
+                held = weights + kinds["state"][0]
+                assert min(kinds["step"]) > held
+                assert min(kinds["update"]) > held + 0.9 * weights
+    assert {len(times) for n in kept["python"].values() for times in n.values()} == {2}
+    assert (tmp_path / "kept" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
 LOOP_OF_A_USER = """
