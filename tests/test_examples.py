@@ -460,6 +460,18 @@ def test_the_benchmark_prints_ratios_and_keeps_every_round(tmp_path):
     assert (tmp_path / "kept" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_table_of_orthogonality_is_whole_and_the_same_each_time(tmp_path):
+    script = ROOT / "examples" / "orthogonality.py"
+    one, other = (run(script, "--rows", "8", "--columns", "16", cwd=tmp_path) for _ in range(2))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == other.stdout
+    rows = [line.split("|")[2:-1] for line in one.stdout.splitlines()[2:]]
+    errors = np.array(rows, dtype=float)
+    assert errors[:, 0].tolist() == [*range(2, 9)] * 2
+    # Eight steps of the Polar Express end at 1; the other's quintic has no fixed point there.
+    assert errors[13, 1] < 1e-3 < errors[6, 1]
+
+
 LOOP_OF_A_USER = """
 import mlx.core as mx
 import mlx.nn as nn

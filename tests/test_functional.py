@@ -53,6 +53,76 @@ def test_orthogonalizers_keep_dtype_and_give_zero_for_zero(name, dtype):
     assert mx.all(result[1] > 0).item()
 
 
+def with_singular_values(values, shape, seed=0):
+    """A matrix of the shape with these singular values, and singular vectors by chance."""
+    left, _ = np.linalg.qr(parameter((shape[0], len(values)), seed))
+    right, _ = np.linalg.qr(parameter((shape[1], len(values)), seed + 1))
+    return ((left * values) @ right.T).astype(np.float32)
+
+
+SPECTRA = {f"condition {k:g}": np.logspace(0, -np.log10(k), 64) for k in np.logspace(0, 6, 7)}
+SPECTRA["one large"] = np.r_[1.0, np.full(63, 1e-3)]
+SPECTRA["decay"] = 1.0 / np.arange(1, 65)
+
+
+def distance_from_twin(name, x, steps):
+    """The largest singular value of what rounding adds, over float32's rounding of X amplified.
+
+    A step multiplies what is small by its a: 485 to 1025 in five steps, 2e4 in eight.
+    """
+    ours, twin = ORTHOGONALIZERS[name]
+    table = [(3.4445,)] * steps if name == "newton_schulz" else f.POLAR_EXPRESS
+    slope = np.prod([row[0] for row in table[:steps]])
+    difference = np.array(ours(mx.array(x), steps)) - twin(np.float64(x), steps)
+    return np.linalg.norm(difference, 2) / (slope * 2**-24)
+
+
+@pytest.mark.parametrize("steps", [3, 5, 8])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+def test_long_matrices_round_as_others_do(name, spectrum, steps):
+    # On the Gram matrix, and on the matrix itself, which differs in nothing but its length.
+    for shape in ((64, 256), (256, 64), (64, 64)):
+        x = with_singular_values(SPECTRA[spectrum], shape)
+        # Seen: 3 on the matrix, 9 on its Gram matrix, 20 to 1000 if that is never made anew.
+        assert distance_from_twin(name, x, steps) < 12
+
+
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+def test_a_gram_matrix_that_is_never_made_anew_is_wrong(name, monkeypatch):
+    monkeypatch.setattr(f.orthogonalization, "_grouped", lambda table: [table])
+    for spectrum in ("condition 10000", "one large"):
+        x = with_singular_values(SPECTRA[spectrum], (64, 256))
+        assert distance_from_twin(name, x, 5) > 12
+        assert distance_from_twin(name, x, 8) > 36
+
+
+@pytest.mark.parametrize("shape", [(23, 23), (24, 70), (70, 24), (3, 17, 30)], ids=str)
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+def test_symmetric_products_in_blocks_change_nothing(name, shape, monkeypatch):
+    x = mx.array(parameter(shape))
+    orthogonalize = ORTHOGONALIZERS[name][0]
+    monkeypatch.setattr(f.orthogonalization, "LEAST_GRAM", 8)
+    whole = orthogonalize(x)
+    monkeypatch.setattr(f.orthogonalization, "BLOCK", 8)  # two and three, of unequal length
+    assert not mx.array_equal(whole, orthogonalize(x)).item(), "nothing was cut"
+    assert mx.allclose(whole, orthogonalize(x), atol=1e-4).item()  # as from their twins
+    compiled = mx.compile(orthogonalize, shapeless=True)
+    assert mx.allclose(whole, compiled(x), atol=1e-4).item()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 256)], ids=str)
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+def test_products_may_be_bf16(name, shape):
+    orthogonalize, twin = ORTHOGONALIZERS[name]
+    x = parameter(shape)
+    ours, exact = np.array(orthogonalize(mx.array(x), dtype=mx.bfloat16)), twin(np.float64(x))
+    assert ours.dtype == np.float32
+    # X is rounded to 2^-9 of each element in each of five steps.
+    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    assert 2**-12 < error < 5 * 2**-8
+
+
 def test_the_polar_express_table_is_the_minimax_one():
     derived = reference.polar_express_coefficients(len(f.POLAR_EXPRESS), safety=1.0)
     # The seventh system is ill-conditioned: on [1 - 1e-3, 1 + 1e-3] all quintics look alike.
@@ -163,8 +233,14 @@ def test_gathered_weight_is_exact_where_a_difference_is_not():
         (mx.ones((2, 2), mx.int32), 5, "x must hold float matrices"),
         (mx.ones((0, 3)), 5, "x must hold float matrices"),
         (mx.ones((2, 2)), 0, "steps must be at least 1, got 0"),
+        (mx.ones((2, 2)), -1, "steps must be at least 1, got -1"),
     ],
 )
 def test_orthogonalizers_refuse_what_is_no_matrix(orthogonalize, x, steps, message):
     with pytest.raises(ValueError, match=message):
         orthogonalize(x, steps)
+
+
+def test_products_need_a_float_dtype():
+    with pytest.raises(ValueError, match=r"dtype must be a float's, got .*int32"):
+        newton_schulz(mx.ones((2, 2)), dtype=mx.int32)

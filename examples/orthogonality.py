@@ -1,0 +1,59 @@
+"""How near to orthogonal each method comes, over condition numbers and numbers of products.
+
+    python examples/orthogonality.py
+    python examples/orthogonality.py --rows 64 --columns 256
+
+Singular values fall from 1 to the inverse of the condition number in equal ratios. A step of either
+method makes the same products, so equal steps are equal products. What is printed is the root mean
+square of |σ - 1| over the singular values σ of the float32 result, by a float64 SVD.
+"""
+
+import argparse
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_maxfactor import newton_schulz, polar_express
+
+METHODS = {"Newton–Schulz": newton_schulz, "Polar Express": polar_express}
+CONDITIONS = [10**k for k in range(7)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Orthogonality error over condition numbers.")
+    parser.add_argument("--rows", type=count, default=256, help="default 256")
+    parser.add_argument("--columns", type=count, default=256, help="default 256")
+    arguments = parser.parse_args()
+    shape = (arguments.rows, arguments.columns)
+    print("| method | steps |", *(f"{condition:.0e} |" for condition in CONDITIONS))
+    print("|---|---|" + "---|" * len(CONDITIONS))
+    matrices = [conditioned(*shape, condition) for condition in CONDITIONS]
+    for name, method in METHODS.items():
+        for steps in range(2, 9):
+            errors = (error(method(x, steps, mx.float32)) for x in matrices)
+            print(f"| {name} | {steps} |", *(f"{each:.3f} |" for each in errors))
+
+
+def count(argument: str) -> int:
+    if not (argument.isdecimal() and int(argument)):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {argument!r}")
+    return int(argument)
+
+
+def conditioned(rows: int, columns: int, condition: float) -> mx.array:
+    """A matrix with singular vectors by chance, the same at every call."""
+    random, rank = np.random.default_rng(0), min(rows, columns)
+    left, _ = np.linalg.qr(random.normal(size=(rows, rank)))
+    right, _ = np.linalg.qr(random.normal(size=(columns, rank)))
+    values = np.logspace(0, -np.log10(condition), rank)
+    return mx.array(((left * values) @ right.T).astype(np.float32))
+
+
+def error(x: mx.array) -> float:
+    """Root mean square of |σ - 1|."""
+    values = np.linalg.svd(np.float64(np.array(x)), compute_uv=False)
+    return float(np.sqrt(np.mean((values - 1) ** 2)))
+
+
+if __name__ == "__main__":
+    main()
