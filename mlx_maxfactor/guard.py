@@ -122,7 +122,7 @@ class GuardedOptimizer(MultiOptimizer):
         """What happens to every gradient and every update of this step."""
         if self.max_grad_norm is None and not self.skip_nonfinite:
             return Turns()
-        factor, (peak, norm) = None, f.scaled_global_norm(gradients)
+        factor, (peak, norm) = None, f.scaled_global_norm(gradients, f.can_wait())
         finite = f.hoist(mx.isfinite(norm))
         if self.max_grad_norm is not None:
             # An inf is not scaled: times 0 it would be a NaN, and all else 0.

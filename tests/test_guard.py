@@ -172,3 +172,15 @@ def test_options_are_checked(options, message):
         GuardedOptimizer(SignSGD(), **options)
     with pytest.raises(ValueError, match=message):
         create_optimizer(Table(), **options)
+
+
+def test_guards_compile_shapeless():
+    model = Table()
+    optimizer = create_optimizer(model, step="row_max", max_grad_norm=1.0, skip_nonfinite=True)
+    state = [model.state, optimizer.state]
+    step = mx.compile(
+        lambda g: optimizer.update(model, g), inputs=state, outputs=state, shapeless=True
+    )
+    step(gradients_of(model))
+    mx.eval(state)
+    assert optimizer.step.item() == 1

@@ -19,6 +19,7 @@ from .norms import (
     scaled_global_norm,
     unit_frobenius,
 )
+from .order import can_wait
 from .orthogonalization import (
     METHODS,
     POLAR_EXPRESS,
@@ -41,6 +42,7 @@ __all__ = [
     "band_damping",
     "band_momentum",
     "band_shares",
+    "can_wait",
     "cautious",
     "clamp_gradient",
     "clamped_magnitude",

@@ -73,16 +73,17 @@ def unit_frobenius(x: mx.array) -> mx.array:
     return x / mx.where(norm > 0, norm, 1.0)
 
 
-def scaled_global_norm(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+def scaled_global_norm(arrays: Sequence[mx.array], waits: bool = True) -> tuple[mx.array, mx.array]:
     """The norm of all arrays as a product of two numbers, largest magnitude and what remains.
 
     The norm of finite gradients may itself be beyond float32; the second number never is, unless
-    an element is not finite. One array after the other, so that a float32 copy of one is alive.
+    an element is not finite. One array after the other, so that a float32 copy of one is alive,
+    where arrays can wait.
     """
     peaks, squares = [], []
     for x in arrays:
         if x.size and mx.issubdtype(x.dtype, mx.floating):
-            x = mx.depends(x, squares[-1]) if squares else x
+            x = mx.depends(x, squares[-1]) if squares and waits else x
             peaks.append(mx.maximum(mx.max(x), -mx.min(x)).astype(mx.float32))
             scaled = x.astype(mx.float32) / _divisor(peaks[-1])
             squares.append(mx.sum(mx.square(scaled)))

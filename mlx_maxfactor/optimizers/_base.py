@@ -49,6 +49,7 @@ class Float32Optimizer(Optimizer):
         self.rounding: str = check_choice("rounding", rounding, ("nearest", "stochastic"))
         self.seed = check_integer("seed", seed, 0)
         self._keys = 0
+        self._waits = True
         self.layout: str = check_choice("layout", layout, f.LAYOUTS)
         self.layouts: dict[str, str] = {}
         self.paths: Callable[[str], bool] | None = None
@@ -122,8 +123,12 @@ class Float32Optimizer(Optimizer):
         Once ``after`` is there it is read anew: two fused kernels that share a float32 array write
         it out, where a bf16 or float32 one that is already there costs nothing.
         """
-        x = x if after is None else mx.depends(x, after)
+        x = x if after is None else self.late(x, after)
         return f.as_matrices(x.astype(mx.float32), layout)
+
+    def late(self, x: mx.array, after: mx.array) -> mx.array:
+        """An array that is read once another is there, where arrays can wait. Nothing is copied."""
+        return mx.depends(x, after) if self._waits else x
 
     def store(self, x: mx.array, parameter: mx.array, state: dict, layout: str) -> mx.array:
         """What ``load`` gave, updated, with the parameter's own shape and dtype."""
@@ -193,6 +198,7 @@ class Float32Optimizer(Optimizer):
 
     def advance(self) -> None:
         """Count an update, and set the rate that it is made at."""
+        self._waits = f.can_wait()
         self.state["learning_rate"] = self._next_rate()
         self.state["step"] = self.step + 1
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from .. import functional as f
+
 Update = Callable[[mx.array, mx.array, dict], mx.array]
 """An optimizer's ``apply_single``: gradient, parameter and state to the parameter, updated."""
 
@@ -61,6 +63,7 @@ class Turns:
         self.factor = factor
         self.finite = finite
         self._before: list[mx.array] = []
+        self._waits = f.can_wait()
 
     def take_all(
         self,
@@ -89,7 +92,7 @@ class Turns:
         """Return one parameter, updated after the one before it; its state changes in place."""
         kept = [key for key, x in state.items() if isinstance(x, mx.array)]
         arrays = [leaf.gradient, leaf.parameter, *(state[key] for key in kept)]
-        if self._before:
+        if self._before and self._waits:
             arrays = mx.depends(arrays, self._before)
         gradient, parameter, *old = arrays
         state.update(zip(kept, old, strict=True))

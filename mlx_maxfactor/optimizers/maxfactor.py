@@ -246,12 +246,14 @@ class MaxFactor(Float32Optimizer):
         if orthogonal := self._orthogonal_step(p.shape):
             u = f.clamp_gradient(smooth(rows)) / root / rows
             step = orthogonal.direction(u) * f.hoist(alpha)
+            step_of: Reader = lambda _: step  # noqa: E731
         else:
-            step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
-            step = step_of(smooth(scale))
-            if self.cautious:
-                share = f.agreeing_share(step, read(scale), axes)
-                step = f.cautious(step_of(smooth(share)), read(share), share)
+            formula, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
+            step_of = lambda after: formula(smooth(after))  # noqa: E731
+            step = step_of(scale)
+        if self.cautious:
+            share = f.agreeing_share(step, read(rows), axes)
+            step = f.cautious(step_of(share), read(share), share)
         p = self.load(parameter, layout, alpha)
         return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
 
@@ -337,11 +339,11 @@ class MaxFactor(Float32Optimizer):
             write_momentum(m.reshape(view), state)
             ahead = beta * m + (1 - beta) * g if self.nesterov else m
             blended = self.momentum.blended(g, ahead, state).reshape(view)
-            return lambda after: mx.depends(blended, after)
+            return lambda after: self.late(blended, after)
         beta = self.momentum
         m = write_momentum(beta * m + (1 - beta) * g, state)
         ahead = beta * m + (1 - beta) * g if self.nesterov else m
-        return lambda after: mx.depends(ahead, after)
+        return lambda after: self.late(ahead, after)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
         """``max(√V, ε₁)`` in two factors, the first one number a row; of a number √V itself."""
