@@ -367,22 +367,26 @@ def draw_front(
         errors = [[means[name] - min(values)], [max(values) - means[name]]]
         point = {"fmt": "o", "capsize": 4, "color": COLOURS[name]}
         axes.errorbar([cost[name]], [means[name]], yerr=errors, **point)
+    span = max(cost.values()) - min(cost.values()) or 1.0
     for name, height in label_heights(cost, means).items():
         axes.annotate(
             name,
             (cost[name], means[name]),
-            xytext=(cost[name] + 0.03 * max(cost.values()), height),
+            xytext=(cost[name] + 0.03 * span, height),
             color=COLOURS[name],
             verticalalignment="center",
             bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0},
             arrowprops={"arrowstyle": "-", "color": COLOURS[name], "alpha": 0.3},
         )
-    axes.set_xlim(-0.05 * max(cost.values()), 1.3 * max(cost.values()))
+    axes.set_xlim(min(cost.values()) - 0.05 * span, max(cost.values()) + 0.5 * span)
 
 
 def label_heights(cost: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
     """Heights of labels beside their points, moved up where they would touch one below."""
-    wide, high = 0.4 * max(cost.values()), 0.04 * (max(means.values()) - min(means.values()))
+    wide, high = (
+        share * (max(values.values()) - min(values.values()))
+        for share, values in ((0.5, cost), (0.04, means))
+    )
     heights: dict[str, float] = {}
     for name in sorted(means, key=lambda name: means[name]):
         below = [y for other, y in heights.items() if abs(cost[other] - cost[name]) < wide]
