@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import reference
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from models import CASES, RawMixture, ResNet, Shared, Table, Whisper, adapted, llama, qwen2_moe
+from models import (
+    CASES,
+    RawMixture,
+    ResNet,
+    Shared,
+    Table,
+    Whisper,
+    adapted,
+    llama,
+    mlx_lm_model,
+    qwen2_moe,
+)
 from trajectories import distance
 
 from mlx_maxfactor import (
@@ -23,6 +34,7 @@ from mlx_maxfactor import (
     SignSGD,
     create_optimizer,
     create_optimizer_for_hrm,
+    estimate_state_bytes,
     warmup_cosine,
 )
 
@@ -128,6 +140,27 @@ def test_the_default_is_the_orthogonal_step_at_the_smallest_state():
         members = create_optimizer(Table(), **options).optimizers
         member = next(m for m in members if isinstance(m, MaxFactor))
         assert (member.orthogonal, member.momentum, member.cautious) == expected
+
+
+@pytest.mark.parametrize(("rest", "most"), [("adamw", 0.6), ("adafactor", 0.01)])
+def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = mlx_lm_model(
+        "qwen2",
+        hidden_size=896,
+        num_hidden_layers=24,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+    model.set_dtype(mx.bfloat16)
+    weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    assert weights == pytest.approx(988e6, rel=1e-3)
+    assert estimate_state_bytes(model, rest=rest) < most * 2 * weights
+    assert mx.get_active_memory() < before + 1e6, "shapes were enough"
 
 
 @pytest.mark.parametrize(
