@@ -110,10 +110,13 @@ class Adafactor(Float32Optimizer):
             # Where a dead row meets a dead column the estimate is 0; and u is squared for its RMS.
             return f.clamp_gradient(u)
 
-        clip = mx.maximum(1.0, f.rms(update(rows), axes) / self.clip_threshold)
+        u = update(rows)
+        clip = mx.maximum(1.0, f.rms(u, axes) / self.clip_threshold)
         scale = f.hoist(alpha / clip)
+        if gradient.dtype != mx.float32:
+            u = update(scale)  # reading half as many bytes anew beats keeping u; in float32 not
         p = self.load(parameter, layout, scale)
-        p = p * f.hoist(1 - alpha * self.weight_decay) - update(scale) * scale
+        p = p * f.hoist(1 - alpha * self.weight_decay) - u * scale
         return self.store(p, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
