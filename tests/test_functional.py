@@ -84,8 +84,9 @@ def test_long_matrices_round_as_others_do(name, spectrum, steps):
     # On the Gram matrix, and on the matrix itself, which differs in nothing but its length.
     for shape in ((64, 256), (256, 64), (64, 64)):
         x = with_singular_values(SPECTRA[spectrum], shape)
-        # Seen: 3 on the matrix, 9 on its Gram matrix, 20 to 1000 if that is never made anew.
-        assert distance_from_twin(name, x, steps) < 12
+        # Seen: 3 on the matrix; on its Gram matrix 9, and 16 with BLAS that sums one by one; in
+        # eight steps 100 to 1000 if that is never made anew.
+        assert distance_from_twin(name, x, steps) < 24
 
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
@@ -93,8 +94,7 @@ def test_a_gram_matrix_that_is_never_made_anew_is_wrong(name, monkeypatch):
     monkeypatch.setattr(f.orthogonalization, "_grouped", lambda table: [table])
     for spectrum in ("condition 10000", "one large"):
         x = with_singular_values(SPECTRA[spectrum], (64, 256))
-        assert distance_from_twin(name, x, 5) > 12
-        assert distance_from_twin(name, x, 8) > 36
+        assert distance_from_twin(name, x, 8) > 48
 
 
 @pytest.mark.parametrize("shape", [(23, 23), (24, 70), (70, 24), (3, 17, 30)], ids=str)
