@@ -12,6 +12,7 @@ import argparse
 
 import mlx.core as mx
 import numpy as np
+from training import integer
 
 from mlx_maxfactor import newton_schulz, polar_express
 
@@ -21,8 +22,8 @@ CONDITIONS = [10**k for k in range(7)]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Orthogonality error over condition numbers.")
-    parser.add_argument("--rows", type=count, default=256, help="default 256")
-    parser.add_argument("--columns", type=count, default=256, help="default 256")
+    parser.add_argument("--rows", type=integer, default=256, help="default 256")
+    parser.add_argument("--columns", type=integer, default=256, help="default 256")
     arguments = parser.parse_args()
     shape = (arguments.rows, arguments.columns)
     print("| method | steps |", *(f"{condition:.0e} |" for condition in CONDITIONS))
@@ -32,12 +33,6 @@ def main() -> None:
         for steps in range(2, 9):
             errors = (error(method(x, steps, mx.float32)) for x in matrices)
             print(f"| {name} | {steps} |", *(f"{each:.3f} |" for each in errors))
-
-
-def count(argument: str) -> int:
-    if not (argument.isdecimal() and int(argument)):
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {argument!r}")
-    return int(argument)
 
 
 def conditioned(rows: int, columns: int, condition: float) -> mx.array:

@@ -195,8 +195,8 @@ class RoutedOptimizer(GuardedOptimizer):
         return self._routes.get(path)
 
     def _is_ready(self, leaf: Leaf) -> bool:
-        integer = not mx.issubdtype(leaf.parameter.dtype, mx.floating)
-        return super()._is_ready(leaf) or integer
+        # Integer arrays belong to nobody.
+        return super()._is_ready(leaf) or not mx.issubdtype(leaf.parameter.dtype, mx.floating)
 
     def _part(self, tree: Any, index: int, path: str = "") -> Any:
         """The tree without what belongs to other members; lists keep their length."""

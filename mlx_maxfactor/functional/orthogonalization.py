@@ -107,7 +107,8 @@ def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     _check(x, steps, dtype)
     s = POLAR_EXPRESS_SAFETY
     slack = (s * s, *[s] * 6)  # the first shrinks X_0 as well
-    table = [(a / t, b / t**3, c / t**5) for (a, b, c), t in zip(POLAR_EXPRESS, slack)]  # noqa: B905
+    rows = zip(POLAR_EXPRESS[:-1], slack, strict=True)
+    table = [(a / t, b / t**3, c / t**5) for (a, b, c), t in rows]
     table += [POLAR_EXPRESS[-1]] * max(0, steps - len(table))
     return _iterate_quintics(x, table[:steps], dtype)
 
