@@ -9,6 +9,7 @@ from .layouts import LAYOUTS, as_matrices, from_matrices, input_axis_shape, norm
 from .moments import factored_root, factored_second_moment, gathered_weight, second_moment_weight
 from .momentum import band_damping, band_momentum, band_shares
 from .norms import (
+    clamp,
     clamp_gradient,
     clamped_magnitude,
     clamped_square,
@@ -30,20 +31,21 @@ from .orthogonalization import (
 )
 from .quantization import dequantize, quantize, scales
 from .rounding import stochastic_round
-from .steps import ROOT_FLOOR, agreeing_share, cautious, unit_rms, update_scale
+from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms, update_scale
 
 __all__ = [
     "LAYOUTS",
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
-    "agreeing_share",
+    "agreement",
     "as_matrices",
     "band_damping",
     "band_momentum",
     "band_shares",
     "can_wait",
-    "cautious",
+    "clamp",
+    "cautious_scale",
     "clamp_gradient",
     "clamped_magnitude",
     "clamped_square",

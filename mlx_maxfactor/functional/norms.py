@@ -17,19 +17,28 @@ def hoist(x: mx.array) -> mx.array:
     return mx.contiguous(x)
 
 
+def clamp(x: mx.array, limit: float) -> mx.array:
+    """Clamp to ±limit; a NaN stays one.
+
+    The number comes first: MLX's fused kernels ask whether the first operand is a NaN, and where
+    that is an array the compiler vectorizes nothing of the kernel.
+    """
+    return mx.maximum(-limit, mx.minimum(limit, x))
+
+
 def clamp_gradient(gradient: mx.array) -> mx.array:
     """Clamp to ±1e15, so that the square of any finite gradient is finite in float32."""
-    return mx.clip(gradient, -GRADIENT_LIMIT, GRADIENT_LIMIT)
+    return clamp(gradient, GRADIENT_LIMIT)
 
 
 def clamped_square(gradient: mx.array) -> mx.array:
     """The square of the clamped gradient, in one operation more than the square."""
-    return mx.minimum(mx.square(gradient), GRADIENT_LIMIT**2)
+    return mx.minimum(GRADIENT_LIMIT**2, mx.square(gradient))
 
 
 def clamped_magnitude(gradient: mx.array) -> mx.array:
     """The magnitude of the clamped gradient."""
-    return mx.minimum(mx.abs(gradient), GRADIENT_LIMIT)
+    return mx.minimum(GRADIENT_LIMIT, mx.abs(gradient))
 
 
 def row_sum(x: mx.array) -> mx.array:

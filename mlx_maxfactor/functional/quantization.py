@@ -30,7 +30,7 @@ def quantize(x: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
     low = mx.floor(mx.sqrt(square))
     up = mx.random.uniform(shape=low.shape, key=key) < (square - low * low) / (2 * low + 1)
     # On a GPU a quotient may round above 1: the minimum keeps the largest code.
-    codes = mx.sign(blocks) * mx.minimum(low + up.astype(mx.float32), LEVELS)
+    codes = mx.sign(blocks) * mx.minimum(LEVELS, low + up.astype(mx.float32))
     codes = cut(codes.astype(mx.int8).reshape(-1), 0, x.size)
     return codes.reshape(x.shape), scale.reshape(-1)
 

@@ -134,8 +134,7 @@ class Float32Optimizer(Optimizer):
         """What ``load`` gave, updated, with the parameter's own shape and dtype."""
         x = f.from_matrices(x, parameter.shape, layout)
         if parameter.dtype == mx.float16:
-            limit = mx.finfo(mx.float16).max
-            x = mx.clip(x, -limit, limit)
+            x = f.clamp(x, mx.finfo(mx.float16).max)
         if self.rounding == "nearest" or parameter.dtype == mx.float32:
             return x.astype(parameter.dtype)
         state["key"], key = mx.random.split(state["key"])

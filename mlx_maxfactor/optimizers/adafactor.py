@@ -103,7 +103,7 @@ class Adafactor(Float32Optimizer):
         else:
             square = f.clamped_square(g) + self.eps[0]
             state["v"] = state["v"] + weight * (square - state["v"])
-            rows, root = mx.array(1.0), mx.maximum(mx.sqrt(state["v"]), f.ROOT_FLOOR)
+            rows, root = mx.array(1.0), mx.maximum(f.ROOT_FLOOR, mx.sqrt(state["v"]))
 
         def update(after: mx.array) -> mx.array:
             u = f.clamp_gradient(self.load(gradient, layout, after)) / root / rows

@@ -246,14 +246,15 @@ class MaxFactor(Float32Optimizer):
         if orthogonal := self._orthogonal_step(p.shape):
             u = f.clamp_gradient(smooth(rows)) / root / rows
             step = orthogonal.direction(u) * f.hoist(alpha)
-            step_of: Reader = lambda _: step  # noqa: E731
         else:
-            formula, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
-            step_of = lambda after: formula(smooth(after))  # noqa: E731
-            step = step_of(scale)
-        if self.cautious:
-            share = f.agreeing_share(step, read(rows), axes)
-            step = f.cautious(step_of(share), read(share), share)
+            step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
+            if self.cautious:
+                # A step has the signs of what it is of. A product: a NaN must not pass for a 0.
+                agrees = f.agreement(smooth(rows), read(rows))
+                scale = f.hoist(scale * f.cautious_scale(agrees, axes))
+                step = step_of(smooth(scale), scale) * agrees
+            else:
+                step = step_of(smooth(scale), scale)
         p = self.load(parameter, layout, alpha)
         return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
 
@@ -279,14 +280,14 @@ class MaxFactor(Float32Optimizer):
         root: mx.array,
         alpha: mx.array,
         axes: tuple[int, ...] | None,
-    ) -> tuple[Callable[[mx.array], mx.array], mx.array]:
-        """The step as a function of ``g``, and the factor in it that each of its readers waits for.
+    ) -> tuple[Callable[[mx.array, mx.array], mx.array], mx.array]:
+        """The step as a function of ``g`` and of a factor, and the factor.
 
         It is that of ``u = g / (rows · root)``, an array that is never kept.
         """
         if self._is_scalar(g.shape):
             scale = alpha * (self.scalar_boost or 1.0)
-            return lambda g: f.clamp_gradient(g) / (root + self.eps[0]) * scale, scale
+            return lambda g, scale: f.clamp_gradient(g) / (root + self.eps[0]) * scale, scale
         peaks = f.row_max(f.clamped_magnitude(g) / root) / rows
         scale = alpha * f.update_scale(
             f.clamp_gradient(g) / root / rows,
@@ -297,10 +298,8 @@ class MaxFactor(Float32Optimizer):
             axes=axes,
         )
         if self._steps_by_row_max(g.ndim):
-            scale = f.hoist(scale * peaks)
-            return lambda g: mx.sign(g) * scale, scale
-        scale = f.hoist(scale)
-        return lambda g: f.clamp_gradient(g) / root / rows * scale, scale
+            return lambda g, scale: mx.sign(g) * scale, f.hoist(scale * peaks)
+        return lambda g, scale: f.clamp_gradient(g) / root / rows * scale, f.hoist(scale)
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
         return self.scalar_boost is not None and all(n == 1 for n in shape)
@@ -351,7 +350,7 @@ class MaxFactor(Float32Optimizer):
             state["v"] = self.gamma * state["v"] + (1 - self.gamma) * f.clamped_square(g)
             root = mx.sqrt(state["v"])
             one = mx.array(1.0)
-            return one, root if self._is_scalar(g.shape) else mx.maximum(root, self.eps[0])
+            return one, root if self._is_scalar(g.shape) else mx.maximum(self.eps[0], root)
         weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
         row, column = f.factored_second_moment(g, state["row"], state["column"], weight)
         state["row"], state["column"] = row, column
