@@ -5,7 +5,9 @@
 
 Every round times each optimizer once, in turn, so that a change of the machine's speed touches all
 of them; what counts are ratios within a round: median, and the least and greatest. Peaks are the
-median of three calls, as on a CPU the same call does not always take the same memory.
+median of three calls under a memory limit that they all exceed: MLX then waits for what runs before
+it allocates, as it does where memory is short, and a peak is what a call needs, not how far
+allocation ran ahead of it.
 
 The transformer of `trials.py` has a width of 128 by default: on a CPU MLX multiplies bf16 matrices,
 as its own Muon asks, twenty times slower than float32. There the first run also compiles kernels,

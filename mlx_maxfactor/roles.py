@@ -88,7 +88,10 @@ class Node:
     is_part: bool = False
     """Whether it is a named part of the model: an encoder, a tower."""
     children: list["Node"] = field(default_factory=list)
-    arrays: list[tuple[str, mx.array]] = field(default_factory=list)
+    shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    """Paths and shapes of its own arrays: nodes know their parents, and such a cycle would keep
+    the arrays themselves, a model's first weights, until Python's collector comes.
+    """
 
     def walk(self) -> Iterator["Node"]:
         """This node and all below it, in order of definition."""
@@ -144,8 +147,8 @@ class Node:
             return (m["Wxh"] if "Wxh" in m else m["Wx"]).shape[-1]
         if self.is_stacked:
             return getattr(m, "input_dims", m.weight.shape[-1])
-        if self.is_norm and self.arrays:
-            return self.arrays[0][1].shape[-1]
+        if self.is_norm and self.shapes:
+            return self.shapes[0][1][-1]
         return None
 
     @property
@@ -164,7 +167,7 @@ class Node:
 
 
 def build_tree(model: nn.Module) -> Node:
-    """The module tree, in order of definition, with the floating-point arrays each module holds."""
+    """The module tree, in order of definition, with the floating-point arrays of each module."""
 
     def visit(node: Node, value: Any, path: str, listed: bool) -> None:
         if isinstance(value, nn.Module):
@@ -178,7 +181,7 @@ def build_tree(model: nn.Module) -> Node:
             for i, item in enumerate(value):
                 visit(node, item, f"{path}.{i}", True)
         elif isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
-            node.arrays.append((path, value))
+            node.shapes.append((path, value.shape))
 
     def visit_items(node: Node, module: nn.Module) -> None:
         for key, value in module.items():
@@ -216,9 +219,9 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
     for node in nodes:
         if last[id(node.module)] is not node:
             continue
-        for path, array in node.arrays:
+        for path, shape in node.shapes:
             key = path[len(node.path) + 1 if node.path else 0 :].partition(".")[0]
-            role, note = _role(node, key, array), ""
+            role, note = _role(node, key, len(shape)), ""
             if path in declared:
                 # A kernel that goes with the hidden matrices still is one: `(out, k..., in)`.
                 kernel = role == "conv" and declared[path] == "hidden"
@@ -233,7 +236,7 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
                     role = "hidden"
             elif role == "unknown":
                 note = "unexplained"
-            found.append(Parameter(path, array.shape, role, note))
+            found.append(Parameter(path, shape, role, note))
     return found
 
 
@@ -245,20 +248,20 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
         path: listed
         for node in nodes
         if last[id(node.module)] is not node
-        for (path, _), (listed, _) in zip(node.arrays, last[id(node.module)].arrays, strict=True)
+        for (path, _), (listed, _) in zip(node.shapes, last[id(node.module)].shapes, strict=True)
     }
 
 
-def _role(node: Node, key: str, array: mx.array) -> str:
+def _role(node: Node, key: str, axes: int) -> str:
     """What a module says about an array of its own, wherever the module stands."""
     if node.has_lora and key in ("lora_a", "lora_b"):
         # An embedding's A is looked up by token, not multiplied.
         return "embedding" if key == "lora_a" and "embedding" in node.module else key
     if node.is_norm:
         return "norm"
-    if (key in BIASES and node.is_layer) or (array.ndim < 2 and key.endswith("bias")):
+    if (key in BIASES and node.is_layer) or (axes < 2 and key.endswith("bias")):
         return "bias"
-    if array.ndim < 2:
+    if axes < 2:
         return "vector"
     if key not in WEIGHTS:
         return "unknown"

@@ -3,6 +3,7 @@
 import gc
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import pytest
 
@@ -58,6 +59,20 @@ def test_nothing_of_a_step_outlives_it(make):
             parameters = optimizer.apply_gradients(gradients, parameters)
             mx.eval(parameters, optimizer.state)
             assert mx.get_active_memory() < before + MATRIX
+    finally:
+        gc.enable()
+
+
+def test_the_first_weights_are_released_without_a_collection():
+    gc.disable()
+    try:
+        model = nn.Sequential(*[nn.Linear(SIDE, SIDE, bias=False) for _ in range(8)])
+        optimizer = create_optimizer(model, step="row_max")
+        mx.eval(model.parameters(), optimizer.state)
+        before = mx.get_active_memory()
+        optimizer.update(model, model.trainable_parameters())
+        mx.eval(model.parameters(), optimizer.state)
+        assert mx.get_active_memory() < before + MATRIX
     finally:
         gc.enable()
 
