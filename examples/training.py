@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +33,7 @@ from mlx_maxfactor import (
     OPTIMIZERS,
     CheckpointError,
     FrequencyAdaptiveMomentum,
+    OptimizerName,
     RoutedOptimizer,
     Schedule,
     create_optimizer,
@@ -199,7 +200,7 @@ def make_optimizer(
     peer = PEERS[name](rate, **options) if name in PEERS else None
     return create_optimizer(
         model,
-        hidden=peer or name,
+        hidden=peer or cast(OptimizerName, name),
         rest=arguments.rest,
         learning_rate=None if peer else rate,
         rest_learning_rate=schedule(arguments.rest_learning_rate),
@@ -393,7 +394,7 @@ class Arguments(argparse.Namespace):
     compare: list[str] | None
     option: list[tuple[str, Any]]
     learning_rate: float | None
-    rest: str
+    rest: OptimizerName
     rest_option: list[tuple[str, Any]]
     rest_learning_rate: float
     steps: int
@@ -403,7 +404,7 @@ class Arguments(argparse.Namespace):
     heads: int
     seed: int
     dtype: str
-    rounding: str
+    rounding: Literal["nearest", "stochastic"]
     resume: bool
     save_every: int
     keep: int

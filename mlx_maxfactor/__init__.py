@@ -6,7 +6,7 @@ from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
 from .functional import newton_schulz, polar_express
 from .guard import GuardedOptimizer
-from .members import DEFAULT_RATES, OPTIMIZERS
+from .members import DEFAULT_RATES, OPTIMIZERS, OptimizerName
 from .optimizers import (
     Adafactor,
     AdamW,
@@ -31,6 +31,7 @@ __all__ = [
     "GuardedOptimizer",
     "MaxFactor",
     "Muon",
+    "OptimizerName",
     "Orthogonal",
     "Plan",
     "PlanEntry",

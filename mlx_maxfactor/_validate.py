@@ -3,13 +3,18 @@
 from collections.abc import Callable, Collection, Iterable
 from ctypes import c_float
 from difflib import get_close_matches
-from numbers import Real
+from inspect import getclosurevars
+from numbers import Integral, Real
 from typing import Any
 
 import mlx.core as mx
 
 Rate = float | mx.array | Callable[[mx.array], Any]
 """A learning rate: a number, or a schedule, a function of the step (0 at the first update)."""
+
+LARGEST_SEED = 2**32 - 1
+LATER_STEPS = [10**k for k in range(10)]
+"""Where a schedule that takes any step is looked at beside its first one."""
 
 
 def check_number(
@@ -27,30 +32,35 @@ def check_number(
             x <= high if ends[1] == "]" else x < high
         )
     if not inside:
-        raise ValueError(f"{name} must be in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
+        limits = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
+        raise ValueError(f"{name} must be in {limits}, got {shown(value)}")
     return float(value)
 
 
 def check_pair(name: str, value: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
     """The value as a tuple, if it is a pair of numbers in the interval of :func:`check_number`."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be a pair of numbers, got {value!r}")
+        raise ValueError(f"{name} must be a pair of numbers, got {shown(value)}")
     first, second = (check_number(f"{name}[{i}]", v, *args, **kwargs) for i, v in enumerate(value))
     return first, second
 
 
-def check_integer(name: str, value: Any, low: int) -> int:
-    """The value, if it is a whole number of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    return value
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as an int, if it is a whole number, Python's or NumPy's, within the limits."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    number = int(value) if whole else low - 1
+    if number < low or (high is not None and number > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a whole number {limits}, got {shown(value)}")
+    return number
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     """The value, if it is one of the choices."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        names = [choice for choice in choices if isinstance(choice, str)]
+        raise ValueError(f"{name} must be one of {listed}, {got(value, names)}")
     return value
 
 
@@ -58,19 +68,86 @@ def check_flags(**flags: Any) -> None:
     """Raise unless every keyword is True or False."""
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+            raise ValueError(f"{name} must be True or False, got {shown(value)}")
 
 
-def check_rate(name: str, value: Any) -> Rate:
-    """The value, if it is a schedule, an array, or a number of at least 0."""
-    if callable(value) or (isinstance(value, mx.array) and value.ndim == 0):
+def check_rate(name: str, value: Any, step: Any = 0) -> Rate:
+    """The value, if it is a number of at least 0, an array of one, or a schedule that gives one.
+
+    What is traced has no value yet and passes. A schedule is asked for its rate at ``step``: no
+    other is sure to be one it was made for. Those that mlx made take any, and may fall below 0 at
+    none of ``LATER_STEPS``.
+    """
+    if callable(value):
+        _check_schedule(name, value, step)
+        return value
+    if isinstance(value, mx.array) and value.ndim == 0:
+        if (number := known(value)) is not None:
+            check_number(name, number, 0.0)
         return value
     if not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number or a function of the step, got {value!r}")
+        raise ValueError(f"{name} must be a number or a function of the step, got {shown(value)}")
     return check_number(name, value, 0.0)
 
 
+def _check_schedule(name: str, schedule: Callable[[mx.array], Any], step: Any) -> None:
+    rate = schedule(mx.array(step, mx.uint64))
+    if isinstance(rate, mx.array) and rate.size == 1:
+        rate = known(rate.reshape(()))
+    elif isinstance(rate, bool) or not isinstance(rate, Real):
+        raise ValueError(
+            f"{name} must be a function that returns one number a step, got {shown(rate)}"
+        )
+    if rate is not None:
+        check_number(f"{name}, at step {shown(known(step))},", rate, 0.0)
+    if is_of_mlx(schedule):
+        for later in LATER_STEPS:
+            if (rate := known(schedule(mx.array(later, mx.uint64)))) < 0:
+                check_number(f"{name}, at step {later},", rate, 0.0)
+
+
+def is_of_mlx(schedule: Any) -> bool:
+    """Whether mlx made a schedule: it takes any step then, and an array of steps.
+
+    A function that reads a table must not be tried like that: MLX does not check an index.
+    """
+    schedule = getattr(schedule, "function", schedule)
+    if getattr(schedule, "__module__", None) != "mlx.optimizers.schedulers":
+        return False
+    return all(map(is_of_mlx, getclosurevars(schedule).nonlocals.get("schedules", ())))
+
+
+def known(value: Any) -> Any:
+    """What an array of one element holds; None while it is traced. All else as it is."""
+    if not isinstance(value, mx.array):
+        return value
+    try:
+        number = value.item()
+    except ValueError:
+        return None
+    return float(f"{number:.7g}") if isinstance(number, float) else number  # float32 has no more
+
+
+# What a message says of a value
+
+
+def shown(value: Any) -> str:
+    """The value in one line, cut off where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def got(value: Any, choices: Collection[str]) -> str:
+    """The value and the nearest choice as a question; of a class, what to pass in its place."""
+    if isinstance(value, type):
+        name = value.__name__
+        known_as = f", or the name {name.lower()!r}" if name.lower() in choices else ""
+        return f"got the class {name}: pass an instance, {name}(...){known_as}"
+    return f"got {shown(value)}{hint(str(value), choices)}"
+
+
 def hint(word: str, choices: Iterable[str]) -> str:
-    """The nearest choice as a question, if one is near."""
-    close = get_close_matches(word, list(choices), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    """The nearest choice as a question, if one is near, whatever the case of its letters."""
+    lower = {choice.lower(): choice for choice in choices}
+    close = get_close_matches(word.lower(), lower, n=1)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""

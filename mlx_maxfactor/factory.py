@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, get_args
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from ._validate import Rate, check_flags
-from .members import Part, Roster
+from ._validate import LARGEST_SEED, Rate, check_choice, check_flags, check_integer, got, shown
+from .members import OptimizerName, Part, Roster
 from .optimizers import AdamW, SignSGD
-from .optimizers._base import Float32Optimizer
+from .optimizers._base import Float32Optimizer, Rounding, flatten
 from .roles import find_roles
 from .routing import RoutedOptimizer
 from .rules import apply_rules, check_explained
@@ -21,8 +22,8 @@ UNDECAYED_ROLES = frozenset({"norm", "bias", "vector"})
 
 def create_optimizer(
     model: nn.Module,
-    hidden: str | Optimizer = "maxfactor",
-    rest: str | Optimizer = "adamw",
+    hidden: OptimizerName | Optimizer = "maxfactor",
+    rest: OptimizerName | Optimizer = "adamw",
     *,
     learning_rate: Rate | None = None,
     rest_learning_rate: Rate | None = None,
@@ -32,7 +33,7 @@ def create_optimizer(
     rest_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
-    rounding: str = "nearest",
+    rounding: Rounding = "nearest",
     seed: int = 0,
     **hidden_options: Any,
 ) -> RoutedOptimizer:
@@ -54,7 +55,9 @@ def create_optimizer(
             in ``DEFAULT_RATES``, and Adafactor's relative step. A schedule shapes every member
             that has no schedule of its own.
         rest_learning_rate: Rate of ``rest`` if it is a name. None keeps the default ratio to
-            ``learning_rate``. A number beside a schedule is the peak of the rest's.
+            ``learning_rate``. A number beside a schedule is the peak of the rest's. The schedule's
+            own peak must be known then: ours and a ``Schedule`` say it, and mlx's are evaluated
+            over a million steps at once; any other function must come in a ``Schedule``.
         rules: Exceptions: a role or a path pattern (``"*.wq.weight"``) to a name, an optimizer, or
             (patterns) a role. Paths beat roles; of several patterns the first that matches counts.
         exclude_first: Send a Linear that reads the model's input to ``rest``.
@@ -66,7 +69,7 @@ def create_optimizer(
             NaN, and count it in ``.skipped``, all inside the compiled step.
         rounding: Of bf16 and fp16 parameters, in every member that is made from a name: "nearest",
             or "stochastic", which lets updates below their spacing count on average.
-        seed: Of stochastic rounding.
+        seed: Of stochastic rounding, from 0 to 2³² - 1.
         **hidden_options: Options of ``hidden`` if it is a name, such as ``momentum=0.95``.
 
     Returns:
@@ -74,7 +77,8 @@ def create_optimizer(
 
     Raises:
         ValueError: An unknown name, option or rule, a number beside a schedule whose peak is not
-            known; with ``strict`` every unexplained parameter.
+            known, a rate below 0, a model that is frozen whole; with ``strict`` every unexplained
+            parameter.
 
     Example:
         >>> import mlx.nn as nn
@@ -85,20 +89,22 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an mlx.nn.Module, got {type(model).__name__}")
+    check_choice("rounding", rounding, get_args(Rounding))
+    seed = check_integer("seed", seed, 0, LARGEST_SEED)
+    _check_model(model)
+    _check_trainable(model)
     parameters, exceptions = apply_rules(model, rules or {})
     if strict:
         check_explained(model, parameters, exceptions)
 
     if not isinstance(rest_options or {}, Mapping):
-        raise ValueError(f"rest_options must map names to values, got {rest_options!r}")
+        raise ValueError(f"rest_options must map names to values, got {shown(rest_options)}")
     parts = (
         Part("hidden", hidden, learning_rate, hidden_options),
         Part("rest", rest, rest_learning_rate, dict(rest_options or {})),
     )
-    for part in parts:
-        part.check_options(signature(create_optimizer).parameters)
+    for part, other in (parts, parts[::-1]):
+        part.check_options(signature(create_optimizer).parameters, other)
     roster = Roster(*parts, {"rounding": rounding, "seed": seed})
     hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
     routes = {}
@@ -167,6 +173,7 @@ def create_optimizer_for_hrm(
         Wang et al., *Hierarchical Reasoning Model*, 2025, arXiv 2506.21734.
     """
     check_flags(use_separate_puzzle_optimizer=use_separate_puzzle_optimizer)
+    _check_model(model)
     main = AdamW(lr, weight_decay=weight_decay)
     if not use_separate_puzzle_optimizer:
         main.init(model.trainable_parameters())
@@ -182,6 +189,26 @@ def create_optimizer_for_hrm(
     for optimizer in (main, puzzle):
         optimizer.init(model.trainable_parameters())
     return {"main": main, "puzzle": puzzle}
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    problem = got(model, ())
+    if isinstance(model, (dict, list)):
+        problem = f"got {type(model).__name__}: pass the model itself, not its parameters"
+    elif isinstance(model, (str, Optimizer)):
+        problem += ": the model comes first, then the optimizer"
+    raise ValueError(f"model must be an mlx.nn.Module, {problem}")
+
+
+def _check_trainable(model: nn.Module) -> None:
+    arrays = flatten(model.trainable_parameters()).values()
+    if not any(mx.issubdtype(array.dtype, mx.floating) for array in arrays):
+        raise ValueError(
+            "model has no trainable parameters: unfreeze what shall learn, or add its LoRA layers, "
+            "before the optimizer is made"
+        )
 
 
 def _is_puzzle(path: str) -> bool:

@@ -57,10 +57,19 @@ class GuardedOptimizer(MultiOptimizer):
     def _set_guard(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
         check_flags(skip_nonfinite=skip_nonfinite)
         if max_grad_norm is not None:
-            check_number("max_grad_norm", max_grad_norm, 0.0, ends="()")
+            max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0.0, ends="()")
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self._guard = {"skipped": mx.array(0, mx.uint32)} if skip_nonfinite else {}
+
+    def __repr__(self) -> str:
+        """The optimizer that is guarded, and how."""
+        parts = [shown_optimizer(self.optimizers[0]), *self._shown_guard()]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _shown_guard(self) -> list[str]:
+        limit = [] if self.max_grad_norm is None else [f"max_grad_norm={self.max_grad_norm:g}"]
+        return limit + ["skip_nonfinite=True"] * self.skip_nonfinite
 
     @property
     def skipped(self) -> mx.array:
@@ -166,6 +175,14 @@ class GuardedOptimizer(MultiOptimizer):
                 optimizer.state.clear()
                 optimizer.state.update(new)
         self._guard.update(state.get("guard", {}))
+
+
+def shown_optimizer(optimizer: Optimizer) -> str:
+    """What an optimizer prints as; mlx's own, which say nothing of themselves, by their name."""
+    kind = type(optimizer)
+    if kind.__repr__ is object.__repr__:
+        return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+    return repr(optimizer)
 
 
 def _is_single(optimizer: Optimizer) -> bool:

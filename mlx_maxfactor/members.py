@@ -3,18 +3,21 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, cast
 
 from mlx.optimizers import Optimizer
 
-from ._validate import Rate, check_rate, hint
+from ._validate import LARGEST_SEED, Rate, check_rate, got, hint
 from .optimizers import Adafactor, AdamW, MaxFactor, Muon, SignSGD
 from .optimizers._base import Float32Optimizer
 from .optimizers.adafactor import relative_step_of
 from .routing import Member, set_rate
-from .schedules import Schedule, scaled
+from .schedules import Schedule, scaled, with_peak
 
-OPTIMIZERS: dict[str, type[Float32Optimizer]] = {
+OptimizerName = Literal["maxfactor", "adafactor", "signsgd", "muon", "adamw"]
+"""What a type checker takes for a name; a ``str`` from a file is cast to it, and checked there."""
+
+OPTIMIZERS: dict[OptimizerName, type[Float32Optimizer]] = {
     "maxfactor": MaxFactor,
     "adafactor": Adafactor,
     "signsgd": SignSGD,
@@ -25,6 +28,9 @@ OPTIMIZERS: dict[str, type[Float32Optimizer]] = {
 
 DEFAULT_RATES = {"maxfactor": 5e-2, "adafactor": 1e-2, "signsgd": 1e-2, "muon": 2e-2, "adamw": 1e-3}
 """Rates of the members. A rate given for the hidden matrices moves the others in proportion."""
+
+RATE_WORDS = ("lr", "rate", "eta", "learning_rate", "rest_learning_rate")
+"""What a rate is called elsewhere, or in the other place."""
 
 HIDDEN_OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"step": "orthogonal"}}
 """Options, where they are not the constructor's own, of a member that was asked for by name.
@@ -38,7 +44,7 @@ class Part:
     """What was asked for: an optimizer, or a name with a rate and options."""
 
     place: str
-    choice: str | Optimizer
+    choice: OptimizerName | Optimizer
     rate: Rate | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -55,25 +61,37 @@ class Part:
                     "its name"
                 )
             return
-        if self.choice not in OPTIMIZERS:
+        if not isinstance(self.choice, str) or self.choice not in OPTIMIZERS:
             raise ValueError(
                 f"{self.place} must be one of {', '.join(map(repr, OPTIMIZERS))} or an optimizer, "
-                f"got {self.choice!r}"
+                f"{got(self.choice, OPTIMIZERS)}"
             )
         if self.rate is not None:
-            check_rate(self.rate_name, self.rate)
+            rate = check_rate(self.rate_name, self.rate)
+            object.__setattr__(self, "rate", with_peak(rate) if callable(rate) else rate)
 
-    def check_options(self, beside: Iterable[str]) -> None:
+    def check_options(self, beside: Iterable[str], other: "Part") -> None:
         """Raise for an option that its optimizer lacks; ``beside`` are names that were near."""
         if isinstance(self.choice, Optimizer):
             return
         known = options_of(self.choice)
         for option in self.options:
-            if option not in known:
-                raise ValueError(
-                    f"{self.choice} has no option {option!r}{hint(option, [*known, *beside])}; "
-                    f"it has {', '.join(known)}, and its rate is {self.rate_name}"
+            if option in known:
+                continue
+            problem = f"{self.choice} has no option {option!r}"
+            if option in RATE_WORDS:
+                raise ValueError(f"{problem}: its rate is {self.rate_name}")
+            if isinstance(other.choice, str) and option in options_of(other.choice):
+                remedy = (
+                    f"{option}=..." if self.place == "rest" else f"rest_options={{{option!r}: ...}}"
                 )
+                raise ValueError(
+                    f"{problem}; {other.choice} has: give {remedy} to create_optimizer"
+                )
+            raise ValueError(
+                f"{problem}{hint(option, [*known, *beside])}; it has {', '.join(known)}, and its "
+                f"rate is {self.rate_name}"
+            )
 
 
 class Roster:
@@ -108,14 +126,15 @@ class Roster:
         for part in (self.hidden, self.rest):
             if choice is part.choice or choice in (part.place, part.choice):
                 return part
-        return Part(choice if isinstance(choice, str) else "rule", choice)
+        named = cast(OptimizerName | Optimizer, choice)
+        return Part(choice if isinstance(choice, str) else "rule", named)
 
     def _member(self, part: Part, decays: bool) -> Member:
         if isinstance(part.choice, Optimizer):
             self._follow_lead(part.choice)
             return Member(type(part.choice).__name__, part.choice, _nominal(part.choice))
         # A seed apart, or the first parameters of two members would be rounded alike.
-        seed = self.shared["seed"] + len(self.members)
+        seed = (self.shared["seed"] + len(self.members)) % (LARGEST_SEED + 1)
         defaults = {} if part is self.rest else HIDDEN_OPTIONS.get(part.choice, {})
         options = {**self.shared, "seed": seed, **defaults, **part.options}
         if not decays:
@@ -173,11 +192,11 @@ def _known_peak(schedule: Any, beside: str) -> float:
         return schedule.peak
     raise ValueError(
         f"{beside} is a number beside a learning_rate whose peak is not known: make it a schedule "
-        "too, or make learning_rate with warmup_cosine or adaptive_schedule"
+        'too, or give learning_rate=Schedule(function, "its name", peak=...)'
     )
 
 
-def options_of(name: str) -> dict[str, Any]:
+def options_of(name: OptimizerName) -> dict[str, Any]:
     """Options of the optimizer of that name, with their defaults."""
     parameters = signature(OPTIMIZERS[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("learning_rate", "layout")}

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ._validate import Rate, check_rate
-from .guard import GuardedOptimizer
+from .guard import GuardedOptimizer, shown_optimizer
 from .optimizers._base import Float32Optimizer, flatten, trainable
 from .optimizers._turns import Leaf
 from .roles import Parameter, find_aliases
@@ -159,6 +159,15 @@ class RoutedOptimizer(GuardedOptimizer):
                 entries.append(PlanEntry(p.path, p.shape, p.role, label, p.layout, size, p.note))
         return Plan(entries)
 
+    def __repr__(self) -> str:
+        """A line a member: its label, how many parameters it has so far, what it is."""
+        counts = Counter(self._routes[path] for path in self._prepared)
+        lines = [
+            f"{member.label}: {_counted(counts[index])}, {shown_optimizer(member.optimizer)}"
+            for index, member in enumerate(self._members)
+        ]
+        return "\n  ".join([f"{type(self).__name__}(", *lines, *self._shown_guard()]) + "\n)"
+
     # Updates
 
     def init(self, parameters: dict) -> None:
@@ -221,7 +230,7 @@ class RoutedOptimizer(GuardedOptimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Rate) -> None:
-        check_rate("learning_rate", learning_rate)
+        learning_rate = check_rate("learning_rate", learning_rate, self.step)
         lead = self._members[0]
         first, first_constant = self.learning_rate, _is_constant(lead.optimizer)
         for member in self._members:
@@ -251,10 +260,14 @@ class RoutedOptimizer(GuardedOptimizer):
         return {path: rates[path] for path in self._parameters if path in rates}
 
 
+def _counted(count: int) -> str:
+    return f"{count} parameter{'s' * (count != 1)}"
+
+
 def set_rate(optimizer: Optimizer, rate: Rate) -> None:
     """Set the rate of any MLX optimizer: a number ends its schedule, a function starts one."""
     if isinstance(optimizer, Float32Optimizer):
-        optimizer.learning_rate = rate
+        optimizer.set_rate(rate)
     elif callable(rate):
         optimizer._maybe_schedule("learning_rate", rate)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from ._validate import hint
+from ._validate import got, hint, shown
 from .members import OPTIMIZERS
 from .optimizers._base import flatten
 from .roles import ROLES, Parameter, find_aliases, find_roles
@@ -18,7 +18,9 @@ def apply_rules(
 ) -> tuple[list[Parameter], dict[str, str | Optimizer]]:
     """The parameters with their roles, and the optimizer of those that a rule names, by path."""
     if not isinstance(rules, Mapping) or not all(isinstance(key, str) for key in rules):
-        raise ValueError(f"rules must map roles and path patterns to optimizers, got {rules!r}")
+        raise ValueError(
+            f"rules must map roles and path patterns to optimizers, got {shown(rules)}"
+        )
     parameters = find_roles(model)
     aliases = find_aliases(model)
     paths = [*(p.path for p in parameters), *aliases]
@@ -30,9 +32,11 @@ def apply_rules(
             near = hint(key, [*ROLES, *paths])
             problems.append(f"rule {key!r} is no role and matches no whole path{near}")
         choices = [*OPTIMIZERS, "rest"] + ([] if by_role else list(ROLES))
-        if not isinstance(value, Optimizer) and value not in choices:
+        known = isinstance(value, Optimizer) or (isinstance(value, str) and value in choices)
+        if not known:
             problems.append(
-                f"rule {key!r} must give an optimizer or one of {', '.join(choices)}, got {value!r}"
+                f"rule {key!r} must give an optimizer or one of {', '.join(choices)}, "
+                f"{got(value, choices)}"
             )
     if problems:
         raise ValueError("; ".join(problems))

@@ -2,24 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import getclosurevars
+from math import isfinite
 from typing import Any
 
 import mlx.core as mx
 
-from ._validate import check_integer, check_number
+from ._validate import check_integer, check_number, is_of_mlx
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A function of the step that knows its peak and prints as what made it.
 
-    Wrap a schedule of your own in it where a peak must be known.
+    Wrap a function of your own in it where a peak must be known: ``create_optimizer`` asks for it
+    beside a ``rest_learning_rate`` that is a number. Of mlx's own schedules it finds the peak.
 
     Attributes:
         function: Step, an array of size one, to rate.
         description: How it was made.
         peak: Largest rate, or None if it is not known.
         ratio: Factor on the function.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import Schedule
+        >>> Schedule(lambda step: 0.01 * mx.rsqrt(step + 1), "inverse root", peak=0.01)
+        inverse root
     """
 
     function: Callable[[mx.array], Any]
@@ -38,15 +47,44 @@ class Schedule:
 def scaled(schedule: Callable[[mx.array], Any], ratio: float) -> Schedule:
     """A schedule times a constant; its peak is kept where it is known."""
     if not isinstance(schedule, Schedule):
-        schedule = Schedule(schedule, getattr(schedule, "__name__", repr(schedule)))
+        schedule = Schedule(schedule, described(schedule))
     peak = None if schedule.peak is None else schedule.peak * ratio
     return replace(schedule, ratio=schedule.ratio * ratio, peak=peak)
+
+
+def with_peak(schedule: Callable[[mx.array], Any]) -> Callable[[mx.array], Any]:
+    """A schedule of mlx's own with its peak; any other as it is.
+
+    The peak is the largest rate over every step below a million and every thousandth of the next
+    billion, in one call. Where it is infinite it is not known.
+    """
+    if getattr(schedule, "peak", None) is not None or not is_of_mlx(schedule):
+        return schedule
+    if not isinstance(schedule, Schedule):
+        schedule = Schedule(schedule, described(schedule))
+    million = mx.arange(10**6)
+    peak = float(mx.max(schedule(mx.concatenate([million, 10**6 + 1000 * million]))))
+    return replace(schedule, peak=peak) if isfinite(peak) else schedule
+
+
+def described(schedule: Callable[[mx.array], Any]) -> str:
+    """What a schedule prints as: how it was made, where that is known, or its name."""
+    if isinstance(schedule, Schedule):
+        return repr(schedule)
+    name = getattr(schedule, "__name__", repr(schedule))
+    if not is_of_mlx(schedule):
+        return name
+    made = schedule.__qualname__.partition(".")[0]
+    arguments = getclosurevars(schedule).nonlocals
+    if parts := arguments.get("schedules"):
+        return f"{made}([{', '.join(map(described, parts))}], {arguments['boundaries']})"
+    return f"{made}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
 
 
 def warmup_cosine(
     learning_rate: float,
     total_steps: int,
-    warmup_steps: int = 2000,
+    warmup_steps: int | None = None,
     min_ratio: float = 0.1,
     *,
     start_ratio: float = 0.0,
@@ -67,7 +105,8 @@ def warmup_cosine(
     Args:
         learning_rate: η, the peak, reached at step ``warmup_steps``.
         total_steps: Step at which the floor is reached.
-        warmup_steps: Length of the warm-up, at most ``total_steps``. Default 2000.
+        warmup_steps: Length of the warm-up, at most ``total_steps``. Default None: a fifth of them,
+            at most 2000.
         min_ratio: Floor over peak, in [0, 1]. Default 0.1.
         start_ratio: Rate at step 0 over peak, in [0, 1]. Default 0.
 
@@ -86,11 +125,13 @@ def warmup_cosine(
     Reference:
         Loshchilov and Hutter, *SGDR*, 2017, arXiv 1608.03983.
     """
-    check_number("learning_rate", learning_rate, 0.0, ends="()")
-    check_integer("total_steps", total_steps, 1)
-    check_integer("warmup_steps", warmup_steps, 0)
-    check_number("min_ratio", min_ratio, 0.0, 1.0, "[]")
-    check_number("start_ratio", start_ratio, 0.0, 1.0, "[]")
+    learning_rate = check_number("learning_rate", learning_rate, 0.0, ends="()")
+    total_steps = check_integer("total_steps", total_steps, 1)
+    if warmup_steps is None:
+        warmup_steps = min(2000, total_steps // 5)
+    warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
+    min_ratio = check_number("min_ratio", min_ratio, 0.0, 1.0, "[]")
+    start_ratio = check_number("start_ratio", start_ratio, 0.0, 1.0, "[]")
     if warmup_steps > total_steps:
         raise ValueError(
             f"warmup_steps must be at most total_steps ({total_steps}), got {warmup_steps}"
@@ -140,9 +181,9 @@ def adaptive_schedule(
         >>> [f"{schedule(step).item():.1e}" for step in (0, 250, 500, 2000, 10**6)]
         ['1.0e-06', '5.0e-04', '1.0e-03', '5.0e-04', '1.0e-04']
     """
-    check_number("initial_lr", initial_lr, 0.0, ends="()")
-    check_integer("warmup_steps", warmup_steps, 0)
-    check_number("decay_factor", decay_factor, 0.0, 1.0, "[]")
+    initial_lr = check_number("initial_lr", initial_lr, 0.0, ends="()")
+    warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
+    decay_factor = check_number("decay_factor", decay_factor, 0.0, 1.0, "[]")
 
     def rate(step: mx.array) -> mx.array:
         step = step.astype(mx.float32)

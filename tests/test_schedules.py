@@ -71,7 +71,7 @@ def test_a_compiled_step_follows_the_schedule(schedule):
     [
         (lambda: warmup_cosine(0.0, 10, 1), r"learning_rate must be in \(0, inf\), got 0.0"),
         (lambda: warmup_cosine(1.0, 0, 0), "total_steps must be a whole number of at least 1"),
-        (lambda: warmup_cosine(1.0, 100), r"warmup_steps must be at most total_steps \(100\)"),
+        (lambda: warmup_cosine(1.0, 100, 200), r"warmup_steps must be at most total_steps \(100\)"),
         (lambda: warmup_cosine(1.0, 100, 2.5), "warmup_steps must be a whole number"),
         (lambda: warmup_cosine(1.0, 10, 1, 1.5), r"min_ratio must be in \[0, 1\], got 1.5"),
         (lambda: warmup_cosine(1.0, 10, 1, start_ratio=-1), "start_ratio must be in"),

@@ -5,7 +5,7 @@ moment, ``u`` update, ``m`` momentum. Nothing here changes an array it was given
 knows a class.
 """
 
-from .layouts import LAYOUTS, as_matrices, from_matrices, input_axis_shape, norm_axes
+from .layouts import LAYOUTS, Layout, as_matrices, from_matrices, input_axis_shape, norm_axes
 from .moments import factored_root, factored_second_moment, gathered_weight, second_moment_weight
 from .momentum import band_damping, band_momentum, band_shares
 from .norms import (
@@ -24,6 +24,7 @@ from .order import can_wait
 from .orthogonalization import (
     METHODS,
     POLAR_EXPRESS,
+    Method,
     muon_scale,
     newton_schulz,
     orthogonalize,
@@ -38,6 +39,8 @@ __all__ = [
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
+    "Layout",
+    "Method",
     "agreement",
     "as_matrices",
     "band_damping",

@@ -1,10 +1,12 @@
 """Arrays as the matrices they hold."""
 
 import math
+from typing import Literal, get_args
 
 import mlx.core as mx
 
-LAYOUTS = ("batched", "experts", "conv")
+Layout = Literal["batched", "experts", "conv"]
+LAYOUTS = get_args(Layout)
 """How an array of more than two axes holds matrices. An array alone cannot say which it is.
 
 - ``batched``: the last two axes are matrices; norms span the whole array.

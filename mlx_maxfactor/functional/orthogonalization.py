@@ -1,6 +1,7 @@
 """The nearest orthogonal matrix, by iterated polynomials."""
 
 import math
+from typing import Literal
 
 import mlx.core as mx
 
@@ -113,6 +114,7 @@ def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     return _iterate_quintics(x, table[:steps], dtype)
 
 
+Method = Literal["newton_schulz", "polar_express"]
 METHODS = {"newton_schulz": newton_schulz, "polar_express": polar_express}
 """What orthogonalizes, by name."""
 

@@ -1,7 +1,9 @@
 """What every optimizer of the suite shares: float32 arithmetic, layouts, rates, state."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import signature
+from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,11 +11,15 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from .. import functional as f
-from .._validate import Rate, check_choice, check_integer, check_rate
+from .._validate import LARGEST_SEED, Rate, check_choice, check_integer, check_rate, known, shown
+from ..schedules import described
 from ._turns import Turns, Update, find_leaves
 
 RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 """Keys of the state beside the parameters'."""
+
+Rounding = Literal["nearest", "stochastic"]
+"""How updates of bf16 and fp16 parameters are rounded."""
 
 
 class Float32Optimizer(Optimizer):
@@ -29,6 +35,8 @@ class Float32Optimizer(Optimizer):
 
     Args:
         learning_rate: A number of at least 0, or a function of the step (0 at the first update).
+            A function is checked at its first step; one that falls below 0 later counts as 0 there,
+            as a compiled step cannot raise.
         layout: How arrays of more than two axes hold matrices, see ``functional.LAYOUTS``.
         rounding: "nearest", or "stochastic" for bf16 and fp16 parameters.
         seed: Of stochastic rounding, from 0 to 2³² - 1.
@@ -41,13 +49,13 @@ class Float32Optimizer(Optimizer):
     def __init__(
         self,
         learning_rate: Rate,
-        layout: str = "batched",
-        rounding: str = "nearest",
+        layout: f.Layout = "batched",
+        rounding: Rounding = "nearest",
         seed: int = 0,
     ):
         super().__init__()
-        self.rounding: str = check_choice("rounding", rounding, ("nearest", "stochastic"))
-        self.seed = check_integer("seed", seed, 0)
+        self.rounding: str = check_choice("rounding", rounding, get_args(Rounding))
+        self.seed = check_integer("seed", seed, 0, LARGEST_SEED)
         self._keys = 0
         self._waits = True
         self.layout: str = check_choice("layout", layout, f.LAYOUTS)
@@ -67,7 +75,10 @@ class Float32Optimizer(Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Rate) -> None:
-        check_rate("learning_rate", learning_rate)
+        self.set_rate(check_rate("learning_rate", learning_rate, self.step))
+
+    def set_rate(self, learning_rate: Rate) -> None:
+        """Set a rate that was checked; unlike the property it never waits for an array's value."""
         if callable(learning_rate):
             self._schedulers["learning_rate"] = learning_rate
             self.state["learning_rate"] = _as_rate(learning_rate(self.step))
@@ -83,7 +94,9 @@ class Float32Optimizer(Optimizer):
         schedule = self._schedulers.get("learning_rate")
         if schedule is None:
             return rate
-        return mx.where(self.state["scheduled"], _as_rate(schedule(self.step)), rate)
+        # Below 0 an update would ascend, and a compiled step cannot raise.
+        scheduled = mx.maximum(_as_rate(schedule(self.step)), 0.0)
+        return mx.where(self.state["scheduled"], scheduled, rate)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """What update ``t`` multiplies its step by. ``parameter`` is float32, seen as matrices."""
@@ -247,6 +260,31 @@ class Float32Optimizer(Optimizer):
         self._state.clear()
         self._state.update(state)
 
+    # What it prints as
+
+    def __repr__(self) -> str:
+        """The class, its rate, and the options that are not the class's own defaults."""
+        options = [f"learning_rate={self._shown_rate()}"]
+        draws = self.rounding == "stochastic" or getattr(self, "state_dtype", mx.float32) == mx.int8
+        for name, default in _defaults(type(self)).items():
+            value = self._option(name)
+            if name == "learning_rate" or value is MISSING or value == default:
+                continue
+            if name != "seed" or draws:
+                options.append(f"{name}={_shown_option(value)}")
+        return f"{type(self).__name__}({', '.join(options)})"
+
+    def _option(self, name: str) -> Any:
+        """The value of an option of the constructor."""
+        return getattr(self, name, MISSING)
+
+    def _shown_rate(self) -> str:
+        schedule = self._schedulers.get("learning_rate")
+        if schedule is not None and known(self.state.get("scheduled")) is not False:
+            return described(schedule)
+        rate = known(self.state["learning_rate"])
+        return "..." if rate is None else f"{rate:g}"
+
 
 def flatten(tree: Any) -> dict[str, mx.array]:
     """The arrays of a tree by path."""
@@ -259,7 +297,26 @@ def trainable(model: Any) -> Any:
 
 
 def _as_rate(rate: Any) -> mx.array:
-    return mx.array(rate).astype(mx.float32)
+    rate = mx.array(rate).astype(mx.float32)
+    return rate.reshape(()) if rate.ndim else rate
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The options of a class with their defaults, its own first, then what it passes on."""
+    makers = [vars(c)["__init__"] for c in kind.__mro__ if "__init__" in vars(c)]
+    defaults: dict[str, Any] = {}
+    for parameter in (p for make in makers for p in signature(make).parameters.values()):
+        defaults.setdefault(parameter.name, parameter.default)
+    return defaults
+
+
+def _shown_option(value: Any) -> str:
+    """The value in one line; of a dataclass only what is not its default."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return shown(value)
+    each = [(field.name, getattr(value, field.name), field.default) for field in fields(value)]
+    given = [f"{name}={shown(value)}" for name, value, default in each if value != default]
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 def _is_trained(x: mx.array) -> bool:

@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_number, check_pair
-from ._base import Float32Optimizer
+from ._base import Float32Optimizer, Rounding
 
 
 class Adafactor(Float32Optimizer):
@@ -59,8 +59,8 @@ class Adafactor(Float32Optimizer):
         clip_threshold: float = 1.0,
         decay_rate: float = -0.8,
         weight_decay: float = 0.0,
-        layout: str = "batched",
-        rounding: str = "nearest",
+        layout: f.Layout = "batched",
+        rounding: Rounding = "nearest",
         seed: int = 0,
     ):
         self.relative_step = learning_rate is None
@@ -70,6 +70,10 @@ class Adafactor(Float32Optimizer):
         self.clip_threshold = check_number("clip_threshold", clip_threshold, 0.0, ends="()")
         self.decay_rate = check_number("decay_rate", decay_rate, -1.0, 0.0)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
+
+    def _shown_rate(self) -> str:
+        relative = self._schedulers.get("learning_rate") is relative_step_of
+        return "None" if relative else super()._shown_rate()
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix, a second moment for a vector; their own count."""

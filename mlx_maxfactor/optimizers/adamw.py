@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_number, check_pair
-from ._base import Float32Optimizer
+from ._base import Float32Optimizer, Rounding
 from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
 
 
@@ -49,7 +49,7 @@ class AdamW(Float32Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         bias_correction: bool = True,
-        rounding: str = "nearest",
+        rounding: Rounding = "nearest",
         seed: int = 0,
         state_dtype: mx.Dtype = mx.float32,
     ):

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import Rate, check_choice, check_flags, check_number, check_pair
-from ._base import Float32Optimizer
+from .._validate import Rate, check_choice, check_flags, check_number, check_pair, got, hint
+from ._base import Float32Optimizer, Rounding
 from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
 from .momentum import FrequencyAdaptiveMomentum
 from .orthogonal import Orthogonal
@@ -18,7 +18,10 @@ FLOAT32_EPS = 2.0**-23
 Reader = Callable[[mx.array], mx.array]
 """Reads an array once another is there: fused kernels then share no float32 copy of it."""
 
-PRESETS: dict[str, dict[str, Any]] = {
+StepName = Literal["row_max", "orthogonal"]
+Preset = Literal["early", "hub", "speech"]
+
+PRESETS: dict[Preset, dict[str, Any]] = {
     "early": {
         "eps": (FLOAT32_EPS, 1e-3),
         "weight_decay": 0.0,
@@ -126,7 +129,7 @@ class MaxFactor(Float32Optimizer):
         self,
         learning_rate: Rate = 0.01,
         *,
-        step: str | Mapping[str, Any] | Orthogonal = "row_max",
+        step: StepName | Mapping[str, Any] | Orthogonal = "row_max",
         beta2_decay: float = -0.8,
         beta2_bounds: tuple[float, float] = (0.001, 0.999),
         eps: tuple[float, float] = (1e-10, 1e-4),
@@ -146,8 +149,8 @@ class MaxFactor(Float32Optimizer):
         cautious: bool = False,
         eps_rms: float = 0.0,
         min_rms: float = 0.0,
-        layout: str = "batched",
-        rounding: str = "nearest",
+        layout: f.Layout = "batched",
+        rounding: Rounding = "nearest",
         seed: int = 0,
         state_dtype: mx.Dtype = mx.float32,
     ):
@@ -176,10 +179,10 @@ class MaxFactor(Float32Optimizer):
         self.min_lr = check_number("min_lr", min_lr, 0.0)
         self.scalar_boost = scalar_boost
         if scalar_boost is not None:
-            check_number("scalar_boost", scalar_boost, 0.0, ends="()")
+            self.scalar_boost = check_number("scalar_boost", scalar_boost, 0.0, ends="()")
         self.clip_threshold = clip_threshold
         if clip_threshold is not None:
-            check_number("clip_threshold", clip_threshold, 0.0, ends="()")
+            self.clip_threshold = check_number("clip_threshold", clip_threshold, 0.0, ends="()")
         self.full_matrix = full_matrix
         self.relative_step = relative_step
         self.vector_sign = vector_sign
@@ -200,7 +203,7 @@ class MaxFactor(Float32Optimizer):
             self._refuse_options_of_the_row_max_step()
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> "MaxFactor":
+    def preset(cls, name: Preset, **overrides: Any) -> "MaxFactor":
         """Build one of the three published versions: ``"early"``, ``"hub"`` or ``"speech"``.
 
         Args:
@@ -211,6 +214,9 @@ class MaxFactor(Float32Optimizer):
             ValueError: An unknown name; the message lists the known ones.
         """
         return cls(**{**PRESETS[check_choice("preset", name, PRESETS)], **overrides})
+
+    def _option(self, name: str) -> Any:
+        return self.orthogonal or "row_max" if name == "step" else super()._option(name)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
@@ -368,11 +374,12 @@ def orthogonal_step_of(step: Any) -> Orthogonal | None:
     if isinstance(step, Mapping):
         known = [field.name for field in fields(Orthogonal)]
         if unknown := [key for key in step if key not in known]:
-            raise ValueError(f"step has no option {unknown[0]!r}; it has {', '.join(known)}")
+            near = hint(unknown[0], known)
+            raise ValueError(f"step has no option {unknown[0]!r}{near}; it has {', '.join(known)}")
         return Orthogonal(**step)
-    if step not in ("row_max", "orthogonal"):
+    if not isinstance(step, str) or step not in get_args(StepName):
         raise ValueError(
             "step must be 'row_max', 'orthogonal', options of Orthogonal or an Orthogonal, "
-            f"got {step!r}"
+            f"{got(step, get_args(StepName))}"
         )
     return Orthogonal() if step == "orthogonal" else None

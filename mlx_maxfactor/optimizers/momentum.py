@@ -66,8 +66,8 @@ class FrequencyAdaptiveMomentum:
             # As floats, so that a file saved with blend=1 is one saved with blend=1.0.
             value = check_number(name, getattr(self, name), 0.0, 1.0, ends)
             object.__setattr__(self, name, value)
-        check_integer("bands", self.bands, 1)
-        check_integer("blend_steps", self.blend_steps, 1)
+        for name in ("bands", "blend_steps"):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
 
     def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """State beside the buffer ``m`` for matrices whose last axis is the input's."""

@@ -1,11 +1,15 @@
 """Muon: momentum orthogonalized by Newton–Schulz or the Polar Express."""
 
+from typing import Literal, get_args
+
 import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_integer, check_number
-from ._base import Float32Optimizer
+from ._base import Float32Optimizer, Rounding
 from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
+
+Scale = Literal["spectral", "rms"]
 
 
 class Muon(Float32Optimizer):
@@ -57,11 +61,11 @@ class Muon(Float32Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        scale: str | None = None,
-        method: str = "newton_schulz",
+        scale: Scale | None = None,
+        method: f.Method = "newton_schulz",
         steps: int = 5,
-        layout: str = "batched",
-        rounding: str = "nearest",
+        layout: f.Layout = "batched",
+        rounding: Rounding = "nearest",
         seed: int = 0,
         state_dtype: mx.Dtype = mx.float32,
         block: int | None = None,
@@ -72,7 +76,7 @@ class Muon(Float32Optimizer):
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = nesterov
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
-        self.scale = check_choice("scale", scale, (None, "spectral", "rms"))
+        self.scale = check_choice("scale", scale, (None, *get_args(Scale)))
         self.method = check_choice("method", method, f.METHODS)
         self.steps = check_integer("steps", steps, 1)
         self.block = None if block is None else check_integer("block", block, 1)

@@ -52,15 +52,15 @@ class Orthogonal:
     """
 
     block: int | None = None
-    method: str = "newton_schulz"
+    method: f.Method = "newton_schulz"
     steps: int = 5
     capped: bool = True
 
     def __post_init__(self) -> None:
         if self.block is not None:
-            check_integer("block", self.block, 1)
+            object.__setattr__(self, "block", check_integer("block", self.block, 1))
         check_choice("method", self.method, f.METHODS)
-        check_integer("steps", self.steps, 1)
+        object.__setattr__(self, "steps", check_integer("steps", self.steps, 1))
         check_flags(capped=self.capped)
 
     def direction(self, u: mx.array) -> mx.array:

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from .._validate import Rate, check_flags, check_number
-from ._base import Float32Optimizer
+from ._base import Float32Optimizer, Rounding
 
 
 class SignSGD(Float32Optimizer):
@@ -39,7 +39,7 @@ class SignSGD(Float32Optimizer):
         *,
         weight_decay: float = 0.1,
         sparse_rows: bool = False,
-        rounding: str = "nearest",
+        rounding: Rounding = "nearest",
         seed: int = 0,
     ):
         super().__init__(learning_rate, rounding=rounding, seed=seed)

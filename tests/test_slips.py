@@ -1,0 +1,545 @@
+"""A user's slips: each is one clear line that names the value and the remedy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as mlx_optimizers
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+from models import Table
+
+from mlx_maxfactor import (
+    Adafactor,
+    AdamW,
+    FrequencyAdaptiveMomentum,
+    GuardedOptimizer,
+    MaxFactor,
+    Muon,
+    Orthogonal,
+    Schedule,
+    SignSGD,
+    adaptive_schedule,
+    create_optimizer,
+    create_optimizer_for_hrm,
+    estimate_state_bytes,
+    warmup_cosine,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def create(*arguments, **options):
+    return create_optimizer(Table(), *arguments, **options)
+
+
+def frozen():
+    model = Table()
+    model.freeze()
+    return model
+
+
+def quantized():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    nn.quantize(model)
+    return model
+
+
+def set_rate(rate, build=create):
+    build().learning_rate = rate
+
+
+def ascending(step):
+    """A table that is read by the step, with a rate below 0."""
+    return mx.array([-0.1, 0.1])[step]
+
+
+CHOICES = (
+    "hidden must be one of 'maxfactor', 'adafactor', 'signsgd', 'muon', 'adamw' or an optimizer"
+)
+NUMBER = "must be a function that returns one number a step, got"
+NEGATIVE = r"must be in \[0, inf\), got -"
+SEED = "seed must be a whole number from 0 to 4294967295, got"
+MODEL = r"^model must be an mlx\.nn\.Module, got"
+FROZEN = (
+    "^model has no trainable parameters: unfreeze what shall learn, or add its LoRA layers, before"
+)
+UNKNOWN_PEAK = (
+    "rest_learning_rate is a number beside .* give learning_rate=Schedule.function, .* peak="
+)
+
+SLIPS = {
+    # Names
+    "case": (lambda: create("AdamW"), f"^{CHOICES}, got 'AdamW' .did you mean 'adamw'"),
+    "capitals": (lambda: create("MUON"), "got 'MUON' .did you mean 'muon'"),
+    "typo": (lambda: create("maxfacter"), f"^{CHOICES}, got 'maxfacter' .did you mean 'maxfactor'"),
+    "rest's typo": (
+        lambda: create(rest="adamv"),
+        "^rest must .* got 'adamv' .did you mean 'adamw'",
+    ),
+    "list": (lambda: create(["muon"]), rf"^{CHOICES}, got \['muon'\] .did you mean 'muon'"),
+    "class": (
+        lambda: create(MaxFactor),
+        rf"^{CHOICES}, got the class MaxFactor: .* MaxFactor\(...\), or the name 'maxfactor'$",
+    ),
+    "mlx's class": (
+        lambda: create(rest=mlx_optimizers.Muon),
+        r"^rest .* got the class Muon: pass an instance, Muon\(...\), or the name 'muon'$",
+    ),
+    "mlx's other class": (
+        lambda: create(mlx_optimizers.Lion),
+        r"got the class Lion: pass an instance, Lion\(...\)$",
+    ),
+    "rule's case": (
+        lambda: create(rules={"head": "Muon"}),
+        "^rule 'head' must give an optimizer or one of .* got 'Muon' .did you mean 'muon'",
+    ),
+    "rule's list": (
+        lambda: create(rules={"head": ["muon"]}),
+        r"got \['muon'\] .did you mean 'muon'",
+    ),
+    "rule's class": (
+        lambda: create(rules={"head": Muon}),
+        r"^rule 'head' .* got the class Muon: pass an instance, Muon\(...\), or the name 'muon'$",
+    ),
+    "preset": (lambda: MaxFactor.preset("Hub"), "^preset must be .* got 'Hub' .did you mean 'hub'"),
+    "method": (
+        lambda: create("muon", method="newton_schultz"),
+        "^method must be one of .* got 'newton_schultz' .did you mean 'newton_schulz'",
+    ),
+    "rounding": (lambda: create(rounding="Nearest"), "^rounding must .* .did you mean 'nearest'"),
+    "rounding of instances": (
+        lambda: create(MaxFactor(), AdamW(), rounding="chance"),
+        "^rounding must be one of 'nearest', 'stochastic', got 'chance'$",
+    ),
+    "step": (lambda: create(step="orthogonl"), "^step must be .* .did you mean 'orthogonal'"),
+    "step's list": (lambda: create(step=["row_max"]), r"^step must be .* got \['row_max'\]"),
+    "step's option": (
+        lambda: create(step={"blocks": 8}),
+        "^step has no option 'blocks' .did you mean 'block'",
+    ),
+    # Options
+    "lr": (lambda: create(lr=0.1), "^maxfactor has no option 'lr': its rate is learning_rate$"),
+    "rest's lr": (
+        lambda: create(rest_options={"lr": 0.1}),
+        "^adamw has no option 'lr': its rate is rest_learning_rate$",
+    ),
+    "betas": (
+        lambda: create("muon", betas=(0.9, 0.99)),
+        r"^muon has no option 'betas'; adamw has: give rest_options={'betas': ...} to create_opt",
+    ),
+    "rest's momentum": (
+        lambda: create(rest_options={"momentum": 0.9}),
+        "^adamw has no option 'momentum'; maxfactor has: give momentum=... to create_optimizer$",
+    ),
+    "option's case": (
+        lambda: create(Momentum=0.9),
+        "no option 'Momentum' .did you mean 'momentum'",
+    ),
+    "long value": (
+        lambda: create(momentum=mx.zeros(10_000)),
+        r"^momentum must .* got array.{,99}$",
+    ),
+    # Rates
+    "negative array": (
+        lambda: create(learning_rate=mx.array(-1.0)),
+        rf"^learning_rate {NEGATIVE}1.0$",
+    ),
+    "negative array, bare": (lambda: Muon(mx.array(-1.0)), f"^learning_rate {NEGATIVE}1.0$"),
+    "negative array, set": (lambda: set_rate(mx.array(-1.0)), f"^learning_rate {NEGATIVE}1.0$"),
+    "negative rest": (
+        lambda: create(rest_learning_rate=mx.array(-1.0)),
+        f"^rest_learning_rate {NEGATIVE}1.0$",
+    ),
+    "nan": (lambda: create(learning_rate=float("nan")), r"^learning_rate must .* got nan$"),
+    "nan array": (lambda: AdamW(mx.array(float("nan"))), r"^learning_rate must .* got nan$"),
+    "nan schedule": (
+        lambda: AdamW(lambda step: float("nan")),
+        "^learning_rate, at step 0, .* got nan",
+    ),
+    "negative schedule": (
+        lambda: create(learning_rate=lambda step: -0.1 * (step + 1)),
+        f"^learning_rate, at step 0, {NEGATIVE}0.1",
+    ),
+    "negative schedule, bare": (lambda: SignSGD(ascending), f"at step 0, {NEGATIVE}0.1"),
+    "negative schedule, set": (lambda: set_rate(ascending), f"at step 0, {NEGATIVE}0.1"),
+    "negative later": (
+        lambda: Muon(mlx_optimizers.linear_schedule(1e-2, -1e-2, 50)),
+        f"^learning_rate, at step 100, {NEGATIVE}0.01",
+    ),
+    "negative in a part": (
+        lambda: create(
+            learning_rate=mlx_optimizers.join_schedules(
+                [lambda step: 0.1 + 0 * step, mlx_optimizers.cosine_decay(-1e-2, 100)], [0]
+            )
+        ),
+        f"^learning_rate, at step 0, {NEGATIVE}0.01",
+    ),
+    "schedule of None": (
+        lambda: create(learning_rate=lambda s: None),
+        f"^learning_rate {NUMBER} None$",
+    ),
+    "schedule of text": (lambda: AdamW(lambda s: "0.1"), f"^learning_rate {NUMBER} '0.1'$"),
+    "schedule of two": (
+        lambda: create(rest_learning_rate=lambda s: mx.array([0.1, 0.2])),
+        rf"^rest_learning_rate {NUMBER} array\(\[0.1, 0.2\]",
+    ),
+    "schedule of two, set": (lambda: set_rate(lambda s: (0.1, 0.2)), NUMBER + r" \(0.1, 0.2\)$"),
+    "rate of two": (
+        lambda: AdamW(mx.array([0.1, 0.2])),
+        "^learning_rate must be a number or a func",
+    ),
+    "unknown peak": (
+        lambda: create(learning_rate=lambda step: 0.1, rest_learning_rate=0.01),
+        UNKNOWN_PEAK,
+    ),
+    "unknown peak of a part": (
+        lambda: create(
+            learning_rate=mlx_optimizers.join_schedules([ascending, lambda s: 0.1 * s], [0]),
+            rest_learning_rate=0.01,
+        ),
+        UNKNOWN_PEAK,
+    ),
+    "no peak": (
+        lambda: create(
+            learning_rate=mlx_optimizers.exponential_decay(1e-5, 1.01), rest_learning_rate=0.01
+        ),
+        UNKNOWN_PEAK,
+    ),
+    "long warm-up": (
+        lambda: warmup_cosine(1e-3, 1000, 2000),
+        r"^warmup_steps must be at most total_steps \(1000\), got 2000$",
+    ),
+    # Whole numbers
+    "seed": (lambda: create(seed=2**40), f"^{SEED} 1099511627776$"),
+    "seed, bare": (lambda: AdamW(seed=2**32), f"^{SEED} 4294967296$"),
+    "seed of text": (lambda: create(seed="1"), f"^{SEED} '1'$"),
+    "float": (
+        lambda: create("muon", steps=np.float32(5)),
+        "^steps must be a whole .* got np.float32",
+    ),
+    # The model
+    "parameters": (
+        lambda: create_optimizer(Table().parameters()),
+        f"{MODEL} dict: pass the model itself, not its parameters$",
+    ),
+    "none": (lambda: create_optimizer(None), f"{MODEL} None$"),
+    "model's class": (
+        lambda: create_optimizer(Table),
+        rf"{MODEL} the class Table: pass an inst.*\)$",
+    ),
+    "swapped": (
+        lambda: create_optimizer("muon", Table()),
+        f"{MODEL} 'muon': the model comes first, then the optimizer$",
+    ),
+    "swapped instance": (
+        lambda: create_optimizer(Muon(), Table()),
+        f"{MODEL} Muon.*: the model comes",
+    ),
+    "hrm": (lambda: create_optimizer_for_hrm(Table().parameters()), f"{MODEL} dict: pass the mod"),
+    "model twice": (lambda: create(Table()), f"^{CHOICES}, got Table.*$"),
+    "frozen": (lambda: create_optimizer(frozen()), FROZEN),
+    "quantized": (lambda: create_optimizer(quantized()), FROZEN),
+    "frozen, estimate": (lambda: estimate_state_bytes(frozen()), FROZEN),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_one_clear_line(slip):
+    call, message = SLIPS[slip]
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# What is accepted
+
+
+def random_step(model, optimizer):
+    gradients = tree_map(lambda p: mx.random.normal(p.shape), model.trainable_parameters())
+    optimizer.update(model, gradients)
+
+
+def test_numbers_of_numpy_are_numbers():
+    # A float32 of numpy times an array of mlx is numpy's, which a compiled step cannot trace.
+    whole, half = np.int64(4), np.float32(0.5)
+    makes = [
+        lambda n, x: create(
+            step={"block": n, "steps": n}, seed=n, learning_rate=x, max_grad_norm=x, momentum=x
+        ),
+        lambda n, x: create(step="row_max", momentum=FrequencyAdaptiveMomentum(x, x, n, x, n)),
+        lambda n, x: create("muon", steps=n, block=n, seed=n, rounding="stochastic"),
+        lambda n, x: create(MaxFactor(x, scalar_boost=x, clip_threshold=x, eps=(x, x), gamma=x)),
+        lambda n, x: create(learning_rate=warmup_cosine(x, 10 * n, n, x, start_ratio=x)),
+        lambda n, x: create(learning_rate=adaptive_schedule(x, n, x), rest_learning_rate=x),
+    ]
+    for make in makes:
+        mx.random.seed(0)
+        ours, theirs = make(4, 0.5), make(whole, half)
+        assert repr(ours) == repr(theirs)
+        assert "np." not in repr(theirs)
+        tree = {"linear1": {"weight": mx.ones((128, 64))}}
+        moved = [o.apply_gradients(tree, tree)["linear1"]["weight"] for o in (ours, theirs)]
+        assert mx.array_equal(*moved).item()
+        step = mx.compile(theirs.apply_gradients, inputs=theirs.state, outputs=theirs.state)
+        step(tree, tree)  # traced, and no more
+    schedule = warmup_cosine(np.float64(0.1), np.int32(100), np.uint8(10))
+    assert schedule(np.int64(5)).item() == schedule(5).item() == pytest.approx(0.05)
+
+
+def test_the_largest_seed_leaves_room_for_the_other_members():
+    optimizer = create(seed=2**32 - 1, rounding="stochastic")
+    assert [member.seed for member in optimizer.optimizers] == [2**32 - 1, 0, 1]
+
+
+def test_a_warm_up_is_a_fifth_of_a_short_run():
+    assert warmup_cosine(1e-3, 1000)(200).item() == pytest.approx(1e-3)
+    for total, warmup in ((1, 0), (4, 0), (1000, 200), (10_000, 2000), (10**6, 2000)):
+        assert repr(warmup_cosine(1e-3, total)) == repr(warmup_cosine(1e-3, total, warmup))
+
+
+WARM = mlx_optimizers.join_schedules(
+    [mlx_optimizers.linear_schedule(0.0, 0.02, 30), mlx_optimizers.cosine_decay(0.02, 100)], [30]
+)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "peak"),
+    [
+        (mlx_optimizers.cosine_decay(0.02, 100), 0.02),
+        (mlx_optimizers.cosine_decay(0.0, 100, end=0.02), 0.02),
+        (mlx_optimizers.linear_schedule(0.0, 0.02, 100), 0.02),
+        (mlx_optimizers.linear_schedule(0.0, 0.02, 50_000_000), 0.02),
+        (mlx_optimizers.exponential_decay(0.02, 0.9), 0.02),
+        (mlx_optimizers.step_decay(0.02, 0.5, 10), 0.02),
+        (WARM, 0.02),
+        (Schedule(WARM, "half", ratio=0.5), 0.01),
+        (Schedule(lambda step: 0.02 / (step + 1), "inverse", peak=0.02), 0.02),
+    ],
+    ids=str,
+)
+def test_a_number_beside_a_schedule_of_mlx_is_a_peak(schedule, peak):
+    optimizer = create(learning_rate=schedule, rest_learning_rate=4e-3)
+    for step in (0, 29, 30, 60):
+        first, *rest = (
+            member._schedulers["learning_rate"](mx.array(step)).item()
+            for member in optimizer.optimizers
+        )
+        assert first == pytest.approx(float(schedule(mx.array(step))))
+        assert rest == pytest.approx([first * 4e-3 / peak] * 2)
+    # By hand the ratio of the peaks stays, where the warm-up has both rates at 0.
+    optimizer.learning_rate = 0.1
+    rates = [member.learning_rate.item() for member in optimizer.optimizers]
+    assert rates == pytest.approx([0.1, 0.1 * 4e-3 / peak, 0.1 * 4e-3 / peak])
+
+
+def test_a_function_that_reads_a_table_is_asked_at_its_own_step_alone():
+    # MLX checks no index: a million steps into a table of two end the process.
+    seen = []
+
+    def rate(step):
+        seen.append(step.item())
+        return mx.array([0.1, 0.2])[step]
+
+    create(learning_rate=rate)
+    Muon(rate)
+    assert set(seen) == {0}
+    seen.clear()
+    optimizer = Muon(0.1)
+    optimizer.state["step"] = mx.array(1, mx.uint64)
+    optimizer.learning_rate = rate
+    assert set(seen) == {1}
+    assert optimizer.learning_rate.item() == pytest.approx(0.2)
+
+
+def test_a_schedule_that_falls_below_zero_later_stops_there():
+    # A compiled step cannot raise, and a rate below 0 would ascend.
+    optimizer, tree = SignSGD(lambda step: 0.5 - step, weight_decay=0.0), {"b": mx.zeros(1)}
+    optimizer.init(tree)
+    step = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
+    assert [step({"b": mx.ones(1)}, tree)["b"].item() for _ in range(3)] == [-0.5, 0.0, 0.0]
+
+
+def test_a_traced_rate_passes():
+    optimizer = create(MaxFactor(), AdamW())
+
+    def step(rate):
+        optimizer.learning_rate = rate
+        return optimizer.learning_rate
+
+    run = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
+    assert run(mx.array(0.25)).item() == 0.25
+    assert [m.learning_rate.item() for m in optimizer.optimizers] == pytest.approx([0.25, 0.0025])
+
+
+def test_a_schedule_may_return_one_number_in_any_form():
+    for rate in (0.5, np.float32(0.5), mx.array(0.5), mx.array([0.5]), mx.array(0.5, mx.bfloat16)):
+        optimizer = AdamW(lambda step, rate=rate: rate)
+        moved = optimizer.apply_gradients({"b": mx.array(1.0)}, {"b": mx.array(0.0)})["b"]
+        assert moved.shape == ()
+        assert moved.item() == pytest.approx(-0.5)
+
+
+def test_a_model_with_one_trainable_array_is_enough():
+    model = frozen()
+    model.linear1.unfreeze(keys=["bias"])
+    assert len(create_optimizer(model).plan) == 1
+
+
+# What an optimizer prints as
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (MaxFactor, "MaxFactor(learning_rate=0.01)"),
+        (
+            lambda: MaxFactor(0.05, step={"block": 128}, momentum=0.8, seed=3),
+            "MaxFactor(learning_rate=0.05, step=Orthogonal(block=128), momentum=0.8)",
+        ),
+        (
+            lambda: MaxFactor(0.1, step=Orthogonal(), rounding="stochastic", seed=3),
+            "MaxFactor(learning_rate=0.1, step=Orthogonal(), rounding='stochastic', seed=3)",
+        ),
+        (
+            lambda: MaxFactor(momentum=FrequencyAdaptiveMomentum(bands=4), eps=(1e-9, 0)),
+            "MaxFactor(learning_rate=0.01, eps=(1e-09, 0.0), "
+            "momentum=FrequencyAdaptiveMomentum(bands=4))",
+        ),
+        (
+            lambda: Muon(warmup_cosine(0.1, 100, 10), scale="rms", state_dtype=mx.int8),
+            "Muon(learning_rate=warmup_cosine(0.1, 100, 10, 0.1), scale='rms', "
+            "state_dtype=mlx.core.int8)",
+        ),
+        (Adafactor, "Adafactor(learning_rate=None)"),
+        (lambda: Adafactor(0.1, layout="conv"), "Adafactor(learning_rate=0.1, layout='conv')"),
+        (
+            lambda: AdamW(WARM, betas=[0.9, 0.99]),
+            "AdamW(learning_rate=join_schedules([linear_schedule(end=0.02, init=0.0, steps=30), "
+            "cosine_decay(decay_steps=100, end=0.0, init=0.02)], [30]), betas=(0.9, 0.99))",
+        ),
+        (lambda: SignSGD(ascending_later), "SignSGD(learning_rate=ascending_later)"),
+        (
+            lambda: GuardedOptimizer(SignSGD(), max_grad_norm=1),
+            "GuardedOptimizer(SignSGD(learning_rate=0.01), max_grad_norm=1, skip_nonfinite=True)",
+        ),
+        (
+            lambda: GuardedOptimizer(mlx_optimizers.Lion(0.1), skip_nonfinite=False),
+            "GuardedOptimizer(mlx's Lion)",
+        ),
+    ],
+)
+def test_an_optimizer_prints_as_what_it_is(make, text):
+    assert repr(make()) == text
+
+
+def ascending_later(step):
+    return 0.1 - step
+
+
+def test_a_subclass_prints_its_own_options_and_those_it_passes_on():
+    class Own(Muon):
+        def __init__(self, learning_rate=0.5, *, gain=1.0, **options):
+            super().__init__(learning_rate, **options)
+            self.gain = gain
+
+    assert repr(Own(gain=2.0, steps=8)) == "Own(learning_rate=0.5, gain=2.0, steps=8)"
+
+
+def test_a_routed_optimizer_prints_its_members():
+    optimizer = create(rest=mlx_optimizers.AdamW(1e-3), max_grad_norm=1.0, skip_nonfinite=True)
+    assert repr(optimizer) == (
+        "RoutedOptimizer(\n"
+        "  maxfactor: 1 parameter, MaxFactor(learning_rate=0.05, step=Orthogonal())\n"
+        "  AdamW: 4 parameters, mlx's AdamW\n"
+        "  max_grad_norm=1\n"
+        "  skip_nonfinite=True\n"
+        ")"
+    )
+    optimizer = create(learning_rate=mlx_optimizers.step_decay(0.1, 0.5, 10))
+    made = "step_decay(decay_rate=0.5, init=0.1, step_size=10)"
+    assert f"adamw, no decay: 2 parameters, AdamW(learning_rate=0.02 * {made}, w" in repr(optimizer)
+    optimizer.learning_rate = 0.25
+    assert "MaxFactor(learning_rate=0.25, step" in repr(optimizer)
+
+
+@pytest.mark.parametrize("rate", [0.05, warmup_cosine(0.1, 10)], ids=["constant", "schedule"])
+def test_printing_inside_a_compiled_step_changes_nothing(rate):
+    model, texts = Table(), []
+    optimizer = create_optimizer(model, learning_rate=rate, skip_nonfinite=True)
+    state = [model.state, optimizer.state]
+
+    def step():
+        random_step(model, optimizer)
+        texts.append(repr(optimizer))
+
+    run = mx.compile(step, inputs=state, outputs=state)
+    for _ in range(2):
+        run()
+    assert len(texts) == 1
+    shown = "..." if rate == 0.05 else r"warmup_cosine(0.1, 10, 2, 0.1)"
+    assert f"MaxFactor(learning_rate={shown}, step" in texts[0]
+
+
+# What a type checker says
+
+
+SCRIPT = """
+import json
+from typing import Any
+import mlx.nn as nn
+from mlx_maxfactor import MaxFactor, Muon, Orthogonal, OptimizerName, create_optimizer
+model = nn.Linear(3, 3)
+create_optimizer(model, "mouon")  # wrong
+create_optimizer(model, rest="AdamW")  # wrong
+create_optimizer(model, MaxFactor)  # wrong
+create_optimizer(model, ["muon"])  # wrong
+create_optimizer(model, rounding="up")  # wrong
+create_optimizer(None)  # wrong
+create_optimizer(model.parameters())  # wrong
+Muon(scale="RMS")  # wrong
+Muon(method="newton")  # wrong
+Muon(layout="transposed")  # wrong
+MaxFactor(step="orthogonl")  # wrong
+MaxFactor(rounding="up")  # wrong
+MaxFactor.preset("hubb")  # wrong
+Orthogonal(method="polar")  # wrong
+create_optimizer(model)
+create_optimizer(model, "muon", "adafactor", rounding="stochastic")
+create_optimizer(model, MaxFactor(step={"block": 8}), Muon(scale="rms", method="polar_express"))
+rules = {"embedding": "adafactor", "*.weight": "hidden"}
+create_optimizer(model, rules=rules)
+name = "muon"
+create_optimizer(model, name)
+config: dict[str, Any] = json.loads("{}")
+create_optimizer(model, config["optimizer"], momentum=0.9)
+for name in ("maxfactor", "adamw"):
+    create_optimizer(model, name)
+def build(name: OptimizerName): return create_optimizer(model, hidden=name)
+MaxFactor.preset("hub", layout="conv")
+Orthogonal(method="polar_express")
+"""
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
+def test_pyright_flags_wrong_names_in_a_script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    settings = {"extraPaths": [str(ROOT)], "pythonVersion": "3.10"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    # Node does not run with a preloaded BLAS.
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    command = ["pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if not run.stdout.startswith("{"):
+        pytest.skip(f"pyright does not run here: {run.stdout}{run.stderr}")
+    found = json.loads(run.stdout)["generalDiagnostics"]
+    flagged = {d["range"]["start"]["line"] for d in found if d["severity"] == "error"}
+    wrong = {i for i, line in enumerate(SCRIPT.split("\n")) if line.endswith("# wrong")}
+    assert len(wrong) == 14
+    assert flagged == wrong, found
