@@ -164,7 +164,7 @@ def test_momentum_in_bf16_is_rounded_once_a_step():
     ("make", "message"),
     [
         (lambda: SignSGD(rounding="up"), "rounding must be one of 'nearest', 'stochastic', got"),
-        (lambda: MaxFactor(seed=-1), "seed must be a whole number of at least 0, got -1"),
+        (lambda: MaxFactor(seed=-1), "seed must be a whole number from 0 to 4294967295, got -1"),
         (lambda: Muon(state_dtype=mx.float16), "state_dtype must be one of .*, got .*float16"),
         (lambda: create_optimizer(Table(), rounding="up"), "rounding must be one of"),
     ],
