@@ -223,7 +223,10 @@ def test_a_step_is_a_value_a_name_or_its_options():
         (lambda: Muon(block=-1), "block must be a whole number of at least 1, got -1"),
         (lambda: MaxFactor(step="muon"), "step must be 'row_max', 'orthogonal', .*, got 'muon'"),
         (lambda: MaxFactor(step=None), "step must be 'row_max', 'orthogonal', .*, got None"),
-        (lambda: MaxFactor(step={"blocks": 2}), "step has no option 'blocks' .did you mean 'block'.*; it has block, met"),
+        (
+            lambda: MaxFactor(step={"blocks": 2}),
+            "step has no option 'blocks' .did you mean 'block'.*; it has block, met",
+        ),
         (
             lambda: MaxFactor(step="orthogonal", d=0.5, max_norm=False),
             r"d, max_norm cannot go with the orthogonal step, .*step=\"row_max\"",
