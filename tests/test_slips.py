@@ -322,7 +322,6 @@ WARM = mlx_optimizers.join_schedules(
         (Schedule(WARM, "half", ratio=0.5), 0.01),
         (Schedule(lambda step: 0.02 / (step + 1), "inverse", peak=0.02), 0.02),
     ],
-    ids=str,
 )
 def test_a_number_beside_a_schedule_of_mlx_is_a_peak(schedule, peak):
     optimizer = create(learning_rate=schedule, rest_learning_rate=4e-3)
