@@ -25,6 +25,7 @@ from mlx_maxfactor import (
     Orthogonal,
     Schedule,
     SignSGD,
+    _validate,
     adaptive_schedule,
     create_optimizer,
     create_optimizer_for_hrm,
@@ -377,6 +378,13 @@ def test_a_traced_rate_passes():
     assert [m.learning_rate.item() for m in optimizer.optimizers] == pytest.approx([0.25, 0.0025])
 
 
+def test_a_number_set_by_hand_waits_for_no_array(monkeypatch):
+    # Set at every step, as loops do, it would wait for the step before.
+    optimizer = create(learning_rate=warmup_cosine(0.1, 10))
+    monkeypatch.setattr(_validate, "known", None)
+    optimizer.learning_rate = 0.1
+
+
 def test_a_schedule_may_return_one_number_in_any_form():
     for rate in (0.5, np.float32(0.5), mx.array(0.5), mx.array([0.5]), mx.array(0.5, mx.bfloat16)):
         optimizer = AdamW(lambda step, rate=rate: rate)
@@ -468,7 +476,7 @@ def test_a_routed_optimizer_prints_its_members():
     assert "MaxFactor(learning_rate=0.25, step" in repr(optimizer)
 
 
-@pytest.mark.parametrize("rate", [0.05, warmup_cosine(0.1, 10)], ids=["constant", "schedule"])
+@pytest.mark.parametrize("rate", [0.05, warmup_cosine(0.1, 10, 2)], ids=["constant", "schedule"])
 def test_printing_inside_a_compiled_step_changes_nothing(rate):
     model, texts = Table(), []
     optimizer = create_optimizer(model, learning_rate=rate, skip_nonfinite=True)
