@@ -1,61 +1,78 @@
 """Save and load a training run: one file, whole or not at all."""
 
-import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import is_dataclass
-from itertools import zip_longest
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import MultiOptimizer, Optimizer
-from mlx.utils import tree_unflatten
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_map
 
-from ._version import __version__
+from . import run, sealed
+from ._validate import check_choice, check_flags
 from .optimizers._base import flatten
 from .roles import find_aliases
-from .schedules import Schedule
+from .sealed import CheckpointError, Kind, Sealed, kind_of
 
-FORMAT = 1
-"""Version of the layout below; a reader refuses any other."""
+FORMATS = ("1", "2")
+"""Versions of the layout that are read; the last one is written."""
 
-CHECKSUM = b'"checksum":"%s"'
-BLANK = b"0" * 64
-"""What stands in place of the checksum while it is computed."""
+STATE = "_run.optimizer."
+KEY = "_run.random"
+"""Names in the file beside the weights': MLX takes no attribute that begins with _ for a weight."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or that does not fit; nothing was changed."""
+class Place(NamedTuple):
+    """Where an array of a live run stands."""
+
+    container: Any
+    key: Any
+
+    @property
+    def array(self) -> mx.array:
+        """What stands there; a schedule may have put a number there."""
+        value = self.container[self.key]
+        return value if isinstance(value, mx.array) else mx.array(value)
 
 
 class Extra(dict[str, Any]):
     """What ``save_checkpoint`` was given beside model and optimizer.
 
     Attributes:
-        differences: With ``strict=False``, what of the file did not fit and was left out.
+        differences: Rates that are not the file's, as ``rates`` says. With ``strict=False``, what
+            of the file did not fit and was left out, too.
     """
 
     differences: tuple[str, ...] = ()
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **extra: Any
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    weights: str = "all",
+    **extra: Any,
 ) -> None:
     """Write weights, optimizer state, random state and ``extra`` to one ``.safetensors`` file.
 
     The file is written beside its place, synced, and renamed: a reader finds the old file or the
-    new one, whole. A SHA-256 of every byte goes into the header.
+    new one, whole. A SHA-256 of every byte goes into the header. Weights stand under their own
+    names, so that ``model.load_weights(path, strict=False)`` and mlx-lm read them too.
 
     Args:
         path: Where to. Its folder must exist.
-        model: The model; all of its parameters are kept, the frozen ones too.
-        optimizer: Any MLX optimizer, its state made or not yet.
-        **extra: JSON values to keep beside them: an epoch, the state of a data loader.
+        model: The model.
+        optimizer: Any MLX optimizer. If it has no state yet, it is initialized.
+        weights: "all" keeps the frozen weights too. "trainable", for LoRA and QLoRA, keeps what is
+            trained, the running statistics of BatchNorm, and of each other frozen array a hash of
+            some 1,000 elements, by which another base is noticed.
+        **extra: JSON values to keep beside them: an epoch, the state of a data loader. Scalars of
+            NumPy and MLX count as numbers.
 
     Raises:
         CheckpointError: ``extra`` is not JSON, or the file system refuses; an older file stays.
@@ -71,35 +88,52 @@ def save_checkpoint(
         >>> load_checkpoint(path, model, optimizer)
         {'epoch': 3}
     """
-    path = Path(path)
+    _check_arguments(model, optimizer)
+    check_choice("weights", weights, ("all", "trainable"))
     try:
-        metadata = {"extra": json.dumps(extra), "run": json.dumps(_description(optimizer))}
-    except (TypeError, ValueError) as problem:
+        text = json.dumps(extra, default=_scalar)
+        json.loads(text)  # what is nested too deep to be read must not be written
+    except (TypeError, ValueError, RecursionError) as problem:
         raise CheckpointError(f"extra must be JSON values: {problem}") from problem
-    metadata |= {"format": str(FORMAT), "checksum": BLANK.decode()}
-    # One name, so that what a killed process left is written over, not gathered.
-    beside = path.with_name(f".{path.name}.partial.safetensors")
-    try:
-        mx.save_safetensors(str(beside), _tensors(model, optimizer), metadata)
-        _seal(beside)
-        os.replace(beside, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as problem:
-        beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} was not written: {problem}") from problem
+    if not all(member._initialized for member in run.find_members(optimizer).values()):
+        optimizer.init(model.trainable_parameters())
+    kept, frozen = _split(_find_weights(model), model, weights)
+    description = run.describe(optimizer, weights, frozen)
+    places = {**kept, **_find_state(optimizer)}
+    arrays = {name: place.array for name, place in places.items()}
+    arrays[KEY] = mx.array(mx.random.state[0])  # type: ignore[index]
+    metadata = {"format": FORMATS[-1], "run": json.dumps(description), "extra": text}
+    sealed.write(Path(path), arrays, metadata)
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *, strict: bool = True
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    strict: bool = True,
+    cast: bool = False,
+    rates: str = "built",
 ) -> Extra:
     """Restore a run into live objects, so that a step compiled before the load sees it.
+
+    Everything is read and checked before anything is changed. Then one array after the other is
+    put in place of the old one, so that the memory of a second model is not needed; should the
+    disk fail at that moment, the error says that model and optimizer are half loaded.
 
     Args:
         path: A file that ``save_checkpoint`` wrote. It holds arrays and JSON: loading runs no code.
         model: The model, built as it was.
         optimizer: The optimizer, built as it was.
         strict: False loads what fits and returns the rest as ``.differences``. A damaged file is
-            refused all the same.
+            refused all the same, and one of whose weights the model can take none.
+        cast: Whether floating-point arrays of another dtype are cast to the dtype they have here.
+        rates: "built" takes the file's rates where both optimizers were built alike, those that
+            were set by hand during the run among them; where this one was built with another
+            constant rate, that one stands, for that is what runs are resumed for. "file" takes the
+            file's. "here" keeps the rates and schedules of this optimizer, and compares no
+            schedules. MLX's own optimizers do not know what they were built with: one that has
+            made no step and has another rate than the file must be told "file" or "here".
 
     Returns:
         ``extra``, a dict.
@@ -108,212 +142,247 @@ def load_checkpoint(
         CheckpointError: The file is damaged, or is not of this model and optimizer; the message
             lists every difference. Model, optimizer and random state are as they were.
     """
+    _check_arguments(model, optimizer)
+    check_flags(strict=strict, cast=cast)
+    check_choice("rates", rates, ("built", "file", "here"))
     path = Path(path)
-    saved, metadata = _read(path)
-    before = [(member, dict(member.state), member._initialized) for member in _members(optimizer)]
-    optimizer.init(model.trainable_parameters())
-    live = _tensors(model, optimizer)
-    differences = [
-        *_different_runs(json.loads(metadata["run"]), _description(optimizer)),
-        *_different_tensors(saved, live),
-    ]
-    fitting = {name: array for name, array in saved.items() if _same_kind(array, live.get(name))}
+    file = sealed.read(path, FORMATS)
     try:
-        mx.eval(fitting)  # a failing disk fails here, before anything is changed
+        with _undone_on_error(optimizer):
+            loading = _Loading(file, model, optimizer, cast=cast, rates=rates)
+            loading.check(strict)
+    except CheckpointError as problem:
+        raise CheckpointError(f"{path} {problem}") from None
+    except (ValueError, RuntimeError) as problem:
+        raise CheckpointError(f"{path} was not loaded: {problem}") from problem
+    try:
+        loading.apply()
+    except RuntimeError as problem:
+        raise CheckpointError(
+            f"{path} could not be read to its end ({problem}): model and optimizer are half "
+            "loaded, so load it again, or another one, before you go on"
+        ) from problem
+    return loading.extra
+
+
+class _Loading:
+    """A file beside the live run: what fits, what differs, whose rates stand."""
+
+    def __init__(
+        self, file: Sealed, model: nn.Module, optimizer: Optimizer, *, cast: bool, rates: str
+    ):
+        self.cast, self.rates = cast, rates
+        version = file.metadata["format"]
+        self.saved = run.parse(file.metadata.get("run", ""), version)
+        self.extra = Extra(_parse_extra(file.metadata.get("extra", "")))
+        self.arrays = _by_todays_names(file.arrays, version)
+        self.key = self.arrays.pop(KEY, None)
+        if self.key is None or kind_of(self.key) != Kind(mx.uint32, (2,)):
+            raise CheckpointError("is damaged or forged: its random key is none")
+        self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
+        optimizer.init(model.trainable_parameters())
+        self.weights = _find_weights(model)
+        kept, frozen = _split(self.weights, model, self.saved["weights"])
+        self.live = run.describe(optimizer, self.saved["weights"], frozen)
+        self.members = run.find_members(optimizer)
+        state = _find_state(optimizer)
+        self.places = {**self.weights, **state}
+        self.here = {name: kind_of(place.array) for name, place in self.places.items()}
+        self.expected = {**kept, **state}.keys()
+        self.standing: set[str] = set()
+        """Names of state that stays as it is here, whatever the file holds."""
+
+    def check(self, strict: bool) -> None:
+        """Find what differs, and raise if that must not be."""
+        notes, problems = self._settle_rates()
+        differences = [
+            *run.find_differences(self.saved, self.live, schedules=self.rates != "here"),
+            *problems,
+            *self._different_arrays(),
+        ]
+        listed = "\n  ".join(["", *differences])
         if differences and strict:
             raise CheckpointError(
-                "\n  ".join([f"{path} does not fit this model and optimizer:", *differences])
-                + "\nbuild both as they were when it was saved, or load what fits with strict=False"
+                f"does not fit this model and optimizer:{listed}\n"
+                "build both as they were when it was saved, or load what fits with strict=False"
+                + self._hint()
             )
-    except (CheckpointError, RuntimeError) as problem:
-        for member, state, initialized in before:
+        weights = self.expected & self.weights.keys() | (self.kinds.keys() - self._state_names)
+        if weights and not self._fitting() & self.weights.keys():
+            raise CheckpointError(f"holds no weight that fits this model:{listed}{self._hint()}")
+        self.extra.differences = (*notes, *differences)
+
+    def apply(self) -> None:
+        """Put what fits into the live containers; the containers stay the same objects."""
+        assert self.key is not None
+        high, low = self.key.tolist()  # type: ignore[misc]
+        for name in self._fitting():
+            # One at a time: its elder is let go before the next one is read.
+            array = self.arrays.pop(name).astype(self.here[name].dtype)
+            mx.eval(array)
+            container, key = self.places[name]
+            container[key] = array
+        mx.random.seed(high << 32 | low)  # the key of a seed is its two halves
+
+    def _fits(self, name: str) -> bool:
+        old, new = self.kinds.get(name), self.here.get(name)
+        return old == new or (self.cast and _differ_in_dtype(old, new))
+
+    def _fitting(self) -> set[str]:
+        names = (self.kinds.keys() & self.here.keys()) - self.standing
+        return {name for name in names if self._fits(name)}
+
+    @property
+    def _state_names(self) -> set[str]:
+        return {name for name in self.kinds if name.startswith(STATE)}
+
+    def _hint(self) -> str:
+        kinds = [(kind, self.here.get(name)) for name, kind in self.kinds.items()]
+        if self.cast or not any(_differ_in_dtype(*pair) for pair in kinds):
+            return ""
+        return "\ncast=True casts floating-point arrays of another dtype"
+
+    def _different_arrays(self) -> Iterator[str]:
+        for name in {**self.kinds, **dict.fromkeys(self.expected)}:
+            if name not in self.standing and not self._fits(name):
+                old, new = self.kinds.get(name, "missing"), self.here.get(name, "missing")
+                yield f"{name.removeprefix('_run.')}: {old} in the file, {new} here"
+
+    def _settle_rates(self) -> tuple[list[str], list[str]]:
+        """Decide whose rates stand: lines to tell, and lines of what must be asked."""
+        notes: list[str] = []
+        problems: list[str] = []
+        members = zip(self.members.items(), self.saved["optimizers"], self.live["optimizers"])
+        for (prefix, member), old, new in members:
+            name, flag = (f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled"))
+            if not run.same_class(old, new):  # nor is its state of use
+                self.standing |= {n for n in self.here if n.startswith(STATE + prefix)}
+            elif self.rates == "here" or (self.rates == "built" and run.schedules_differ(old, new)):
+                self.standing |= {name, flag}
+            elif self.rates == "built" and name in self._fitting():
+                known = None not in (old["built rate"], new["built rate"])
+                pair = self.arrays[name].item(), self.places[name].array.item()
+                if known:
+                    pair = old["built rate"], new["built rate"]
+                elif new["schedules"].get("learning_rate") or member.step.item() > 0:
+                    continue
+                if pair[0] != pair[1]:
+                    self.standing |= {name, flag}
+                    line = f"{type(member).__name__}: learning_rate is {pair[0]:.6g} in the file"
+                    line += f", {pair[1]:.6g} here"
+                    if known:
+                        notes.append(f"{line}, which stands")
+                    else:
+                        problems.append(f"{line}: say which with rates='file' or rates='here'")
+        return notes, problems
+
+
+@contextmanager
+def _undone_on_error(optimizer: Optimizer) -> Iterator[None]:
+    """Optimizers as they were, if something is raised; their live states stay the same objects."""
+    before = [
+        (member, dict(vars(member)), tree_map(lambda array: array, member.state))
+        for member in run.find_members(optimizer).values()
+    ]
+    try:
+        yield
+    except BaseException:
+        for member, attributes, state in before:
+            vars(member).update(attributes)
             member.state.clear()
             member.state.update(state)
-            member._initialized = initialized
-        raise CheckpointError(str(problem)) from None
-    _restore(fitting, model, optimizer)
-    extra = Extra(json.loads(metadata["extra"]))
-    extra.differences = tuple(differences)
-    return extra
+        raise
 
 
 # What a file holds
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, mx.array]:
-    """Every array of a run by its name in the file."""
+def _find_weights(model: nn.Module) -> dict[str, Place]:
+    """Every parameter by its path, once if it has several."""
     aliases = find_aliases(model)
-    weights = {k: v for k, v in flatten(model.parameters()).items() if k not in aliases}
-    return {
-        **{f"model.{path}": array for path, array in weights.items()},
-        **{f"optimizer.{path}": array for path, array in flatten(optimizer.state).items()},
-        "random.key": mx.array(cast(Any, mx.random.state)[0]),
-    }
+    return {path: place for path, place in _walk(model) if path not in aliases}
 
 
-def _restore(tensors: Mapping[str, mx.array], model: nn.Module, optimizer: Optimizer) -> None:
-    """Put arrays into the live containers; the containers stay the same objects."""
-    weights = []
-    for name, array in tensors.items():
-        part, _, path = name.partition(".")
-        if part == "model":
-            weights.append((path, array))
-        elif part == "random":
-            high, low = cast(list[int], array.tolist())
-            mx.random.seed(high << 32 | low)  # the key of a seed is its two halves
-        else:
-            container: Any = optimizer.state
-            *keys, last = path.split(".")
-            for key in keys:
-                container = container[int(key) if isinstance(container, list) else key]
-            container[last] = array
-    if weights:
-        model.update(cast(dict, tree_unflatten(weights)), strict=False)
+def _find_state(optimizer: Optimizer) -> dict[str, Place]:
+    """Every array of the optimizer's state by its name in the file."""
+    return dict(_walk(optimizer.state, STATE))
 
 
-def _description(optimizer: Optimizer) -> dict[str, Any]:
-    """Classes, options and plan, as JSON."""
-    description = {
-        "library": __version__,
-        "optimizers": [
-            {"class": f"{type(m).__module__}.{type(m).__qualname__}", **_options(m)}
-            for m in _members(optimizer)
-        ],
-        "plan": [
-            [entry.path, list(entry.shape), entry.role, entry.layout, entry.optimizer]
-            for entry in getattr(optimizer, "plan", ())
-        ],
-    }
-    return json.loads(json.dumps(description))
-
-
-def _members(optimizer: Optimizer) -> list[Optimizer]:
-    if isinstance(optimizer, MultiOptimizer):
-        return [leaf for member in optimizer.optimizers for leaf in _members(member)]
-    return [optimizer]
-
-
-def _options(optimizer: Optimizer) -> dict[str, Any]:
-    """Public attributes that are plain values, and what its schedules are called."""
-    plain = (bool, int, float, str, tuple, list, type(None))
-    public = {k: v for k, v in vars(optimizer).items() if k[0] != "_"}
-    options = {k: v for k, v in public.items() if isinstance(v, plain)}
-    named = {k: v for k, v in public.items() if isinstance(v, mx.Dtype) or is_dataclass(v)}
-    options |= {k: str(v) for k, v in named.items()}
-    for name, schedule in optimizer._schedulers.items():
-        named = repr(schedule) if isinstance(schedule, Schedule) else schedule.__qualname__
-        options[f"{name} schedule"] = named
-    return options
-
-
-# What does not fit
-
-
-def _different_runs(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[str]:
-    for i, (old, new) in enumerate(zip_longest(saved["optimizers"], live["optimizers"])):
-        if old is None or new is None or old["class"] != new["class"]:
-            names = [(o or {"class": "none"})["class"].rpartition(".")[2] for o in (old, new)]
-            yield f"optimizer {i}: {names[0]} in the file, {names[1]} here"
+def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
+    """The arrays in a live tree, as MLX lists them."""
+    module = isinstance(container, nn.Module)
+    items = container.items() if isinstance(container, dict) else enumerate(container)
+    for key, value in items:
+        name = f"{prefix}{key}"
+        if module and key.startswith("_"):  # MLX counts such arrays as no parameters
             continue
-        for option in sorted(old.keys() | new.keys()):
-            if old.get(option) != new.get(option):
-                yield (
-                    f"optimizer {i}, {old['class'].rpartition('.')[2]}: {option} is "
-                    f"{old.get(option)!r} in the file, {new.get(option)!r} here"
-                )
-    plans = [{entry[0]: entry[1:] for entry in run["plan"]} for run in (saved, live)]
-    for path in {**plans[0], **plans[1]}:
-        old, new = (plan.get(path) for plan in plans)
-        if old != new:
-            yield f"plan, {path}: {old or 'nothing'} in the file, {new or 'nothing'} here"
+        if isinstance(value, (dict, list)):
+            yield from _walk(value, f"{name}.")
+        elif isinstance(value, mx.array) or (
+            prefix.startswith(STATE) and isinstance(value, (int, float))
+        ):
+            yield name, Place(container, key)
 
 
-def _different_tensors(
-    saved: Mapping[str, mx.array], live: Mapping[str, mx.array]
-) -> Iterator[str]:
-    for name in {**saved, **live}:
-        old, new = saved.get(name), live.get(name)
-        if not _same_kind(old, new):
-            yield f"{name}: {_kind(old)} in the file, {_kind(new)} here"
+def _split(
+    places: Mapping[str, Place], model: nn.Module, weights: str
+) -> tuple[dict[str, Place], dict[str, mx.array]]:
+    """The weights that are kept, and the frozen arrays that are not."""
+    trained = flatten(model.trainable_parameters())
+
+    def is_kept(path: str) -> bool:
+        # BatchNorm's statistics are frozen, and yet every forward pass changes them.
+        moves = path.rpartition(".")[2].startswith("running_")
+        return weights == "all" or path in trained or moves
+
+    kept = {path: place for path, place in places.items() if is_kept(path)}
+    return kept, {path: place.array for path, place in places.items() if path not in kept}
 
 
-def _same_kind(old: mx.array | None, new: mx.array | None) -> bool:
-    return _kind(old) == _kind(new)
+def _by_todays_names(arrays: Mapping[str, mx.array], version: str) -> dict[str, mx.array]:
+    """Arrays by their names in format 2."""
+    if version != "1":
+        return dict(arrays)
+    prefixes = {"model": "", "optimizer": STATE, "random": KEY.removesuffix("random")}
+    named = {}
+    for name, array in arrays.items():
+        part, _, path = name.partition(".")
+        if part not in prefixes:
+            raise CheckpointError(f"is damaged or forged: it holds an array {name[:100]!r}")
+        named[KEY if name == "random.key" else prefixes[part] + path] = array
+    return named
 
 
-def _kind(array: mx.array | None) -> str:
-    if array is None:
-        return "missing"
-    return f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
-
-
-# The file
-
-
-def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The arrays, not yet read from the disk, and the metadata of an undamaged file."""
+def _parse_extra(text: str) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            header = _header(file)
-            metadata = json.loads(header).get("__metadata__") or {}
-            if metadata.get("format") != str(FORMAT):
-                raise CheckpointError(
-                    f"{path} is no checkpoint of format {FORMAT}: its header says format "
-                    f"{metadata.get('format')!r}; load it with the version that wrote it"
-                )
-            if _checksum(file, header, metadata.get("checksum", "")) != metadata["checksum"]:
-                raise CheckpointError(f"{path} is damaged or incomplete: load an older checkpoint")
-        arrays = mx.load(str(path), format="safetensors")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as problem:
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({problem}): load an older one"
-        ) from problem
-    return cast(dict[str, mx.array], arrays), metadata
+        extra = json.loads(text)
+    except (ValueError, RecursionError):
+        extra = None
+    if not isinstance(extra, dict):
+        raise CheckpointError("is damaged or forged: its extra is no table of JSON values")
+    return extra
 
 
-def _header(file: BinaryIO) -> bytes:
-    """The first bytes of a safetensors file: eight for a length, then JSON of that length."""
-    length = file.read(8)
-    size = int.from_bytes(length, "little")
-    if len(length) < 8 or size > os.fstat(file.fileno()).st_size:
-        raise ValueError("its header is incomplete")
-    return file.read(size)
+def _scalar(value: Any) -> Any:
+    """The number in an array of no axes, of whatever library."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is none")
 
 
-def _checksum(file: BinaryIO, header: bytes, stands: str) -> str:
-    """SHA-256 of the whole file, as it was when blanks stood in place of the checksum."""
-    blank = header.replace(CHECKSUM % stands.encode(), CHECKSUM % BLANK, 1)
-    digest = hashlib.sha256(len(header).to_bytes(8, "little") + blank)
-    file.seek(8 + len(header))
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def _differ_in_dtype(old: Kind | None, new: Kind | None) -> bool:
+    """Whether two arrays differ in their floating-point dtype alone."""
+    if old is None or new is None or old.shape != new.shape or old.dtype == new.dtype:
+        return False
+    return all(mx.issubdtype(kind.dtype, mx.floating) for kind in (old, new))
 
 
-def _seal(path: Path) -> None:
-    """Write the checksum into its blanks, and everything to the disk."""
-    with path.open("r+b") as file:
-        header = _header(file)
-        checksum = _checksum(file, header, BLANK.decode())
-        file.seek(8 + header.index(CHECKSUM % BLANK))
-        file.write(CHECKSUM % checksum.encode())
-        file.flush()
-        # On macOS fsync leaves the data in the drive's cache; F_FULLFSYNC does not.
-        if full_sync := getattr(fcntl, "F_FULLFSYNC", None):
-            fcntl.fcntl(file.fileno(), full_sync)
-        else:
-            os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the file system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _check_arguments(model: Any, optimizer: Any) -> None:
+    if isinstance(model, Optimizer) and isinstance(optimizer, nn.Module):
+        raise CheckpointError("model and optimizer are swapped: the model comes first")
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"model must be a mlx.nn.Module, got {type(model).__name__}")
+    if isinstance(optimizer, dict) and not isinstance(optimizer, nn.Module):
+        raise CheckpointError("optimizer must be the optimizer itself, not its state or a dict")
+    if not isinstance(optimizer, Optimizer):
+        raise CheckpointError(f"optimizer must be an MLX optimizer, got {type(optimizer).__name__}")

@@ -146,8 +146,8 @@ def test_a_shared_module_is_kept_once(path):
     model = Shared()
     save_checkpoint(path, model, create_optimizer(model))
     names = mx.load(str(path))
-    assert "model.head.weight" in names
-    assert "model.embedding.weight" not in names
+    assert "head.weight" in names
+    assert "embedding.weight" not in names
 
 
 # What does not fit
@@ -191,7 +191,7 @@ MISFITS = {
         create_optimizer,
         r"linear1.bias: float32 \(128,\) in the file, .*\(100,\)",
     ),
-    "another model": (llama, create_optimizer, "model.lm_head.weight: missing in the file"),
+    "another model": (llama, create_optimizer, "lm_head.weight: missing in the file"),
     "a bare optimizer": (Table, lambda m: MaxFactor(), "AdamW in the file, none here"),
     "mlx's own": (Table, lambda m: mlx_optimizers.Adam(1e-3), "MaxFactor in the file, Adam here"),
 }
@@ -216,7 +216,7 @@ def test_another_dtype_is_named(path):
     model = Table()
     save_checkpoint(path, *trained(model, create_optimizer(model)))
     model.set_dtype(mx.bfloat16)
-    with pytest.raises(CheckpointError, match=r"model.output.bias: float32 .*, bfloat16"):
+    with pytest.raises(CheckpointError, match=r"output.bias: float32 .*, bfloat16"):
         load_checkpoint(path, model, create_optimizer(model))
 
 
@@ -289,7 +289,7 @@ def test_weights_alone_and_missing_files_are_refused(path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(path, model, create_optimizer(model))
     model.save_weights(str(path))
-    with pytest.raises(CheckpointError, match="is no checkpoint of format 1"):
+    with pytest.raises(CheckpointError, match="use model.load_weights"):
         load_checkpoint(path, model, create_optimizer(model))
 
 

@@ -44,6 +44,8 @@ class Float32Optimizer(Optimizer):
     Attributes:
         layouts: Layouts by path, beating ``layout``. The router fills it.
         paths: Tells from a path whether this optimizer updates that parameter. None: all of them.
+        built_rate: The constant rate it was built with, or set to before its first update and
+            before any load. None under a schedule.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class Float32Optimizer(Optimizer):
         self.layout: str = check_choice("layout", layout, f.LAYOUTS)
         self.layouts: dict[str, str] = {}
         self.paths: Callable[[str], bool] | None = None
+        self.built_rate: mx.array | None = None
+        self._first_step = self.step
         self.learning_rate = learning_rate
 
     # Rates
@@ -83,8 +87,11 @@ class Float32Optimizer(Optimizer):
             self._schedulers["learning_rate"] = learning_rate
             self.state["learning_rate"] = _as_rate(learning_rate(self.step))
             self.state["scheduled"] = mx.array(True)
+            self.built_rate = None
             return
         self.state["learning_rate"] = _as_rate(learning_rate)
+        if self.step is self._first_step:  # no update, load or trace has put another in its place
+            self.built_rate = self.state["learning_rate"]
         if "scheduled" in self.state:
             # In the state, not in Python: a compiled step must see it without a new trace.
             self.state["scheduled"] = mx.array(False)

@@ -1,0 +1,283 @@
+"""What a run is beside its arrays, as JSON: optimizers, rates, schedules, plan; and how two differ."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from itertools import zip_longest
+from typing import Any
+
+import mlx.core as mx
+from mlx.optimizers import MultiOptimizer, Optimizer
+
+from ._version import __version__
+from .schedules import Schedule
+from .sealed import CheckpointError, kind_of
+
+STEPS = [0, *sorted({round(10 ** (i / 10)) for i in range(61)})]
+"""Where schedules are compared: ten steps a decade, to a million."""
+
+SAMPLE = 1024
+"""Elements of a frozen array that tell it from another, at least, where it has as many."""
+
+NUMBER = (float, type(None))
+MEMBER = {
+    "class": str,
+    "options": {str: object},
+    "built rate": NUMBER,
+    "schedules": {str: {"name": str, "values": [NUMBER]}},
+}
+FORM = {
+    "library": str,
+    "weights": str,
+    "optimizers": [MEMBER],
+    "around": [{"class": str, "options": {str: object}}],
+    "plan": {str: [object]},
+    "frozen": {str: str},
+}
+"""The form of a description: a type, alternatives, a list of one form, a table by name."""
+
+FORM_1 = {"library": str, "optimizers": [{str: object}], "plan": [[object]]}
+
+
+def describe(optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array]) -> dict[str, Any]:
+    """A run as JSON: classes, options, rates, schedules, plan, and what tells frozen arrays apart."""
+    members, around = find_members(optimizer).values(), _around(optimizer)
+    description = {
+        "library": __version__,
+        "weights": weights,
+        "optimizers": [
+            _class_and_options(m)
+            | {"built rate": _built_rate(m)}
+            | {"schedules": {name: _sampled(s) for name, s in _schedules(m).items()}}
+            for m in members
+        ],
+        "around": [_class_and_options(m) for m in around],
+        "plan": {
+            entry.path: [list(entry.shape), entry.role, entry.layout, entry.optimizer]
+            for entry in getattr(optimizer, "plan", ())
+        },
+        "frozen": _fingerprints(frozen),
+    }
+    return json.loads(json.dumps(description))
+
+
+def parse(text: str, version: str) -> dict[str, Any]:
+    """The description that a file holds, whatever its format, if it has the form of one.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    try:
+        run = json.loads(text)
+        run = run if version != "1" else _from_format_1(run)
+    except (ValueError, RecursionError):
+        run = None
+    if not _has_form(run, FORM):
+        raise CheckpointError("is damaged or forged: its description of the run is none")
+    return run
+
+
+def find_members(optimizer: Optimizer, prefix: str = "") -> dict[str, Optimizer]:
+    """The optimizers that update parameters, by what their state's names begin with."""
+    if not isinstance(optimizer, MultiOptimizer):
+        return {prefix: optimizer}
+    found = {}
+    for i, member in enumerate(optimizer.optimizers):
+        found |= find_members(member, f"{prefix}states.{i}.")
+    return found
+
+
+def _around(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that hold others."""
+    if not isinstance(optimizer, MultiOptimizer):
+        return []
+    return [optimizer, *(inner for member in optimizer.optimizers for inner in _around(member))]
+
+
+def _class_and_options(optimizer: Optimizer) -> dict[str, Any]:
+    """Its class, and its public attributes that are plain values."""
+    public = {k: v for k, v in vars(optimizer).items() if k[0] != "_"}
+    options = {k: v for k, v in public.items() if _is_plain(v)}
+    named = {k: v for k, v in public.items() if isinstance(v, mx.Dtype) or is_dataclass(v)}
+    options |= {k: str(v) for k, v in named.items()}
+    return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"} | {
+        "options": options
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _built_rate(optimizer: Optimizer) -> float | None:
+    """The constant rate it was built with; MLX's own optimizers do not remember it."""
+    rate = getattr(optimizer, "built_rate", None)
+    return None if rate is None else float(rate)
+
+
+def _schedules(optimizer: Optimizer) -> dict[str, Callable[[mx.array], Any]]:
+    """Its schedules by what they move, without one that a constant took the place of."""
+    schedules = dict(optimizer._schedulers)
+    if _built_rate(optimizer) is not None:
+        schedules.pop("learning_rate", None)
+    return schedules
+
+
+def _sampled(schedule: Callable[[mx.array], Any]) -> dict[str, Any]:
+    """What a schedule is called, for the reader, and the values that tell it from another."""
+    unnamed = type(schedule).__qualname__
+    name = repr(schedule) if isinstance(schedule, Schedule) else None
+    values = [_value(schedule, step) for step in STEPS]
+    return {"name": name or getattr(schedule, "__qualname__", unnamed), "values": values}
+
+
+def _value(schedule: Callable[[mx.array], Any], step: int) -> float | None:
+    try:
+        value = float(schedule(mx.array(step, mx.uint64)))
+    except Exception:  # a table that ends before a million must not stop a save
+        return None
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
+    """Kind of each array and a hash of some of its elements: gigabytes are not read."""
+    samples = {path: _sample(array) for path, array in arrays.items()}
+    mx.eval(samples)
+    return {
+        path: f"{kind_of(arrays[path])} {hashlib.sha256(memoryview(sample)).hexdigest()[:16]}"
+        for path, sample in samples.items()
+    }
+
+
+def _sample(array: mx.array) -> mx.array:
+    """Bits of elements spread over an array; the odd stride meets every column."""
+    stride = max(1, array.size // SAMPLE) | 1
+    return mx.contiguous(mx.flatten(array)[::stride]).view(mx.uint8)
+
+
+# Reading
+
+
+def _has_form(value: Any, form: Any) -> bool:
+    """Whether a JSON value has a form as ``FORM`` describes them."""
+    if form is object:
+        return True
+    if isinstance(form, tuple):
+        return type(value) in form
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_has_form(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict) or (str not in form and value.keys() != form.keys()):
+            return False
+        return all(_has_form(item, form.get(key, form.get(str))) for key, item in value.items())
+    return type(value) is form
+
+
+def _from_format_1(run: Any) -> Any:
+    """A description of format 1 in the form of today's; None if it is none."""
+    if not _has_form(run, FORM_1) or not all(row and type(row[0]) is str for row in run["plan"]):
+        return None
+    suffix, optimizers = " schedule", []
+    for member in run["optimizers"]:
+        schedules = {
+            key.removesuffix(suffix): {"name": name, "values": []}
+            for key, name in member.items()
+            if key.endswith(suffix)
+        }
+        options = {k: v for k, v in member.items() if k != "class" and not k.endswith(suffix)}
+        optimizers.append(
+            {"class": member.get("class"), "options": options, "built rate": None}
+            | {"schedules": schedules}
+        )
+    plan = {row[0]: row[1:] for row in run["plan"]}
+    # An empty `around` is compared with nothing.
+    return {"library": run["library"], "weights": "all", "optimizers": optimizers} | {
+        "around": [],
+        "plan": plan,
+        "frozen": {},
+    }
+
+
+# What does not fit
+
+
+def find_differences(
+    saved: Mapping[str, Any], live: Mapping[str, Any], *, schedules: bool = True
+) -> Iterator[str]:
+    """What differs between two descriptions, a line each; rates are not compared here."""
+    for i, (old, new) in enumerate(zip_longest(saved["optimizers"], live["optimizers"])):
+        place = f"optimizer {i}"
+        yield from _different_optimizers(place, old, new)
+        if schedules and same_class(old, new):
+            yield from _different_schedules(place, old, new)
+    for old, new in zip_longest(saved["around"], live["around"]) if saved["around"] else ():
+        yield from _different_optimizers("around the optimizers", old, new)
+    for path in {**saved["plan"], **live["plan"]}:
+        old, new = (run["plan"].get(path) for run in (saved, live))
+        if old != new:
+            yield f"plan, {path}: {old or 'nothing'} in the file, {new or 'nothing'} here"
+    frozen = {**saved["frozen"], **live["frozen"]}
+    others = [path for path in frozen if saved["frozen"].get(path) != live["frozen"].get(path)]
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        yield (
+            f"the frozen weights are not those it was trained on: {len(others)} of {len(frozen)} "
+            f"arrays differ ({shown})"
+        )
+
+
+def same_class(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
+    """Whether two members are there, and of one class."""
+    return old is not None and new is not None and old["class"] == new["class"]
+
+
+def schedules_differ(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the rates of two members follow other schedules, or only one follows any."""
+    pair = [member["schedules"].get("learning_rate") for member in (old, new)]
+    return pair != [None, None] and _difference(*pair) is not None
+
+
+def _different_optimizers(place: str, old: Any, new: Any) -> Iterator[str]:
+    if not same_class(old, new):
+        names = [_short(o["class"]) if o else "none" for o in (old, new)]
+        yield f"{place}: {names[0]} in the file, {names[1]} here"
+        return
+    for option in sorted(old["options"].keys() | new["options"].keys()):
+        a, b = old["options"].get(option), new["options"].get(option)
+        if a != b:
+            yield f"{place}, {_short(old['class'])}: {option} is {a!r:.200} in the file, {b!r:.200} here"
+
+
+def _different_schedules(place: str, old: Any, new: Any) -> Iterator[str]:
+    for name in sorted(old["schedules"].keys() | new["schedules"].keys()):
+        a, b = (member["schedules"].get(name) for member in (old, new))
+        if (difference := _difference(a, b)) is not None:
+            yield f"{place}, {_short(old['class'])}: {name} schedule {difference}"
+
+
+def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str | None:
+    """How two schedules differ: the first step where they give other values."""
+    if old is None or new is None:
+        names = [schedule and schedule["name"] for schedule in (old, new)]
+        return f"is {names[0]} in the file, {names[1]} here"
+    if not old["values"]:  # format 1 kept the name alone
+        same = old["name"] == new["name"]
+        return None if same else f"is {old['name']} in the file, {new['name']} here"
+    largest = max((abs(v) for v in old["values"] + new["values"] if v is not None), default=0.0)
+    for step, a, b in zip_longest(STEPS, old["values"], new["values"]):
+        known = a is not None and b is not None
+        # Another device rounds a cosine otherwise: a hundred thousandth is no difference.
+        if not (known and abs(a - b) <= 1e-5 * largest) and a != b:
+            return (
+                f"gives {a} at step {step} in the file, {b} here "
+                f"({old['name']} in the file, {new['name']} here)"
+            )
+    return None
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
