@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -101,7 +101,7 @@ def save_checkpoint(
     description = run.describe(optimizer, weights, frozen)
     places = {**kept, **_find_state(optimizer)}
     arrays = {name: place.array for name, place in places.items()}
-    arrays[KEY] = mx.array(mx.random.state[0])  # type: ignore[index]
+    arrays[KEY] = mx.array(cast(Any, mx.random.state)[0])
     metadata = {"format": FORMATS[-1], "run": json.dumps(description), "extra": text}
     sealed.write(Path(path), arrays, metadata)
 
@@ -215,7 +215,7 @@ class _Loading:
     def apply(self) -> None:
         """Put what fits into the live containers; the containers stay the same objects."""
         assert self.key is not None
-        high, low = self.key.tolist()  # type: ignore[misc]
+        high, low = cast(list[int], self.key.tolist())
         for name in self._fitting():
             # One at a time: its elder is let go before the next one is read.
             array = self.arrays.pop(name).astype(self.here[name].dtype)
@@ -252,28 +252,26 @@ class _Loading:
         """Decide whose rates stand: lines to tell, and lines of what must be asked."""
         notes: list[str] = []
         problems: list[str] = []
-        members = zip(self.members.items(), self.saved["optimizers"], self.live["optimizers"])
-        for (prefix, member), old, new in members:
-            name, flag = (f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled"))
+        runs = self.saved["optimizers"], self.live["optimizers"]
+        for (prefix, member), old, new in zip(self.members.items(), *runs, strict=False):
+            rate, flag = (f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled"))
             if not run.same_class(old, new):  # nor is its state of use
                 self.standing |= {n for n in self.here if n.startswith(STATE + prefix)}
             elif self.rates == "here" or (self.rates == "built" and run.schedules_differ(old, new)):
-                self.standing |= {name, flag}
-            elif self.rates == "built" and name in self._fitting():
-                known = None not in (old["built rate"], new["built rate"])
-                pair = self.arrays[name].item(), self.places[name].array.item()
-                if known:
-                    pair = old["built rate"], new["built rate"]
-                elif new["schedules"].get("learning_rate") or member.step.item() > 0:
-                    continue
+                self.standing |= {rate, flag}
+            elif self.rates == "built" and rate in self._fitting():
+                known = None not in (pair := [old["built rate"], new["built rate"]])
+                if not known:
+                    if new["schedules"].get("learning_rate") or int(cast(Any, member.step)) > 0:
+                        continue
+                    pair = [float(array) for array in (self.arrays[rate], self.places[rate].array)]
                 if pair[0] != pair[1]:
-                    self.standing |= {name, flag}
+                    self.standing |= {rate, flag}
                     line = f"{type(member).__name__}: learning_rate is {pair[0]:.6g} in the file"
-                    line += f", {pair[1]:.6g} here"
-                    if known:
-                        notes.append(f"{line}, which stands")
-                    else:
-                        problems.append(f"{line}: say which with rates='file' or rates='here'")
+                    (notes if known else problems).append(
+                        f"{line}, {pair[1]:.6g} here"
+                        + (", which stands" if known else ": say rates='file' or rates='here'")
+                    )
         return notes, problems
 
 
@@ -314,7 +312,7 @@ def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
     items = container.items() if isinstance(container, dict) else enumerate(container)
     for key, value in items:
         name = f"{prefix}{key}"
-        if module and key.startswith("_"):  # MLX counts such arrays as no parameters
+        if module and str(key).startswith("_"):  # MLX counts such arrays as no parameters
             continue
         if isinstance(value, (dict, list)):
             yield from _walk(value, f"{name}.")

@@ -1,4 +1,4 @@
-"""What a run is beside its arrays, as JSON: optimizers, rates, schedules, plan; and how two differ."""
+"""What a run is beside its arrays, as JSON: optimizers, rates, plan; and how two runs differ."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
@@ -42,7 +42,7 @@ FORM_1 = {"library": str, "optimizers": [{str: object}], "plan": [[object]]}
 
 
 def describe(optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array]) -> dict[str, Any]:
-    """A run as JSON: classes, options, rates, schedules, plan, and what tells frozen arrays apart."""
+    """A run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays."""
     members, around = find_members(optimizer).values(), _around(optimizer)
     description = {
         "library": __version__,
@@ -74,7 +74,7 @@ def parse(text: str, version: str) -> dict[str, Any]:
         run = run if version != "1" else _from_format_1(run)
     except (ValueError, RecursionError):
         run = None
-    if not _has_form(run, FORM):
+    if run is None or not _has_form(run, FORM):
         raise CheckpointError("is damaged or forged: its description of the run is none")
     return run
 
@@ -129,18 +129,24 @@ def _schedules(optimizer: Optimizer) -> dict[str, Callable[[mx.array], Any]]:
 
 def _sampled(schedule: Callable[[mx.array], Any]) -> dict[str, Any]:
     """What a schedule is called, for the reader, and the values that tell it from another."""
-    unnamed = type(schedule).__qualname__
-    name = repr(schedule) if isinstance(schedule, Schedule) else None
-    values = [_value(schedule, step) for step in STEPS]
-    return {"name": name or getattr(schedule, "__qualname__", unnamed), "values": values}
+    name = type(schedule).__qualname__
+    name = repr(schedule) if isinstance(schedule, Schedule) else name
+    values = _try(lambda: schedule(mx.array(STEPS, mx.uint64)).tolist())
+    if not isinstance(values, list) or len(values) != len(STEPS):  # it takes one step at a time
+        values = [_try(lambda s=s: schedule(mx.array(s, mx.uint64))) for s in STEPS]
+    rounded = [_try(lambda v=v: float(f"{float(v):.6g}")) for v in values]
+    return {
+        "name": getattr(schedule, "__qualname__", name),
+        "values": [v if v is not None and math.isfinite(v) else None for v in rounded],
+    }
 
 
-def _value(schedule: Callable[[mx.array], Any], step: int) -> float | None:
+def _try(compute: Callable[[], Any]) -> Any:
+    """A value, or None: a table that ends before a million steps must not stop a save."""
     try:
-        value = float(schedule(mx.array(step, mx.uint64)))
-    except Exception:  # a table that ends before a million must not stop a save
+        return compute()
+    except Exception:
         return None
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
@@ -148,7 +154,7 @@ def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
     samples = {path: _sample(array) for path, array in arrays.items()}
     mx.eval(samples)
     return {
-        path: f"{kind_of(arrays[path])} {hashlib.sha256(memoryview(sample)).hexdigest()[:16]}"
+        path: f"{kind_of(arrays[path])} {hashlib.sha256(cast(Any, sample)).hexdigest()[:16]}"
         for path, sample in samples.items()
     }
 
@@ -249,7 +255,8 @@ def _different_optimizers(place: str, old: Any, new: Any) -> Iterator[str]:
     for option in sorted(old["options"].keys() | new["options"].keys()):
         a, b = old["options"].get(option), new["options"].get(option)
         if a != b:
-            yield f"{place}, {_short(old['class'])}: {option} is {a!r:.200} in the file, {b!r:.200} here"
+            place = f"{place}, {_short(old['class'])}"
+            yield f"{place}: {option} is {a!r:.200} in the file, {b!r:.200} here"
 
 
 def _different_schedules(place: str, old: Any, new: Any) -> Iterator[str]:
@@ -269,9 +276,9 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
         return None if same else f"is {old['name']} in the file, {new['name']} here"
     largest = max((abs(v) for v in old["values"] + new["values"] if v is not None), default=0.0)
     for step, a, b in zip_longest(STEPS, old["values"], new["values"]):
-        known = a is not None and b is not None
         # Another device rounds a cosine otherwise: a hundred thousandth is no difference.
-        if not (known and abs(a - b) <= 1e-5 * largest) and a != b:
+        near = a is not None and b is not None and abs(a - b) <= 1e-5 * largest
+        if not near and a != b:
             return (
                 f"gives {a} at step {step} in the file, {b} here "
                 f"({old['name']} in the file, {new['name']} here)"

@@ -1,4 +1,4 @@
-"""A safetensors file under a checksum of its every byte: written whole or not at all, read warily."""
+"""A safetensors file under a checksum of its bytes: written whole or not at all, read warily."""
 
 import fcntl
 import hashlib
