@@ -1,5 +1,9 @@
-"""Checkpoints: exact resumption, every mismatch named, damage noticed, kills survived."""
+"""Checkpoints: exact resumption, mismatches named, damage and forgery noticed, kills survived."""
 
+import functools
+import hashlib
+import json
+import os
 import random
 import signal
 import subprocess
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
-from models import CASES, Shared, Table, llama
+from models import CASES, ResNet, Shared, Table, adapted, llama
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -23,11 +27,14 @@ from mlx_maxfactor import (
     GuardedOptimizer,
     MaxFactor,
     Muon,
+    SignSGD,
     create_optimizer,
     load_checkpoint,
     save_checkpoint,
     warmup_cosine,
 )
+from mlx_maxfactor import sealed as sealed_files
+from mlx_maxfactor.checkpoint import _walk
 
 
 def snapshot(model, optimizer):
@@ -150,6 +157,317 @@ def test_a_shared_module_is_kept_once(path):
     assert "embedding.weight" not in names
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_weights_are_kept_under_the_paths_that_mlx_gives_them(case):
+    model = case.build()
+    assert dict(_walk(model)).keys() == dict(tree_flatten(model.parameters())).keys()
+
+
+def test_mlx_reads_the_weights_by_their_names(path):
+    model, optimizer = trained(Table(), AdamW())
+    save_checkpoint(path, model, optimizer)
+    other = Table()
+    other.load_weights(str(path), strict=False)
+    for name, weight in tree_flatten(model.parameters()):
+        assert mx.array_equal(dict(tree_flatten(other.parameters()))[name], weight), name
+    beside = set(mx.load(str(path))) - {name for name, _ in tree_flatten(model.parameters())}
+    assert all(name.startswith("_run.") for name in beside)
+
+
+def test_format_1_still_loads(path):
+    # Written by the last version of that format, after two updates by ones and twos.
+    def build():
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        schedule = warmup_cosine(0.1, 10, 1)
+        members = AdamW(schedule), SignSGD(0.02)
+        return model, create_optimizer(model, *members, skip_nonfinite=True)
+
+    model, optimizer = build()
+    for i, layer in enumerate(model.layers):
+        layer.weight = mx.arange(layer.weight.size).reshape(layer.weight.shape) / 10 + i
+        layer.bias = mx.zeros_like(layer.bias)
+    for i in (1, 2):
+        ones = tree_map(lambda p, i=i: i * mx.ones_like(p), model.trainable_parameters())
+        optimizer.update(model, ones)
+    mx.random.seed(7)
+    exact = snapshot(model, optimizer)
+    model, optimizer = build()
+    old = Path(__file__).parent / "format_1.safetensors"
+    assert load_checkpoint(old, model, optimizer) == {"epoch": 2, "note": "é"}
+    assert same(snapshot(model, optimizer), exact)
+    model, _ = build()
+    optimizer = create_optimizer(
+        model, AdamW(warmup_cosine(0.2, 10, 1)), SignSGD(0.02), skip_nonfinite=True
+    )
+    with pytest.raises(CheckpointError, match=r"schedule is warmup_cosine\(0.1, 10, 1, 0.1\) in"):
+        load_checkpoint(old, model, optimizer)
+    model, _ = build()
+    optimizer = create_optimizer(
+        model, AdamW(warmup_cosine(0.1, 10, 1)), SignSGD(0.03), skip_nonfinite=True
+    )
+    with pytest.raises(CheckpointError, match=r"SignSGD: learning_rate is 0.02 in the file, 0.03"):
+        load_checkpoint(old, model, optimizer)
+
+
+# Trained arrays alone
+
+
+def quantized(seed=0, **options):
+    mx.random.seed(seed)
+    model = adapted(llama(), bits=4, **options)
+    # Wide enough that names and descriptions weigh little beside arrays.
+    for _, module in model.named_modules():
+        if "lora_a" in module:
+            module.lora_a = mx.random.normal((module.lora_a.shape[0], 256))
+            module.lora_b = mx.random.normal((256, module.lora_b.shape[1])) / 100
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_qlora_file_is_its_trained_arrays_and_state(name, dora, path):
+    model, optimizer = quantized(dora=dora), None
+    model, optimizer = trained(model, create_optimizer(model, name))
+    save_checkpoint(path, model, optimizer, weights="trainable", done=2)
+    arrays = [a for _, a in tree_flatten([model.trainable_parameters(), optimizer.state])]
+    assert path.stat().st_size <= 1.05 * sum(array.nbytes for array in arrays)
+    other = quantized(dora=dora)
+    restored = create_optimizer(other, name)
+    assert load_checkpoint(path, other, restored) == {"done": 2}
+    assert same(snapshot(other, restored), snapshot(model, optimizer))
+
+
+def test_another_base_is_noticed(path):
+    model = quantized()
+    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
+    other = quantized(seed=1)
+    other.load_weights(str(path), strict=False)
+    optimizer = create_optimizer(other)
+    before = snapshot(other, optimizer)
+    with pytest.raises(CheckpointError, match="the frozen weights are not those it was trained on"):
+        load_checkpoint(path, other, optimizer)
+    assert same(snapshot(other, optimizer), before)
+    extra = load_checkpoint(path, other, optimizer, strict=False)
+    assert "frozen weights" in extra.differences[0]
+    full = adapted(llama())
+    full.load_weights(str(path), strict=False)
+    with pytest.raises(CheckpointError, match="frozen weights are not those"):
+        load_checkpoint(path, full, create_optimizer(full))
+
+
+def test_one_frozen_bias_more_is_noticed(path):
+    model = Table()
+    model.embedding.freeze()
+    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
+    model.output.freeze()
+    with pytest.raises(CheckpointError, match=r"2 of 3 arrays differ \(output.weight, output.bias"):
+        load_checkpoint(path, model, create_optimizer(model))
+
+
+def test_every_frozen_array_is_sampled_and_none_is_read_whole():
+    from mlx_maxfactor.run import SAMPLE, _fingerprints, _sample
+
+    for shape in [(), (0, 3), (1,), (7, 3), (3, 1), (4096, 512), (512, 4096), (6, 64, 64)]:
+        for dtype in (mx.float32, mx.bfloat16, mx.uint32, mx.uint8, mx.bool_):
+            x = (mx.random.uniform(shape=shape) * 99).astype(dtype)
+            elements = _sample(x).size // dtype.size
+            assert min(x.size, SAMPLE // 2) <= elements <= 2 * SAMPLE
+            if x.size:
+                assert _fingerprints({"x": x}) != _fingerprints({"x": mx.zeros_like(x) + (x == 0)})
+    zeros = mx.zeros((4096, 4096))
+    columns = {i % 4096 for i in range(0, zeros.size, (zeros.size // SAMPLE) | 1)}
+    assert len(columns) > 500, "whole columns are never looked at"
+
+
+def test_running_statistics_are_kept_though_they_are_frozen(path):
+    def build():
+        mx.random.seed(0)
+        model = ResNet(frozen_ends=True)
+        return model, create_optimizer(model)
+
+    model, optimizer = build()
+    model(mx.random.normal((4, 8, 8, 3)))
+    assert not mx.array_equal(model.bn1.running_mean, mx.zeros(8))
+    save_checkpoint(path, model, optimizer, weights="trainable")
+    other, restored = build()
+    load_checkpoint(path, other, restored)
+    assert same(snapshot(other, restored), snapshot(model, optimizer))
+    assert "fc.weight" not in mx.load(str(path))
+
+
+def test_a_shared_module_is_kept_once_among_trained_arrays_too(path):
+    model = Shared()
+    save_checkpoint(path, model, create_optimizer(model), weights="trainable")
+    assert "head.weight" in mx.load(str(path))
+    assert "embedding.weight" not in mx.load(str(path))
+
+
+# Rates and schedules
+
+
+def rate_of(optimizer):
+    return pytest.approx(float(optimizer.learning_rate))
+
+
+def test_a_rate_set_by_hand_comes_back(path):
+    model, optimizer = trained(Table(), AdamW(0.01))
+    optimizer.learning_rate = 0.003
+    save_checkpoint(path, model, optimizer)
+    for _ in range(2):  # the second file says the same, though it was saved after a load
+        optimizer = AdamW(0.01)
+        assert load_checkpoint(path, model, optimizer).differences == ()
+        assert rate_of(optimizer) == 0.003
+        save_checkpoint(path, model, optimizer)
+
+
+def test_a_new_constant_rate_stands(path):
+    model, optimizer = trained(Table(), AdamW(0.01))
+    optimizer.learning_rate = 0.003
+    save_checkpoint(path, model, optimizer)
+    optimizer = AdamW(0.02)
+    (note,) = load_checkpoint(path, model, optimizer).differences
+    assert note == "AdamW: learning_rate is 0.01 in the file, 0.02 here, which stands"
+    assert rate_of(optimizer) == 0.02
+    assert optimizer.step == 2
+    optimizer = AdamW(0.02)
+    assert load_checkpoint(path, model, optimizer, rates="file").differences == ()
+    assert rate_of(optimizer) == 0.003
+    optimizer = AdamW(0.01)
+    optimizer.learning_rate = 0.05  # before the first update: built with it
+    load_checkpoint(path, model, optimizer)
+    assert rate_of(optimizer) == 0.05
+    optimizer = AdamW(0.01)
+    load_checkpoint(path, model, optimizer, rates="here")
+    assert rate_of(optimizer) == 0.01
+
+
+def test_each_member_has_its_rate(path):
+    model = Table()
+    rates = {"learning_rate": 0.02, "rest_learning_rate": 0.004}
+    _, optimizer = trained(model, create_optimizer(model, **rates))
+    optimizer.learning_rate = 0.01  # the ratio is kept
+    save_checkpoint(path, model, optimizer)
+    for changed, expected in [
+        ({}, [0.01, 0.002, 0.002]),
+        ({"rest_learning_rate": 0.003}, [0.01, 0.003, 0.003]),
+        ({"learning_rate": 0.05}, [0.05, 0.002, 0.002]),
+    ]:
+        restored = create_optimizer(model, **rates | changed)
+        extra = load_checkpoint(path, model, restored)
+        found = [float(member.learning_rate) for member in restored.optimizers]
+        assert found == pytest.approx(expected[: len(found)])
+        assert bool(extra.differences) == bool(changed)
+
+
+def test_a_rate_set_inside_a_compiled_step_is_none_it_was_built_with(path):
+    model, optimizer = Table(), AdamW(0.01)
+    optimizer.init(model.trainable_parameters())
+    state = [optimizer.state, model.state]
+
+    def halve():
+        optimizer.learning_rate = optimizer.learning_rate / 2
+
+    mx.compile(halve, inputs=state, outputs=state)()
+    assert rate_of(optimizer) == 0.005
+    save_checkpoint(path, model, optimizer)
+    optimizer = AdamW(0.01)
+    load_checkpoint(path, model, optimizer)
+    assert rate_of(optimizer) == 0.005
+
+
+def test_an_mlx_optimizer_is_asked_for(path):
+    model, optimizer = trained(Table(), mlx_optimizers.AdamW(0.01))
+    save_checkpoint(path, model, optimizer)
+    optimizer.learning_rate = 0.5
+    load_checkpoint(path, model, optimizer)  # it has made steps: the file takes it back
+    assert rate_of(optimizer) == 0.01
+    optimizer = mlx_optimizers.AdamW(0.02)
+    with pytest.raises(CheckpointError, match="say rates='file' or rates='here'"):
+        load_checkpoint(path, model, optimizer)
+    load_checkpoint(path, model, optimizer, rates="here")
+    assert rate_of(optimizer) == 0.02
+    optimizer = mlx_optimizers.AdamW(0.02)
+    load_checkpoint(path, model, optimizer, rates="file")
+    assert rate_of(optimizer) == 0.01
+    with pytest.raises(ValueError, match="rates must be one of 'built', 'file', 'here', got 'new'"):
+        load_checkpoint(path, model, optimizer, rates="new")
+
+
+class Halving:
+    """A schedule that is an object, and takes one step at a time."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate if step < 1000 else self.rate / 2
+
+
+def exponential(rate, step):
+    return rate * 0.99**step
+
+
+SCHEDULES = {
+    "partial": lambda rate=0.1: functools.partial(exponential, rate),
+    "object": lambda rate=0.1: Halving(rate),
+    "number": lambda rate=0.1: lambda _: rate,
+    "cosine": lambda rate=0.1: mlx_optimizers.cosine_decay(rate, 100),
+    "table": lambda rate=0.1: lambda step: [rate, 2 * rate, rate][int(step)],
+    "ours": lambda rate=0.1: warmup_cosine(rate, 100, 10),
+}
+
+
+@pytest.mark.parametrize("kind", [AdamW, mlx_optimizers.AdamW])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_every_kind_are_told_apart_by_their_values(name, kind, path):
+    make = SCHEDULES[name]
+    # MLX's own cannot make a step with a schedule that gives a number.
+    model, optimizer = trained(Table(), kind(make()), steps=int(kind is AdamW))
+    save_checkpoint(path, model, optimizer)
+    load_checkpoint(path, model, kind(make()))
+    with pytest.raises(CheckpointError, match=r"AdamW: learning_rate schedule gives 0.* at step "):
+        load_checkpoint(path, model, kind(make(0.101)))
+    if kind is AdamW:
+        optimizer = kind(make(0.101))
+        load_checkpoint(path, model, optimizer, rates="here")
+        assert rate_of(optimizer) == float(make(0.101)(mx.array(0)))
+
+
+def test_two_schedules_of_one_name_are_two(path):
+    model = Table()
+    first, second = (mlx_optimizers.cosine_decay(*args) for args in [(1e-2, 100), (1e-2, 101)])
+    save_checkpoint(path, *trained(model, AdamW(first)))
+    with pytest.raises(CheckpointError, match=r".* at step [23] in the file"):
+        load_checkpoint(path, model, AdamW(second))
+    with pytest.raises(CheckpointError, match=r"gives 0.01 at step 0 in the file, 0.05 here"):
+        load_checkpoint(path, model, AdamW(mlx_optimizers.cosine_decay(5e-2, 9999)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (create_optimizer, "max_grad_norm is None in the file, 1.0 here"),
+        (lambda _, **options: GuardedOptimizer(AdamW(), **options), "max_grad_norm is None"),
+    ],
+)
+def test_an_added_clip_is_noticed(wrap, message, path):
+    model = Table()
+    save_checkpoint(path, *trained(model, wrap(model)))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path, model, wrap(model, max_grad_norm=1.0))
+
+
+@pytest.mark.parametrize("name", ["mlx Adam", "mlx SGD", "mlx Multi", "guarded"])
+def test_an_optimizer_without_state_saves_a_file_that_loads(name, path):
+    model, optimizer = Table(), BARE[name]()
+    save_checkpoint(path, model, optimizer)
+    restored = BARE[name]()
+    load_checkpoint(path, Table(), restored)
+    trained(model, optimizer)
+    load_checkpoint(path, Table(), restored)
+
+
 # What does not fit
 
 
@@ -220,6 +538,33 @@ def test_another_dtype_is_named(path):
         load_checkpoint(path, model, create_optimizer(model))
 
 
+def test_another_dtype_is_cast_on_request_alone(path):
+    model, optimizer = trained(Table(), AdamW(0.01))
+    save_checkpoint(path, model, optimizer)
+    narrow, restored = Table(), AdamW(0.01)
+    narrow.set_dtype(mx.bfloat16)
+    before = snapshot(narrow, restored)
+    with pytest.raises(CheckpointError, match="cast=True casts floating-point arrays"):
+        load_checkpoint(path, narrow, restored)
+    with pytest.raises(CheckpointError, match="holds no weight that fits this model"):
+        load_checkpoint(path, narrow, restored, strict=False)
+    assert same(snapshot(narrow, restored), before)
+    assert load_checkpoint(path, narrow, restored, cast=True).differences == ()
+    assert narrow.output.weight.dtype == mx.bfloat16
+    assert mx.array_equal(narrow.output.weight, model.output.weight.astype(mx.bfloat16))
+    assert restored.step == 2
+
+
+def test_state_of_another_class_is_not_taken(path):
+    model, optimizer = trained(Table(), mlx_optimizers.SGD(0.5, momentum=0.9))
+    save_checkpoint(path, model, optimizer)
+    other = mlx_optimizers.Muon(0.01)  # its state has the same names and shapes
+    extra = load_checkpoint(path, model, other, strict=False)
+    assert extra.differences[0] == "optimizer 0: SGD in the file, Muon here"
+    assert rate_of(other) == 0.01
+    assert not mx.any(other.state["output"]["weight"]["v"])
+
+
 def test_without_strict_what_fits_is_loaded_and_the_rest_returned(path):
     model = Table()
     model, optimizer = trained(model, create_optimizer(model))
@@ -253,16 +598,84 @@ def test_any_name_will_do(tmp_path):
     assert load_checkpoint(str(tmp_path / "last"), model, optimizer) == {"a": 1}
 
 
+SLIPS = {
+    "swapped": (lambda m, o: (o, m), "model and optimizer are swapped: the model comes first"),
+    "a state": (lambda m, o: (m, o.state), "optimizer must be the optimizer itself, not its state"),
+    "parameters": (lambda m, o: (m.parameters(), o), "model must be a mlx.nn.Module, got dict"),
+    "a class": (lambda m, o: (m, AdamW), "optimizer must be an MLX optimizer, got type"),
+    "two models": (lambda m, o: (m, m), "optimizer must be an MLX optimizer, got Table"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_wrong_arguments_are_named(name, path):
+    model = Table()
+    slip, message = SLIPS[name]
+    for call in (save_checkpoint, load_checkpoint):
+        with pytest.raises(CheckpointError, match=message):
+            call(path, *slip(model, create_optimizer(model)))
+    with pytest.raises(ValueError, match="weights must be one of 'all', 'trainable', got 'some'"):
+        save_checkpoint(path, model, create_optimizer(model), weights="some")
+
+
+def test_scalars_of_numpy_and_mlx_count_as_numbers(path):
+    model = Table()
+    optimizer = create_optimizer(model)
+    scalars = [np.float32(0.5), np.int64(7), np.bool_(True), np.array(3), mx.array(0.25)]
+    scalars += [mx.array(9, mx.uint64), mx.array(1.5, mx.bfloat16)]
+    save_checkpoint(path, model, optimizer, loss=np.float32(2.5), all=scalars)
+    extra = load_checkpoint(path, model, optimizer)
+    assert extra == {"loss": 2.5, "all": [0.5, 7, True, 3, 0.25, 9, 1.5]}
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    for wrong in (np.zeros(2), mx.zeros(2), {1, 2}, nested, 10**5000, np.longdouble(1)):
+        with pytest.raises(CheckpointError, match="extra must be JSON values"):
+            save_checkpoint(path, model, optimizer, wrong=wrong)
+
+
+def test_loading_needs_the_memory_of_one_array(path):
+    def build():
+        model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(16)])
+        return model, create_optimizer(model, "adamw")
+
+    model, optimizer = trained(*build())
+    save_checkpoint(path, model, optimizer)
+    mx.eval(model.parameters(), optimizer.state)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    load_checkpoint(path, model, optimizer)
+    largest, total = model.layers[0].weight.nbytes, path.stat().st_size
+    # The array that is read beside its elder, and some scalars in MLX's pages.
+    assert mx.get_peak_memory() - before < 2 * largest + 100_000 < total / 10
+
+
+def test_a_disk_that_fails_while_it_is_read_is_said(path, monkeypatch):
+    model, optimizer = trained(Table(), AdamW(0.01))
+    save_checkpoint(path, model, optimizer)
+    read = sealed_files.read
+
+    def failing(*args):
+        file = read(*args)
+        os.truncate(path, path.stat().st_size // 2)
+        return file
+
+    monkeypatch.setattr(sealed_files, "read", failing)
+    with pytest.raises(CheckpointError, match="half loaded, so load it again"):
+        load_checkpoint(path, model, optimizer)
+
+
 # Damage
 
 
-def test_500_truncations_and_flips_are_refused(path):
+def test_1000_truncations_and_flips_are_refused(path):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model, optimizer = trained(model, create_optimizer(model))
     save_checkpoint(path, model, optimizer, epoch=1)
     whole, before = path.read_bytes(), snapshot(model, optimizer)
     dice = random.Random(0)
-    for i in range(500):
+    for i in range(1000):
         damaged = bytearray(whole)
         if i % 4 == 0:
             del damaged[dice.randrange(len(damaged)) :]
@@ -284,13 +697,230 @@ def test_other_files_are_refused(content, path):
         load_checkpoint(path, model, create_optimizer(model))
 
 
-def test_weights_alone_and_missing_files_are_refused(path):
+def test_weights_alone_other_formats_and_missing_files_are_told_apart(path):
     model = Table()
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(path, model, create_optimizer(model))
-    model.save_weights(str(path))
-    with pytest.raises(CheckpointError, match="use model.load_weights"):
+    weights = dict(tree_flatten(model.parameters()))
+    for metadata in (None, {"format": "mlx"}, {"format": "pt"}):
+        mx.save_safetensors(str(path), weights, metadata)
+        with pytest.raises(CheckpointError, match=r"holds weights alone.* use model.load_weights"):
+            load_checkpoint(path, model, create_optimizer(model))
+    mx.save_safetensors(str(path), weights, {"format": "3", "run": "{}", "checksum": "?"})
+    with pytest.raises(CheckpointError, match="of format '3', and this version reads 1 and 2"):
         load_checkpoint(path, model, create_optimizer(model))
+
+
+# Forgery: the checksum is right
+
+
+def tiny():
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.layers[0].freeze(keys="bias")
+    return model, create_optimizer(model, learning_rate=warmup_cosine(0.1, 10, 1), momentum=0.8)
+
+
+def taken_apart(path):
+    """Header, and the data after it."""
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
+
+
+def forge(path, header, data):
+    """A file of this header and data, under a right checksum."""
+    blank = b"0" * 64
+    if isinstance(header.get("__metadata__"), dict) and "checksum" in header["__metadata__"]:
+        header["__metadata__"]["checksum"] = blank.decode()
+    text = raw(json.dumps(header, separators=(",", ":"))).encode(errors="surrogatepass")
+    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text + data).hexdigest()
+    text = text.replace(b'"checksum":"%s"' % blank, b'"checksum":"%s"' % digest.encode(), 1)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+RAW = {
+    "<brackets>": "[" * 200_000,
+    "<braces>": '{"a":' * 900 + "1" + "}" * 900,
+    "<nested>": "[" * 900 + "]" * 900,
+    "<digits>": "7" * 5000,
+    "<infinity>": "1e999",
+    "<nan>": "NaN",
+    "<surrogate>": '"\\ud800"',
+}
+
+
+def raw(text):
+    """JSON that json.dumps does not write."""
+    for mark, stands in RAW.items():
+        text = text.replace(f'"{mark}"', stands)
+    return text
+
+
+HARMFUL = {
+    "null": ("run", "null"),
+    "empty": ("run", "{}"),
+    "brackets": ("run", "[" * 200_000),
+    "nested": ("run", "[" * 900 + "]" * 900),
+    "no JSON": ("run", "{"),
+    "a list as extra": ("extra", "[1]"),
+    "null as extra": ("extra", "null"),
+    "digits": ("extra", '{"a": %s}' % ("7" * 5000)),
+    "brackets in extra": ("extra", '{"a": %s}' % ("[" * 200_000)),
+    "a class": ("class", 5),
+    "rows": ("plan", [[], []]),
+    "no optimizers": ("optimizers", None),
+    "values": ("values", [10**300]),
+    "a built rate": ("built rate", "fast"),
+    "frozen": ("frozen", ["layers.0.bias"]),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_file_made_to_harm_changes_nothing(name, strict, path):
+    save_checkpoint(path, *trained(*tiny()), weights="trainable")
+    header, data = taken_apart(path)
+    place, value = HARMFUL[name]
+    if place in ("run", "extra"):
+        header["__metadata__"][place] = value
+    else:
+        run = json.loads(header["__metadata__"]["run"])
+        member = run["optimizers"][0]
+        table = {"class": member, "built rate": member}.get(place, run)
+        table = member["schedules"]["learning_rate"] if place == "values" else table
+        table[place] = value
+        header["__metadata__"]["run"] = json.dumps(run)
+    forge(path, header, data)
+    model, optimizer = tiny()
+    before = snapshot(model, optimizer)
+    with pytest.raises(CheckpointError, match=r"is damaged or forged: its (extra|description)"):
+        load_checkpoint(path, model, optimizer, strict=strict)
+    assert same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("U32", [2, 1]), ("I32", [2]), ("U64", [1])])
+def test_a_random_key_of_another_kind_is_refused(dtype, shape, path):
+    save_checkpoint(path, *trained(*tiny()))
+    header, data = taken_apart(path)
+    header["_run.random"] |= {"dtype": dtype, "shape": shape}
+    forge(path, header, data)
+    model, optimizer = tiny()
+    before = snapshot(model, optimizer)
+    with pytest.raises(CheckpointError, match="its random key is none"):
+        load_checkpoint(path, model, optimizer, strict=False)
+    assert same(snapshot(model, optimizer), before)
+
+
+KEYS = ["class", "options", "values", "name", "dtype", "shape", "data_offsets", "run", "extra"]
+KEYS += ["format", "plan", "weights", "frozen", "layers.0.weight", "_run.random", "model.", ""]
+WORDS = [
+    "all",
+    "trainable",
+    "1",
+    "2",
+    "F32",
+    "BOOL",
+    "F64",
+    "é",
+    "\0",
+    "null",
+    "0" * 64,
+    *KEYS,
+    *RAW,
+]
+NUMBERS = [0, 1, -1, 2, 3, 4, 8, 2**31, 2**63, 2**64, 10**300, 0.0, 0.5, -1e308, True, False, None]
+
+
+def anything(dice, depth=0):
+    """Any JSON value: a grammar's words, numbers, lists, tables."""
+    kind = dice.randrange(4 if depth < 3 else 2)
+    if kind == 0:
+        return dice.choice(NUMBERS)
+    if kind == 1:
+        return dice.choice(WORDS)
+    items = [anything(dice, depth + 1) for _ in range(dice.randrange(4))]
+    return items if kind == 2 else {dice.choice(KEYS): item for item in items}
+
+
+def nodes(tree):
+    """Every container of a JSON value with each of its keys."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in list(items):
+        yield tree, key
+        if isinstance(value, (dict, list)):
+            yield from nodes(value)
+
+
+def mutate(dice, tree):
+    """Replace, drop, move or nudge something somewhere in a JSON value."""
+    (a, i), (b, j) = (dice.choice(list(nodes(tree))) for _ in range(2))
+    kind = dice.randrange(5)
+    if kind == 0:
+        del a[i]
+    elif kind == 1:
+        a[i], b[j] = b[j], a[i]
+    elif kind == 2 and isinstance(a[i], int):
+        a[i] += dice.choice([-4, -1, 1, 4])
+    elif kind == 3 and isinstance(a, dict):
+        a[dice.choice(WORDS)] = anything(dice)
+    else:
+        a[i] = anything(dice)
+
+
+def forged(dice, header):
+    """The header, with mutations in it or in the JSON within its metadata."""
+    header = json.loads(json.dumps(header))
+    inner = {key: json.loads(header["__metadata__"][key]) for key in ("run", "extra")}
+    for _ in range(dice.choice([1, 1, 1, 2, 5])):
+        mutate(dice, dice.choice([header, inner, inner["run"]] if "run" in inner else [header]))
+        if not isinstance(inner.get("run"), (dict, list)) or not inner["run"]:
+            break
+    if isinstance(header.get("__metadata__"), dict):
+        texts = {key: raw(json.dumps(value)) for key, value in inner.items()}
+        taken = {k: v for k, v in texts.items() if k in header["__metadata__"]}
+        header["__metadata__"] |= taken if dice.random() < 0.9 else {}
+    return header
+
+
+def said_by(header, data):
+    """The arrays of a header by their names, read without MLX."""
+    dtypes = {"F32": np.float32, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_}
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] in dtypes:
+            part = data[slice(*entry["data_offsets"])]
+            yield name, np.frombuffer(part, dtypes[entry["dtype"]]).reshape(entry["shape"])
+
+
+FORGERIES = int(os.environ.get("FORGERIES", "1000"))
+
+
+def test_forged_headers_load_what_they_say_or_change_nothing(path):
+    whole, dice, loads = path.with_name("whole"), random.Random(0), 0
+    save_checkpoint(whole, *trained(*tiny()), weights="trainable", epoch=3)
+    header, data = taken_apart(whole)
+    model, optimizer = tiny()
+    before = snapshot(model, optimizer)
+    for i in range(FORGERIES):
+        forge(path, changed := forged(dice, header), data)
+        strict = i % 2 == 0
+        try:
+            load_checkpoint(path, model, optimizer, strict=strict, cast=i % 3 == 0)
+        except CheckpointError:
+            assert same(snapshot(model, optimizer), before), changed
+            continue
+        loads += 1
+        live = {"_run.random": mx.random.state[0], **dict(tree_flatten(model.parameters()))}
+        if strict:
+            live |= {f"_run.optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
+        for name, array in said_by(changed, data):
+            here = live.get(name)
+            if here is not None and (strict or here.shape == array.shape) and "rate" not in name:
+                np.testing.assert_array_equal(np.array(here), array, err_msg=name)
+        model, optimizer = tiny()
+        mx.random.seed(0)
+        before = snapshot(model, optimizer)
+    assert 0 < loads < FORGERIES / 2
 
 
 # Kills
