@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,7 +55,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    weights: str = "all",
+    weights: Literal["all", "trainable"] = "all",
     **extra: Any,
 ) -> None:
     """Write weights, optimizer state, random state and ``extra`` to one ``.safetensors`` file.
@@ -113,7 +113,7 @@ def load_checkpoint(
     *,
     strict: bool = True,
     cast: bool = False,
-    rates: str = "built",
+    rates: Literal["built", "file", "here"] = "built",
 ) -> Extra:
     """Restore a run into live objects, so that a step compiled before the load sees it.
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,7 +83,8 @@ class Node:
 
     path: str
     module: nn.Module
-    parent: "Node | None" = None
+    above: "ref[Node] | None" = None
+    """The node it hangs on, weakly: a cycle would keep arrays alive after they were replaced."""
     listed: bool = False
     """Whether it is an item of a list, as the blocks of a transformer are."""
     is_part: bool = False
@@ -102,6 +104,11 @@ class Node:
     def is_a(self, *classes: type) -> bool:
         """Whether the module is of one of the classes."""
         return isinstance(self.module, classes)
+
+    @property
+    def parent(self) -> "Node | None":
+        """The node it hangs on."""
+        return self.above and self.above()
 
     @property
     def name(self) -> str:
@@ -171,7 +178,7 @@ def build_tree(model: nn.Module) -> Node:
 
     def visit(node: Node, value: Any, path: str, listed: bool) -> None:
         if isinstance(value, nn.Module):
-            child = Node(path, value, node, listed)
+            child = Node(path, value, ref(node), listed)
             node.children.append(child)
             visit_items(child, value)
         elif isinstance(value, dict):
