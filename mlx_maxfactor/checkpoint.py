@@ -70,7 +70,8 @@ def save_checkpoint(
         optimizer: Any MLX optimizer. If it has no state yet, it is initialized.
         weights: "all" keeps the frozen weights too. "trainable", for LoRA and QLoRA, keeps what is
             trained, the running statistics of BatchNorm, and of each other frozen array a hash of
-            some 1,000 elements, by which another base is noticed.
+            some 1,000 elements, by which another base is noticed. Where your model changes other
+            frozen arrays, keep "all".
         **extra: JSON values to keep beside them: an epoch, the state of a data loader. Scalars of
             NumPy and MLX count as numbers.
 
@@ -200,7 +201,7 @@ class _Loading:
             *problems,
             *self._different_arrays(),
         ]
-        listed = "\n  ".join(["", *differences])
+        listed = "\n  ".join(["", *(line[:500] for line in differences)])
         if differences and strict:
             raise CheckpointError(
                 f"does not fit this model and optimizer:{listed}\n"
@@ -250,29 +251,38 @@ class _Loading:
 
     def _settle_rates(self) -> tuple[list[str], list[str]]:
         """Decide whose rates stand: lines to tell, and lines of what must be asked."""
-        notes: list[str] = []
-        problems: list[str] = []
+        told: list[str] = []
+        asked: list[str] = []
         runs = self.saved["optimizers"], self.live["optimizers"]
         for (prefix, member), old, new in zip(self.members.items(), *runs, strict=False):
-            rate, flag = (f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled"))
+            names = {f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled")}
             if not run.same_class(old, new):  # nor is its state of use
-                self.standing |= {n for n in self.here if n.startswith(STATE + prefix)}
+                self.standing |= {name for name in self.here if name.startswith(STATE + prefix)}
             elif self.rates == "here" or (self.rates == "built" and run.schedules_differ(old, new)):
-                self.standing |= {rate, flag}
-            elif self.rates == "built" and rate in self._fitting():
-                known = None not in (pair := [old["built rate"], new["built rate"]])
-                if not known:
-                    if new["schedules"].get("learning_rate") or int(cast(Any, member.step)) > 0:
-                        continue
-                    pair = [float(array) for array in (self.arrays[rate], self.places[rate].array)]
-                if pair[0] != pair[1]:
-                    self.standing |= {rate, flag}
-                    line = f"{type(member).__name__}: learning_rate is {pair[0]:.6g} in the file"
-                    (notes if known else problems).append(
-                        f"{line}, {pair[1]:.6g} here"
-                        + (", which stands" if known else ": say rates='file' or rates='here'")
-                    )
-        return notes, problems
+                self.standing |= names
+            elif self.rates == "built":
+                there, here, built = self._constant_rates(prefix, member, old, new)
+                if there != here:
+                    self.standing |= names
+                    line = f"learning_rate is {there:.6g} in the file, {here:.6g} here"
+                    line = f"{type(member).__name__}: {line}"
+                    if built:
+                        told.append(f"{line}, which stands")
+                    else:
+                        asked.append(f"{line}: say rates='file' or rates='here'")
+        return told, asked
+
+    def _constant_rates(
+        self, prefix: str, member: Optimizer, old: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> tuple[float, float, bool]:
+        """The rates to compare, there and here, and whether members were built with them."""
+        if None not in (built := (old["built rate"], new["built rate"])):
+            return *built, True
+        name = f"{STATE}{prefix}learning_rate"
+        begun = int(cast(Any, member.step)) > 0
+        if begun or "learning_rate" in new["schedules"] or name not in self._fitting():
+            return 0.0, 0.0, False
+        return float(self.arrays[name]), float(self.places[name].array), False
 
 
 @contextmanager

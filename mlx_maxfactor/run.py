@@ -74,7 +74,7 @@ def parse(text: str, version: str) -> dict[str, Any]:
         run = run if version != "1" else _from_format_1(run)
     except (ValueError, RecursionError):
         run = None
-    if run is None or not _has_form(run, FORM):
+    if run is None or not _has_form(run, FORM) or run["weights"] not in ("all", "trainable"):
         raise CheckpointError("is damaged or forged: its description of the run is none")
     return run
 

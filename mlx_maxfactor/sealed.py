@@ -82,7 +82,7 @@ def read(path: Path, formats: tuple[str, ...]) -> Sealed:
     try:
         with path.open("rb") as file:
             header = _header(file)
-            entries = json.loads(header.decode())
+            entries = json.loads(header.decode(), object_pairs_hook=_table)
             if not isinstance(entries, dict):
                 raise ValueError("its header is no table")
             metadata = _metadata(path, entries.pop("__metadata__", None), formats)
@@ -101,6 +101,12 @@ def read(path: Path, formats: tuple[str, ...]) -> Sealed:
             f"{path} is damaged or no checkpoint ({problem}): load an older one"
         ) from problem
     return Sealed(metadata, kinds, arrays)
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(table := dict(pairs)) < len(pairs):
+        raise ValueError("its header says something twice")
+    return table
 
 
 def _metadata(path: Path, metadata: Any, formats: tuple[str, ...]) -> dict[str, str]:

@@ -654,12 +654,11 @@ def test_loading_needs_the_memory_of_one_array(path):
     model, optimizer = trained(*build())
     save_checkpoint(path, model, optimizer)
     largest, total = model.layers[0].weight.nbytes, path.stat().st_size
-    fresh = build()
-    for model, optimizer in ((model, optimizer), fresh):
+    for live in ((model, optimizer), build()):
         mx.synchronize()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        load_checkpoint(path, model, optimizer)
+        load_checkpoint(path, *live)
         # The array that is read beside its elder, and some scalars in MLX's pages.
         assert mx.get_peak_memory() - before < 2 * largest + 100_000 < total / 10
         assert mx.get_active_memory() - before < 100_000
@@ -787,6 +786,7 @@ HARMFUL = {
     "values": ("values", [10**300]),
     "a built rate": ("built rate", "fast"),
     "frozen": ("frozen", ["layers.0.bias"]),
+    "other weights": ("weights", "some"),
 }
 
 
@@ -824,6 +824,18 @@ def test_a_random_key_of_another_kind_is_refused(dtype, shape, path):
     with pytest.raises(CheckpointError, match="its random key is none"):
         load_checkpoint(path, model, optimizer, strict=False)
     assert same(snapshot(model, optimizer), before)
+
+
+def test_a_header_that_says_something_twice_is_refused(path):
+    save_checkpoint(path, *trained(*tiny()))
+    header, data = taken_apart(path)
+    first = header["layers.0.weight"]
+    header["<twice>"] = {**first, "data_offsets": header["layers.1.weight"]["data_offsets"]}
+    RAW["<twice>"] = '"layers.0.weight"'
+    forge(path, header, data)
+    del RAW["<twice>"]
+    with pytest.raises(CheckpointError, match="its header says something twice"):
+        load_checkpoint(path, *tiny())
 
 
 KEYS = ["class", "options", "values", "name", "dtype", "shape", "data_offsets", "run", "extra"]
