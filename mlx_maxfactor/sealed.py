@@ -25,7 +25,7 @@ DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or that does not fit; nothing was changed."""
+    """A checkpoint that cannot be written, or does not fit; nothing was changed, or it says so."""
 
 
 class Kind(NamedTuple):

@@ -838,6 +838,31 @@ def test_a_header_that_says_something_twice_is_refused(path):
         load_checkpoint(path, *tiny())
 
 
+LAYOUTS = {
+    "overlap": ({"data_offsets": "another's"}, b"", "its arrays overlap, or leave gaps"),
+    "short": ({"shape": [4, 2]}, b"", "has not the bytes of its shape"),
+    "more": ({}, b"more", "its arrays do not fill it"),
+    "dtype": ({"dtype": "F8_E4M3"}, b"", "an array of an unknown dtype"),
+    "negative": ({"shape": [-4, -3]}, b"", "its entry of 'layers.0.weight' is none"),
+    "axes": ({"shape": [1] * 10**6}, b"", "its entry of 'layers.0.weight' is none"),
+    "no table": (None, b"", "damaged or no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_arrays_that_are_not_where_they_are_said_to_be_are_refused(name, path):
+    save_checkpoint(path, *trained(*tiny()))
+    header, data = taken_apart(path)
+    change, more, message = LAYOUTS[name]
+    change = change and dict(change)
+    if name == "overlap":
+        change["data_offsets"] = header["_run.optimizer.states.0.layers.0.weight.m"]["data_offsets"]
+    header["layers.0.weight"] = change if change is None else header["layers.0.weight"] | change
+    forge(path, header, data + more)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path, *tiny())
+
+
 KEYS = ["class", "options", "values", "name", "dtype", "shape", "data_offsets", "run", "extra"]
 KEYS += ["format", "plan", "weights", "frozen", "layers.0.weight", "_run.random", "model.", ""]
 WORDS = [
