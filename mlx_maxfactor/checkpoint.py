@@ -62,7 +62,7 @@ def save_checkpoint(
 
     The file is written beside its place, synced, and renamed: a reader finds the old file or the
     new one, whole. A SHA-256 of every byte goes into the header. Weights stand under their own
-    names, so that ``model.load_weights(path, strict=False)`` and mlx-lm read them too.
+    names, so that ``model.load_weights(path, strict=False)`` reads them, and mlx-lm an adapter's.
 
     Args:
         path: Where to. Its folder must exist.
