@@ -239,6 +239,16 @@ def test_a_qlora_file_is_its_trained_arrays_and_state(name, dora, path):
     assert same(snapshot(other, restored), snapshot(model, optimizer))
 
 
+def test_mlx_lm_goes_on_from_the_adapters(path):
+    model = adapted(llama())
+    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
+    other = adapted(llama())
+    other.load_weights(str(path), strict=False)  # what its --resume-adapter-file does
+    adapters = dict(tree_flatten(other.trainable_parameters()))
+    for name, array in tree_flatten(model.trainable_parameters()):
+        assert mx.array_equal(adapters[name], array), name
+
+
 def test_another_base_is_noticed(path):
     model = quantized()
     save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
