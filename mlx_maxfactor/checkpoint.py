@@ -63,8 +63,8 @@ def save_checkpoint(
     The file is written beside its place, synced, and renamed: a reader finds the old file or the
     new one, whole. A SHA-256 of every byte goes into the header. Weights stand under their own
     names: ``model.load_weights(path, strict=False)`` reads them, and so does
-    ``mlx_lm.lora --resume-adapter-file``. ``mlx_lm.load(..., adapter_path=...)`` and ``mlx_lm.fuse``
-    refuse a file that holds anything beside adapters: write them one with ``mx.save_safetensors``.
+    ``mlx_lm.lora --resume-adapter-file``; ``mlx_lm.fuse`` and ``mlx_lm.load`` refuse a file that
+    holds anything beside adapters, so write them one with ``mx.save_safetensors``.
 
     Args:
         path: Where to. Its folder must exist.
