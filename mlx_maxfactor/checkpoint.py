@@ -186,8 +186,8 @@ class _Loading:
         optimizer.init(model.trainable_parameters())
         self.weights = _find_weights(model)
         kept, frozen = _split(self.weights, model, self.saved["weights"])
-        self.live = run.describe(optimizer, self.saved["weights"], frozen)
         self.members = run.find_members(optimizer)
+        self.live = run.describe(optimizer, self.saved["weights"], frozen, self._steps_made())
         state = _find_state(optimizer)
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
@@ -226,6 +226,12 @@ class _Loading:
             container, key = self.places[name]
             container[key] = array
         mx.random.seed(high << 32 | low)  # the key of a seed is its two halves
+
+    def _steps_made(self) -> int:
+        """The most steps that a member had made when it was saved."""
+        steps = [self.arrays.get(f"{STATE}{prefix}step") for prefix in self.members]
+        counts = [s for s in steps if s is not None and kind_of(s) == Kind(mx.uint64, ())]
+        return max((int(cast(Any, count)) for count in counts), default=0)
 
     def _fits(self, name: str) -> bool:
         old, new = self.kinds.get(name), self.here.get(name)

@@ -91,9 +91,7 @@ class Node:
     """Whether it is a named part of the model: an encoder, a tower."""
     children: list["Node"] = field(default_factory=list)
     shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    """Paths and shapes of its own arrays: nodes know their parents, and such a cycle would keep
-    the arrays themselves, a model's first weights, until Python's collector comes.
-    """
+    """Paths and shapes of its own arrays."""
 
     def walk(self) -> Iterator["Node"]:
         """This node and all below it, in order of definition."""

@@ -12,11 +12,11 @@ import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ._version import __version__
-from .schedules import Schedule
+from .schedules import Schedule, takes_any_step
 from .sealed import CheckpointError, kind_of
 
 STEPS = [0, *sorted({round(10 ** (i / 10)) for i in range(61)})]
-"""Where schedules are compared: ten steps a decade, to a million."""
+"""Where schedules are compared: ten steps a decade, to a million, or as far as they were run."""
 
 SAMPLE = 1024
 """Elements of a frozen array that tell it from another, at least, where it has as many."""
@@ -41,8 +41,14 @@ FORM = {
 FORM_1 = {"library": str, "optimizers": [{str: object}], "plan": [[object]]}
 
 
-def describe(optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array]) -> dict[str, Any]:
-    """A run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays."""
+def describe(
+    optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array], made: int = 0
+) -> dict[str, Any]:
+    """A run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays.
+
+    A schedule of the user's own is asked for steps that it gave a rate for, of the optimizer's or
+    of the ``made`` ones in a file: MLX does not check the index of a table.
+    """
     members, around = find_members(optimizer).values(), _around(optimizer)
     description = {
         "library": __version__,
@@ -50,7 +56,12 @@ def describe(optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array])
         "optimizers": [
             _class_and_options(m)
             | {"built rate": _built_rate(m)}
-            | {"schedules": {name: _sampled(s) for name, s in _schedules(m).items()}}
+            | {
+                "schedules": {
+                    name: _sampled(schedule, max(made, int(cast(Any, m.step))))
+                    for name, schedule in _schedules(m).items()
+                }
+            }
             for m in members
         ],
         "around": [_class_and_options(m) for m in around],
@@ -127,13 +138,14 @@ def _schedules(optimizer: Optimizer) -> dict[str, Callable[[mx.array], Any]]:
     return schedules
 
 
-def _sampled(schedule: Callable[[mx.array], Any]) -> dict[str, Any]:
+def _sampled(schedule: Callable[[mx.array], Any], made: int) -> dict[str, Any]:
     """What a schedule is called, for the reader, and the values that tell it from another."""
+    steps = STEPS if takes_any_step(schedule) else [step for step in STEPS if step <= made]
     name = type(schedule).__qualname__
     name = repr(schedule) if isinstance(schedule, Schedule) else name
-    values = _try(lambda: schedule(mx.array(STEPS, mx.uint64)).tolist())
-    if not isinstance(values, list) or len(values) != len(STEPS):  # it takes one step at a time
-        values = [_try(lambda s=s: schedule(mx.array(s, mx.uint64))) for s in STEPS]
+    values = _try(lambda: schedule(mx.array(steps, mx.uint64)).tolist())
+    if not isinstance(values, list) or len(values) != len(steps):  # it takes one step at a time
+        values = [_try(lambda s=s: schedule(mx.array(s, mx.uint64))) for s in steps]
     rounded = [_try(lambda v=v: float(f"{float(v):.6g}")) for v in values]
     return {
         "name": getattr(schedule, "__qualname__", name),
@@ -275,7 +287,7 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
         same = old["name"] == new["name"]
         return None if same else f"is {old['name']} in the file, {new['name']} here"
     largest = max((abs(v) for v in old["values"] + new["values"] if v is not None), default=0.0)
-    for step, a, b in zip_longest(STEPS, old["values"], new["values"]):
+    for step, a, b in zip(STEPS, old["values"], new["values"], strict=False):
         # Another device rounds a cosine otherwise: a hundred thousandth is no difference.
         near = a is not None and b is not None and abs(a - b) <= 1e-5 * largest
         if not near and a != b:

@@ -67,6 +67,12 @@ def with_peak(schedule: Callable[[mx.array], Any]) -> Callable[[mx.array], Any]:
     return replace(schedule, peak=peak) if isfinite(peak) else schedule
 
 
+def takes_any_step(schedule: Callable[[mx.array], Any]) -> bool:
+    """Whether a schedule is mlx's or of this page, and may be asked for a step it was not run at."""
+    made_by = getattr(getattr(schedule, "function", schedule), "__module__", None)
+    return made_by == __name__ or is_of_mlx(schedule)
+
+
 def described(schedule: Callable[[mx.array], Any]) -> str:
     """What a schedule prints as: how it was made, where that is known, or its name."""
     if isinstance(schedule, Schedule):

@@ -445,6 +445,19 @@ def test_schedules_of_every_kind_are_told_apart_by_their_values(name, kind, path
         assert rate_of(optimizer) == float(make(0.101)(mx.array(0)))
 
 
+def test_a_schedule_of_ones_own_is_asked_for_no_step_it_was_not_run_at(path):
+    asked = []
+
+    def schedule(step):
+        asked.append(int(step))
+        return 0.1
+
+    model, optimizer = trained(Table(), AdamW(schedule), steps=3)
+    save_checkpoint(path, model, optimizer)
+    load_checkpoint(path, model, AdamW(schedule))
+    assert max(asked) == 3  # a table in an array, asked beyond its end, would end the process
+
+
 def test_two_schedules_of_one_name_are_two(path):
     model = Table()
     first, second = (mlx_optimizers.cosine_decay(*args) for args in [(1e-2, 100), (1e-2, 101)])
