@@ -68,7 +68,7 @@ def with_peak(schedule: Callable[[mx.array], Any]) -> Callable[[mx.array], Any]:
 
 
 def takes_any_step(schedule: Callable[[mx.array], Any]) -> bool:
-    """Whether a schedule is mlx's or of this page, and may be asked for a step it was not run at."""
+    """Whether a schedule is mlx's or ours, and may be asked for steps it was not run at."""
     made_by = getattr(getattr(schedule, "function", schedule), "__module__", None)
     return made_by == __name__ or is_of_mlx(schedule)
 
