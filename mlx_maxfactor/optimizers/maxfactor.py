@@ -251,16 +251,17 @@ class MaxFactor(Float32Optimizer):
         rows, root = self._second_moment_root(read(alpha), state)
         if orthogonal := self._orthogonal_step(p.shape):
             u = f.clamp_gradient(smooth(rows)) / root / rows
-            step = orthogonal.direction(u) * f.hoist(alpha)
+            direction = orthogonal.direction(u)
+            smooth, step_of, scale = (lambda _: direction), mx.multiply, f.hoist(alpha)
         else:
             step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
-            if self.cautious:
-                # A step has the signs of what it is of. A product: a NaN must not pass for a 0.
-                agrees = f.agreement(smooth(rows), read(rows))
-                scale = f.hoist(scale * f.cautious_scale(agrees, axes))
-                step = step_of(smooth(scale), scale) * agrees
-            else:
-                step = step_of(smooth(scale), scale)
+        if self.cautious:
+            # A step has the signs of what it is of. A product: a NaN must not pass for a 0.
+            agrees = f.agreement(smooth(rows), read(rows))
+            scale = f.hoist(scale * f.cautious_scale(agrees, axes))
+            step = step_of(smooth(scale), scale) * agrees
+        else:
+            step = step_of(smooth(scale), scale)
         p = self.load(parameter, layout, alpha)
         return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
 
