@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import shutil
 import sysconfig
 from collections.abc import Iterator
 from functools import partial
@@ -153,7 +152,7 @@ def greedily(model: nn.Module, tokens: mx.array, count: int) -> list[int]:
     length = tokens.shape[1]
     for _ in range(count):
         tokens = mx.concatenate([tokens, mx.argmax(model(tokens)[:, -1:], axis=-1)], axis=1)
-    return tokens[0, length:].tolist()
+    return list(map(int, tokens[0, length:]))
 
 
 # The task
