@@ -3,8 +3,8 @@
     python examples/small_llama.py
 
 The model is a llama of four layers with a tokenizer of its own, trained for 400 steps on the code
-of Python's standard library without its comments and docstrings. The task is new to it: to write
-the docstring of a function from its signature. Both are folders that mlx-lm reads as they are:
+of Python's standard library without its comments and docstrings. The task is new to it: to name a
+Unicode character from its number. Both are folders that mlx-lm reads as they are:
 
     python -m mlx_lm lora --model runs/small_llama --data runs/small_task --train --iters 150
 
@@ -17,8 +17,10 @@ import argparse
 import ast
 import json
 import sysconfig
+import unicodedata
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,9 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 0,
 }
 BATCH, CONTEXT = 8, 64
-LENGTHS = range(30, 121)  # characters of a signature with its docstring
+LINES = {"train": 4000, "valid": 200, "test": 200}
+CHARACTERS = range(0x21, 0x20000)
+NUMBERED = ("CJK", "HANGUL SYLLABLE", "IDEOGRAPH", "HIEROGLYPH")  # names that say nothing else
 
 
 def main() -> None:
@@ -68,7 +72,7 @@ def main() -> None:
     prompt = mx.array([tokenizer.encode(first["prompt"] + "\n")])
     print(f"{folder}: the model continues {first['prompt']!r} with", end=" ")
     print(repr(tokenizer.decode(greedily(model, prompt, 20))))
-    print(f"{task}: and is to learn {first['completion']!r}")
+    print(f"{task}: it is to learn {first['completion']!r}")
 
 
 # The model
@@ -159,31 +163,39 @@ def greedily(model: nn.Module, tokens: mx.array, count: int) -> list[int]:
 
 
 def write_task(folder: str | Path, seed: int = 1) -> Path:
-    """``train.jsonl``, ``valid.jsonl`` and ``test.jsonl``: signatures, and docstrings to write.
+    """``train.jsonl``, ``valid.jsonl`` and ``test.jsonl``: characters' numbers, and their names.
 
-    Each line is ``{"prompt": ..., "completion": ...}``, a format of mlx-lm's. Of every eight
-    modules of the standard library one is for validation and one for the test.
+    Each line is ``{"prompt": ..., "completion": ...}``, a format of mlx-lm's.
 
     Args:
         folder: Where they go. What is there already is kept if it was written so.
-        seed: Of the order of the lines.
+        seed: Of the characters and their order.
 
     Returns:
         The folder.
     """
     folder = Path(folder)
-    if was_written(folder / "task.json", {"seed": seed}):
+    content = {"seed": seed, "lines": LINES}
+    if was_written(folder / "task.json", content):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    lines: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
-    for i, tree in enumerate(modules()):
-        split = {0: "valid", 4: "test"}.get(i % 8, "train")
-        lines[split] += map(json.dumps, docstrings_of(tree))
-    for split, kept in lines.items():
-        np.random.default_rng(seed).shuffle(kept)
-        (folder / f"{split}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
-    write_json(folder / "task.json", {"seed": seed})
+    pairs = named_characters()
+    order = iter(np.random.default_rng(seed).permutation(len(pairs)))
+    for split, count in LINES.items():
+        lines = [json.dumps(pairs[i]) for i in islice(order, count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / "task.json", content)
     return folder
+
+
+def named_characters() -> list[dict[str, str]]:
+    """Every character that has a name which says more than its number."""
+    names = {number: unicodedata.name(chr(number), "") for number in CHARACTERS}
+    return [
+        {"prompt": f"name(chr({number:#x}))", "completion": name.lower()}
+        for number, name in names.items()
+        if name and not any(word in name for word in NUMBERED)
+    ]
 
 
 # Text
@@ -202,18 +214,6 @@ def code_of(tree: ast.Module) -> list[str]:
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return [ast.unparse(statement) for statement in tree.body]
-
-
-def docstrings_of(tree: ast.Module) -> list[dict[str, str]]:
-    """Signatures with the first paragraph of their docstrings, once each."""
-    found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
-            signature = f"def {node.name}({ast.unparse(node.args)})"
-            summary = " ".join(text.split("\n\n")[0].split())
-            if len(signature + summary) in LENGTHS and (signature + summary).isascii():
-                found[signature, summary] = {"prompt": signature, "completion": summary}
-    return list(found.values())
 
 
 # Files
