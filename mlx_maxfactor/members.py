@@ -43,11 +43,11 @@ class Use:
 
 FROM_SCRATCH = Use(DEFAULT_RATES, HIDDEN_OPTIONS)
 PRETRAINED = Use(
-    {"maxfactor": 2e-2, "adafactor": 5e-3, "signsgd": 3e-4, "muon": 5e-3, "adamw": 1e-3},
+    {"maxfactor": 2e-2, "adafactor": 1e-2, "signsgd": 1e-3, "muon": 1e-2, "adamw": 1e-3},
     HIDDEN_OPTIONS,
 )
 LORA = Use(
-    {"maxfactor": 1e-3, "adafactor": 3e-4, "signsgd": 1e-4, "muon": 3e-3, "adamw": 3e-4},
+    {"maxfactor": 1e-3, "adafactor": 1e-3, "signsgd": 3e-4, "muon": 1.5e-3, "adamw": 1e-3},
     # B starts at zero, where a rate relative to its size moves nothing: rates of A and B are
     # absolute, and Muon's by RMS too, so that one rate serves matrices of every shape.
     {"maxfactor": {"step": "orthogonal", "min_rms": 1.0}, "muon": {"scale": "rms"}},

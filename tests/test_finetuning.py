@@ -1,0 +1,183 @@
+"""Defaults for weights that are trained already, and for LoRA's matrices, which start at zero."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from models import Table, adapted, llama, qwen2_moe
+
+
+from mlx_maxfactor import OPTIMIZERS, create_optimizer, estimate_state_bytes, warmup_cosine
+from mlx_maxfactor.members import LORA, PRETRAINED
+
+
+def rms(x):
+    return np.sqrt(np.mean(np.square(x)))
+
+
+RMS_OF_AN_UPDATE = dict.fromkeys(OPTIMIZERS, 1.0) | {"muon": 0.2}
+
+
+def rates(optimizer):
+    return [member.learning_rate.item() for member in optimizer.optimizers]
+
+
+def options_of(optimizer):
+    """Of every member, without its rate and state."""
+    return [
+        {k: v for k, v in vars(member).items() if not k.startswith("_")}
+        for member in optimizer.optimizers
+    ]
+
+
+def lora_llama(**options):
+    mx.random.seed(0)
+    return adapted(llama(), **options)
+
+
+def trained(model):
+    return {path: np.array(p) for path, p in tree_flatten(model.trainable_parameters())}
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bits", [0, 4], ids=["lora", "qlora"])
+def test_zero_matrices_move_at_the_rate(name, bits):
+    # A rate relative to the size of B moved it by 1e-4 of the rate: it learned nothing.
+    model = lora_llama(bits=bits)
+    optimizer, before = create_optimizer(model, name), trained(model)
+    gradients = tree_map(
+        lambda p: mx.random.normal(p.shape, key=mx.random.key(p.size)), model.trainable_parameters()
+    )
+    for _ in range(3):
+        optimizer.update(model, gradients)
+    expected = 3 * LORA.rates[name] * RMS_OF_AN_UPDATE[name]
+    moved = {path: rms(p - before[path]) for path, p in trained(model).items()}
+    assert any(path.endswith("lora_b") for path in moved)
+    for path, distance in moved.items():
+        # Newton-Schulz lands within 0.7 to 1.2 of 1, and moment estimates differ at first.
+        assert 0.5 * expected < distance < 1.5 * expected, path
+
+
+class Adapted(nn.Module):
+    """A layer of weights that are right but for a change of rank 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 64, bias=False), nn.Linear(64, 16, bias=False)
+
+    def __call__(self, x):
+        return self.last(nn.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_default_learns_as_far_as_the_best_rate_of_adamw(name):
+    from mlx.optimizers import AdamW
+    from mlx_lm.tuner.lora import LoRALinear
+
+    def loss_after(make):
+        mx.random.seed(1)
+        model, target = Adapted(), Adapted()
+        target.update(model.parameters())
+        change = mx.random.normal((64, 4)) @ mx.random.normal((4, 32))
+        target.first.weight = model.first.weight + 0.05 * change
+        model.freeze()
+        model.first = LoRALinear.from_base(model.first, r=8)
+        optimizer, inputs = make(model), mx.random.normal((256, 32))
+        outputs = target(inputs)
+        loss_of = lambda m: (m(inputs) - outputs).square().mean()  # noqa: E731
+        for _ in range(100):
+            loss, gradients = nn.value_and_grad(model, loss_of)(model)
+            optimizer.update(model, gradients)
+            mx.eval(model.state, optimizer.state)
+        return loss.item()
+
+    best = min(loss_after(lambda _: AdamW(rate)) for rate in (3e-4, 1e-3))
+    untrained = loss_after(lambda _: AdamW(0.0))
+    reached = loss_after(lambda model: create_optimizer(model, name))
+    assert (untrained - reached) > 0.9 * (untrained - best)
+
+
+def test_a_rate_that_is_given_is_the_rate_of_a_and_b_and_moves_the_magnitude():
+    model = lora_llama(dora=True)
+    ratio = PRETRAINED.rates["adamw"] / LORA.rates["muon"]
+    roles = {e.path: e.role for e in create_optimizer(model, "muon").plan}
+    for rate in (6e-3, warmup_cosine(6e-3, 10, 0)):
+        optimizer = create_optimizer(model, "muon", learning_rate=rate)
+        assert optimizer.learning_rate.item() == pytest.approx(6e-3)
+        found = optimizer.effective_learning_rates(model)
+        magnitudes = [rate for path, rate in found.items() if roles[path] == "vector"]
+        assert magnitudes == pytest.approx([6e-3 * ratio] * len(magnitudes))
+        assert len(magnitudes) > 0
+
+
+def test_options_that_are_given_win():
+    model = lora_llama()
+    given = create_optimizer(model, learning_rate=0.05, min_rms=0.01, step="row_max").optimizers[0]
+    assert (given.min_rms, given.orthogonal) == (0.01, None)
+    assert given.learning_rate.item() == pytest.approx(0.05)
+    assert create_optimizer(model, "muon", scale="spectral").optimizers[0].scale == "spectral"
+
+
+def test_a_rule_gets_the_defaults_for_what_it_names():
+    optimizer = create_optimizer(lora_llama(), "muon", rules={"lora_b": "maxfactor"})
+    member = next(m for m in optimizer.optimizers if hasattr(m, "min_rms"))
+    assert member.min_rms == 1.0
+    assert member.learning_rate.item() == pytest.approx(LORA.rates["maxfactor"])
+
+
+def test_layers_that_are_trained_whole_beside_lora():
+    model = lora_llama()
+    model.layers[0].unfreeze()
+    expected = {"lora_a": 1.0, "hidden": PRETRAINED.rates["muon"] / LORA.rates["muon"]}
+    for options, lead in (({}, LORA.rates["muon"]), ({"learning_rate": 0.01}, 0.01)):
+        optimizer = create_optimizer(model, "muon", **options)
+        members = dict(zip(("lora_a", "rest", "norm", "hidden"), rates(optimizer), strict=False))
+        roles = {e.path: e.role for e in optimizer.plan}
+        assert {"hidden", "lora_a", "lora_b", "norm"} <= set(roles.values())
+        by_role = {optimizer._routes[path]: role for path, role in roles.items()}
+        found = {by_role[i]: rate for i, rate in enumerate(rates(optimizer)) if i in by_role}
+        for role, ratio in expected.items():
+            role = "lora_b" if role == "lora_a" else role
+            assert found[role] == pytest.approx(lead * ratio), members
+
+
+@pytest.mark.parametrize("build", [lora_llama, lambda: lora_llama(dora=True)])
+def test_a_model_with_lora_is_pretrained(build):
+    first, second = (create_optimizer(build(), pretrained=flag) for flag in (False, True))
+    assert rates(first) == rates(second)
+    assert options_of(first) == options_of(second)
+
+
+# Full fine-tuning
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rest", ["adamw", "adafactor"])
+def test_pretrained_weights_get_other_rates_and_nothing_else(name, rest):
+    scratch, pretrained = (
+        create_optimizer(Table(), name, rest, pretrained=flag) for flag in (False, True)
+    )
+    assert options_of(scratch) == options_of(pretrained)
+    assert scratch.plan.entries == pretrained.plan.entries
+    if name != "adafactor":
+        assert pretrained.learning_rate.item() == pytest.approx(PRETRAINED.rates[name])
+
+
+def test_a_rate_that_is_given_is_taken_for_pretrained_weights_too():
+    ratio = PRETRAINED.rates["adamw"] / PRETRAINED.rates["maxfactor"]
+    found = rates(create_optimizer(Table(), learning_rate=0.01, pretrained=True))
+    assert found == pytest.approx([0.01, 0.01 * ratio, 0.01 * ratio])
+    both = create_optimizer(Table(), learning_rate=0.01, rest_learning_rate=1e-4, pretrained=True)
+    assert rates(both) == pytest.approx([0.01, 1e-4, 1e-4])
+
+
+def test_it_is_a_flag_and_changes_no_size():
+    with pytest.raises(ValueError, match="pretrained must be True or False, got 'yes'"):
+        create_optimizer(Table(), pretrained="yes")
+    for model in (Table(), adapted(qwen2_moe())):
+        sizes = {estimate_state_bytes(model, pretrained=flag) for flag in (False, True)}
+        assert len(sizes) == 1
