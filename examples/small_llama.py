@@ -55,6 +55,7 @@ SHAPE: dict[str, Any] = {
 }
 BATCH, CONTEXT = 8, 64
 LINES = {"train": 4000, "valid": 200, "test": 200}
+PIECE = 150  # characters of code
 CHARACTERS = range(0x21, 0x20000)
 NUMBERED = ("CJK", "HANGUL SYLLABLE", "IDEOGRAPH", "HIEROGLYPH")  # names that say nothing else
 
@@ -174,15 +175,31 @@ def write_task(folder: str | Path, seed: int = 1) -> Path:
     Returns:
         The folder.
     """
-    folder = Path(folder)
-    content = {"seed": seed, "lines": LINES}
+    return write_lines(Path(folder), seed, "names")
+
+
+def write_more_code(folder: str | Path, seed: int = 1) -> Path:
+    """The same three files of ``{"text": ...}``: more of what the model was trained on.
+
+    Args:
+        folder: Where they go. What is there already is kept if it was written so.
+        seed: Of the pieces and their order.
+
+    Returns:
+        The folder.
+    """
+    return write_lines(Path(folder), seed, "code")
+
+
+def write_lines(folder: Path, seed: int, kind: str) -> Path:
+    content = {"kind": kind, "seed": seed, "lines": LINES}
     if was_written(folder / "task.json", content):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = named_characters()
-    order = iter(np.random.default_rng(seed).permutation(len(pairs)))
+    examples = named_characters() if kind == "names" else pieces_of_code()
+    order = iter(np.random.default_rng(seed).permutation(len(examples)))
     for split, count in LINES.items():
-        lines = [json.dumps(pairs[i]) for i in islice(order, count)]
+        lines = [json.dumps(examples[i]) for i in islice(order, count)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(folder / "task.json", content)
     return folder
@@ -195,6 +212,16 @@ def named_characters() -> list[dict[str, str]]:
         {"prompt": f"name(chr({number:#x}))", "completion": name.lower()}
         for number, name in names.items()
         if name and not any(word in name for word in NUMBERED)
+    ]
+
+
+def pieces_of_code() -> list[dict[str, str]]:
+    """The standard library's statements, cut to one length."""
+    code = [statement for tree in modules() for statement in code_of(tree)]
+    return [
+        {"text": statement[start : start + PIECE]}
+        for statement in code
+        for start in range(0, len(statement) - PIECE, PIECE)
     ]
 
 

@@ -7,7 +7,6 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from models import Table, adapted, llama, qwen2_moe
 
-
 from mlx_maxfactor import OPTIMIZERS, create_optimizer, estimate_state_bytes, warmup_cosine
 from mlx_maxfactor.members import LORA, PRETRAINED
 
@@ -74,31 +73,26 @@ class Adapted(nn.Module):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_default_learns_as_far_as_the_best_rate_of_adamw(name):
-    from mlx.optimizers import AdamW
+def test_the_default_learns_a_change_of_rank_four(name):
     from mlx_lm.tuner.lora import LoRALinear
 
-    def loss_after(make):
-        mx.random.seed(1)
-        model, target = Adapted(), Adapted()
-        target.update(model.parameters())
-        change = mx.random.normal((64, 4)) @ mx.random.normal((4, 32))
-        target.first.weight = model.first.weight + 0.05 * change
-        model.freeze()
-        model.first = LoRALinear.from_base(model.first, r=8)
-        optimizer, inputs = make(model), mx.random.normal((256, 32))
-        outputs = target(inputs)
-        loss_of = lambda m: (m(inputs) - outputs).square().mean()  # noqa: E731
-        for _ in range(100):
-            loss, gradients = nn.value_and_grad(model, loss_of)(model)
-            optimizer.update(model, gradients)
-            mx.eval(model.state, optimizer.state)
-        return loss.item()
-
-    best = min(loss_after(lambda _: AdamW(rate)) for rate in (3e-4, 1e-3))
-    untrained = loss_after(lambda _: AdamW(0.0))
-    reached = loss_after(lambda model: create_optimizer(model, name))
-    assert (untrained - reached) > 0.9 * (untrained - best)
+    mx.random.seed(1)
+    model, target = Adapted(), Adapted()
+    target.update(model.parameters())
+    change = mx.random.normal((64, 4)) @ mx.random.normal((4, 32))
+    target.first.weight = model.first.weight + 0.05 * change
+    model.freeze()
+    model.first = LoRALinear.from_base(model.first, r=8)
+    optimizer, inputs = create_optimizer(model, name), mx.random.normal((256, 32))
+    outputs, losses = target(inputs), []
+    loss_of = lambda m: (m(inputs) - outputs).square().mean()  # noqa: E731
+    for _ in range(20):
+        loss, gradients = nn.value_and_grad(model, loss_of)(model)
+        optimizer.update(model, gradients)
+        mx.eval(model.state, optimizer.state)
+        losses.append(loss.item())
+    # At the defaults of other matrices MaxFactor has 0.98 of it left.
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_rate_that_is_given_is_the_rate_of_a_and_b_and_moves_the_magnitude():
@@ -129,20 +123,21 @@ def test_a_rule_gets_the_defaults_for_what_it_names():
     assert member.learning_rate.item() == pytest.approx(LORA.rates["maxfactor"])
 
 
-def test_layers_that_are_trained_whole_beside_lora():
+@pytest.mark.parametrize(("options", "lead"), [({}, 1.5e-3), ({"learning_rate": 0.01}, 0.01)])
+def test_layers_that_are_trained_whole_beside_lora(options, lead):
     model = lora_llama()
     model.layers[0].unfreeze()
-    expected = {"lora_a": 1.0, "hidden": PRETRAINED.rates["muon"] / LORA.rates["muon"]}
-    for options, lead in (({}, LORA.rates["muon"]), ({"learning_rate": 0.01}, 0.01)):
-        optimizer = create_optimizer(model, "muon", **options)
-        members = dict(zip(("lora_a", "rest", "norm", "hidden"), rates(optimizer), strict=False))
-        roles = {e.path: e.role for e in optimizer.plan}
-        assert {"hidden", "lora_a", "lora_b", "norm"} <= set(roles.values())
-        by_role = {optimizer._routes[path]: role for path, role in roles.items()}
-        found = {by_role[i]: rate for i, rate in enumerate(rates(optimizer)) if i in by_role}
-        for role, ratio in expected.items():
-            role = "lora_b" if role == "lora_a" else role
-            assert found[role] == pytest.approx(lead * ratio), members
+    optimizer = create_optimizer(model, "muon", **options)
+    found = {e.role: rates(optimizer)[optimizer._routes[e.path]] for e in optimizer.plan}
+    unit = lead / LORA.rates["muon"]
+    assert found == pytest.approx(
+        {
+            "lora_a": lead,
+            "lora_b": lead,
+            "hidden": unit * PRETRAINED.rates["muon"],
+            "norm": unit * PRETRAINED.rates["adamw"],
+        }
+    )
 
 
 @pytest.mark.parametrize("build", [lora_llama, lambda: lora_llama(dora=True)])
