@@ -127,7 +127,8 @@ def train_model(tokens: np.ndarray, seed: int, steps: int) -> Model:
     mx.random.seed(seed)
     random = np.random.default_rng(seed)
     model = Model(ModelArgs.from_dict(SHAPE))
-    schedule = warmup_cosine(0.1, steps, steps // 10, min_ratio=0.0, start_ratio=10 / steps)
+    warmup = max(1, steps // 10)
+    schedule = warmup_cosine(0.1, steps, warmup, min_ratio=0.0, start_ratio=1 / warmup)
     optimizer = create_optimizer(
         model, learning_rate=schedule, rest_learning_rate=1e-2, max_grad_norm=1.0
     )

@@ -1,5 +1,7 @@
 """Defaults for weights that are trained already, and for LoRA's matrices, which start at zero."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -176,3 +178,46 @@ def test_it_is_a_flag_and_changes_no_size():
     for model in (Table(), adapted(qwen2_moe())):
         sizes = {estimate_state_bytes(model, pretrained=flag) for flag in (False, True)}
         assert len(sizes) == 1
+
+
+# The examples
+
+
+@pytest.fixture
+def eager():
+    """Two steps are faster than their compilation."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
+    import compare_finetuning
+    from small_llama import build_model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_finetuning, "build_model", partial(build_model, steps=2))
+    monkeypatch.setattr(compare_finetuning, "ITERATIONS", {"qlora": 2})
+    runs = [
+        compare_finetuning.Run("qlora", "muon", None, 1),
+        compare_finetuning.Run("qlora", "mlx AdamW", 1e-3, 1),
+    ]
+    first, second = map(compare_finetuning.fine_tune, runs)
+    assert first.learning_rate == pytest.approx(LORA.rates["muon"])
+    assert first.before == second.before
+    assert first.loss != second.loss
+    assert 0 < first.state_bytes < second.state_bytes
+    folder = tmp_path / "runs/finetuning/model_1"
+    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    build_model(folder, steps=2)
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
+
+
+def test_the_kept_records_of_fine_tuning_make_the_table():
+    from compare_finetuning import BASELINE, OPTIMIZERS, read, report
+
+    text = report(read())
+    for name in (BASELINE, *OPTIMIZERS):
+        assert f"| {name} | " in text
+    assert "nan" not in text
