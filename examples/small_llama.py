@@ -6,7 +6,7 @@ The model is a llama of four layers with a tokenizer of its own, trained for 400
 of Python's standard library without its comments and docstrings. The task is new to it: to name a
 Unicode character from its number. Both are folders that mlx-lm reads as they are:
 
-    python -m mlx_lm lora --model runs/small_llama --data runs/small_task --train --iters 150
+    python -m mlx_lm lora --train --model runs/small_llama --data runs/small_task --num-layers 4
 
 They are built again only where the seed or what is asked for is another.
 """

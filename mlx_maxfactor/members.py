@@ -35,24 +35,30 @@ They are what won in NOTES.md's comparison on hidden matrices; the rest keeps th
 
 @dataclass(frozen=True)
 class Use:
-    """What an optimizer is used for: default rates and options of each name."""
+    """What members are used for: their default rates, and options of the hidden one, by name."""
 
     rates: dict[str, float]
     options: dict[str, dict[str, Any]]
 
 
 FROM_SCRATCH = Use(DEFAULT_RATES, HIDDEN_OPTIONS)
+"""Weights that start at random."""
+
 PRETRAINED = Use(
     {"maxfactor": 2e-2, "adafactor": 1e-2, "signsgd": 1e-3, "muon": 1e-2, "adamw": 1e-3},
     HIDDEN_OPTIONS,
 )
+"""Weights that are trained already, which higher rates ruin before they improve them."""
+
 LORA = Use(
-    {"maxfactor": 1e-3, "adafactor": 1e-3, "signsgd": 3e-4, "muon": 1.5e-3, "adamw": 1e-3},
-    # B starts at zero, where a rate relative to its size moves nothing: rates of A and B are
-    # absolute, and Muon's by RMS too, so that one rate serves matrices of every shape.
-    {"maxfactor": {"step": "orthogonal", "min_rms": 1.0}, "muon": {"scale": "rms"}},
+    {"maxfactor": 1e-3, "adafactor": 1e-3, "signsgd": 3e-4, "muon": 3e-3, "adamw": 1e-3},
+    {
+        "maxfactor": {"step": "orthogonal", "min_rms": 1.0},
+        "muon": {"scale": "rms", "momentum": 0.8},
+    },
 )
-"""The rates that won in NOTES.md's comparison of fine-tuning."""
+"""LoRA's A and B. B starts at zero, where a rate relative to its size moves nothing, so that here
+every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,7 +125,7 @@ def test_a_rule_gets_the_defaults_for_what_it_names():
     assert member.learning_rate.item() == pytest.approx(LORA.rates["maxfactor"])
 
 
-@pytest.mark.parametrize(("options", "lead"), [({}, 1.5e-3), ({"learning_rate": 0.01}, 0.01)])
+@pytest.mark.parametrize(("options", "lead"), [({}, 3e-3), ({"learning_rate": 0.01}, 0.01)])
 def test_layers_that_are_trained_whole_beside_lora(options, lead):
     model = lora_llama()
     model.layers[0].unfreeze()
