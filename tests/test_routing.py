@@ -169,7 +169,7 @@ def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
         # LoRA has defaults of its own: these are those of other matrices.
         ("maxfactor", 0.05, {"min_rms": 0.0}, partial(reference.MaxFactor, step="orthogonal")),
         ("adafactor", 0.01, {}, reference.Adafactor),
-        ("muon", 0.02, {"scale": None}, reference.Muon),
+        ("muon", 0.02, {"scale": None, "momentum": 0.95}, reference.Muon),
     ],
 )
 @pytest.mark.parametrize("build", [Whisper, lambda: adapted(qwen2_moe())], ids=["conv", "experts"])
