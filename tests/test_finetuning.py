@@ -215,9 +215,15 @@ def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
 
 
 def test_the_kept_records_of_fine_tuning_make_the_table():
-    from compare_finetuning import BASELINE, OPTIMIZERS, read, report
+    from compare_finetuning import BASELINE, read, report
 
-    text = report(read())
-    for name in (BASELINE, *OPTIMIZERS):
+    records = read()
+    text = report(records)
+    for name in (BASELINE, "maxfactor", "muon"):
         assert f"| {name} | " in text
-    assert "nan" not in text
+    for record in records:
+        # What is written as measured at the defaults was: they have not moved since.
+        table = LORA if "lora" in record.run.mode or record.run.mode == "dora" else PRETRAINED
+        if record.run.rate is None:
+            name = record.run.optimizer.partition(",")[0]
+            assert record.learning_rate == pytest.approx(table.rates[name]), record.run
