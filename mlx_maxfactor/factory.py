@@ -16,7 +16,8 @@ from .roles import find_roles
 from .routing import RoutedOptimizer
 from .rules import apply_rules, check_explained
 
-HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts", "lora_a", "lora_b"})
+LORA_ROLES = frozenset({"lora_a", "lora_b"})
+HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
 UNDECAYED_ROLES = frozenset({"norm", "bias", "vector"})
 
 
@@ -30,6 +31,7 @@ def create_optimizer(
     rules: Mapping[str, str | Optimizer] | None = None,
     exclude_first: bool = False,
     strict: bool = False,
+    pretrained: bool = False,
     rest_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
@@ -52,8 +54,9 @@ def create_optimizer(
         rest: Likewise. An optimizer keeps its own weight decay for every parameter. Default "adamw"
             (betas (0.9, 0.95), weight decay 0.1).
         learning_rate: Rate of ``hidden`` if it is a name, a number or a schedule. None: its default
-            in ``DEFAULT_RATES``, and Adafactor's relative step. A schedule shapes every member
-            that has no schedule of its own.
+            in ``DEFAULT_RATES``, and Adafactor's relative step; or that for what is ``pretrained``.
+            A schedule shapes every member that has no schedule of its own. Of a model with LoRA it
+            is the rate of A and B.
         rest_learning_rate: Rate of ``rest`` if it is a name. None keeps the default ratio to
             ``learning_rate``. A number beside a schedule is the peak of the rest's. The schedule's
             own peak must be known then: ours and a ``Schedule`` say it, and mlx's are evaluated
@@ -62,6 +65,8 @@ def create_optimizer(
             (patterns) a role. Paths beat roles; of several patterns the first that matches counts.
         exclude_first: Send a Linear that reads the model's input to ``rest``.
         strict: Raise if an array belongs to no known layer and no rule names it.
+        pretrained: The weights are trained already: default rates are those for full fine-tuning.
+            A model with LoRA always is, and its A and B have rates and options of their own.
         rest_options: Options of ``rest`` if it is a name.
         max_grad_norm: Largest global norm of the gradients, computed in float32; larger ones are
             scaled to it. None: no limit.
@@ -88,7 +93,7 @@ def create_optimizer(
         >>> [(entry.path, entry.optimizer) for entry in optimizer.plan][:2]
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
-    check_flags(exclude_first=exclude_first, strict=strict)
+    check_flags(exclude_first=exclude_first, strict=strict, pretrained=pretrained)
     check_choice("rounding", rounding, get_args(Rounding))
     seed = check_integer("seed", seed, 0, LARGEST_SEED)
     _check_model(model)
@@ -105,12 +110,16 @@ def create_optimizer(
     )
     for part, other in (parts, parts[::-1]):
         part.check_options(signature(create_optimizer).parameters, other)
-    roster = Roster(*parts, {"rounding": rounding, "seed": seed})
+    shared = {"rounding": rounding, "seed": seed}
+    lora = any(p.role in LORA_ROLES for p in parameters)
+    roster = Roster(*parts, shared, pretrained=pretrained, lora=lora)
     hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
     routes = {}
     for p in parameters:
         choice = exceptions.get(p.path, "hidden" if p.role in hidden_roles else "rest")
-        routes[p.path] = roster.index_of(choice, decays=p.role not in UNDECAYED_ROLES)
+        routes[p.path] = roster.index_of(
+            choice, decays=p.role not in UNDECAYED_ROLES, lora=p.role in LORA_ROLES
+        )
     return RoutedOptimizer(
         model,
         parameters,

@@ -39,6 +39,34 @@ They are what won in NOTES.md's comparison on hidden matrices; the rest keeps th
 """
 
 
+@dataclass(frozen=True)
+class Use:
+    """What members are used for: their default rates, and options of the hidden one, by name."""
+
+    rates: dict[str, float]
+    options: dict[str, dict[str, Any]]
+
+
+FROM_SCRATCH = Use(DEFAULT_RATES, HIDDEN_OPTIONS)
+"""Weights that start at random."""
+
+PRETRAINED = Use(
+    {"maxfactor": 2e-2, "adafactor": 1e-2, "signsgd": 1e-3, "muon": 1e-2, "adamw": 1e-3},
+    HIDDEN_OPTIONS,
+)
+"""Weights that are trained already, which higher rates ruin before they improve them."""
+
+LORA = Use(
+    {"maxfactor": 1e-3, "adafactor": 1e-3, "signsgd": 3e-4, "muon": 3e-3, "adamw": 1e-3},
+    {
+        "maxfactor": {"step": "orthogonal", "min_rms": 1.0},
+        "muon": {"scale": "rms", "momentum": 0.8},
+    },
+)
+"""LoRA's A and B. B starts at zero, where a rate relative to its size moves nothing, so that here
+every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is."""
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """What was asked for: an optimizer, or a name with a rate and options."""
@@ -98,28 +126,34 @@ class Roster:
     """The members, each made when a parameter first needs it, each at its own rate.
 
     The rate given for the hidden matrices moves every member that was asked for by name: a number
-    in proportion to the default rates, a schedule as a multiple of itself.
+    in proportion to the default rates, a schedule as a multiple of itself. It is the rate of LoRA's
+    matrices where there are any.
     """
 
-    def __init__(self, hidden: Part, rest: Part, shared: dict[str, Any]):
+    def __init__(
+        self, hidden: Part, rest: Part, shared: dict[str, Any], *, pretrained: bool, lora: bool
+    ):
         self.hidden, self.rest, self.shared = hidden, rest, shared
+        self.use = PRETRAINED if pretrained or lora else FROM_SCRATCH
+        self.lead = LORA if lora else self.use
         self.members: list[Member] = []
         self._index: dict[Any, int] = {}
-        self.index_of("hidden", decays=True)
+        self.index_of("hidden", decays=True, lora=lora)
         self.index_of("rest", decays=True)
 
-    def index_of(self, choice: str | Optimizer, *, decays: bool) -> int:
+    def index_of(self, choice: str | Optimizer, *, decays: bool, lora: bool = False) -> int:
         """Index of the member for "hidden", "rest", a name, or an optimizer."""
         part = self._part_of(choice)
+        use = LORA if lora and part is not self.rest else self.use
         if isinstance(part.choice, Optimizer):
             key = id(part.choice)
         else:
             default = options_of(part.choice)["weight_decay"]
             decays = decays or not part.options.get("weight_decay", default)
-            key = (part.place, decays)
+            key = (part.place, decays, use is LORA)
         if key not in self._index:
             self._index[key] = len(self.members)
-            self.members.append(self._member(part, decays))
+            self.members.append(self._member(part, decays, use))
         return self._index[key]
 
     def _part_of(self, choice: str | Optimizer) -> Part:
@@ -129,44 +163,43 @@ class Roster:
         named = cast(OptimizerName | Optimizer, choice)
         return Part(choice if isinstance(choice, str) else "rule", named)
 
-    def _member(self, part: Part, decays: bool) -> Member:
+    def _member(self, part: Part, decays: bool, use: Use) -> Member:
         if isinstance(part.choice, Optimizer):
             self._follow_lead(part.choice)
             return Member(type(part.choice).__name__, part.choice, _nominal(part.choice))
         # A seed apart, or the first parameters of two members would be rounded alike.
         seed = (self.shared["seed"] + len(self.members)) % (LARGEST_SEED + 1)
-        defaults = {} if part is self.rest else HIDDEN_OPTIONS.get(part.choice, {})
+        defaults = {} if part is self.rest else use.options.get(part.choice, {})
         options = {**self.shared, "seed": seed, **defaults, **part.options}
         if not decays:
             options["weight_decay"] = 0.0
         label = part.choice if decays else f"{part.choice}, no decay"
-        make, default = OPTIMIZERS[part.choice], DEFAULT_RATES[part.choice]
-        if part.choice == "adafactor" and part.rate is None:
+        make, default = OPTIMIZERS[part.choice], use.rates[part.choice]
+        given = None if part is self.hidden and use is not self.lead else part.rate
+        if part.choice == "adafactor" and given is None and use is not LORA:
             optimizer = Adafactor(**options)  # at its relative step
             rate = self._in_proportion(relative_step_of, default)
             if rate is not relative_step_of:
                 optimizer.learning_rate = rate
         else:
-            optimizer = make(self._rate_of(part), **options)
+            optimizer = make(self._rate_of(part, given, default), **options)
         return Member(label, optimizer, _nominal(optimizer) or default)
 
-    def _rate_of(self, part: Part) -> Rate:
+    def _rate_of(self, part: Part, given: Rate | None, default: float) -> Rate:
         """The rate of a member that was asked for by name."""
-        assert isinstance(part.choice, str)
-        if part.rate is None:
-            default = DEFAULT_RATES[part.choice]
+        if given is None:
             return self._in_proportion(default, default)
-        if part is not self.hidden and not callable(part.rate) and callable(self.hidden.rate):
+        if part is not self.hidden and not callable(given) and callable(self.hidden.rate):
             peak = _known_peak(self.hidden.rate, f"{part.place}_learning_rate")
-            return scaled(self.hidden.rate, float(part.rate) / peak)
-        return part.rate
+            return scaled(self.hidden.rate, float(given) / peak)
+        return given
 
     def _in_proportion(self, rate: Rate, default: float) -> Any:
         """A default rate, times what was given for the hidden matrices over their default."""
         lead = self.hidden.rate
         if lead is None or not isinstance(self.hidden.choice, str):
             return rate
-        unit = DEFAULT_RATES[self.hidden.choice]
+        unit = self.lead.rates[self.hidden.choice]
         if callable(rate):
             shape = lead if callable(lead) else lambda _: lead
             return Schedule(lambda step: rate(step) * shape(step) / unit, "relative step", default)

@@ -164,24 +164,22 @@ def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "twin"),
+    ("hidden", "rate", "options", "twin"),
     [
-        (
-            "maxfactor",
-            partial(reference.MaxFactor, DEFAULT_RATES["maxfactor"], step="orthogonal"),
-        ),
-        ("adafactor", reference.Adafactor),
-        ("muon", reference.Muon),
+        # LoRA has defaults of its own: these are those of other matrices.
+        ("maxfactor", 0.05, {"min_rms": 0.0}, partial(reference.MaxFactor, step="orthogonal")),
+        ("adafactor", 0.01, {}, reference.Adafactor),
+        ("muon", 0.02, {"scale": None, "momentum": 0.95}, reference.Muon),
     ],
 )
 @pytest.mark.parametrize("build", [Whisper, lambda: adapted(qwen2_moe())], ids=["conv", "experts"])
-def test_every_layout_reaches_the_formula(build, hidden, twin):
+def test_every_layout_reaches_the_formula(build, hidden, rate, options, twin):
     model = build()
     model.apply(lambda p: p + 0.01)  # LoRA's B starts at zero, where MaxFactor hardly moves
-    optimizer = create_optimizer(model, hidden)
+    optimizer = create_optimizer(model, hidden, learning_rate=rate, **options)
     parameters = {k: np.float64(v) for k, v in tree_flatten(model.trainable_parameters())}
     plan = [entry for entry in optimizer.plan if entry.optimizer == hidden]
-    twins = {entry.path: twin() for entry in plan}
+    twins = {entry.path: twin(rate) for entry in plan}
     for seed in range(3):
         gradients = random_gradients(model, seed)
         optimizer.update(model, gradients)
