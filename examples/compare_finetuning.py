@@ -236,14 +236,14 @@ def best(mode: str, name: str, records: Sequence[Record]) -> Run:
 def report(records: Sequence[Record]) -> str:
     """Final losses at the default rates, and what other rates give on the first seed."""
     names = [n for n in (BASELINE, *OPTIMIZERS) if any(r.run.optimizer == n for r in records)]
-    final = [["validation loss", *MODES]]
-    searched = [["rate: loss on seed 1", *MODES]]
-    for name in names:
-        final.append([name, *(cell(mode, name, records) for mode in MODES)])
-        searched.append([name, *(rates(mode, name, records) for mode in MODES)])
     start = {mode: [r.before for r in records if r.run.mode == mode] for mode in MODES}
-    before = [f"{fmean(values):.3f}" if values else "" for values in start.values()]
-    return "\n\n".join(markdown(rows) for rows in ([*final, ["before", *before]], searched))
+    modes = [mode for mode in MODES if start[mode]]
+    final = [["validation loss", *modes], ["before", *(f"{fmean(start[m]):.3f}" for m in modes)]]
+    searched = [["rate: loss on seed 1", *modes]]
+    for name in names:
+        final.append([name, *(cell(mode, name, records) for mode in modes)])
+        searched.append([name, *(rates(mode, name, records) for mode in modes)])
+    return "\n\n".join(markdown(rows) for rows in (final, searched))
 
 
 def cell(mode: str, name: str, records: Sequence[Record]) -> str:
