@@ -412,8 +412,16 @@ class Arguments(argparse.Namespace):
     output: Path
 
 
-class Parser(argparse.ArgumentParser):
-    """The command line that the examples share; one line for an error, without the usage."""
+class OneLineParser(argparse.ArgumentParser):
+    """One line for an error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Parser(OneLineParser):
+    """The command line that the examples share."""
 
     def __init__(self, description: str, **defaults: Any):
         super().__init__(
@@ -461,10 +469,6 @@ class Parser(argparse.ArgumentParser):
                 (arguments.output / name).open("ab").close()
         except OSError as problem:
             self.error(f"--output {arguments.output}: {problem.strerror}")
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def integer(argument: str, least: int = 1) -> int:

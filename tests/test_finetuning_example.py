@@ -1,0 +1,364 @@
+"""The example that fine-tunes through mlx-lm's trainer: cut off, killed, resumed, loaded, fused."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import finetune_mlx_lm
+import mlx.core as mx
+import numpy as np
+import pytest
+import small_llama
+import yaml
+from mlx_lm import fuse, load
+from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.tuner.datasets import CacheDataset, load_dataset
+from mlx_lm.tuner.trainer import evaluate, iterate_batches
+from mlx_lm.tuner.utils import build_schedule
+from mlx_lm.utils import save_model
+
+KILLS = int(os.environ.get("KILLS", "6"))
+SHAPE = small_llama.SHAPE | {"num_hidden_layers": 2, "intermediate_size": 64}
+SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+QUICK = {
+    "batch_size": 2,
+    "max_seq_length": 64,
+    "val_batches": 1,
+    "steps_per_report": 2,
+    "save_every": 2,
+    "grad_accumulation_steps": 2,
+    "grad_checkpoint": True,
+    "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.1},
+}
+
+# Forked from a process that has imported mlx-lm: a start takes a moment. A Mac cannot fork so.
+processes = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+processes.set_forkserver_preload(["finetune_mlx_lm"])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model, a data set, and the configuration of a short run."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    mx.random.seed(0)
+    (folder / "model").mkdir()
+    save_model(folder / "model", Model(ModelArgs.from_dict(SHAPE)))
+    small_llama.write_json(folder / "model" / "config.json", SHAPE)
+    tokenizer = small_llama.train_tokenizer(["def word(letters): return letters"])
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    small_llama.write_json(
+        folder / "model" / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": small_llama.END,
+            "chat_template": small_llama.TEMPLATE,
+        },
+    )
+    kinds = {
+        "data": [{"prompt": f"def f{i}(x)", "completion": "x" * (i % 7)} for i in range(11)],
+        "text": [{"text": f"def f{i}(x): return {'x' * (i % 7)}"} for i in range(11)],
+    }
+    for kind, lines in kinds.items():
+        (folder / kind).mkdir()
+        for name in ("train", "valid", "test"):
+            (folder / kind / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    configuration = {"model": str(folder / "model"), "data": str(folder / "data"), **QUICK}
+    (folder / "short.yaml").write_text(yaml.safe_dump(configuration))
+    return folder
+
+
+def program(arguments, output):
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["finetune_mlx_lm.py", *arguments]
+    finetune_mlx_lm.main()
+
+
+def start(home, name, *arguments):
+    """The example in a process of its own, its adapters in a folder of that name."""
+    arguments = ("-c", home / "short.yaml", "--adapter-path", home / name, *arguments)
+    output = home / f"{name}.txt"
+    output.write_text("")
+    child = processes.Process(target=program, args=([*map(str, arguments)], str(output)))
+    child.start()
+    return child, output
+
+
+def run(home, name, *arguments):
+    child, output = start(home, name, *arguments)
+    child.join()
+    text = output.read_text()
+    assert child.exitcode == 0, text
+    return text
+
+
+def arrays(file):
+    loaded = mx.load(str(file))
+    return {name: np.array(array.flatten().view(mx.uint8)) for name, array in loaded.items()}
+
+
+def same(home, *names):
+    """Whether runs ended with the same weights, optimizer state and random state, bit for bit."""
+    for file in ("adapters.safetensors", "checkpoint.safetensors"):
+        one, other = (arrays(home / name / file) for name in names)
+        assert one.keys() == other.keys()
+        if not all(np.array_equal(one[key], other[key]) for key in one):
+            return False
+    return True
+
+
+LORA = ("--optimizer", "adamw", "--learning-rate", "0.01")
+FULL = ("--fine-tune-type", "full", "--optimizer", "muon", "--num-layers", "1")
+
+
+@pytest.mark.parametrize("kind", [LORA, FULL], ids=["lora", "full"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(home, kind):
+    whole, parts = f"whole{len(kind)}", f"parts{len(kind)}"
+    run(home, whole, *kind, "--iters", "12")
+    run(home, parts, *kind, "--iters", "8")  # five batches an epoch: in the midst of the second
+    assert not same(home, whole, parts)
+    text = run(home, parts, *kind, "--iters", "12", "--resume")
+    assert "after 8 iterations" in text
+    assert same(home, whole, parts)
+    one, other = (json.loads((home / n / "losses.json").read_text()) for n in (whole, parts))
+    losses = [[info["train_loss"] for info in kept["training"]] for kept in (one, other)]
+    assert losses[0] == losses[1]
+    assert one["final validation loss"] == other["final validation loss"]
+
+
+def wait_for(condition, child):
+    while not condition() and child.is_alive():
+        time.sleep(0.005)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(home):
+    child, output = start(home, "stopped", "--iters", "100000", "--save-every", "50000")
+    wait_for(lambda: "loss" in output.read_text(), child)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    last = output.read_text().strip().splitlines()[-1]
+    assert child.exitcode == 130
+    assert "--resume" in last
+    done = int(last.split(" has ")[1].split()[0])
+    assert done > 0
+    assert done % 2 == 0, "the trainer held half of a step's gradients"
+    run(home, "unstopped", "--iters", str(done))
+    assert same(home, "stopped", "unstopped")
+
+
+def test_no_checkpoint_is_written_while_the_trainer_holds_gradients():
+    arguments = SimpleNamespace(grad_accumulation_steps=2)
+    run = SimpleNamespace(iteration=3, arguments=arguments)
+    assert finetune_mlx_lm.Tuning.save(run) is False
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(home):
+    dice, checkpoint = random.Random(0), home / "killed" / "checkpoint.safetensors"
+    stamp = lambda: checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0  # noqa: E731
+    for i in range(KILLS):
+        child, output = start(home, "killed", "--iters", "100000", "--resume")
+        before = stamp()
+        if i % 2:
+            wait_for(lambda before=before: stamp() != before, child)
+        time.sleep(dice.uniform(0, 0.1 if i % 2 else 2))
+        assert child.is_alive(), output.read_text()
+        child.kill()
+        child.join()
+    start_at = run(home, "killed", "--iters", "2", "--resume")
+    done = int(start_at.split("after ")[1].split()[0])
+    assert done > KILLS // 2
+    run(home, "killed", "--iters", str(done + 2), "--resume")
+    run(home, "spared", "--iters", str(done + 2))
+    assert same(home, "killed", "spared")
+
+
+# What it leaves behind
+
+
+def loss_of(model, tokenizer, data):
+    """mlx-lm's own loss on the validation set."""
+    settings = SimpleNamespace(data=data, train=True, test=False)
+    _, data, _ = load_dataset(settings, tokenizer)
+    order = partial(iterate_batches, seed=1)
+    return evaluate(model, CacheDataset(data), 2, 1, 64, iterate_batches=order)
+
+
+KINDS = {
+    "lora": ("--optimizer", "maxfactor", "--option", "min_rms=0.01"),
+    "dora": ("--fine-tune-type", "dora", "--optimizer", "adafactor"),
+    "full": ("--fine-tune-type", "full", "--optimizer", "adam", "--learning-rate", "1e-3"),
+    "qlora": ("--quantize", "--optimizer", "signsgd", "--learning-rate", "1e-3"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mlx_lm_loads_and_fuses_what_was_trained(home, kind, monkeypatch):
+    data = home / ("text" if kind == "full" else "data")
+    printed = run(home, kind, *KINDS[kind], "--iters", "4", "--data", data, "--test")
+    kept = json.loads((home / kind / "losses.json").read_text())
+    loss, before = kept["final validation loss"], kept["validation"][0]["val_loss"]
+    assert f"before{before:30.3f}" in printed
+    assert f"{loss:.3f}" in printed
+    assert loss != before
+    assert "Test loss" in printed
+    assert (home / kind / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+    base = str(home / ("model-4bit" if kind == "qlora" else "model"))
+    model, tokenizer = load(base, adapter_path=str(home / kind))[:2]
+    assert loss_of(model, tokenizer, data) == loss
+    fused = str(home / f"{kind}-fused")
+    folders = ("--model", base, "--adapter-path", str(home / kind), "--save-path", fused)
+    whole = ("--dequantize",) if kind == "qlora" else ()  # in 4 bits again, some of it is lost
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.fuse", *folders, *whole])
+    fuse.main()
+    assert loss_of(load(fused)[0], tokenizer, data) == pytest.approx(loss, abs=1e-4)
+
+
+# The command line
+
+
+MLX_LM_FILE = """
+# As in mlx-lm's own example.
+model: "mlx_model"
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config:
+  adamw:
+    weight_decay: 0.01
+    betas: [0.9, 0.98]
+data: "/path/to/training/data"
+seed: 3
+num_layers: 2
+batch_size: 4
+iters: 1000
+val_batches: 25
+learning_rate: 1e-5
+steps_per_report: 10
+steps_per_eval: 200
+resume_adapter_file: null
+adapter_path: "adapters"
+save_every: 100
+test: false
+test_batches: 100
+max_seq_length: 2048
+grad_checkpoint: false
+lora_parameters:
+  keys: ["self_attn.q_proj", "self_attn.v_proj"]
+  rank: 8
+  scale: 20.0
+  dropout: 0.0
+lr_schedule:
+  name: cosine_decay
+  warmup: 100
+  warmup_init: 1e-7
+  arguments: [1e-5, 1000, 1e-7]
+"""
+
+
+def parsed(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["finetune_mlx_lm.py", *map(str, arguments)])
+    return finetune_mlx_lm.parse_arguments("")[1]
+
+
+def test_a_file_of_mlx_lm_is_read_as_it_is(home, monkeypatch, capsys):
+    path = home / "mlx_lm.yaml"
+    path.write_text(MLX_LM_FILE + "speed: 9\n")
+    arguments = parsed(monkeypatch, "-c", path, "--model", home / "model", "--iters", "7")
+    assert capsys.readouterr().out == f"{path}: nothing reads speed\n"
+    assert (arguments.iters, arguments.seed, arguments.adapter_path) == (7, 3, "adapters")
+    model = load(str(home / "model"))[0]
+    finetune_mlx_lm.add_adapters(model, arguments)
+    optimizer = finetune_mlx_lm.make_optimizer(model, arguments)
+    assert {entry.optimizer for entry in optimizer.plan} == {"adamw"}
+    assert sum("q_proj" in entry.path for entry in optimizer.plan) == 4
+    member = optimizer.optimizers[0]
+    assert (list(member.betas), member.weight_decay) == ([0.9, 0.98], 0.01)
+    schedule = build_schedule(arguments.lr_schedule)
+    for step in (0, 50, 101, 500):
+        rate = member._schedulers["learning_rate"](mx.array(step)).item()
+        assert rate == pytest.approx(schedule(mx.array(step)).item())
+
+
+def test_our_names_and_schedules_stand_in_a_file(home, monkeypatch):
+    path = home / "ours.yaml"
+    path.write_text(
+        "optimizer: MaxFactor\n"
+        "optimizer_config: {maxfactor: {momentum: 0.8, state_dtype: int8, rest: adafactor}}\n"
+        "lr_schedule: {name: warmup_cosine, arguments: [0.02, 100, 10]}\n"
+    )
+    arguments = parsed(monkeypatch, "-c", path, "--option", "nesterov=true")
+    model = load(str(home / "model"))[0]
+    finetune_mlx_lm.add_adapters(model, arguments)
+    optimizer = finetune_mlx_lm.make_optimizer(model, arguments)
+    member = optimizer.optimizers[0]
+    assert (member.momentum, member.nesterov, member.state_dtype) == (0.8, True, mx.int8)
+    assert member._schedulers["learning_rate"](mx.array(10)).item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "mouon"], "'mouon'"),
+        (["--iters", "x"], "--iters"),
+        (["--iters", "0"], "iters must be an integer of at least 1, got 0"),
+        (["--seed", "-1"], "seed must be an integer of at least 0, got -1"),
+        (["--iters", "5", "--grad-accumulation-steps", "2"], "multiple"),
+        (["--fine-tune-type", "q"], "'q'"),
+        (["-c", "nowhere.yaml"], "nowhere.yaml"),
+        (["-c", "{home}/list.yaml"], "must map names to values"),
+        (["-c", "{home}/schedule.yaml"], "'cosine'"),
+        (["--model", "nowhere/at/all"], "model nowhere/at/all: "),
+        (["--model", "nowhere/at-all"], "model nowhere/at-all: "),
+        (["--model", "{home}/data"], "config.json"),
+        (["--data", "{home}/model"], "Training set not found or empty"),
+        (["--data", "{home}/broken"], "broken: Expecting property name"),
+        (["--batch-size", "12"], "batch_size is 12, the training set 11"),
+        (["--num-layers", "3"], "num_layers is 3, the model has 2"),
+        (["--option", "speed=9"], "speed"),
+        (["--option", "momentum=fast"], "momentum=fast"),
+        (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
+        (["--optimizer", "adam", "--option", "speed=9"], "speed"),
+        (["--resume-adapter-file", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--adapter-path", "/dev/null"], "/dev/null"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monkeypatch, capsys):
+    (home / "broken").mkdir(exist_ok=True)
+    (home / "broken" / "train.jsonl").write_text("{prompt: 1}")
+    (home / "list.yaml").write_text("[lora]")
+    (home / "schedule.yaml").write_text("lr_schedule: {name: cosine, arguments: [1]}")
+    arguments = [argument.format(home=home) for argument in arguments]
+    given = ["--model", str(home / "model"), "--data", str(home / "data"), "--batch-size", "2"]
+    monkeypatch.setattr(sys, "argv", ["finetune_mlx_lm.py", *given, *arguments])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as end:
+        finetune_mlx_lm.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert message in printed.err
+
+
+def test_no_run_goes_on_as_another_run(home, monkeypatch, capsys):
+    run(home, "first", "--iters", "2")
+    again = ("-c", home / "short.yaml", "--adapter-path", home / "first", "--resume")
+    for other, message in (
+        (("--batch-size", "3"), "batch_size is 2 in"),
+        (("--seed", "1"), "seed is 0 in"),
+        (("--optimizer", "adamw"), "MaxFactor in the file, AdamW here"),
+    ):
+        given = ["finetune_mlx_lm.py", *map(str, again), "--iters", "4", *other]
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(SystemExit) as end:
+            finetune_mlx_lm.main()
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
