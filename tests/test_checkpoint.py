@@ -35,7 +35,7 @@ from mlx_maxfactor import (
     warmup_cosine,
 )
 from mlx_maxfactor import sealed as sealed_files
-from mlx_maxfactor.checkpoint import _walk
+from mlx_maxfactor.checkpoint import _Loading, _walk
 
 
 def snapshot(model, optimizer):
@@ -689,17 +689,26 @@ def test_loading_needs_the_memory_of_one_array(path):
 
 def test_a_disk_that_fails_while_it_is_read_is_said(path, monkeypatch):
     model, optimizer = trained(Table(), AdamW(0.01))
-    save_checkpoint(path, model, optimizer)
-    read = sealed_files.read
+    before = snapshot(model, optimizer)
 
-    def failing(*args):
-        file = read(*args)
-        os.truncate(path, path.stat().st_size // 2)
-        return file
+    def failing(call):
+        def call_and_fail(*args):
+            result = call(*args)
+            os.truncate(path, path.stat().st_size // 2)
+            return result
 
-    monkeypatch.setattr(sealed_files, "read", failing)
-    with pytest.raises(CheckpointError, match="half loaded, so load it again"):
-        load_checkpoint(path, model, optimizer)
+        return call_and_fail
+
+    for place, name, problem in (
+        (sealed_files, "read", "was not loaded"),
+        (_Loading, "check", "half loaded, so load it again"),
+    ):
+        save_checkpoint(path, model, optimizer)
+        assert same(snapshot(model, optimizer), before)
+        monkeypatch.setattr(place, name, failing(getattr(place, name)))
+        with pytest.raises(CheckpointError, match=problem):
+            load_checkpoint(path, model, optimizer)
+        monkeypatch.undo()
 
 
 # Damage

@@ -27,7 +27,7 @@ def rates(optimizer):
 def options_of(optimizer):
     """Of every member, without its rate and state."""
     return [
-        {k: v for k, v in vars(member).items() if not k.startswith("_")}
+        {k: v for k, v in vars(member).items() if not k.startswith("_") and k != "built_rate"}
         for member in optimizer.optimizers
     ]
 
