@@ -140,8 +140,8 @@ def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> i
 
 def create_optimizer_for_hrm(
     model: nn.Module,
-    lr: float = 1e-4,
-    puzzle_emb_lr: float = 1e-2,
+    lr: Rate = 1e-4,
+    puzzle_emb_lr: Rate = 1e-2,
     weight_decay: float = 0.1,
     use_separate_puzzle_optimizer: bool = True,
 ) -> dict[str, Float32Optimizer]:
@@ -152,8 +152,8 @@ def create_optimizer_for_hrm(
 
     Args:
         model: The model; its puzzle embeddings have "puzzle" in their path.
-        lr: Rate of AdamW, β (0.9, 0.95). Default 1e-4.
-        puzzle_emb_lr: Rate of SignSGD. Default 1e-2.
+        lr: Rate of AdamW, β (0.9, 0.95), a number or a schedule. Default 1e-4.
+        puzzle_emb_lr: Rate of SignSGD, likewise. Default 1e-2.
         weight_decay: Decay of both. Default 0.1.
         use_separate_puzzle_optimizer: False leaves everything to AdamW. Default True.
 
