@@ -136,7 +136,7 @@ DIGITS = (1 << SIDE) - 1  # a set of digits as bits: digit d is 1 << (d - 1)
 def solutions(
     cells: list[int], limit: int, random: np.random.Generator | None = None
 ) -> list[list[int]]:
-    """The first solutions, at most `limit`; in random order if there is a generator."""
+    """At most `limit` solutions of givens without conflict; in random order with a generator."""
     cells, found = list(cells), []
     free = [[DIGITS] * SIDE for _ in _UNIT_OF]
     units = list(zip(*_UNIT_OF, strict=True))
@@ -258,7 +258,7 @@ class Sudoku:
 
     def __init__(self, count: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
-        wanted = {False: count, True: max(8, count // 3)}  # to train on, held out
+        wanted = {False: count, True: max(2, count // 3)}  # to train on, held out
         kept: dict[bool, list[tuple[list[int], list[int]]]] = {False: [], True: []}
         while any(len(kept[part]) < wanted[part] for part in wanted):
             puzzle, grid = draw_puzzle(random)
