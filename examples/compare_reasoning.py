@@ -4,7 +4,7 @@ r"""What two optimizers, sparse rows and each algorithm bring to the reasoning e
     python examples/compare_reasoning.py --run
 
 The first prints the tables of `records/reasoning.jsonl`; `--run` first makes the runs that are
-missing there, one after the other. Each run is a command that anyone may give alone: the record
+missing there, one after the other, and keeps pictures of puzzles being solved. Each run is a command that anyone may give alone: the record
 has it. Rates are the example's own, or as the configuration says: they were not searched.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,7 @@ def main() -> None:
     if arguments.run:
         for command in tqdm(wanted(arguments), unit="run"):
             if shlex.join(command) not in records:
-                record = run_one(command)
+                record = run_one(command, arguments.records.parent)
                 records[record.command] = record
                 with arguments.records.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
@@ -81,19 +82,18 @@ def commands(kind: str, name: str, short: Sequence[str], seeds: int) -> list[lis
 
 
 def wanted(arguments: Arguments) -> list[list[str]]:
-    """Every run, first seeds first: the example as it is, then the shorter comparison."""
-    runs = []
-    for kind, names in CONFIGURATIONS.items():
-        if arguments.only in (None, kind):
-            runs += commands(kind, next(iter(names)), arguments.others, arguments.seeds)
-            short = [*SHORTER[kind], *arguments.others]
-            each = [commands(kind, name, short, arguments.seeds) for name in names]
-            runs += [command for seed in zip(*each, strict=True) for command in seed]
-    return runs
+    """Every run: the example as it is, then the shorter comparison, a seed after the other."""
+    kinds = [arguments.only] if arguments.only else list(CONFIGURATIONS)
+    whole, shorter = [], []
+    for kind in kinds:
+        names, short = list(CONFIGURATIONS[kind]), [*SHORTER[kind], *arguments.others]
+        whole.append(commands(kind, names[0], arguments.others, arguments.seeds))
+        shorter += [commands(kind, name, short, arguments.seeds) for name in names]
+    return [run for each in (whole, shorter) for seed in zip(*each, strict=True) for run in seed]
 
 
-def run_one(command: Sequence[str]) -> Record:
-    """Run the example, and read what it wrote."""
+def run_one(command: Sequence[str], pictures: Path) -> Record:
+    """Run the example, and read what it wrote; of the example as it is, keep the picture."""
     script = str(FOLDER / "train_reasoning.py")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,6 +107,8 @@ def run_one(command: Sequence[str]) -> Record:
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)}: {done.stderr[-2000:]}")
         run = json.loads((Path(folder) / "curves.json").read_text())["runs"][0]
+        if command[3:] == ["--seed=1"]:
+            shutil.copy(Path(folder) / "solving.png", pictures / f"solving_{command[2]}.png")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     final = {measure: round(values[-1], 4) for measure, values in run["validation"].items()}

@@ -20,7 +20,7 @@ SYMBOLS = 6  # colours, or digits
 SIDE = 6  # of a Sudoku; its boxes are two rows of three
 RULE_SIDE = 5
 HELD_OUT_INPUTS = 4  # of each rule
-HELD_OUT_CLASSES = 4  # one in so many classes of grids, up to the names of digits
+HELD_OUT_CLASSES = 3  # one in so many classes of grids, up to the names of digits
 
 
 class Examples(NamedTuple):
@@ -258,7 +258,7 @@ class Sudoku:
 
     def __init__(self, count: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
-        wanted = {False: count, True: max(2, count // 3)}  # to train on, held out
+        wanted = {False: count, True: max(2, count // 2)}  # to train on, held out
         kept: dict[bool, list[tuple[list[int], list[int]]]] = {False: [], True: []}
         while any(len(kept[part]) < wanted[part] for part in wanted):
             puzzle, grid = draw_puzzle(random)

@@ -475,7 +475,15 @@ KINDS = {
         SYMBOLS,
         draw_colours,
         RATES | {"maxfactor": 0.02, "muon": 0.02},
-        {"steps": 2000, "count": 100, "width": 64, "segments": 2, "validation_segments": 4},
+        {
+            "steps": 1500,
+            "count": 100,
+            "width": 64,
+            "layers": 1,
+            "batch_size": 64,
+            "segments": 2,
+            "validation_segments": 4,
+        },
     ),
     "sudoku": Kind(
         Sudoku,
@@ -484,7 +492,15 @@ KINDS = {
         1,
         draw_digits,
         RATES | {"maxfactor": 0.02, "muon": 0.02},
-        {"steps": 1000, "count": 768, "width": 32, "segments": 8, "validation_segments": 16},
+        {
+            "steps": 800,
+            "count": 400,
+            "width": 32,
+            "layers": 2,
+            "batch_size": 32,
+            "segments": 8,
+            "validation_segments": 16,
+        },
     ),
 }
 
@@ -509,9 +525,7 @@ def parse_arguments() -> ReasoningArguments:
     parser = Parser(
         "Train a small hierarchical reasoning model on puzzles that are made on the spot.",
         choices=(*NAMES, PAIR),
-        layers=1,
         heads=4,
-        batch_size=64,
         rest_learning_rate=3e-3,
         eval_every=200,
         output=Path("runs/reasoning") / kind,
