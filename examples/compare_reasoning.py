@@ -4,8 +4,9 @@ r"""What two optimizers, sparse rows and each algorithm bring to the reasoning e
     python examples/compare_reasoning.py --run
 
 The first prints the tables of `records/reasoning.jsonl`; `--run` first makes the runs that are
-missing there, one after the other, and keeps pictures of puzzles being solved. Each run is a command that anyone may give alone: the record
-has it. Rates are the example's own, or as the configuration says: they were not searched.
+missing there, one after the other, and draws puzzles being solved. Each run is a command that
+anyone may give alone: the record has it. Rates are the example's own, or as the configuration says:
+they were not searched.
 """
 
 from __future__ import annotations

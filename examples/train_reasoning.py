@@ -137,7 +137,9 @@ class Reasoning:
     def sample(self, model: nn.Module) -> str:
         """Of a few held-out puzzles, how many cells are right after each segment."""
         assert isinstance(model, Reasoner)
-        few = Examples(*(of[:: len(of) // PICTURED][:PICTURED] for of in self.puzzles.held_out))
+        held_out = self.puzzles.held_out
+        chosen = np.unique(np.linspace(0, len(held_out.answers) - 1, PICTURED, dtype=int))
+        few = Examples(*(of[chosen] for of in held_out))
         identities, questions, _ = arrays(few)
         segments = self.arguments.validation_segments
         thoughts = model.think(identities, questions, segments)
