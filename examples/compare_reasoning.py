@@ -30,7 +30,7 @@ from training import integer
 
 RECORDS = FOLDER / "records" / "reasoning.jsonl"
 DEFAULTS, PARTS = "{}, as the example is", "{}, shorter: {}"
-SHORTER = {"rules": ("--steps=1000",), "sudoku": ("--steps=600",)}
+SHORTER = {"rules": ("--steps=800",), "sudoku": ("--steps=400",)}
 ONE = "--option=use_separate_puzzle_optimizer=false"
 CONFIGURATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "rules": {

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import compare_reasoning
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from compare_reasoning import CONFIGURATIONS, Record, commands, report, run_one
 from mlx.utils import tree_flatten
 from puzzles import SYMBOLS, Rules
 from train_reasoning import KINDS, Carry, Reasoner, UnitBlock, cross_entropy, make
@@ -266,3 +268,47 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
+
+
+# The comparison
+
+
+def test_the_comparison_asks_for_each_run_once_and_the_example_first():
+    given = SimpleNamespace(only=None, others=[], seeds=2)
+    runs = [" ".join(command) for command in compare_reasoning.wanted(given)]
+    assert len(runs) == len(set(runs)) == 2 * (2 + sum(map(len, CONFIGURATIONS.values())))
+    start = "python examples/train_reasoning.py"
+    assert runs[:3] == [
+        f"{start} rules --seed=1",
+        f"{start} sudoku --seed=1",
+        f"{start} rules --seed=2",
+    ]
+
+
+def test_a_table_has_the_mean_and_the_ends_of_its_seeds():
+    records = {}
+    for command, right in zip(commands("sudoku", "MaxFactor", (), 2), (0.5, 1.0), strict=True):
+        values = {"loss": 0.25, "exact match": right, "cells": 1.0}
+        records[" ".join(command)] = Record(" ".join(command), 10 * right, 1234, values)
+    lines = report(records).splitlines()
+    assert lines[0] == "## sudoku, as the example is"
+    assert lines[-1].startswith("| MaxFactor | 2 | 0.750 (0.500 to 1.000) | 1.000 (")
+    assert lines[-1].endswith("| 1,234 | 8 |")
+    assert len(lines) == 5
+
+
+def test_a_run_is_read_as_a_user_would_see_it(tmp_path):
+    record = run_one(["python", "examples/train_reasoning.py", "rules", *SMALL], tmp_path)
+    assert set(record.validation) == {"loss", "exact match", "cells"}
+    assert 0 < record.validation["cells"] < 1
+    assert record.cpu_seconds > 0
+    assert not list(tmp_path.iterdir()), "a picture is kept of the example as it is alone"
+
+
+def test_the_bar_is_met_in_every_kept_run_of_the_example_as_it_is():
+    kept = compare_reasoning.read(compare_reasoning.RECORDS)
+    for kind, bar in (("rules", 0.9), ("sudoku", 0.8)):
+        (first, *_) = CONFIGURATIONS[kind]
+        found = [kept.get(" ".join(command)) for command in commands(kind, first, (), 3)]
+        assert found[0], f"{kind} was never run"
+        assert all(record.validation["exact match"] >= bar for record in found if record)
