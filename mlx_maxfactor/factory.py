@@ -163,6 +163,19 @@ def create_optimizer_for_hrm(
     Raises:
         ValueError: A rate out of range; or no parameter has "puzzle" in its path.
 
+    Example:
+        Behind one optimizer they have its guards, and a checkpoint takes them:
+
+        >>> import mlx.nn as nn
+        >>> from mlx_maxfactor import create_optimizer, create_optimizer_for_hrm
+        >>> model = nn.Module()
+        >>> model.puzzles, model.layer = nn.Embedding(9, 4), nn.Linear(4, 4, bias=False)
+        >>> pair = create_optimizer_for_hrm(model)
+        >>> main, rules = pair["main"], {"*puzzle*": pair["puzzle"]}
+        >>> optimizer = create_optimizer(model, main, main, rules=rules, skip_nonfinite=True)
+        >>> [(entry.path, entry.optimizer) for entry in optimizer.plan]
+        [('puzzles.weight', 'SignSGD'), ('layer.weight', 'AdamW')]
+
     Reference:
         Wang et al., *Hierarchical Reasoning Model*, 2025, arXiv 2506.21734.
     """
