@@ -138,9 +138,8 @@ def solutions(
 ) -> list[list[int]]:
     """At most `limit` solutions of givens without conflict; in random order with a generator."""
     cells, found = list(cells), []
-    free = [[DIGITS] * SIDE for _ in _UNIT_OF]
+    rows, columns, boxes = ([DIGITS] * SIDE for _ in _UNIT_OF)
     units = list(zip(*_UNIT_OF, strict=True))
-    rows, columns, boxes = free
 
     def flip(i: int, bit: int) -> None:
         r, c, b = units[i]
@@ -157,16 +156,16 @@ def solutions(
         if not empty:
             found.append(cells.copy())
             return
-        place, fewest, least = 0, 0, SIDE + 1
+        place, choices, least = 0, 0, SIDE + 1
         for k, i in enumerate(empty):
             r, c, b = units[i]
             candidates = rows[r] & columns[c] & boxes[b]
             if (count := candidates.bit_count()) < least:
-                place, fewest, least = k, candidates, count
+                place, choices, least = k, candidates, count
                 if count < 2:
                     break
         i = empty.pop(place)
-        digits = [d for d in range(1, SIDE + 1) if fewest >> (d - 1) & 1]
+        digits = [d for d in range(1, SIDE + 1) if choices >> (d - 1) & 1]
         if random is not None:
             random.shuffle(digits)
         for digit in digits:
