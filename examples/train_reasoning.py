@@ -160,7 +160,7 @@ def arrays(examples: Examples) -> tuple[mx.array, mx.array, mx.array]:
 def cross_entropy(logits: mx.array, answers: mx.array) -> mx.array:
     """Mean over the cells whose answer is known: not -1."""
     known = answers >= 0
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.maximum(answers, 0))
+    losses = nn.losses.cross_entropy(logits, mx.maximum(answers, 0))
     return mx.sum(losses * known) / mx.maximum(mx.sum(known), 1)
 
 
@@ -211,8 +211,8 @@ class Reasoner(nn.Module):
         return low, high
 
     def answer(self, high: mx.array) -> mx.array:
-        """Logits: (batch, cells, symbols)."""
-        return self.head(high).reshape(len(high), -1, SYMBOLS)
+        """Logits in float32: (batch, cells, symbols)."""
+        return self.head(high).reshape(len(high), -1, SYMBOLS).astype(mx.float32)
 
     def think(self, identities: mx.array, questions: mx.array, segments: int) -> Iterator[mx.array]:
         """Logits after each segment, from states of zero."""

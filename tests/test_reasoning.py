@@ -234,7 +234,8 @@ def test_rules_are_trained_compared_and_drawn(tmp_path):
 
 
 def test_sudoku_resumes_with_the_puzzles_it_was_at(tmp_path):
-    arguments = ("sudoku", *SMALL, "--heads", "2", "--save-every", "3")
+    rounded = ("--dtype", "bfloat16", "--rounding", "stochastic")
+    arguments = ("sudoku", *SMALL, *rounded, "--save-every", "3")
     done = run(*arguments, "--output", "a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for baseline in ("naked singles", "and hidden ones"):
@@ -247,7 +248,7 @@ def test_sudoku_resumes_with_the_puzzles_it_was_at(tmp_path):
     one, other = (mx.load(str(tmp_path / folder / files[1].name)) for folder in "ab")
     assert one.keys() == other.keys()
     assert "model.carry.low" in one
-    assert np.array(one["model.carry.low"]).any()
+    assert mx.any(one["model.carry.low"] != 0).item()
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
 
 
