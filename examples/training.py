@@ -127,12 +127,20 @@ class Run:
 
 
 def train_all(
-    task: Task, rates: Mapping[str, float], title: str, arguments: Arguments
+    task: Task,
+    rates: Mapping[str, float],
+    title: str,
+    arguments: Arguments,
+    make: Callable[..., RoutedOptimizer] | None = None,
 ) -> list[Run]:
-    """Train with each optimizer that was asked for; print and draw what came of it."""
+    """Train with each optimizer that was asked for; print and draw what came of it.
+
+    Optimizers come from `make_optimizer`, unless `make` takes its place.
+    """
     names = arguments.compare or [arguments.optimizer]
+    make = make or make_optimizer
     try:
-        runs = [train(name, task, rates, arguments) for name in names]
+        runs = [train(name, task, rates, arguments, make) for name in names]
     except CheckpointError as problem:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
     print_results(runs, task)
@@ -140,12 +148,18 @@ def train_all(
     return runs
 
 
-def train(name: str, task: Task, rates: Mapping[str, float], arguments: Arguments) -> Run:
+def train(
+    name: str,
+    task: Task,
+    rates: Mapping[str, float],
+    arguments: Arguments,
+    make: Callable[..., RoutedOptimizer],
+) -> Run:
     """Train a new model. Its first weights come from the seed alone: every optimizer gets them."""
     mx.random.seed(arguments.seed)
     model = task.model()
     model.set_dtype(DTYPES[arguments.dtype])
-    optimizer = make_optimizer(name, model, task.rules(), rates, arguments)
+    optimizer = make(name, model, task.rules(), rates, arguments)
     plan = optimizer.plan
     print(plan, flush=True)
 
@@ -359,7 +373,7 @@ def draw_losses(
     seen = [*guesses.values(), *(loss for run in runs for loss in run.validation["loss"])]
     # Cuts off the first few steps.
     axes.set_ylim(top=1.05 * max(filter(math.isfinite, seen), default=1.0))
-    axes.set_ylabel("nats per character")
+    axes.set_ylabel("cross-entropy, nats")
     axes.legend()
 
 
@@ -423,13 +437,14 @@ class OneLineParser(argparse.ArgumentParser):
 class Parser(OneLineParser):
     """The command line that the examples share."""
 
-    def __init__(self, description: str, **defaults: Any):
+    def __init__(self, description: str, choices: Sequence[str] = NAMES, **defaults: Any):
         super().__init__(
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         which = self.add_mutually_exclusive_group()
-        which.add_argument("--optimizer", choices=NAMES, default="maxfactor", help="one to train")
-        which.add_argument("--compare", type=names, metavar="A,B,C", help="several to train")
+        which.add_argument("--optimizer", choices=choices, default="maxfactor", help="one to train")
+        several = partial(names, choices=choices)
+        which.add_argument("--compare", type=several, metavar="A,B,C", help="several to train")
         add = self.add_argument
         of = partial(add, type=option, action="append", default=[], metavar="NAME=VALUE")
         of("--option", help="of the optimizer on hidden matrices; a value is JSON")
@@ -455,7 +470,7 @@ class Parser(OneLineParser):
     def parse(self, arguments: Arguments) -> None:
         """Read the command line, and say what is wrong with it before any work."""
         self.parse_args(namespace=arguments)
-        for name in arguments.compare or [arguments.optimizer]:
+        for name in {*(arguments.compare or [arguments.optimizer])} & {*NAMES}:
             try:
                 make_optimizer(name, nn.Linear(8, 8), {}, {name: 1.0}, arguments)
             except (TypeError, ValueError) as problem:
@@ -508,9 +523,9 @@ def rate(argument: str) -> float:
     return value
 
 
-def names(argument: str) -> list[str]:
+def names(argument: str, choices: Sequence[str]) -> list[str]:
     given = argument.split(",")
-    if not set(given) <= set(NAMES) or len(set(given)) < len(given):
-        choices = ", ".join(NAMES)
-        raise argparse.ArgumentTypeError(f"takes different names of {choices}, got {argument!r}")
+    if not set(given) <= set(choices) or len(set(given)) < len(given):
+        known = ", ".join(choices)
+        raise argparse.ArgumentTypeError(f"takes different names of {known}, got {argument!r}")
     return given

@@ -155,8 +155,8 @@ def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> i
 
 def create_optimizer_for_hrm(
     model: nn.Module,
-    lr: float = 1e-4,
-    puzzle_emb_lr: float = 1e-2,
+    lr: Rate = 1e-4,
+    puzzle_emb_lr: Rate = 1e-2,
     weight_decay: float = 0.1,
     use_separate_puzzle_optimizer: bool = True,
 ) -> dict[str, Float32Optimizer]:
@@ -167,8 +167,8 @@ def create_optimizer_for_hrm(
 
     Args:
         model: The model; its puzzle embeddings have "puzzle" in their path.
-        lr: Rate of AdamW, β (0.9, 0.95). Default 1e-4.
-        puzzle_emb_lr: Rate of SignSGD. Default 1e-2.
+        lr: Rate of AdamW, β (0.9, 0.95), a number or a schedule. Default 1e-4.
+        puzzle_emb_lr: Rate of SignSGD, likewise. Default 1e-2.
         weight_decay: Decay of both. Default 0.1.
         use_separate_puzzle_optimizer: False leaves everything to AdamW. Default True.
 
@@ -177,6 +177,19 @@ def create_optimizer_for_hrm(
 
     Raises:
         ValueError: A rate out of range; or no parameter has "puzzle" in its path.
+
+    Example:
+        Behind one optimizer they have its guards, and a checkpoint takes them:
+
+        >>> import mlx.nn as nn
+        >>> from mlx_maxfactor import create_optimizer, create_optimizer_for_hrm
+        >>> model = nn.Module()
+        >>> model.puzzles, model.layer = nn.Embedding(9, 4), nn.Linear(4, 4, bias=False)
+        >>> pair = create_optimizer_for_hrm(model)
+        >>> main, rules = pair["main"], {"*puzzle*": pair["puzzle"]}
+        >>> optimizer = create_optimizer(model, main, main, rules=rules, skip_nonfinite=True)
+        >>> [(entry.path, entry.optimizer) for entry in optimizer.plan]
+        [('puzzles.weight', 'SignSGD'), ('layer.weight', 'AdamW')]
 
     Reference:
         Wang et al., *Hierarchical Reasoning Model*, 2025, arXiv 2506.21734.

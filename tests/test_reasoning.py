@@ -1,0 +1,315 @@
+"""The reasoning example: its model's promises, its optimizers, its runs from the command line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import compare_reasoning
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from compare_reasoning import CONFIGURATIONS, Record, commands, report, run_one
+from mlx.utils import tree_flatten
+from puzzles import SYMBOLS, Rules
+from train_reasoning import KINDS, Carry, Reasoner, UnitBlock, cross_entropy, make
+
+from mlx_maxfactor import (
+    GuardedOptimizer,
+    SignSGD,
+    create_optimizer,
+    create_optimizer_for_hrm,
+    warmup_cosine,
+)
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "train_reasoning.py"
+
+
+def arguments(**changes):
+    values = {"width": 8, "heads": 2, "layers": 1, "cycles": 2, "low_steps": 2, "batch_size": 6}
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def rules():
+    return Rules(5)
+
+
+def reasoner(rules, seed=0):
+    mx.random.seed(seed)
+    return Reasoner(KINDS["rules"], rules, arguments())
+
+
+def batch_of(rules, count=6, seed=0):
+    return [
+        mx.array(of.astype(np.int32)) for of in rules.training(count, np.random.default_rng(seed))
+    ]
+
+
+def flat(tree):
+    return dict(tree_flatten(tree))
+
+
+# The model
+
+
+def test_the_gradient_is_that_of_each_modules_last_run(rules):
+    model = reasoner(rules)
+    identities, questions, answers = batch_of(rules)
+    key = mx.random.key(1)
+    start = mx.random.normal((6, 25, 8), key=key)
+    # The runs before the last ones, by hand.
+    x = model.read(identities, questions)
+    low = high = start
+    low = model.low(model.low(low + high + x) + high + x)
+    high = model.high(high + low)
+    low = model.low(low + high + x)
+    mx.eval(low, high)
+
+    def whole(model):
+        read = model.read(identities, questions)
+        return cross_entropy(model.answer(model.segment(start, start, read)[1]), answers)
+
+    def last(model):
+        read = model.read(identities, questions)
+        return cross_entropy(model.answer(model.high(high + model.low(low + high + read))), answers)
+
+    loss, gradients = nn.value_and_grad(model, whole)(model)
+    expected_loss, expected = nn.value_and_grad(model, last)(model)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    for path, gradient in flat(gradients).items():
+        # The same sums in another order: a few float32 roundings of values near 1.
+        np.testing.assert_allclose(gradient, flat(expected)[path], rtol=1e-4, atol=1e-6)
+
+
+def test_the_oldest_puzzles_leave_and_new_ones_start_from_nothing():
+    carry = Carry(batch=6, places=3, width=2, cells=4)
+    assert not carry.trainable_parameters()
+    for step in range(4):
+        carry.take(mx.full(2, step), mx.full((2, 4), step), mx.full((2, 4), step))
+        assert not np.array(carry.low)[-2:].any()
+        carry.low, carry.high = carry.low + 1, carry.high + 1
+    assert carry.identities.tolist() == [1, 1, 2, 2, 3, 3]
+    assert carry.answers[:, 0].tolist() == carry.questions[:, 3].tolist() == [1, 1, 2, 2, 3, 3]
+    # How often each has been thought about: as long as it stays, three times.
+    assert carry.low[:, 0, 0].tolist() == [3, 3, 2, 2, 1, 1]
+
+
+def test_what_is_not_known_costs_nothing():
+    logits = mx.random.normal((2, 3, SYMBOLS), key=mx.random.key(0))
+    answers = mx.array([[0, 1, 2], [-1, -1, -1]])
+    known = nn.losses.cross_entropy(logits[0], answers[0], reduction="mean")
+    assert cross_entropy(logits, answers).item() == pytest.approx(known.item(), rel=1e-6)
+    assert cross_entropy(logits, mx.full((2, 3), -1)).item() == 0
+
+
+def test_no_digit_and_no_line_of_a_sudoku_is_told_from_another():
+    block = UnitBlock(arguments())
+    x = mx.random.normal((1, 6, 6, SYMBOLS, 8), key=mx.random.key(0))
+
+    def of(x):
+        return np.array(block(x.reshape(1, -1, 8)).reshape(x.shape))
+
+    y = of(x)
+    exchanged = {
+        "digits": (3, [4, 0, 5, 1, 2, 3]),
+        "rows of a band": (1, [1, 0, 2, 3, 4, 5]),
+        "bands": (1, [2, 3, 0, 1, 4, 5]),
+        "columns of a stack": (2, [2, 1, 0, 3, 4, 5]),
+    }
+    for axis, order in exchanged.values():
+        moved = of(mx.take(x, mx.array(order), axis=axis))
+        np.testing.assert_allclose(moved, np.take(y, order, axis=axis), rtol=0, atol=1e-5)
+    # But boxes are: a row that leaves its band changes what its cells hear.
+    order = [0, 2, 1, 3, 4, 5]
+    moved = of(mx.take(x, mx.array(order), axis=1))
+    assert np.abs(moved - np.take(y, order, axis=1)).max() > 1e-2
+
+
+# Its optimizers
+
+
+def trained(model, optimizers, rules, steps=12):
+    """The parameters after a few steps, each optimizer in turn."""
+    for seed in range(steps):
+        batch = batch_of(rules, 3, seed)
+
+        def loss(model, batch=batch):
+            x = model.read(*batch[:2])
+            zero = mx.zeros_like(x)
+            return cross_entropy(model.answer(model.segment(zero, zero, x)[1]), batch[2])
+
+        _, gradients = nn.value_and_grad(model, loss)(model)
+        for optimizer in optimizers:
+            optimizer.update(model, gradients)
+        mx.eval(model.parameters(), *(o.state for o in optimizers))
+    return {k: np.array(v) for k, v in flat(model.trainable_parameters()).items()}
+
+
+def same(one, other):
+    return [path for path in one if not np.array_equal(one[path], other[path])]
+
+
+def test_the_two_of_hrm_behind_one_are_the_two(rules):
+    schedules = [
+        warmup_cosine(r, total_steps=12, warmup_steps=3, start_ratio=0.25) for r in (0.01, 1)
+    ]
+    one, other = reasoner(rules), reasoner(rules)
+    apart = trained(one, create_optimizer_for_hrm(one, *schedules).values(), rules)
+    pair = create_optimizer_for_hrm(other, *schedules)
+    routed = create_optimizer(other, pair["main"], pair["main"], rules={"*puzzle*": pair["puzzle"]})
+    assert not same(apart, trained(other, [routed], rules))
+    # By name they spare norms and biases the decay, and are the same in all else.
+    one, third = reasoner(rules), reasoner(rules)
+    apart = trained(one, create_optimizer_for_hrm(one, *schedules).values(), rules, 1)
+    puzzles = SignSGD(schedules[1], sparse_rows=True)
+    rates = {"learning_rate": schedules[0], "rest_learning_rate": schedules[0]}
+    named = create_optimizer(third, "adamw", rules={"*puzzle*": puzzles}, **rates)
+    spared = [path for path in apart if "norm" in path or "bias" in path]
+    assert same(apart, trained(third, [named], rules, 1)) == spared
+    assert routed.plan[0].optimizer == "SignSGD"
+
+
+def test_sparse_rows_matter_through_the_decay_alone(rules):
+    after = {}
+    for decay in (0.0, 0.1):
+        for sparse in (True, False):
+            model = reasoner(rules)
+            puzzles = SignSGD(0.1, weight_decay=decay, sparse_rows=sparse)
+            optimizer = create_optimizer(model, rules={"puzzles*": puzzles})
+            after[decay, sparse] = trained(model, [optimizer], rules, 3)
+    assert not same(after[0.0, True], after[0.0, False])
+    assert "puzzles.weight" in same(after[0.1, True], after[0.1, False])
+
+
+def test_the_examples_pair_has_the_rates_that_it_says(rules):
+    given = arguments(
+        steps=100, learning_rate=None, puzzle_learning_rate=None, option=[("weight_decay", 0.0)]
+    )
+    optimizer = make("hrm", reasoner(rules), {}, {"hrm": 1e-3}, given)
+    assert isinstance(optimizer, GuardedOptimizer)
+    main, puzzle = optimizer.optimizers
+    assert [type(m).__name__ for m in (main, puzzle)] == ["AdamW", "SignSGD"]
+    assert puzzle.learning_rate.item() == pytest.approx(100 * main.learning_rate.item(), rel=1e-5)
+    assert main.weight_decay == puzzle.weight_decay == 0
+    given.option = [("use_separate_puzzle_optimizer", False)]
+    alone = make("hrm", reasoner(rules), {}, {"hrm": 1e-3}, given)
+    assert {entry.optimizer for entry in alone.plan} == {"AdamW"}
+
+
+# From the command line
+
+SMALL = ("--steps", "6", "--width", "8", "--batch-size", "8", "--segments", "2", "--count", "3")
+
+
+def run(*arguments, cwd):
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_rules_are_trained_compared_and_drawn(tmp_path):
+    done = run("rules", "--compare", "maxfactor,hrm", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("puzzles.weight")]
+    assert [row.split()[4] for row in rows] == ["SignSGD", "SignSGD"]
+    assert re.search(r"^unchanged +0\.\d{3} +0\.\d{3}$", done.stdout, re.MULTILINE)
+    folder = tmp_path / "runs" / "reasoning" / "rules"
+    curves = json.loads((folder / "curves.json").read_text())
+    assert [run["optimizer"] for run in curves["runs"]] == ["maxfactor", "hrm"]
+    assert len({run["training_loss"][-1] for run in curves["runs"]}) == 2
+    assert set(curves["runs"][0]["validation"]) == {"loss", "exact match", "cells"}
+    for picture in ("curves.png", "solving.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_sudoku_resumes_with_the_puzzles_it_was_at(tmp_path):
+    rounded = ("--dtype", "bfloat16", "--rounding", "stochastic")
+    arguments = ("sudoku", *SMALL, *rounded, "--save-every", "3")
+    done = run(*arguments, "--output", "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for baseline in ("naked singles", "and hidden ones"):
+        assert re.search(rf"^{baseline} +0\.000 +0\.\d{{3}}$", done.stdout, re.MULTILINE)
+    files = sorted((tmp_path / "a").glob("*.safetensors"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / files[0].name).write_bytes(files[0].read_bytes())
+    done = run(*arguments, "--output", "b", "--resume", cwd=tmp_path)
+    assert "after 3 steps" in done.stdout, done.stderr
+    one, other = (mx.load(str(tmp_path / folder / files[1].name)) for folder in "ab")
+    assert one.keys() == other.keys()
+    assert "model.carry.low" in one
+    assert mx.any(one["model.carry.low"] != 0).item()
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chess"], "chess"),
+        (["--batch-size", "7"], "divisible by --segments"),
+        (["--width", "9"], "divisible by --heads"),
+        (["--puzzle-option", "speed=9"], "speed"),
+        (["--optimizer", "hrm", "--option", "speed=9"], "speed"),
+        (["--optimizer", "sgd"], "'hrm'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+
+
+# The comparison
+
+
+def test_the_comparison_asks_for_each_run_once_and_the_example_first():
+    given = SimpleNamespace(only=None, others=[], seeds=2)
+    runs = [" ".join(command) for command in compare_reasoning.wanted(given)]
+    assert len(runs) == len(set(runs)) == 2 * (2 + sum(map(len, CONFIGURATIONS.values())))
+    start = "python examples/train_reasoning.py"
+    assert runs[:3] == [
+        f"{start} rules --seed=1",
+        f"{start} sudoku --seed=1",
+        f"{start} rules --seed=2",
+    ]
+
+
+def test_a_table_has_the_mean_and_the_ends_of_its_seeds():
+    records = {}
+    for command, right in zip(commands("sudoku", "MaxFactor", (), 2), (0.5, 1.0), strict=True):
+        values = {"loss": 0.25, "exact match": right, "cells": 1.0}
+        records[" ".join(command)] = Record(" ".join(command), 10 * right, 1234, values)
+    lines = report(records).splitlines()
+    assert lines[0] == "## sudoku, as the example is"
+    assert lines[-1].startswith("| MaxFactor | 2 | 0.750 (0.500 to 1.000) | 1.000 (")
+    assert lines[-1].endswith("| 1,234 | 8 |")
+    assert len(lines) == 5
+
+
+def test_a_run_is_read_as_a_user_would_see_it(tmp_path):
+    record = run_one(["python", "examples/train_reasoning.py", "rules", *SMALL], tmp_path)
+    assert set(record.validation) == {"loss", "exact match", "cells"}
+    assert 0 < record.validation["cells"] < 1
+    assert record.cpu_seconds > 0
+    assert not list(tmp_path.iterdir()), "a picture is kept of the example as it is alone"
+
+
+def test_the_bar_is_met_in_every_kept_run_of_the_example_as_it_is():
+    kept = compare_reasoning.read(compare_reasoning.RECORDS)
+    for kind, bar in (("rules", 0.9), ("sudoku", 0.8)):
+        (first, *_) = CONFIGURATIONS[kind]
+        found = [kept.get(" ".join(command)) for command in commands(kind, first, (), 3)]
+        assert found[0], f"{kind} was never run"
+        assert all(record.validation["exact match"] >= bar for record in found if record)
