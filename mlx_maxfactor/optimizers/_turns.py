@@ -93,7 +93,8 @@ class Turns:
         kept = [key for key, x in state.items() if isinstance(x, mx.array)]
         arrays = [leaf.gradient, leaf.parameter, *(state[key] for key in kept)]
         if self._before and self._waits:
-            arrays = mx.depends(arrays, self._before)
+            # One by one: what is given together is held together, and nothing is updated in place.
+            arrays = [mx.depends(x, self._before) for x in arrays]
         gradient, parameter, *old = arrays
         state.update(zip(kept, old, strict=True))
         # Through a dictionary that keeps: a formula that reads back what it wrote then needs no
