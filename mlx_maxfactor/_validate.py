@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 Rate = float | mx.array | Callable[[mx.array], Any]
 """A learning rate: a number, or a schedule, a function of the step (0 at the first update)."""
@@ -91,7 +92,14 @@ def check_rate(name: str, value: Any, step: Any = 0) -> Rate:
 
 
 def _check_schedule(name: str, schedule: Callable[[mx.array], Any], step: Any) -> None:
-    rate = schedule(mx.array(step, mx.uint64))
+    if isinstance(schedule, nn.Module):
+        raise ValueError(f"{name} is a model: create_optimizer takes one, an optimizer its rate")
+    try:
+        rate = schedule(mx.array(step, mx.uint64))
+    except TypeError as problem:
+        raise ValueError(
+            f"{name} must be a function of the step alone, got {shown(schedule)}: {problem}"
+        ) from problem
     if isinstance(rate, mx.array) and rate.size == 1:
         rate = known(rate.reshape(()))
     elif isinstance(rate, bool) or not isinstance(rate, Real):
@@ -126,6 +134,21 @@ def known(value: Any) -> Any:
     except ValueError:
         return None
     return float(f"{number:.7g}") if isinstance(number, float) else number  # float32 has no more
+
+
+def check_update(model: Any, gradients: Any) -> None:
+    """Raise unless these are what ``optimizer.update`` takes."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"update takes the model, then its gradients; the model is {_kind(model)}")
+    if not isinstance(gradients, dict):
+        raise ValueError(
+            "gradients must be a tree like the model's parameters, as nn.value_and_grad gives "
+            f"beside the loss, got {_kind(gradients)}"
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
 
 
 # What a message says of a value

@@ -66,7 +66,8 @@ def create_optimizer(
         exclude_first: Send a Linear that reads the model's input to ``rest``.
         strict: Raise if an array belongs to no known layer and no rule names it.
         pretrained: The weights are trained already: default rates are those for full fine-tuning.
-            A model with LoRA always is, and its A and B have rates and options of their own.
+            A model with LoRA always is, and its A and B have rates and options of their own. Only
+            maxfactor, muon and signsgd have other rates then; AdamW's 1e-3 was not tuned for it.
         rest_options: Options of ``rest`` if it is a name.
         max_grad_norm: Largest global norm of the gradients, computed in float32; larger ones are
             scaled to it. None: no limit.
@@ -104,6 +105,8 @@ def create_optimizer(
 
     if not isinstance(rest_options or {}, Mapping):
         raise ValueError(f"rest_options must map names to values, got {shown(rest_options)}")
+    if odd := [key for key in rest_options or {} if not isinstance(key, str)]:
+        raise ValueError(f"rest_options must map names to values, got the key {odd[0]!r}")
     parts = (
         Part("hidden", hidden, learning_rate, hidden_options),
         Part("rest", rest, rest_learning_rate, dict(rest_options or {})),
@@ -111,7 +114,8 @@ def create_optimizer(
     for part, other in (parts, parts[::-1]):
         part.check_options(signature(create_optimizer).parameters, other)
     shared = {"rounding": rounding, "seed": seed}
-    lora = any(p.role in LORA_ROLES for p in parameters)
+    trained = flatten(model.trainable_parameters())
+    lora = any(p.role in LORA_ROLES and p.path in trained for p in parameters)
     roster = Roster(*parts, shared, pretrained=pretrained, lora=lora)
     hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
     routes = {}

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
 from . import functional as f
-from ._validate import Rate, check_flags, check_number
+from ._validate import Rate, check_flags, check_number, check_update, got
 from .optimizers._base import Float32Optimizer, flatten
 from .optimizers._turns import Leaf, Turns, Update, find_leaves
 
@@ -51,6 +52,8 @@ class GuardedOptimizer(MultiOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
     ):
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer must be an optimizer, {got(optimizer, ())}")
         super().__init__([optimizer])
         self._set_guard(max_grad_norm, skip_nonfinite)
 
@@ -94,6 +97,11 @@ class GuardedOptimizer(MultiOptimizer):
         """Make the state of every parameter that has none yet."""
         for index, optimizer in enumerate(self.optimizers):
             optimizer.init(self._part(parameters, index))
+
+    def update(self, model: nn.Module, gradients: dict) -> None:
+        """Update the model's parameters in place."""
+        check_update(model, gradients)
+        super().update(model, gradients)
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""

@@ -29,7 +29,10 @@ OPTIMIZERS: dict[OptimizerName, type[Float32Optimizer]] = {
 DEFAULT_RATES = {"maxfactor": 5e-2, "adafactor": 1e-2, "signsgd": 1e-2, "muon": 2e-2, "adamw": 1e-3}
 """Rates of the members. A rate given for the hidden matrices moves the others in proportion."""
 
-RATE_WORDS = ("lr", "rate", "eta", "learning_rate", "rest_learning_rate")
+HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
+"""What the name of the hidden optimizer is called elsewhere."""
+
+RATE_WORDS = ("lr", "rest_lr", "rate", "eta", "learning_rate", "rest_learning_rate")
 """What a rate is called elsewhere, or in the other place."""
 
 HIDDEN_OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"step": "orthogonal"}}
@@ -109,6 +112,8 @@ class Part:
             problem = f"{self.choice} has no option {option!r}"
             if option in RATE_WORDS:
                 raise ValueError(f"{problem}: its rate is {self.rate_name}")
+            if option in HIDDEN_WORDS:
+                raise ValueError(f"{problem}: an optimizer's name goes to hidden, or to rest")
             if isinstance(other.choice, str) and option in options_of(other.choice):
                 remedy = (
                     f"{option}=..." if self.place == "rest" else f"rest_options={{{option!r}: ...}}"
@@ -222,6 +227,8 @@ def _nominal(optimizer: Optimizer) -> float:
 
 def _known_peak(schedule: Any, beside: str) -> float:
     if isinstance(schedule, Schedule) and schedule.peak is not None:
+        if schedule.peak == 0:
+            raise ValueError(f"{beside} is a number beside a learning_rate that is always 0")
         return schedule.peak
     raise ValueError(
         f"{beside} is a number beside a learning_rate whose peak is not known: make it a schedule "

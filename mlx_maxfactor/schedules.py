@@ -36,6 +36,12 @@ class Schedule:
     peak: float | None = None
     ratio: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(f"function must be a function of the step, got {self.function!r}")
+        if self.peak is not None:
+            check_number("peak", self.peak, 0.0)
+
     def __call__(self, step: mx.array | int) -> mx.array:
         """The rate at a step."""
         return self.ratio * self.function(mx.array(step))

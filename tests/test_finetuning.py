@@ -227,3 +227,15 @@ def test_the_kept_records_of_fine_tuning_make_the_table():
         if record.run.rate is None:
             name = record.run.optimizer.partition(",")[0]
             assert record.learning_rate == pytest.approx(table.rates[name]), record.run
+
+
+def test_lora_that_is_frozen_leaves_the_rate_as_it_was_given():
+    model = lora_llama()
+    model.freeze()
+    model.layers[0].mlp.unfreeze(keys=["weight"], strict=False)
+    optimizer = create_optimizer(model, learning_rate=0.02)
+    rates = optimizer.effective_learning_rates(model)
+    hidden = {e.path for e in optimizer.plan if e.optimizer == "maxfactor"}
+    assert hidden
+    assert optimizer.learning_rate.item() == pytest.approx(0.02)
+    assert all(rates[path] < 0.02 for path in hidden)  # times the RMS of its weights

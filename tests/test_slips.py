@@ -405,7 +405,7 @@ def test_a_model_with_one_trainable_array_is_enough():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (MaxFactor, "MaxFactor(learning_rate=0.01)"),
+        (MaxFactor, "MaxFactor(learning_rate=0.01, step='row_max')"),
         (
             lambda: MaxFactor(0.05, step={"block": 128}, momentum=0.8, seed=3),
             "MaxFactor(learning_rate=0.05, step=Orthogonal(block=128), momentum=0.8)",
@@ -416,7 +416,7 @@ def test_a_model_with_one_trainable_array_is_enough():
         ),
         (
             lambda: MaxFactor(momentum=FrequencyAdaptiveMomentum(bands=4), eps=(1e-9, 0)),
-            "MaxFactor(learning_rate=0.01, eps=(1e-09, 0.0), "
+            "MaxFactor(learning_rate=0.01, step='row_max', eps=(1e-09, 0.0), "
             "momentum=FrequencyAdaptiveMomentum(bands=4))",
         ),
         (
@@ -550,3 +550,63 @@ def test_pyright_flags_wrong_names_in_a_script(tmp_path):
     wrong = {i for i, line in enumerate(SCRIPT.split("\n")) if line.endswith("# wrong")}
     assert len(wrong) == 14
     assert flagged == wrong, found
+
+
+def test_an_update_says_what_it_takes():
+    model = Table()
+    gradients = model.trainable_parameters()
+    for optimizer in (create_optimizer(model), AdamW(), GuardedOptimizer(AdamW())):
+        with pytest.raises(ValueError, match="model, then its gradients; the model is a dict"):
+            optimizer.update(gradients, model)
+        with pytest.raises(ValueError, match="beside the loss, got a tuple"):
+            optimizer.update(model, (mx.array(1.0), gradients))
+    with pytest.raises(ValueError, match="optimizer must be an optimizer, got 'adamw'"):
+        GuardedOptimizer("adamw")
+
+
+def test_a_parameter_that_has_changed_its_shape_is_named():
+    model = Table()
+    optimizer = create_optimizer(model)
+    model.linear1.weight = mx.zeros((5, 7))
+    with pytest.raises(ValueError, match=r"linear1.weight \(5, 7\).*make the optimizer again"):
+        optimizer.update(model, model.trainable_parameters())
+
+
+@pytest.mark.parametrize("make", [MaxFactor, lambda **options: Muon(momentum=0.0, **options)])
+@pytest.mark.parametrize("dtype", [mx.int8, mx.bfloat16])
+def test_a_dtype_of_a_buffer_that_is_not_there_is_refused(make, dtype):
+    with pytest.raises(ValueError, match=r"there is none: give momentum in \(0, 1\), got"):
+        make(state_dtype=dtype)
+
+
+ODD = {
+    "a schedule of nothing": (lambda: Schedule(3, "x"), "function must be a function of the step"),
+    "a peak below zero": (lambda: Schedule(abs, "x", peak=-1.0), r"peak must be in \[0, inf\)"),
+    "a text for a peak": (lambda: Schedule(abs, "x", peak="1"), r"peak must be in .*, got '1'"),
+    "a schedule without a step": (lambda: AdamW(lambda: 1e-3), "function of the step alone"),
+    "one that was not made": (lambda: AdamW(warmup_cosine), "function of the step alone"),
+    "a model for a rate": (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
+    "a name in the wrong place": (
+        lambda: create_optimizer(Table(), optimizer="muon"),
+        "an optimizer's name goes to hidden",
+    ),
+    "a number for a name": (
+        lambda: create_optimizer(Table(), rest_options={1: 2}),
+        "rest_options must map names to values, got the key 1",
+    ),
+    "a schedule that is 0": (
+        lambda: create_optimizer(
+            Table(),
+            learning_rate=mlx_optimizers.cosine_decay(0.0, 100),
+            rest_learning_rate=1e-3,
+        ),
+        "rest_learning_rate is a number beside a learning_rate that is always 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", ODD)
+def test_what_else_goes_wrong_is_one_line(slip):
+    call, message = ODD[slip]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -11,7 +11,16 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from .. import functional as f
-from .._validate import LARGEST_SEED, Rate, check_choice, check_integer, check_rate, known, shown
+from .._validate import (
+    LARGEST_SEED,
+    Rate,
+    check_choice,
+    check_integer,
+    check_rate,
+    check_update,
+    known,
+    shown,
+)
 from ..schedules import described
 from ._turns import Turns, Update, find_leaves
 
@@ -204,6 +213,11 @@ class Float32Optimizer(Optimizer):
                     problems.append(f"{path}: {problem}")
         return state
 
+    def update(self, model: nn.Module, gradients: dict) -> None:
+        """Update the model's parameters in place."""
+        check_update(model, gradients)
+        super().update(model, gradients)
+
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
         leaves = find_leaves(gradients, parameters, [self.state])
@@ -275,7 +289,9 @@ class Float32Optimizer(Optimizer):
         draws = self.rounding == "stochastic" or getattr(self, "state_dtype", mx.float32) == mx.int8
         for name, default in _defaults(type(self)).items():
             value = self._option(name)
-            if name == "learning_rate" or value is MISSING or value == default:
+            if name == "learning_rate" or value is MISSING:
+                continue
+            if value == default and name != "step":  # of MaxFactor the router has another default
                 continue
             if name != "seed" or draws:
                 options.append(f"{name}={_shown_option(value)}")

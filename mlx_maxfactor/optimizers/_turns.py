@@ -100,7 +100,14 @@ class Turns:
         # Through a dictionary that keeps: a formula that reads back what it wrote then needs no
         # second copy of its state beside the one that stays.
         live = state if self.finite is None else _Kept(self, state)
-        updated = self.kept(apply_single(self.scaled(gradient), parameter, live), parameter)
+        try:
+            new = apply_single(self.scaled(gradient), parameter, live)
+        except ValueError as problem:
+            raise ValueError(
+                f"{leaf.path} {parameter.shape}, gradient {gradient.shape}: {problem}; make the "
+                "optimizer again where the model has changed"
+            ) from problem
+        updated = self.kept(new, parameter)
         state.update(live)
         self._before = [updated, *(state[key] for key in kept)]
         return updated

@@ -3,9 +3,9 @@
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import Rate, check_choice, check_flags, check_number, check_pair
+from .._validate import Rate, check_flags, check_number, check_pair
 from ._base import Float32Optimizer, Rounding
-from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
+from .first_moment import check_state_dtype, init_momentum, read_momentum, write_momentum
 
 
 class AdamW(Float32Optimizer):
@@ -54,7 +54,7 @@ class AdamW(Float32Optimizer):
         state_dtype: mx.Dtype = mx.float32,
     ):
         super().__init__(learning_rate, rounding=rounding, seed=seed)
-        self.state_dtype = check_choice("state_dtype", state_dtype, STATE_DTYPES)
+        self.state_dtype = check_state_dtype(state_dtype)
         check_flags(bias_correction=bias_correction)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
         self.eps = check_number("eps", eps, 0.0, ends="()")

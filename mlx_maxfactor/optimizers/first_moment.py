@@ -3,9 +3,21 @@
 import mlx.core as mx
 
 from .. import functional as f
+from .._validate import check_choice
 from ._base import Float32Optimizer
 
 STATE_DTYPES = (mx.float32, mx.bfloat16, mx.int8)
+
+
+def check_state_dtype(state_dtype: mx.Dtype, momentum: object = True) -> mx.Dtype:
+    """The dtype, if it is one that a buffer may have and there is a buffer."""
+    check_choice("state_dtype", state_dtype, STATE_DTYPES)
+    if state_dtype != mx.float32 and not momentum:
+        raise ValueError(
+            f"state_dtype={state_dtype} is of the momentum buffer, and there is none: give "
+            f"momentum in (0, 1), got momentum={momentum!r}"
+        )
+    return state_dtype
 
 
 def init_momentum(

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_number, check_pair, got, hint
 from ._base import Float32Optimizer, Rounding
-from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
+from .first_moment import check_state_dtype, init_momentum, read_momentum, write_momentum
 from .momentum import FrequencyAdaptiveMomentum
 from .orthogonal import Orthogonal
 
@@ -155,7 +155,7 @@ class MaxFactor(Float32Optimizer):
         state_dtype: mx.Dtype = mx.float32,
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_choice("state_dtype", state_dtype, STATE_DTYPES)
+        self.state_dtype = check_state_dtype(state_dtype, momentum)
         self.orthogonal = orthogonal_step_of(step)
         check_flags(
             max_norm=max_norm,

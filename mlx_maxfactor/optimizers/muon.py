@@ -7,7 +7,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_integer, check_number
 from ._base import Float32Optimizer, Rounding
-from .first_moment import STATE_DTYPES, init_momentum, read_momentum, write_momentum
+from .first_moment import check_state_dtype, init_momentum, read_momentum, write_momentum
 
 Scale = Literal["spectral", "rms"]
 
@@ -71,7 +71,7 @@ class Muon(Float32Optimizer):
         block: int | None = None,
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_choice("state_dtype", state_dtype, STATE_DTYPES)
+        self.state_dtype = check_state_dtype(state_dtype, momentum)
         check_flags(nesterov=nesterov)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = nesterov
