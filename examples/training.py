@@ -248,7 +248,7 @@ def print_profile(
     """Where a step's time and memory go. The training goes on as if nothing had been asked."""
     loss_and_gradients = nn.value_and_grad(model, partial(task.loss, model))
     batch = task.training_batch(np.random.default_rng(arguments.seed))
-    print(profile_step(model, optimizer, loss_and_gradients, *batch), flush=True)
+    print(profile_step(model, optimizer, loss_and_gradients, *batch, rounds=25), flush=True)
 
 
 def record_bands(run: Run, optimizer: RoutedOptimizer, watched: Sequence[str]) -> None:

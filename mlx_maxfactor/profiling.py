@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import fmean
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -27,7 +27,7 @@ class Cost:
     """What a step, or a part of it, takes.
 
     Attributes:
-        seconds: Until all that it computes is there; the median of the rounds.
+        seconds: Until all that it computes is there; the mean of the middle half of the rounds.
         python_seconds: Of these, until the call returned, which is before anything is computed:
             Python, and MLX building the graph or handing over the compiled one.
         peak_bytes: The most that all arrays of the process took meanwhile.
@@ -243,12 +243,18 @@ def _breakdown(
     peaks: dict[str, int],
 ) -> Breakdown:
     def cost(rounds: Sequence[dict[str, _Seconds]], name: str, peak: int) -> Cost:
-        seconds, python = zip(*(each[name] for each in rounds), strict=True)
-        return Cost(median(seconds), median(python), peak)
+        seconds, python = zip(*(each[name] for each in _middle(rounds)), strict=True)
+        return Cost(fmean(seconds), fmean(python), peak)
 
     parts = {name: cost(apart, name, peak) for name, peak in peaks.items()}
     each = [found[WHOLE].whole for found in whole]
     return Breakdown(cost(whole, WHOLE, whole_peak[WHOLE]), parts, (min(each), max(each)))
+
+
+def _middle(rounds: Sequence[dict[str, _Seconds]]) -> Sequence[dict[str, _Seconds]]:
+    """The middle half of the rounds by length: unlike medians of parts, their means add up."""
+    ordered = sorted(rounds, key=lambda each: sum(seconds.whole for seconds in each.values()))
+    return ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
 
 
 class _Step:

@@ -18,7 +18,7 @@ from mlx_maxfactor import (
     profile_step,
     warmup_cosine,
 )
-from mlx_maxfactor.profiling import Breakdown, Cost, _Kept, _seconds, _Step
+from mlx_maxfactor.profiling import Breakdown, Cost, _breakdown, _Kept, _Seconds, _seconds, _Step
 
 GUARDS = {"max_grad_norm": 0.1, "skip_nonfinite": True}
 SCHEDULE = warmup_cosine(0.02, total_steps=9, warmup_steps=2, start_ratio=0.5)
@@ -246,6 +246,17 @@ def test_what_the_numbers_say():
     way = Breakdown(Cost(4.0, 0.5, 8), parts, (3.0, 5.0))
     assert way.total == Cost(5.0, 0.75, 9)
     assert way.ratio == 1.25
+
+
+def test_the_middle_half_of_the_rounds_counts_and_adds_up():
+    lengths = [(9, 9), (1, 4), (2, 3), (3, 4), (90, 1)]  # sums 18, 5, 5, 7, 91: 5, 7 and 18 count
+    apart = [{"a": _Seconds(a, 0.5), "b": _Seconds(b, 0.5)} for a, b in lengths]
+    whole = [{"whole step": _Seconds(seconds, 1.0)} for seconds in (10, 4, 5, 6, 0.1)]
+    way = _breakdown(whole, apart, {"whole step": 3}, {"a": 1, "b": 2})
+    assert way.total.seconds == pytest.approx((5 + 7 + 18) / 3)
+    assert way.parts["b"].python_seconds == 0.5
+    assert way.step == Cost(5.0, 1.0, 3)
+    assert way.spread == (0.1, 10)
 
 
 def test_a_loss_that_fails_leaves_everything_as_it_was():
