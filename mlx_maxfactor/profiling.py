@@ -19,7 +19,7 @@ from .optimizers._base import flatten
 from .optimizers._turns import Turns, find_leaves
 from .routing import RoutedOptimizer
 
-WHOLE, FORWARD, GUARD = "whole step", "forward and backward", "guard"
+WHOLE, FORWARD, GUARD, WAIT = "whole step", "forward and backward", "guard", "wait"
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,15 @@ class Profile:
             asked for.
         rounds: How often each was timed.
         held_bytes: What the arrays of the process take before the step: weights, state, data.
+        wait_seconds: Of evaluating one number: what each part pays beside its work, for handing it
+            over and waiting.
     """
 
     eager: Breakdown
     compiled: Breakdown | None
     rounds: int
     held_bytes: int
+    wait_seconds: float
 
     def __repr__(self) -> str:
         return str(self)
@@ -110,6 +113,7 @@ class Profile:
         if self.compiled:
             saved = 1 - self.compiled.step.seconds / self.eager.step.seconds
             lines.append(f"compiling saves {saved:.0%} of the eager step")
+        lines.append(f"handing over and waiting take {1e3 * self.wait_seconds:.2f} ms of each part")
         return "\n".join([*lines, f"before the step {self.held_bytes / 1e6:.1f} MB are held"])
 
 
@@ -173,14 +177,15 @@ def profile_step(
         modes = [False, True][: 1 + compiled]
         steps = [_Step(model, optimizer, loss_and_gradients, mode) for mode in modes]
         runs = [partial(run, batch) for step in steps for run in (step.whole, step.apart)]
-        times = _times(runs, kept, rounds)
+        times = _times([*runs, _wait], kept, rounds)
+        wait = fmean(each[WAIT].whole for each in _middle(times.pop()))
         peaks = [_peaks(run, kept) for run in runs]
         # Of each step the whole and the parts.
         eager, *rest = (
             _breakdown(times[i], times[i + 1], peaks[i], peaks[i + 1])
             for i in range(0, len(runs), 2)
         )
-        return Profile(eager, rest[0] if rest else None, rounds, held)
+        return Profile(eager, rest[0] if rest else None, rounds, held, wait)
     finally:
         before.put_back()
 
@@ -214,6 +219,10 @@ def _seconds(call: Callable[[], Any], changed: Any) -> tuple[Any, _Seconds]:
     called = time.perf_counter()
     mx.eval(result, changed)
     return result, _Seconds(time.perf_counter() - start, called - start)
+
+
+def _wait(measure: Measure) -> dict[str, Any]:
+    return {WAIT: measure(lambda: mx.array(0.0) + 1.0, [])[1]}
 
 
 def _peaks(run: Run, kept: "_Kept") -> dict[str, int]:

@@ -212,13 +212,15 @@ def test_time_is_told_of_the_part_that_takes_it():
         model, MaxFactor(partial(slow, 0.0, 0.01)), AdamW(partial(slow, 0.2, 0.01)), **GUARDS
     )
     run = nn.value_and_grad(model, lambda x: slow(0.1, mx.mean(model(x) ** 2)))
-    eager = profile_step(model, optimizer, run, mx.ones((4, 8)), rounds=1, compiled=False).eager
+    profile = profile_step(model, optimizer, run, mx.ones((4, 8)), rounds=1, compiled=False)
+    eager = profile.eager
     # Sleep is never shorter than asked for; how much longer all else takes is not asked.
     assert eager.parts["forward and backward"].python_seconds >= 0.1
     rest = [name for name in eager.parts if "AdamW" in name]
     assert len(rest) == 1
     assert eager.parts[rest[0]].python_seconds >= 0.2
     assert eager.step.python_seconds >= 0.3
+    assert 0 < profile.wait_seconds
     assert eager.total.seconds >= eager.total.python_seconds >= 0.3
 
 
