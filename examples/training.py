@@ -38,6 +38,7 @@ from mlx_maxfactor import (
     Schedule,
     create_optimizer,
     load_checkpoint,
+    profile_step,
     save_checkpoint,
     warmup_cosine,
 )
@@ -168,6 +169,8 @@ def train(
     step = compiled_step(model, optimizer, task)
     random = np.random.default_rng(arguments.seed)
     first = resume(run, task, model, optimizer, random, arguments) if arguments.resume else 0
+    if arguments.profile:
+        print_profile(task, model, optimizer, arguments)
     progress = tqdm(desc=name, total=arguments.steps, initial=first, unit="step")
     progress.set_postfix_str("compiling the first step")
     losses: list[mx.array] = []
@@ -251,6 +254,15 @@ def compiled_step(model: nn.Module, optimizer: Optimizer, task: Task) -> Callabl
         return loss
 
     return step
+
+
+def print_profile(
+    task: Task, model: nn.Module, optimizer: RoutedOptimizer, arguments: Arguments
+) -> None:
+    """Where a step's time and memory go. The training goes on as if nothing had been asked."""
+    loss_and_gradients = nn.value_and_grad(model, partial(task.loss, model))
+    batch = task.training_batch(np.random.default_rng(arguments.seed))
+    print(profile_step(model, optimizer, loss_and_gradients, *batch, rounds=25), flush=True)
 
 
 def record_bands(run: Run, optimizer: RoutedOptimizer, watched: Sequence[str]) -> None:
@@ -419,6 +431,7 @@ class Arguments(argparse.Namespace):
     seed: int
     dtype: str
     rounding: Literal["nearest", "stochastic"]
+    profile: bool
     resume: bool
     save_every: int
     keep: int
@@ -460,6 +473,7 @@ class Parser(OneLineParser):
         add("--seed", type=partial(integer, least=0), default=1, help="of weights and batches")
         add("--dtype", choices=DTYPES, default="float32", help="of the weights")
         add("--rounding", choices=["nearest", "stochastic"], default="nearest", help="of them")
+        add("--profile", action="store_true", help="print where a step's time and memory go")
         add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
         add("--save-every", type=integer, default=100, help="steps between checkpoints")
         add("--keep", type=integer, default=2, help="checkpoints that stay")

@@ -16,6 +16,7 @@ from .optimizers import (
     Orthogonal,
     SignSGD,
 )
+from .profiling import Profile, profile_step
 from .roles import ROLES
 from .routing import Plan, PlanEntry, RoutedOptimizer
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
@@ -35,6 +36,7 @@ __all__ = [
     "Orthogonal",
     "Plan",
     "PlanEntry",
+    "Profile",
     "RoutedOptimizer",
     "Schedule",
     "SignSGD",
@@ -48,6 +50,7 @@ __all__ = [
     "load_checkpoint",
     "newton_schulz",
     "polar_express",
+    "profile_step",
     "save_checkpoint",
     "warmup_cosine",
 ]

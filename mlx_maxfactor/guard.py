@@ -1,6 +1,6 @@
 """Bad batches: clipping by the global norm, and steps that are skipped, inside a compiled step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -75,6 +75,11 @@ class GuardedOptimizer(MultiOptimizer):
         return limit + ["skip_nonfinite=True"] * self.skip_nonfinite
 
     @property
+    def guards(self) -> bool:
+        """Whether it clips or skips anything."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
     def skipped(self) -> mx.array:
         """Number of steps that were skipped."""
         return self._guard.get("skipped", mx.array(0, mx.uint32))
@@ -111,8 +116,22 @@ class GuardedOptimizer(MultiOptimizer):
             self.init(tree_map(lambda _, p: p, gradients, parameters))
             leaves = find_leaves(gradients, parameters, self._states)
         turns = self._turns([leaf.gradient for leaf in leaves])
+        updated = self._updated(gradients, parameters, leaves, turns, range(len(self.optimizers)))
+        self._count(turns)
+        return updated
+
+    def _updated(
+        self,
+        gradients: Any,
+        parameters: Any,
+        leaves: Sequence[Leaf],
+        turns: Turns,
+        members: Iterable[int],
+    ) -> Any:
+        """The parameters that some members update, in the structure of their gradients."""
         whole: dict[str, mx.array] = {}
-        for index, optimizer in enumerate(self.optimizers):
+        for index in members:
+            optimizer = self.optimizers[index]
             if _is_single(optimizer):
                 _advance(optimizer, turns)
             else:
@@ -129,15 +148,17 @@ class GuardedOptimizer(MultiOptimizer):
             update = optimizer.update_at(leaf.path) if ours else optimizer.apply_single
             return update, leaf.states[index]
 
-        updated = turns.take_all(gradients, leaves, way)
+        return turns.take_all(gradients, leaves, way)
+
+    def _count(self, turns: Turns) -> None:
+        """Count the step if it is skipped."""
         if self.skip_nonfinite:
             skipped = self._guard["skipped"]
             self._guard["skipped"] = turns.kept(skipped, skipped + 1)
-        return updated
 
     def _turns(self, gradients: Sequence[mx.array]) -> Turns:
         """What happens to every gradient and every update of this step."""
-        if self.max_grad_norm is None and not self.skip_nonfinite:
+        if not self.guards:
             return Turns()
         factor, (peak, norm) = None, f.scaled_global_norm(gradients, f.can_wait())
         finite = f.hoist(mx.isfinite(norm))

@@ -43,6 +43,19 @@ def run(script, *arguments, cwd):
     )
 
 
+def test_a_profile_is_printed_and_the_training_goes_on_as_without(tmp_path):
+    ends = []
+    for asked in ([], ["--profile"]):
+        done = run(LANGUAGE_MODEL, *asked, "--optimizer", "signsgd", *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        curves = json.loads((tmp_path / "runs" / "language_model" / "curves.json").read_text())
+        ends.append(curves["runs"][0]["training_loss"])
+    assert ends[0] == ends[1]
+    lines = done.stdout.splitlines()
+    for part in ("forward and backward", "guard", "signsgd", "adamw", "sum", "whole step"):
+        assert sum(line.startswith(f"{part} ") and " ms" in line for line in lines) == 1
+
+
 def test_the_language_model_trains_compares_and_draws(tmp_path):
     names = ["maxfactor", "adafactor", "signsgd", "muon", "adamw"]
     done = run(LANGUAGE_MODEL, "--compare", ",".join(names), *SMALL, cwd=tmp_path)

@@ -1,0 +1,431 @@
+"""Where a training step's time and memory go: its parts one after the other, beside the whole."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.utils import tree_map
+
+from ._validate import check_flags, check_integer
+from .guard import GuardedOptimizer
+from .optimizers._base import flatten
+from .optimizers._turns import Turns, find_leaves
+from .routing import RoutedOptimizer
+
+WHOLE, FORWARD, GUARD, WAIT = "whole step", "forward and backward", "guard", "wait"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step, or a part of it, takes.
+
+    Attributes:
+        seconds: Until all that it computes is there; the mean of the middle half of the rounds.
+        python_seconds: Of these, until the call returned, which is before anything is computed:
+            Python, and MLX building the graph or handing over the compiled one.
+        peak_bytes: The most that all arrays of the process took meanwhile.
+    """
+
+    seconds: float
+    python_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """One step, whole and in parts.
+
+    Attributes:
+        step: The whole step.
+        parts: Each part by its name, in order.
+        spread: Seconds of the shortest and of the longest whole step.
+    """
+
+    step: Cost
+    parts: Mapping[str, Cost]
+    spread: tuple[float, float]
+
+    @property
+    def total(self) -> Cost:
+        """The parts together: the sums of their seconds, the largest of their peaks."""
+        each = self.parts.values()
+        seconds, python = sum(c.seconds for c in each), sum(c.python_seconds for c in each)
+        return Cost(seconds, python, max(c.peak_bytes for c in each))
+
+    @property
+    def ratio(self) -> float:
+        """Seconds of the parts together over those of the whole step."""
+        return self.total.seconds / self.step.seconds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What :func:`profile_step` measured. ``print(profile)`` shows it as a table.
+
+    Attributes:
+        eager: The step without ``mx.compile``.
+        compiled: The step as one compiled function, and each part as one; None where that was not
+            asked for.
+        rounds: How often each was timed.
+        held_bytes: What the arrays of the process take before the step: weights, state, data.
+        wait_seconds: Of evaluating one number: what each part pays beside its work, for handing it
+            over and waiting.
+    """
+
+    eager: Breakdown
+    compiled: Breakdown | None
+    rounds: int
+    held_bytes: int
+    wait_seconds: float
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        ways = {"eager": self.eager} | ({"compiled": self.compiled} if self.compiled else {})
+        costs = [{**way.parts, "sum": way.total, WHOLE: way.step} for way in ways.values()]
+        width = max(map(len, costs[0]))
+        lines = [
+            "".ljust(width) + "".join(f"{way:>13}{'Python':>10}{'peak MB':>9}" for way in ways)
+        ]
+        lines.append("-" * len(lines[0]))
+        for name in costs[0]:
+            cells = (
+                f"{1e3 * cost.seconds:10.2f} ms{1e3 * cost.python_seconds:7.2f} ms"
+                f"{cost.peak_bytes / 1e6:9.1f}"
+                for cost in (each[name] for each in costs)
+            )
+            lines.append(name.ljust(width) + "".join(cells))
+        lines.insert(-2, lines[1])
+        for name, way in ways.items():
+            low, high = (1e3 * seconds for seconds in way.spread)
+            lines.append(
+                f"{name}: the sum is {way.ratio:.2f} of the whole step, which took "
+                f"{low:.2f} to {high:.2f} ms in {self.rounds} rounds"
+            )
+        if self.compiled:
+            saved = 1 - self.compiled.step.seconds / self.eager.step.seconds
+            lines.append(f"compiling saves {saved:.0%} of the eager step")
+        lines.append(f"handing over and waiting take {1e3 * self.wait_seconds:.2f} ms of each part")
+        return "\n".join([*lines, f"before the step {self.held_bytes / 1e6:.1f} MB are held"])
+
+
+def profile_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss_and_gradients: Callable[..., tuple[Any, Any]],
+    *batch: Any,
+    rounds: int = 9,
+    compiled: bool = True,
+) -> Profile:
+    """Measure where the time and the memory of a training step go.
+
+    MLX evaluates late, and a compiled step is one graph, so nothing inside a step can be timed. The
+    parts are run by themselves, each until all that it computes is there: loss and gradients; the
+    guard, which is the global norm and whether it is finite; of each member of the optimizer the
+    update of its own parameters, which scales gradients and undoes a skipped step on the way. The
+    whole step is run in turn with them, and the profile says how far their sum is from it. What
+    parts cannot share (a kernel, a wait) is in the sum and not in the whole.
+
+    Every run makes the same step, on copies. Model, optimizer and random state are afterwards what
+    they were, bit for bit, the same arrays. The rest that changes: ``mx.get_peak_memory`` starts
+    anew, the cache is emptied, and meanwhile what is trained and the optimizer's state take their
+    bytes once more, which the peaks leave out. Peaks are those of runs that wait where MLX would
+    allocate ahead, as it does when memory is short.
+
+    Args:
+        model: The model that is trained.
+        optimizer: Any MLX optimizer. A router, a guard or a ``MultiOptimizer`` is shown by members.
+        loss_and_gradients: What ``nn.value_and_grad(model, loss_of)`` returns.
+        *batch: What it is called with.
+        rounds: How often each is timed. Default 9.
+        compiled: Whether to measure the compiled step as well. Default True.
+
+    Returns:
+        The profile: print it.
+
+    Raises:
+        ValueError: ``rounds`` is not a whole number of at least 1.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> import mlx.nn as nn
+        >>> from mlx_maxfactor import create_optimizer, profile_step
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 1))
+        >>> optimizer = create_optimizer(model, max_grad_norm=1.0)
+        >>> loss_and_gradients = nn.value_and_grad(model, lambda x: mx.mean(model(x) ** 2))
+        >>> profile = profile_step(model, optimizer, loss_and_gradients, mx.ones((4, 8)), rounds=2)
+        >>> list(profile.eager.parts)
+        ['forward and backward', 'guard', 'maxfactor', 'adamw', 'adamw, no decay']
+    """
+    check_integer("rounds", rounds, 1)
+    check_flags(compiled=compiled)
+    mx.eval(model.state, optimizer.state, batch)
+    before = _Kept(model, optimizer)
+    try:
+        optimizer.init(model.trainable_parameters())
+        mx.eval(optimizer.state)
+        held = mx.get_active_memory()
+        kept = _Kept(model, optimizer)
+        modes = [False, True][: 1 + compiled]
+        steps = [_Step(model, optimizer, loss_and_gradients, mode) for mode in modes]
+        runs = [partial(run, batch) for step in steps for run in (step.whole, step.apart)]
+        times = _times([*runs, _wait], kept, rounds)
+        wait = fmean(each[WAIT].whole for each in _middle(times.pop()))
+        peaks = [_peaks(run, kept) for run in runs]
+        # Of each step the whole and the parts.
+        eager, *rest = (
+            _breakdown(times[i], times[i + 1], peaks[i], peaks[i + 1])
+            for i in range(0, len(runs), 2)
+        )
+        return Profile(eager, rest[0] if rest else None, rounds, held, wait)
+    finally:
+        before.put_back()
+
+
+class _Seconds(NamedTuple):
+    whole: float
+    python: float
+
+
+Measure = Callable[[Callable[[], Any], Any], tuple[Any, Any]]
+"""Makes a call, and evaluates what it returns and what it changes: the result, and the measure."""
+
+
+Run = Callable[[Measure], dict[str, Any]]
+"""Makes a step in one way: what was measured, by the name of each part."""
+
+
+def _times(runs: Sequence[Run], kept: "_Kept", rounds: int) -> list[list[dict[str, _Seconds]]]:
+    """Of each run its rounds. One goes before, in which functions are compiled."""
+    times: list[list[dict[str, _Seconds]]] = [[] for _ in runs]
+    for number in range(rounds + 1):
+        for run, found in list(zip(runs, times, strict=True))[:: 1 if number % 2 else -1]:
+            kept.copy()
+            found.append(run(_seconds))
+    return [found[1:] for found in times]
+
+
+def _seconds(call: Callable[[], Any], changed: Any) -> tuple[Any, _Seconds]:
+    start = time.perf_counter()
+    result = call()
+    called = time.perf_counter()
+    mx.eval(result, changed)
+    return result, _Seconds(time.perf_counter() - start, called - start)
+
+
+def _wait(measure: Measure) -> dict[str, Any]:
+    return {WAIT: measure(lambda: mx.array(0.0) + 1.0, [])[1]}
+
+
+def _peaks(run: Run, kept: "_Kept") -> dict[str, int]:
+    """Bytes at most, without what is set aside for the copies."""
+    kept.put_back()
+    others = mx.get_active_memory()
+    kept.copy()
+    return run(partial(_peak, mx.get_active_memory() - others))
+
+
+def _peak(copies: int, call: Callable[[], Any], changed: Any) -> tuple[Any, int]:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    limit = mx.set_memory_limit(1)  # MLX then waits for what runs before it allocates
+    try:
+        result = call()
+        mx.eval(result, changed)
+    finally:
+        mx.set_memory_limit(limit)
+    return result, mx.get_peak_memory() - copies
+
+
+def _breakdown(
+    whole: Sequence[dict[str, _Seconds]],
+    apart: Sequence[dict[str, _Seconds]],
+    whole_peak: dict[str, int],
+    peaks: dict[str, int],
+) -> Breakdown:
+    def cost(rounds: Sequence[dict[str, _Seconds]], name: str, peak: int) -> Cost:
+        seconds, python = zip(*(each[name] for each in _middle(rounds)), strict=True)
+        return Cost(fmean(seconds), fmean(python), peak)
+
+    parts = {name: cost(apart, name, peak) for name, peak in peaks.items()}
+    each = [found[WHOLE].whole for found in whole]
+    return Breakdown(cost(whole, WHOLE, whole_peak[WHOLE]), parts, (min(each), max(each)))
+
+
+def _middle(rounds: Sequence[dict[str, _Seconds]]) -> Sequence[dict[str, _Seconds]]:
+    """The middle half of the rounds by length: unlike medians of parts, their means add up."""
+    ordered = sorted(rounds, key=lambda each: sum(seconds.whole for seconds in each.values()))
+    return ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
+
+
+class _Step:
+    """A training step, whole and in parts."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_and_gradients: Callable[..., tuple[Any, Any]],
+        compiled: bool,
+    ):
+        def function(f: Callable[..., Any], *state: Any) -> Callable[..., Any]:
+            return mx.compile(f, inputs=state, outputs=state) if compiled else f
+
+        def step(*batch: Any) -> Any:
+            value, gradients = loss_and_gradients(*batch)
+            optimizer.update(model, gradients)
+            return value
+
+        self.model, self.optimizer = model, optimizer
+        self.step = function(step, model.state, optimizer.state, mx.random.state)
+        self.forward = function(loss_and_gradients, model.state, mx.random.state)
+        self.guard = None
+        if isinstance(optimizer, GuardedOptimizer) and optimizer.guards:
+            self.guard = function(partial(_guard, optimizer), optimizer._guard)
+        self.updates = [
+            (name, member.state, function(update, member.state))
+            for name, member, update in _members(optimizer)
+        ]
+
+    def whole(self, batch: Sequence[Any], measure: Measure) -> dict[str, Any]:
+        """Make the step at once."""
+        state = [self.model.state, self.optimizer.state, _random_key()]
+        return {WHOLE: measure(lambda: self.step(*batch), state)[1]}
+
+    def apart(self, batch: Sequence[Any], measure: Measure) -> dict[str, Any]:
+        """Make the same step one part after the other."""
+        costs, verdict = {}, (None, None)
+        state = [self.model.state, _random_key()]
+        (_, gradients), costs[FORWARD] = measure(lambda: self.forward(*batch), state)
+        if self.guard:
+            guard = partial(self.guard, gradients)
+            verdict, costs[GUARD] = measure(guard, self.optimizer.state)
+            del guard
+        shares = _shares(self.optimizer, gradients)
+        del gradients  # each update gets what nobody else holds, and frees it as it goes
+        for name, state, update in self.updates:
+            if flatten(shares[0]):
+                call = partial(self._update, update, [shares.pop(0)], verdict)
+                _, costs[name] = measure(call, [self.model.state, state])
+            else:
+                shares.pop(0)
+        return costs
+
+    def _update(self, update: Callable[..., Any], share: list, verdict: tuple) -> None:
+        parameters = tree_map(lambda _, p: p, share[0], self.model)
+        self.model.update(update(share.pop(), parameters, *verdict))
+
+
+def _guard(optimizer: GuardedOptimizer, gradients: Any) -> tuple[Any, Any]:
+    """What the guard decides from the gradients."""
+    turns = optimizer._turns(list(flatten(gradients).values()))
+    optimizer._count(turns)
+    return turns.factor, turns.finite
+
+
+def _shares(optimizer: Optimizer, gradients: Any) -> list[Any]:
+    """The gradients of each member."""
+    if isinstance(optimizer, GuardedOptimizer):
+        return [optimizer._part(gradients, i) for i in range(len(optimizer.optimizers))]
+    if isinstance(optimizer, MultiOptimizer):
+        return optimizer._split_dictionary(gradients)
+    return [gradients]
+
+
+def _members(optimizer: Optimizer) -> list[tuple[str, Optimizer, Callable[..., Any]]]:
+    """Name, optimizer and update of each member, given what the guard decided."""
+    if not isinstance(optimizer, MultiOptimizer):
+        return [(type(optimizer).__name__, optimizer, partial(_apply, optimizer))]
+    members = []
+    for i, member in enumerate(optimizer.optimizers):
+        routed = isinstance(optimizer, RoutedOptimizer)
+        name = optimizer._members[i].label if routed else type(member).__name__
+        if name in [taken for taken, *_ in members]:
+            name = f"{name} ({i + 1})"
+        guarded = isinstance(optimizer, GuardedOptimizer)
+        update = partial(_apply_member, optimizer, i) if guarded else partial(_apply, member)
+        members.append((name, member, update))
+    return members
+
+
+def _apply(optimizer: Optimizer, gradients: Any, parameters: Any, *_: Any) -> Any:
+    return optimizer.apply_gradients(gradients, parameters)
+
+
+def _apply_member(
+    optimizer: GuardedOptimizer,
+    index: int,
+    gradients: Any,
+    parameters: Any,
+    factor: mx.array | None,
+    finite: mx.array | None,
+) -> Any:
+    leaves = find_leaves(gradients, parameters, optimizer._states)
+    return optimizer._updated(gradients, parameters, leaves, Turns(factor, finite), [index])
+
+
+def _random_key() -> mx.array:
+    return cast(Any, mx.random.state)[0]
+
+
+class _Kept:
+    """A model, an optimizer and the random state as they are, to be put back.
+
+    Containers are filled anew and stay the same objects, as compiled functions hold them.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer):
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._visit([model, optimizer])
+        self._moving = {
+            id(x) for x in flatten([model.trainable_parameters(), optimizer.state]).values()
+        }
+        self._key = cast(list[int], _random_key().tolist())
+
+    def _visit(self, node: Any) -> None:
+        if isinstance(node, (nn.Module, Optimizer)):
+            self._visit(vars(node))
+        if isinstance(node, (dict, list, set)):
+            if id(node) in self._contents:
+                return
+            kind = next(kind for kind in (dict, list, set) if isinstance(node, kind))
+            self._contents[id(node)] = node, kind(node)
+        if isinstance(node, (dict, list, tuple)):
+            for child in list(node.values()) if isinstance(node, dict) else node:
+                self._visit(child)
+
+    def put_back(self) -> None:
+        """Put every array back that was there."""
+        self._fill(lambda x: x)
+
+    def copy(self) -> None:
+        """Put copies in their place: of what a step frees real ones, that it finds them its own."""
+        self._fill(self._stand_in)
+        mx.eval([container for container, _ in self._contents.values()])
+
+    def _stand_in(self, x: Any) -> Any:
+        if not isinstance(x, mx.array):
+            return x
+        # An object of its own, or `x += 1` in a model would change the one that is kept.
+        return mx.array(x) if id(x) in self._moving else copy.copy(x)
+
+    def _fill(self, stand_in: Callable[[Any], Any]) -> None:
+        for container, content in self._contents.values():
+            if isinstance(content, dict):
+                dict.clear(container)
+                dict.update(container, {key: stand_in(x) for key, x in content.items()})
+            elif isinstance(content, list):
+                container[:] = map(stand_in, content)
+            else:
+                container.clear()
+                container.update(content)
+        high, low = self._key
+        mx.random.seed(high << 32 | low)  # the key of a seed is its two halves
