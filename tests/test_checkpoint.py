@@ -694,7 +694,8 @@ def test_a_disk_that_fails_while_it_is_read_is_said(path, monkeypatch):
 
     def failing(*args):
         file = read(*args)
-        os.truncate(path, path.stat().st_size - 1)  # the last array; the count of steps is read
+        # The last array, whole: MLX 0.32.0 takes a part of one. The count of steps is before it.
+        os.truncate(path, path.stat().st_size - model.linear1.weight.nbytes)
         return file
 
     monkeypatch.setattr(sealed_files, "read", failing)
