@@ -694,7 +694,7 @@ def test_a_disk_that_fails_while_it_is_read_is_said(path, monkeypatch):
 
     def failing(*args):
         file = read(*args)
-        # The last array, whole: MLX 0.32.0 takes a part of one. The count of steps is before it.
+        # The last array, which is read when some are loaded; the count of steps is before it.
         os.truncate(path, path.stat().st_size - model.linear1.weight.nbytes)
         return file
 
