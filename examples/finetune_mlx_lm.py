@@ -117,10 +117,12 @@ def load_model(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
         arguments.model = str(build_model("runs/small_llama"))
     if arguments.quantize:
         arguments.model = str(quantized(arguments.model))
-    trust = arguments.trust_remote_code
-    settings = {"trust_remote_code": trust}
+    # mlx-lm 0.31, the last that Python 3.10 gets, has no such argument.
+    trust = getattr(arguments, "trust_remote_code", None)
+    settings = {"trust_remote_code": bool(trust)}
+    asked: dict[str, Any] = {} if trust is None else settings
     with naming(f"model {arguments.model}"):
-        return load(arguments.model, tokenizer_config=settings, trust_remote_code=trust)[:2]
+        return load(arguments.model, tokenizer_config=settings, **asked)[:2]
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import wave
 import numpy as np
 import pytest
 import speech_data
-import torch
 from speech_data import Clip, Synthesizer, clips_of_folder, load_synthetic, log_mel, resample
 
 RATE = speech_data.SAMPLE_RATE
@@ -32,6 +31,7 @@ def slaney_mel(hertz):
 
 def whisper_log_mel(samples):
     """In float64, by another Fourier transform; edges by inverting Slaney's scale on a grid."""
+    torch = pytest.importorskip("torch")
     stft = torch.stft(
         torch.from_numpy(samples),
         n_fft=400,
