@@ -17,6 +17,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_unflatten
 
 from ._version import __version__
+from .distributed import ShardedOptimizer
 from .optimizers._base import flatten
 from .roles import find_aliases
 from .schedules import Schedule
@@ -77,16 +78,30 @@ def save_checkpoint(
     except (TypeError, ValueError) as problem:
         raise CheckpointError(f"extra must be JSON values: {problem}") from problem
     metadata |= {"format": str(FORMAT), "checksum": BLANK.decode()}
+    sharded = isinstance(optimizer, ShardedOptimizer)
+    state = optimizer.gather_state() if sharded else flatten(optimizer.state)
+    problem = None
+    if not sharded or optimizer.is_first:
+        problem = _write(path, _tensors(model, state), metadata)
+    if sharded and not optimizer.all_agree(problem is None):
+        problem = problem or OSError("the first rank could not")
+    if problem:
+        raise CheckpointError(f"{path} was not written: {problem}") from problem
+
+
+def _write(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> Exception | None:
+    """Write a file whole, or say why not; an older file then stays."""
     # One name, so that what a killed process left is written over, not gathered.
     beside = path.with_name(f".{path.name}.partial.safetensors")
     try:
-        mx.save_safetensors(str(beside), _tensors(model, optimizer), metadata)
+        mx.save_safetensors(str(beside), tensors, metadata)
         _seal(beside)
         os.replace(beside, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as problem:
         beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} was not written: {problem}") from problem
+        return problem
+    return None
 
 
 def load_checkpoint(
@@ -112,13 +127,16 @@ def load_checkpoint(
     saved, metadata = _read(path)
     before = [(member, dict(member.state), member._initialized) for member in _members(optimizer)]
     optimizer.init(model.trainable_parameters())
-    live = _tensors(model, optimizer)
+    sharded = isinstance(optimizer, ShardedOptimizer)
+    live = _tensors(model, optimizer.whole_shapes() if sharded else flatten(optimizer.state))
     differences = [
         *_different_runs(json.loads(metadata["run"]), _description(optimizer)),
         *_different_tensors(saved, live),
     ]
     fitting = {name: array for name, array in saved.items() if _same_kind(array, live.get(name))}
     try:
+        if sharded:
+            fitting = _own_share(fitting, optimizer)
         mx.eval(fitting)  # a failing disk fails here, before anything is changed
         if differences and strict:
             raise CheckpointError(
@@ -140,15 +158,23 @@ def load_checkpoint(
 # What a file holds
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, mx.array]:
+def _tensors(model: nn.Module, state: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Every array of a run by its name in the file."""
     aliases = find_aliases(model)
     weights = {k: v for k, v in flatten(model.parameters()).items() if k not in aliases}
     return {
         **{f"model.{path}": array for path, array in weights.items()},
-        **{f"optimizer.{path}": array for path, array in flatten(optimizer.state).items()},
+        **{f"optimizer.{path}": array for path, array in state.items()},
         "random.key": mx.array(cast(Any, mx.random.state)[0]),
     }
+
+
+def _own_share(tensors: Mapping[str, mx.array], optimizer: ShardedOptimizer) -> dict[str, mx.array]:
+    """What of a file one rank keeps: all but the others' state."""
+    prefix = "optimizer."
+    state = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+    others = {k: x for k, x in tensors.items() if not k.startswith(prefix)}
+    return others | {prefix + path: x for path, x in optimizer.own_share(state).items()}
 
 
 def _restore(tensors: Mapping[str, mx.array], model: nn.Module, optimizer: Optimizer) -> None:

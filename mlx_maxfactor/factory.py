@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from ._validate import Rate, check_flags
+from .distributed import ShardedOptimizer
 from .members import Part, Roster
 from .optimizers import AdamW, SignSGD
 from .optimizers._base import Float32Optimizer
@@ -34,6 +36,7 @@ def create_optimizer(
     skip_nonfinite: bool = False,
     rounding: str = "nearest",
     seed: int = 0,
+    group: mx.distributed.Group | None = None,
     **hidden_options: Any,
 ) -> RoutedOptimizer:
     """One optimizer for a model: hidden matrices to one algorithm, everything else to another.
@@ -67,6 +70,9 @@ def create_optimizer(
         rounding: Of bf16 and fp16 parameters, in every member that is made from a name: "nearest",
             or "stochastic", which lets updates below their spacing count on average.
         seed: Of stochastic rounding.
+        group: ``mx.distributed.init()``: each rank hands in the gradients of its own batch, which
+            are averaged, updates its share of the parameters, keeps state for it alone, and gets
+            the rest from the others. See ``ShardedOptimizer``. None, or one rank: nothing is sent.
         **hidden_options: Options of ``hidden`` if it is a name, such as ``momentum=0.95``.
 
     Returns:
@@ -105,14 +111,11 @@ def create_optimizer(
     for p in parameters:
         choice = exceptions.get(p.path, "hidden" if p.role in hidden_roles else "rest")
         routes[p.path] = roster.index_of(choice, decays=p.role not in UNDECAYED_ROLES)
-    return RoutedOptimizer(
-        model,
-        parameters,
-        roster.members,
-        routes,
-        max_grad_norm=max_grad_norm,
-        skip_nonfinite=skip_nonfinite,
-    )
+    arguments = (model, parameters, roster.members, routes)
+    guards = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite}
+    if group is not None and group.size() > 1:
+        return ShardedOptimizer(*arguments, group=group, **guards)
+    return RoutedOptimizer(*arguments, **guards)
 
 
 def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> int:

@@ -5,14 +5,23 @@ python distributed_run.py CASE...
 
 import hashlib
 import json
+import math
+import os
+import socket
+import struct
 import sys
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_maxfactor import create_optimizer
+from mlx_maxfactor import create_optimizer, warmup_cosine
+from mlx_maxfactor.collectives import Line
+
+STEPS = 4
 
 
 class Model(nn.Module):
@@ -39,17 +48,26 @@ def build(dtype=mx.float32):
     return model
 
 
-def gradients_of(model, step, rank):
-    """Of a batch that depends on the step and the rank alone."""
-    tokens = mx.random.randint(0, 101, (4, 8), key=mx.random.key(100 * step + rank))
+def batch(step, rank):
+    """Of the step and the rank alone."""
+    return mx.random.randint(0, 101, (4, 8), key=mx.random.key(100 * step + rank))
+
+
+def grad(model, tokens):
     loss = lambda: nn.losses.cross_entropy(model(tokens), tokens % 11, reduction="mean")  # noqa: E731
     return nn.value_and_grad(model, loss)()[1]
+
+
+def bytes_of_a_step(shares, nbytes):
+    """What a rank sends: gradients summed, and the largest share of the parameters gathered."""
+    ranks, largest = shares.ranks, max(load[2] for load in shares.loads)
+    return 2 * (ranks - 1) / ranks * nbytes + (ranks - 1) * largest
 
 
 def bits_of(tree):
     """A digest of every bit of a tree."""
     digest = hashlib.sha256()
-    for path, array in sorted(tree_flatten(tree)):
+    for path, array in sorted(tree.items() if "states.0.step" in tree else tree_flatten(tree)):
         digest.update(path.encode() + np.array(array.reshape(-1).view(mx.uint8)).tobytes())
     return digest.hexdigest()
 
@@ -66,7 +84,7 @@ def data_parallel(group):
 
     own = []
     for i in range(5):
-        gradients = gradients_of(model, i, group.rank())
+        gradients = grad(model, batch(i, group.rank()))
         own.append(bits_of(gradients))
         step(model, gradients)
     return {
@@ -77,7 +95,111 @@ def data_parallel(group):
     }
 
 
+def bytes_sent():
+    """Bytes that this process has handed to TCP, headers aside; None where nobody counts them."""
+    if not hasattr(socket, "TCP_INFO"):
+        return None
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        link = Path("/proc/self/fd", name)
+        if link.is_symlink() and os.readlink(link).startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(name))) as s:
+                info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+            sent, again = struct.unpack_from("QQ", info, 200)
+            total += sent - again
+    return total
+
+
+def sharded(
+    group,
+    hidden="maxfactor",
+    dtype=mx.float32,
+    compiled=False,
+    poison=None,
+    average=None,
+    **options,
+):
+    """The same steps with shares and without, of the same gradients."""
+    options = {"learning_rate": warmup_cosine(0.02, 20, 2, start_ratio=0.5), **options}
+    average, runs = average or averaged, []
+    for shares in (None, group):
+        model = build(dtype)
+        optimizer = create_optimizer(model, hidden, group=shares, **options)
+
+        def step(tokens, factor, model=model, optimizer=optimizer, shares=shares):
+            gradients = tree_map(lambda g: g * factor.astype(g.dtype), grad(model, tokens))
+            if shares is None:
+                gradients = average(gradients, group)
+            optimizer.update(model, gradients)
+
+        if compiled:
+            state = [model.state, optimizer.state]
+            step = mx.compile(step, inputs=state, outputs=state)
+        sent = []
+        for i in range(STEPS):
+            before = bytes_sent()
+            broken = poison == i and group.rank() == 1
+            step(batch(i, group.rank()), mx.array(math.nan if broken else 1.0))
+            mx.eval(model.state, optimizer.state)
+            sent.append(bytes_sent() - before if before is not None else None)
+        runs.append((model, optimizer, sent))
+    (alone, whole, _), (model, optimizer, sent) = runs
+    pairs = [
+        (x.astype(mx.float32), y.astype(mx.float32))
+        for (_, x), (_, y) in zip(
+            tree_flatten(alone.parameters()), tree_flatten(model.parameters()), strict=True
+        )
+    ]
+    gathered = optimizer.gather_state()
+    return {
+        "difference": max((mx.abs(x - y).max() / mx.abs(x).max()).item() for x, y in pairs),
+        "same as alone": bits_of(model.parameters()) == bits_of(alone.parameters()),
+        "parameters": bits_of(model.parameters()),
+        "state": nbytes(optimizer.state) / nbytes(whole.state),
+        "same state": group.rank() > 0 or bits_of(gathered) == bits_of(whole.state),
+        "planned": [x.plan.state_bytes for x in (whole, optimizer)],
+        "skipped": [x.skipped.item() for x in (whole, optimizer)],
+        "steps": [x.step.item() for x in (whole, optimizer)],
+        "sent": sent[-1],
+        "formula": bytes_of_a_step(optimizer.shares, nbytes(model.trainable_parameters())),
+    }
+
+
+def averaged(gradients, group):
+    """The mean in the messages of a sharded step: what is summed in another order rounds apart."""
+    paths, arrays = zip(*tree_flatten(gradients), strict=True)
+    return tree_unflatten([*zip(paths, Line(group).averaged(arrays), strict=True)])
+
+
+def nbytes(tree):
+    return sum(x.nbytes for _, x in tree_flatten(tree))
+
+
+SHARDED = {
+    "maxfactor": {},
+    "muon": {"hidden": "muon"},
+    "adamw": {"hidden": "adamw"},
+    "adafactor": {"hidden": "adafactor"},
+    "signsgd": {"hidden": "signsgd"},
+    "row max": {"step": "row_max", "momentum": 0.9, "cautious": True},
+    "momentum, 8 bits": {"momentum": 0.8, "nesterov": True, "state_dtype": mx.int8},
+    "blocks": {"step": {"block": 8}, "momentum": 0.5},
+    "muon, blocks": {"hidden": "muon", "block": 8},
+    "adamw, 8 bits": {"hidden": "adamw", "state_dtype": mx.int8},
+    "bf16": {"dtype": mx.bfloat16},
+    "bf16, stochastic": {
+        "dtype": mx.bfloat16,
+        "rounding": "stochastic",
+        "momentum": 0.8,
+        "state_dtype": mx.int8,
+        "rest_options": {"state_dtype": mx.int8},
+    },
+    "average_gradients": {"average": nn.average_gradients},
+    "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
+    "compiled": {"compiled": True, "max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
+}
 CASES = {"data_parallel": data_parallel}
+CASES |= {name: partial(sharded, **options) for name, options in SHARDED.items()}
 
 if __name__ == "__main__":
     group = mx.distributed.init(strict=True, backend="ring")

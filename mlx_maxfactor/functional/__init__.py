@@ -25,11 +25,12 @@ from .orthogonalization import (
     POLAR_EXPRESS,
     muon_scale,
     newton_schulz,
+    orthogonalization_work,
     orthogonalize,
     polar_express,
 )
-from .quantization import dequantize, quantize, scales
-from .rounding import stochastic_round
+from .quantization import dequantize, quantize, rows_of_blocks, scales
+from .rounding import Part, stochastic_round
 from .steps import ROOT_FLOOR, agreeing_share, cautious, unit_rms, update_scale
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
+    "Part",
     "agreeing_share",
     "as_matrices",
     "band_damping",
@@ -57,12 +59,14 @@ __all__ = [
     "muon_scale",
     "newton_schulz",
     "norm_axes",
+    "orthogonalization_work",
     "orthogonalize",
     "polar_express",
     "quantize",
     "rms",
     "row_max",
     "row_sum",
+    "rows_of_blocks",
     "scaled_global_norm",
     "scales",
     "second_moment_weight",

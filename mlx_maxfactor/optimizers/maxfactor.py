@@ -212,6 +212,12 @@ class MaxFactor(Float32Optimizer):
         """
         return cls(**{**PRESETS[check_choice("preset", name, PRESETS)], **overrides})
 
+    def work(self, shape: tuple[int, ...], layout: str) -> float:
+        """That of the orthogonalization beside the elements'."""
+        matrices = f.as_matrices(mx.zeros(shape), layout).shape
+        work, step = super().work(shape, layout), self._orthogonal_step(matrices)
+        return work + f.orthogonalization_work(matrices, step.block) if step else work
+
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
         super().init_single(parameter, state)
