@@ -29,12 +29,11 @@ class LostRankError(RuntimeError):
 def bounded_wait(seconds: float = 300.0) -> Iterator[None]:
     """Evaluate a step within a bounded wait: a rank that died or stalled is an error, not a hang.
 
-    MLX reports a connection that was closed as a ``RuntimeError``, which becomes a
-    :class:`LostRankError` here. One that says nothing it waits for without end, and a wait inside
-    MLX cannot be interrupted: after so many seconds a message goes to standard error and the
-    process ends with status 70, which closes its connections and so ends the other ranks. No
-    checkpoint is being written meanwhile, unless that is what is waited for; then the old file
-    stays.
+    MLX reports most connections that were closed within a second, as a ``RuntimeError``, which
+    becomes a :class:`LostRankError` here. Where it misses one, and where a rank lives and does not
+    answer, it waits without end, and nothing can interrupt it: after so many seconds a message goes
+    to standard error and the process ends with status 70, which closes its connections and so ends
+    the other ranks. A checkpoint that is not yet whole leaves the one before it.
 
     Args:
         seconds: Of the longest step, with the compilation of the first, and of what the slowest
@@ -69,7 +68,7 @@ def bounded_wait(seconds: float = 300.0) -> Iterator[None]:
 
 def _end(seconds: float) -> None:
     print(
-        f"{_here()}: no answer from the other ranks in {seconds:g} s; one has stalled. Ended; "
+        f"{_here()}: no answer from the other ranks in {seconds:g} s: one has stalled or ended; "
         "start all ranks again from the last checkpoint",
         file=sys.stderr,
         flush=True,

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_maxfactor import create_optimizer, warmup_cosine
+from mlx_maxfactor import CheckpointError, create_optimizer, save_checkpoint, warmup_cosine
 from mlx_maxfactor.collectives import Line
 
 STEPS = 4
@@ -137,11 +137,12 @@ def sharded(
             step = mx.compile(step, inputs=state, outputs=state)
         sent = []
         for i in range(STEPS):
-            before = bytes_sent()
+            before = bytes_sent() or 0
             broken = poison == i and group.rank() == 1
             step(batch(i, group.rank()), mx.array(math.nan if broken else 1.0))
             mx.eval(model.state, optimizer.state)
-            sent.append(bytes_sent() - before if before is not None else None)
+            after = bytes_sent()
+            sent.append(None if after is None else after - before)
         runs.append((model, optimizer, sent))
     (alone, whole, _), (model, optimizer, sent) = runs
     pairs = [
@@ -175,6 +176,16 @@ def nbytes(tree):
     return sum(x.nbytes for _, x in tree_flatten(tree))
 
 
+def unwritable(group):
+    """A checkpoint whose folder the first rank does not find."""
+    model = build()
+    try:
+        save_checkpoint("no/such/folder", model, create_optimizer(model, group=group))
+    except CheckpointError as problem:
+        return {"error": str(problem)}
+    return {"error": ""}
+
+
 SHARDED = {
     "maxfactor": {},
     "muon": {"hidden": "muon"},
@@ -198,7 +209,7 @@ SHARDED = {
     "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
     "compiled": {"compiled": True, "max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
 }
-CASES = {"data_parallel": data_parallel}
+CASES = {"data_parallel": data_parallel, "unwritable": unwritable}
 CASES |= {name: partial(sharded, **options) for name, options in SHARDED.items()}
 
 if __name__ == "__main__":
