@@ -6,16 +6,13 @@ python distributed_run.py CASE...
 import hashlib
 import json
 import math
-import os
-import socket
-import struct
 import sys
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from communication import bytes_sent, cost_of, nbytes_of
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_maxfactor import CheckpointError, create_optimizer, save_checkpoint, warmup_cosine
@@ -58,12 +55,6 @@ def grad(model, tokens):
     return nn.value_and_grad(model, loss)()[1]
 
 
-def bytes_of_a_step(shares, nbytes):
-    """What a rank sends: gradients summed, and the largest share of the parameters gathered."""
-    ranks, largest = shares.ranks, max(load[2] for load in shares.loads)
-    return 2 * (ranks - 1) / ranks * nbytes + (ranks - 1) * largest
-
-
 def bits_of(tree):
     """A digest of every bit of a tree."""
     digest = hashlib.sha256()
@@ -93,21 +84,6 @@ def data_parallel(group):
         "parameters": bits_of(model.parameters()),
         "state": bits_of(optimizer.state),
     }
-
-
-def bytes_sent():
-    """Bytes that this process has handed to TCP, headers aside; None where nobody counts them."""
-    if not hasattr(socket, "TCP_INFO"):
-        return None
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        link = Path("/proc/self/fd", name)
-        if link.is_symlink() and os.readlink(link).startswith("socket:"):
-            with socket.socket(fileno=os.dup(int(name))) as s:
-                info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-            sent, again = struct.unpack_from("QQ", info, 200)
-            total += sent - again
-    return total
 
 
 def sharded(
@@ -162,7 +138,7 @@ def sharded(
         "skipped": [x.skipped.item() for x in (whole, optimizer)],
         "steps": [x.step.item() for x in (whole, optimizer)],
         "sent": sent[-1],
-        "formula": bytes_of_a_step(optimizer.shares, nbytes(model.trainable_parameters())),
+        "formula": cost_of(optimizer.shares, nbytes_of(model)).sent,
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 ROOT = Path(__file__).parent.parent
+PATH = ":".join(str(ROOT / folder) for folder in (".", "examples", "tests"))
 
 
 def is_available():
@@ -34,7 +35,7 @@ def start(ranks, script, *arguments, folder, **options):
                 **os.environ,
                 "MLX_RANK": str(rank),
                 "MLX_HOSTFILE": str(addresses),
-                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+                "PYTHONPATH": PATH,
             },
             text=True,
             **options,

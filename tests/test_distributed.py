@@ -183,7 +183,7 @@ def test_mlx_launch_runs_it():
     script = Path(__file__).parent / "distributed_run.py"
     done = subprocess.run(
         [*launch, "--backend", "ring", "--", sys.executable, str(script), "data_parallel"],
-        env={**os.environ, "PYTHONPATH": f"{ring.ROOT}:{ring.ROOT / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": ring.PATH},
         stdin=subprocess.PIPE,
         capture_output=True,
         text=True,
