@@ -168,6 +168,7 @@ def measure(repeats: int) -> None:
     shared, alone = (create_optimizer(model, "signsgd", "signsgd", group=g) for g in (group, None))
     assert isinstance(shared, ShardedOptimizer)
     message = mx.zeros(min(MESSAGE_BYTES, nbytes_of(model)) // 4)
+    share = mx.zeros(message.size // group.size())
 
     def update(optimizer: Any) -> None:
         mx.eval(optimizer.apply_gradients(gradients, gradients), optimizer.state)
@@ -175,11 +176,12 @@ def measure(repeats: int) -> None:
     actions = {
         "empty": lambda: mx.eval(mx.distributed.all_sum(mx.zeros(1), group=group)),
         "message": lambda: mx.eval(mx.distributed.all_sum(message, group=group)),
+        "gather": lambda: mx.eval(mx.distributed.all_gather(share, group=group)),
         "alone": lambda: update(alone),
         "step": lambda: update(shared),
     }
     least, sent = dict.fromkeys(actions, float("inf")), 0
-    mx.eval(gradients, message)
+    mx.eval(gradients, message, share)
     # In turns, and the least of each: what else runs on this machine then slows them alike.
     for repeat in range(repeats + 1):
         for name, action in actions.items():
@@ -191,7 +193,8 @@ def measure(repeats: int) -> None:
 
     ranks, cost = group.size(), cost_of(shared.shares, nbytes_of(model))
     latency = least["empty"] / (2 * (ranks - 1))
-    rate = 2 * (ranks - 1) / ranks * message.nbytes / (least["message"] - least["empty"])
+    seconds = least["message"] + least["gather"] - 2 * least["empty"]
+    rate = 3 * (ranks - 1) / ranks * message.nbytes / seconds
     own = least["alone"] / ranks
     if group.rank() == 0:
         print(f"{ranks} ranks, {nbytes_of(model) / 1e6:.1f} MB of float32 parameters, on loopback")

@@ -11,12 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import ring
 from distributed_run import CASES, SHARDED, STEPS, bits_of
 from killed_run import EIGHT_BITS, build
+from mlx.optimizers import MultiOptimizer
+from mlx.utils import tree_flatten
 
-from mlx_maxfactor import load_checkpoint
+from mlx_maxfactor import Muon, create_optimizer, load_checkpoint
 from mlx_maxfactor.collectives import STALLED
 from mlx_maxfactor.shares import Item, Shares
 
@@ -107,6 +111,34 @@ def test_a_later_parameter_moves_no_earlier_one():
     shares.add(items([50, 40, 30, 200]))
     assert {path: shares.pieces[path] for path in before} == before
     assert sorted(load[0] for load in shares.loads) == [70, 250]
+
+
+class Pair:
+    """What a plan needs of a group of two."""
+
+    size = rank = staticmethod(lambda: 2)
+
+
+def test_what_updates_a_tree_at_once_is_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="MultiOptimizer cannot be shared among ranks"):
+        create_optimizer(model, MultiOptimizer([Muon()]), group=Pair())
+
+
+def test_a_shapeless_step_is_refused():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = create_optimizer(model, group=Pair())
+    step = mx.compile(lambda g: optimizer.apply_gradients(g, g), shapeless=True)
+    with pytest.raises(ValueError, match="shapeless"):
+        step(model.parameters())
+
+
+def test_a_rank_without_a_share_keeps_no_state():
+    optimizer = create_optimizer(nn.Linear(30, 20), "muon", group=Pair())  # rank 2 of 0 and 1
+    assert {path.rpartition(".")[2] for path, _ in tree_flatten(optimizer.state)} == {
+        "step",
+        "learning_rate",
+    }
 
 
 # Ranks that die or stall
