@@ -11,6 +11,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as mlx_optimizers
 import numpy as np
 from communication import bytes_sent, cost_of, nbytes_of
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -93,6 +94,8 @@ def sharded(
     compiled=False,
     poison=None,
     average=None,
+    thaw=None,
+    rest=lambda: "adamw",
     **options,
 ):
     """The same steps with shares and without, of the same gradients."""
@@ -100,7 +103,10 @@ def sharded(
     average, runs = average or averaged, []
     for shares in (None, group):
         model = build(dtype)
-        optimizer = create_optimizer(model, hidden, group=shares, **options)
+        if thaw is not None:
+            model.freeze(keys=["weight"])
+            model.down[0].unfreeze()
+        optimizer = create_optimizer(model, hidden, rest(), group=shares, **options)
 
         def step(tokens, factor, model=model, optimizer=optimizer, shares=shares):
             gradients = tree_map(lambda g: g * factor.astype(g.dtype), grad(model, tokens))
@@ -114,6 +120,8 @@ def sharded(
         sent = []
         for i in range(STEPS):
             before = bytes_sent() or 0
+            if i == thaw:
+                model.unfreeze()
             broken = poison == i and group.rank() == 1
             step(batch(i, group.rank()), mx.array(math.nan if broken else 1.0))
             mx.eval(model.state, optimizer.state)
@@ -182,6 +190,8 @@ SHARDED = {
         "rest_options": {"state_dtype": mx.int8},
     },
     "average_gradients": {"average": nn.average_gradients},
+    "late layers": {"thaw": 2, "rounding": "stochastic", "dtype": mx.bfloat16},
+    "mlx's own": {"rest": lambda: mlx_optimizers.Adam(1e-3, bias_correction=True)},
     "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
     "compiled": {"compiled": True, "max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
 }

@@ -58,7 +58,8 @@ def test_shares_change_no_bit_of_what_an_optimizer_does(reports):
 
 
 def test_a_rank_keeps_the_state_of_its_share(reports):
-    for name in SHARDED:
+    # Shares that were given out do not move for later layers, and MLX's own optimizers are not cut.
+    for name in SHARDED.keys() - {"late layers", "mlx's own"}:
         ranks = reports[name]
         assert max(rank["state"] for rank in ranks) <= 1.15 / len(ranks), name
         assert all(rank["planned"][0] == rank["planned"][1] for rank in ranks), name
