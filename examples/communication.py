@@ -211,7 +211,7 @@ def measure(repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What several machines send and compute a step.")
     parser.add_argument("--measure", action="store_true", help="steps between processes, counted")
     parser.add_argument("--repeats", type=int, default=7, help="steps that are timed")
     arguments = parser.parse_args()

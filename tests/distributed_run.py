@@ -16,7 +16,13 @@ import numpy as np
 from communication import bytes_sent, cost_of, nbytes_of
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_maxfactor import CheckpointError, create_optimizer, save_checkpoint, warmup_cosine
+from mlx_maxfactor import (
+    CheckpointError,
+    collectives,
+    create_optimizer,
+    save_checkpoint,
+    warmup_cosine,
+)
 from mlx_maxfactor.collectives import Line
 
 STEPS = 4
@@ -95,12 +101,14 @@ def sharded(
     poison=None,
     average=None,
     thaw=None,
+    message=collectives.MESSAGE_BYTES,
     rest=lambda: "adamw",
     **options,
 ):
     """The same steps with shares and without, of the same gradients."""
     options = {"learning_rate": warmup_cosine(0.02, 20, 2, start_ratio=0.5), **options}
     average, runs = average or averaged, []
+    collectives.MESSAGE_BYTES = message
     for shares in (None, group):
         model = build(dtype)
         if thaw is not None:
@@ -190,6 +198,7 @@ SHARDED = {
         "rest_options": {"state_dtype": mx.int8},
     },
     "average_gradients": {"average": nn.average_gradients},
+    "many messages": {"message": 10_000},
     "late layers": {"thaw": 2, "rounding": "stochastic", "dtype": mx.bfloat16},
     "mlx's own": {"rest": lambda: mlx_optimizers.Adam(1e-3, bias_correction=True)},
     "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
