@@ -59,3 +59,4 @@ if __name__ == "__main__":
             step()
             done += 1
             save_checkpoint(path, model, optimizer, done=done)
+        print("saved", flush=True)
