@@ -1,0 +1,228 @@
+"""Two and four ranks on loopback, over MLX's ring backend."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import ring
+from distributed_run import CASES, SHARDED, STEPS, bits_of
+from killed_run import EIGHT_BITS, build
+from mlx.optimizers import MultiOptimizer
+from mlx.utils import tree_flatten
+
+from mlx_maxfactor import Muon, create_optimizer, load_checkpoint
+from mlx_maxfactor.collectives import STALLED
+from mlx_maxfactor.shares import Item, Shares
+
+pytestmark = pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here")
+
+RANKS = (2, 4)
+
+
+@pytest.fixture(scope="module", params=RANKS, ids="{} ranks".format)
+def reports(request, tmp_path_factory):
+    """What each rank says of each case: processes are started once for all of them."""
+    folder = tmp_path_factory.mktemp("ring")
+    outputs = ring.run(request.param, "distributed_run.py", *CASES, folder=folder)
+    lines = [[json.loads(line) for line in output.splitlines()] for output in outputs]
+    return {cases[0]["case"]: cases for cases in zip(*lines, strict=True)}
+
+
+def test_data_parallel_steps_end_bit_identical_on_all_ranks(reports):
+    ranks = reports["data_parallel"]
+    assert ranks[0]["moved"]
+    assert ranks[0]["own"] != ranks[1]["own"]  # each has gradients of its own
+    assert len({rank["parameters"] for rank in ranks}) == 1
+    assert len({rank["state"] for rank in ranks}) == 1
+
+
+def test_shares_change_no_bit_of_what_an_optimizer_does(reports):
+    for name in SHARDED:
+        for rank in reports[name]:
+            # Of the mean of gradients in other messages, each number may round apart.
+            exact = name != "average_gradients"
+            assert rank["same as alone"] or not exact, name
+            assert rank["same state"] or not exact, name
+            assert rank["difference"] <= (0 if exact else 2e-6), name
+        assert len({rank["parameters"] for rank in reports[name]}) == 1, name
+
+
+def test_a_rank_keeps_the_state_of_its_share(reports):
+    # Shares that were given out do not move for later layers, and MLX's own optimizers are not cut.
+    for name in SHARDED.keys() - {"late layers", "mlx's own"}:
+        ranks = reports[name]
+        assert max(rank["state"] for rank in ranks) <= 1.15 / len(ranks), name
+        assert all(rank["planned"][0] == rank["planned"][1] for rank in ranks), name
+
+
+def test_a_step_that_one_rank_spoils_is_skipped_by_all(reports):
+    for name in ("guards", "compiled"):
+        for rank in reports[name]:
+            assert rank["skipped"] == [1, 1]
+            assert rank["steps"] == [STEPS - 1] * 2
+
+
+def test_a_step_sends_what_the_formula_says(reports):
+    for name in SHARDED:
+        for rank in reports[name]:
+            if rank["sent"] is None:
+                pytest.skip("nothing counts the bytes of a connection here")
+            assert rank["sent"] == pytest.approx(rank["formula"], rel=0.05), name
+
+
+def test_where_the_first_rank_cannot_write_all_say_so(reports):
+    for rank in reports["unwritable"]:
+        assert "was not written" in rank["error"]
+
+
+# Shares
+
+
+def items(sizes, cuts=0):
+    return [Item(f"{size}.{i}", size, cuts, (size, size, size)) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_what_can_be_cut_levels_what_cannot(ranks):
+    shares = Shares(ranks)
+    shares.add(items([100, 90, 40, 30, 7, 1]) + items([5000], cuts=8))
+    pieces = shares.pieces["5000.0"]
+    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+    assert (pieces[0].start, pieces[-1].stop) == (0, 5000)
+    assert all(piece.start % 8 == 0 for piece in pieces)
+    state = [load[1] for load in shares.loads]
+    assert sum(state) == pytest.approx(5268)
+    assert max(state) - min(state) <= 2 * 8
+
+
+def test_a_later_parameter_moves_no_earlier_one():
+    shares = Shares(2)
+    shares.add(items([50, 40, 30]))
+    before = dict(shares.pieces)
+    shares.add(items([50, 40, 30, 200]))
+    assert {path: shares.pieces[path] for path in before} == before
+    assert sorted(load[0] for load in shares.loads) == [70, 250]
+
+
+class Pair:
+    """What a plan needs of a group of two."""
+
+    size = rank = staticmethod(lambda: 2)
+
+
+def test_what_updates_a_tree_at_once_is_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="MultiOptimizer cannot be shared among ranks"):
+        create_optimizer(model, MultiOptimizer([Muon()]), group=Pair())
+
+
+def test_a_shapeless_step_is_refused():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = create_optimizer(model, group=Pair())
+    step = mx.compile(lambda g: optimizer.apply_gradients(g, g), shapeless=True)
+    with pytest.raises(ValueError, match="shapeless"):
+        step(model.parameters())
+
+
+def test_a_rank_without_a_share_keeps_no_state():
+    optimizer = create_optimizer(nn.Linear(30, 20), "muon", group=Pair())  # rank 2 of 0 and 1
+    assert {path.rpartition(".")[2] for path, _ in tree_flatten(optimizer.state)} == {
+        "step",
+        "learning_rate",
+    }
+
+
+# Ranks that die or stall
+
+
+@pytest.fixture
+def start(tmp_path):
+    """The ranks of a run that saves after every step, once all have loaded the checkpoint."""
+    started = []
+
+    def start(ranks, steps, seconds=60):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        arguments = (tmp_path / "run.safetensors", steps, seconds)
+        run = ring.start(ranks, "killed_run.py", *arguments, folder=tmp_path, **pipes)
+        started.extend(run)
+        assert [rank.stdout.readline() for rank in run] == ["ready\n"] * ranks
+        return run
+
+    yield start
+    for rank in started:
+        rank.kill()
+        rank.communicate()
+
+
+def run_of(model, optimizer):
+    return bits_of({"model": model.parameters(), "optimizer": optimizer.state})
+
+
+def test_a_run_of_which_20_ranks_are_killed_ends_as_if_none_had_been(start, tmp_path):
+    path, dice, done, ends = tmp_path / "run.safetensors", random.Random(0), [0], Counter()
+    model, optimizer, step = build(**EIGHT_BITS)
+    for kill in range(20):
+        run = start(4 if kill % 10 == 9 else 2, 100_000, seconds=8)
+        victim = dice.choice(run)
+        for _ in range(dice.randint(0, 4)):
+            victim.stdout.readline()
+        time.sleep(dice.uniform(0.0, 0.05))
+        victim.send_signal(signal.SIGKILL)
+        for rank in run:
+            _, errors = rank.communicate()
+            if rank is not victim:
+                assert len(re.findall("another rank has|no answer from", errors)) == 1, errors
+                ends[rank.returncode] += 1
+        if path.exists():
+            done.append(load_checkpoint(path, model, optimizer)["done"])
+            assert done[-1] >= done[-2], "an older state came back"
+    assert ends.keys() <= {1, STALLED}, ends
+    assert done[-1] >= 20, "the kills came before any step"
+    assert [rank.wait() for rank in start(2, done[-1] + 3)] == [0, 0]
+    load_checkpoint(path, model, optimizer)
+    resumed = run_of(model, optimizer)
+    model, optimizer, step = build(**EIGHT_BITS)
+    for _ in range(done[-1] + 3):
+        step()
+    assert run_of(model, optimizer) == resumed
+
+
+def test_a_rank_that_stalls_ends_the_others_with_one_message(start, tmp_path):
+    path = tmp_path / "run.safetensors"
+    run = start(2, 100_000, seconds=5)
+    while not path.exists():
+        time.sleep(0.05)
+    run[1].send_signal(signal.SIGSTOP)
+    _, errors = run[0].communicate()
+    assert run[0].returncode == STALLED
+    assert errors.count("rank 0 of 2: no answer from the other ranks in 5 s") == 1
+    model, optimizer, _ = build(**EIGHT_BITS)
+    assert load_checkpoint(path, model, optimizer)["done"] > 0
+
+
+def test_mlx_launch_runs_it():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    main = "from mlx._distributed_utils.launch import main; main()"
+    launch = [sys.executable, "-c", main, "-n", "2", "-p", str(port)]
+    script = Path(__file__).parent / "distributed_run.py"
+    done = subprocess.run(
+        [*launch, "--backend", "ring", "--", sys.executable, str(script), "data_parallel"],
+        env={**os.environ, "PYTHONPATH": ring.PATH},
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("data_parallel") == 2, done
