@@ -1,11 +1,13 @@
-"""Two and four ranks on loopback, over MLX's ring backend."""
+"""Two and four ranks on loopback, over MLX's ring backend.
+
+KILLS=20 runs the whole: that many kills, and every case on four ranks too.
+"""
 
 import json
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,16 +29,22 @@ from mlx_maxfactor.shares import Item, Shares
 
 pytestmark = pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here")
 
-RANKS = (2, 4)
+KILLS = int(os.environ.get("KILLS", "4"))
+ON_FOUR = [*CASES] if KILLS >= 20 else ["data_parallel", "bf16, stochastic", "compiled"]
+CASES_ON = {2: [*CASES], 4: ON_FOUR}
 
 
-@pytest.fixture(scope="module", params=RANKS, ids="{} ranks".format)
+@pytest.fixture(scope="module", params=CASES_ON, ids="{} ranks".format)
 def reports(request, tmp_path_factory):
     """What each rank says of each case: processes are started once for all of them."""
     folder = tmp_path_factory.mktemp("ring")
-    outputs = ring.run(request.param, "distributed_run.py", *CASES, folder=folder)
+    outputs = ring.run(request.param, "distributed_run.py", *CASES_ON[request.param], folder=folder)
     lines = [[json.loads(line) for line in output.splitlines()] for output in outputs]
     return {cases[0]["case"]: cases for cases in zip(*lines, strict=True)}
+
+
+def sharded(reports):
+    return SHARDED.keys() & reports.keys()
 
 
 def test_data_parallel_steps_end_bit_identical_on_all_ranks(reports):
@@ -48,7 +56,7 @@ def test_data_parallel_steps_end_bit_identical_on_all_ranks(reports):
 
 
 def test_shares_change_no_bit_of_what_an_optimizer_does(reports):
-    for name in SHARDED:
+    for name in sharded(reports):
         for rank in reports[name]:
             # Of the mean of gradients in other messages, each number may round apart.
             exact = name != "average_gradients"
@@ -60,21 +68,21 @@ def test_shares_change_no_bit_of_what_an_optimizer_does(reports):
 
 def test_a_rank_keeps_the_state_of_its_share(reports):
     # Shares that were given out do not move for later layers, and MLX's own optimizers are not cut.
-    for name in SHARDED.keys() - {"late layers", "mlx's own"}:
+    for name in sharded(reports) - {"late layers", "mlx's own"}:
         ranks = reports[name]
         assert max(rank["state"] for rank in ranks) <= 1.15 / len(ranks), name
         assert all(rank["planned"][0] == rank["planned"][1] for rank in ranks), name
 
 
 def test_a_step_that_one_rank_spoils_is_skipped_by_all(reports):
-    for name in ("guards", "compiled"):
+    for name in {"guards", "compiled"} & reports.keys():
         for rank in reports[name]:
             assert rank["skipped"] == [1, 1]
             assert rank["steps"] == [STEPS - 1] * 2
 
 
 def test_a_step_sends_what_the_formula_says(reports):
-    for name in SHARDED:
+    for name in sharded(reports):
         for rank in reports[name]:
             if rank["sent"] is None:
                 pytest.skip("nothing counts the bytes of a connection here")
@@ -82,7 +90,7 @@ def test_a_step_sends_what_the_formula_says(reports):
 
 
 def test_where_the_first_rank_cannot_write_all_say_so(reports):
-    for rank in reports["unwritable"]:
+    for rank in reports.get("unwritable", ()):
         assert "was not written" in rank["error"]
 
 
@@ -145,51 +153,49 @@ def test_a_rank_without_a_share_keeps_no_state():
 
 # Ranks that die or stall
 
+WAIT = 30
+"""Seconds that survivors wait where MLX misses that a connection was closed."""
+
 
 @pytest.fixture
 def start(tmp_path):
     """The ranks of a run that saves after every step, once all have loaded the checkpoint."""
     started = []
 
-    def start(ranks, steps, seconds=60):
+    def start(ranks, steps, *limits):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        arguments = (tmp_path / "run.safetensors", steps, seconds)
+        arguments = (tmp_path / "run.safetensors", steps, *limits)
         run = ring.start(ranks, "killed_run.py", *arguments, folder=tmp_path, **pipes)
         started.extend(run)
         assert [rank.stdout.readline() for rank in run] == ["ready\n"] * ranks
         return run
 
     yield start
-    for rank in started:
-        rank.kill()
-        rank.communicate()
+    ring.end(started)
 
 
 def run_of(model, optimizer):
     return bits_of({"model": model.parameters(), "optimizer": optimizer.state})
 
 
-def test_a_run_of_which_20_ranks_are_killed_ends_as_if_none_had_been(start, tmp_path):
+def test_a_run_of_which_ranks_are_killed_ends_as_if_none_had_been(start, tmp_path):
     path, dice, done, ends = tmp_path / "run.safetensors", random.Random(0), [0], Counter()
     model, optimizer, step = build(**EIGHT_BITS)
-    for kill in range(20):
-        run = start(4 if kill % 10 == 9 else 2, 100_000, seconds=8)
-        victim = dice.choice(run)
-        for _ in range(dice.randint(0, 4)):
-            victim.stdout.readline()
+    for kill in range(KILLS):
+        run = start(4 if kill % 10 == 9 else 2, 100_000, WAIT)
+        victim, saved = dice.choice(run), dice.randint(1, 4)
+        assert [victim.stdout.readline() for _ in range(saved)] == ["saved\n"] * saved
         time.sleep(dice.uniform(0.0, 0.05))
         victim.send_signal(signal.SIGKILL)
         for rank in run:
-            _, errors = rank.communicate()
+            _, errors = rank.communicate(timeout=ring.HANGS)
             if rank is not victim:
                 assert len(re.findall("another rank has|no answer from", errors)) == 1, errors
                 ends[rank.returncode] += 1
-        if path.exists():
-            done.append(load_checkpoint(path, model, optimizer)["done"])
-            assert done[-1] >= done[-2], "an older state came back"
+        done.append(load_checkpoint(path, model, optimizer)["done"])
+        assert done[-1] >= done[-2] + saved, "an older state came back"
     assert ends.keys() <= {1, STALLED}, ends
-    assert done[-1] >= 20, "the kills came before any step"
-    assert [rank.wait() for rank in start(2, done[-1] + 3)] == [0, 0]
+    assert [rank.wait(ring.HANGS) for rank in start(2, done[-1] + 3)] == [0, 0]
     load_checkpoint(path, model, optimizer)
     resumed = run_of(model, optimizer)
     model, optimizer, step = build(**EIGHT_BITS)
@@ -200,21 +206,16 @@ def test_a_run_of_which_20_ranks_are_killed_ends_as_if_none_had_been(start, tmp_
 
 def test_a_rank_that_stalls_ends_the_others_with_one_message(start, tmp_path):
     path = tmp_path / "run.safetensors"
-    run = start(2, 100_000, seconds=5)
-    while not path.exists():
-        time.sleep(0.05)
-    run[1].send_signal(signal.SIGSTOP)
-    _, errors = run[0].communicate()
+    run = start(2, 100_000, 300, 3)
+    _, errors = run[0].communicate(timeout=ring.HANGS)
     assert run[0].returncode == STALLED
-    assert errors.count("rank 0 of 2: no answer from the other ranks in 5 s") == 1
+    assert errors.count("rank 0 of 2: no answer from the other ranks in 1 s") == 1
     model, optimizer, _ = build(**EIGHT_BITS)
-    assert load_checkpoint(path, model, optimizer)["done"] > 0
+    assert load_checkpoint(path, model, optimizer)["done"] == 2
 
 
 def test_mlx_launch_runs_it():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port, _ = ring.free_ports(2)
     main = "from mlx._distributed_utils.launch import main; main()"
     launch = [sys.executable, "-c", main, "-n", "2", "-p", str(port)]
     script = Path(__file__).parent / "distributed_run.py"
@@ -224,5 +225,6 @@ def test_mlx_launch_runs_it():
         stdin=subprocess.PIPE,
         capture_output=True,
         text=True,
+        timeout=ring.HANGS,
     )
     assert done.stdout.count("data_parallel") == 2, done
