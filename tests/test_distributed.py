@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +24,7 @@ from killed_run import EIGHT_BITS, build
 from mlx.optimizers import MultiOptimizer
 from mlx.utils import tree_flatten
 
-from mlx_maxfactor import Muon, create_optimizer, load_checkpoint
+from mlx_maxfactor import CheckpointError, Muon, create_optimizer, load_checkpoint, save_checkpoint
 from mlx_maxfactor.collectives import STALLED
 from mlx_maxfactor.shares import Item, Shares
 
@@ -123,32 +124,75 @@ def test_a_later_parameter_moves_no_earlier_one():
     assert sorted(load[0] for load in shares.loads) == [70, 250]
 
 
-class Pair:
-    """What a plan needs of a group of two."""
+class Rank(NamedTuple):
+    """What is asked of a group where nothing is sent."""
 
-    size = rank = staticmethod(lambda: 2)
+    index: int
+    ranks: int
+
+    def rank(self):
+        return self.index
+
+    def size(self):
+        return self.ranks
 
 
 def test_what_updates_a_tree_at_once_is_refused():
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="MultiOptimizer cannot be shared among ranks"):
-        create_optimizer(model, MultiOptimizer([Muon()]), group=Pair())
+        create_optimizer(model, MultiOptimizer([Muon()]), group=Rank(0, 2))
 
 
 def test_a_shapeless_step_is_refused():
     model = nn.Linear(3, 2, bias=False)
-    optimizer = create_optimizer(model, group=Pair())
+    optimizer = create_optimizer(model, group=Rank(0, 2))
     step = mx.compile(lambda g: optimizer.apply_gradients(g, g), shapeless=True)
     with pytest.raises(ValueError, match="shapeless"):
         step(model.parameters())
 
 
 def test_a_rank_without_a_share_keeps_no_state():
-    optimizer = create_optimizer(nn.Linear(30, 20), "muon", group=Pair())  # rank 2 of 0 and 1
+    optimizer = create_optimizer(nn.Linear(30, 20), "muon", group=Rank(2, 2))  # of 0 and 1
     assert {path.rpartition(".")[2] for path, _ in tree_flatten(optimizer.state)} == {
         "step",
         "learning_rate",
     }
+
+
+@pytest.mark.parametrize("state_dtype", [mx.float32, mx.int8])
+def test_a_file_of_one_machine_loads_on_three_after_one_that_does_not_fit(state_dtype, tmp_path):
+    def made(group=None):
+        options = {"state_dtype": state_dtype}
+        model = nn.Linear(256, 96).freeze(keys=["weight"])
+        optimizer = create_optimizer(model, rest_options=options, group=group)
+        model.unfreeze()  # its state is made by the load that fails
+        return model, optimizer
+
+    def state_of(optimizer, key):
+        (found,) = (
+            x for path, x in tree_flatten(optimizer.state) if path.endswith(f"weight.{key}")
+        )
+        return found
+
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    model, optimizer = made()
+    optimizer.update(model, model.parameters())
+    save_checkpoint(good, model, optimizer, done=1)
+    other = nn.Linear(8, 8)
+    save_checkpoint(bad, other, create_optimizer(other, "muon"))
+    whole, parts = optimizer, []
+    for rank in range(3):
+        model, optimizer = made(Rank(rank, 3))
+        with pytest.raises(CheckpointError, match="does not fit"):
+            load_checkpoint(bad, model, optimizer)
+        optimizer.init(model.trainable_parameters())
+        assert state_of(optimizer, "v").size < model.weight.size / 2
+        assert load_checkpoint(good, model, optimizer) == {"done": 1}
+        assert optimizer.step.item() == 1
+        parts.append(optimizer)
+    for key in ("m", "v"):
+        rows = [state_of(part, key) for part in parts]
+        assert mx.array_equal(mx.concatenate(rows), state_of(whole, key))
 
 
 # Ranks that die or stall
