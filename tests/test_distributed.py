@@ -127,11 +127,11 @@ def test_a_later_parameter_moves_no_earlier_one():
 class Rank(NamedTuple):
     """What is asked of a group where nothing is sent."""
 
-    index: int
+    place: int
     ranks: int
 
     def rank(self):
-        return self.index
+        return self.place
 
     def size(self):
         return self.ranks
