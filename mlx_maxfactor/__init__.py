@@ -3,6 +3,8 @@
 from ._version import __version__
 from .accumulation import accumulate_gradients, averaged_gradients
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .collectives import LostRankError, bounded_wait
+from .distributed import ShardedOptimizer
 from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
 from .functional import newton_schulz, polar_express
 from .guard import GuardedOptimizer
@@ -30,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "FrequencyAdaptiveMomentum",
     "GuardedOptimizer",
+    "LostRankError",
     "MaxFactor",
     "Muon",
     "OptimizerName",
@@ -39,11 +42,13 @@ __all__ = [
     "Profile",
     "RoutedOptimizer",
     "Schedule",
+    "ShardedOptimizer",
     "SignSGD",
     "__version__",
     "accumulate_gradients",
     "adaptive_schedule",
     "averaged_gradients",
+    "bounded_wait",
     "create_optimizer",
     "create_optimizer_for_hrm",
     "estimate_state_bytes",

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +37,32 @@ class Place(NamedTuple):
         """What stands there; a schedule may have put a number there."""
         value = self.container[self.key]
         return value if isinstance(value, mx.array) else mx.array(value)
+
+
+class SpreadArray(Protocol):
+    """An array of state that several ranks hold among them."""
+
+    @property
+    def shape(self) -> mx.array:
+        """An array of the shape and dtype of the whole; it is not evaluated."""
+        ...
+
+    def own(self, whole: mx.array) -> mx.array:
+        """What of the whole array this rank holds, if it holds any."""
+        ...
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """What an optimizer has that is spread over several ranks. All of them save and load."""
+
+    def spread_state(self) -> Mapping[str, SpreadArray]:
+        """The arrays that are spread, by name in its state as one machine has it."""
+        ...
+
+    def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
+        """Hand these arrays, whole, to ``write`` on one rank; if that raises, raise on all."""
+        ...
 
 
 class Extra(dict[str, Any]):
@@ -102,11 +128,14 @@ def save_checkpoint(
         optimizer.init(model.trainable_parameters())
     kept, frozen = _split(_find_weights(model), model, weights)
     description = run.describe(optimizer, weights, frozen)
-    places = {**kept, **_find_state(optimizer)}
-    arrays = {name: place.array for name, place in places.items()}
+    arrays = {name: place.array for name, place in kept.items()}
     arrays[KEY] = mx.array(cast(Any, mx.random.state)[0])
     metadata = {"format": FORMATS[-1], "run": json.dumps(description), "extra": text}
-    sealed.write(Path(path), arrays, metadata)
+
+    def write(state: dict[str, mx.array]) -> None:
+        sealed.write(Path(path), arrays | state, metadata)
+
+    _with_whole_state(optimizer, write)
 
 
 def load_checkpoint(
@@ -189,9 +218,11 @@ class _Loading:
         self.members = run.find_members(optimizer)
         self.live = run.describe(optimizer, self.saved["weights"], frozen, self._steps_made())
         state = _find_state(optimizer)
+        self.spread = _find_spread(optimizer)
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
-        self.expected = {**kept, **state}.keys()
+        self.here |= {name: kind_of(spread.shape) for name, spread in self.spread.items()}
+        self.expected = {**kept, **state, **self.spread}.keys()
         self.standing: set[str] = set()
         """Names of state that stays as it is here, whatever the file holds."""
 
@@ -222,6 +253,10 @@ class _Loading:
         for name in self._fitting():
             # One at a time: its elder is let go before the next one is read.
             array = self.arrays.pop(name).astype(self.here[name].dtype)
+            if name not in self.places:  # another rank has it
+                continue
+            if name in self.spread:
+                array = self.spread[name].own(array)
             mx.eval(array)
             container, key = self.places[name]
             container[key] = array
@@ -322,6 +357,23 @@ def _find_weights(model: nn.Module) -> dict[str, Place]:
 def _find_state(optimizer: Optimizer) -> dict[str, Place]:
     """Every array of the optimizer's state by its name in the file."""
     return dict(_walk(optimizer.state, STATE))
+
+
+def _find_spread(optimizer: Optimizer) -> dict[str, SpreadArray]:
+    """Arrays of the state of which other ranks have some or all, by their names in the file."""
+    spread = optimizer.spread_state() if isinstance(optimizer, Spread) else {}
+    return {STATE + name: array for name, array in spread.items()}
+
+
+def _with_whole_state(optimizer: Optimizer, write: Callable[[dict[str, mx.array]], None]) -> None:
+    """Write the state by its names in the file: once, however many ranks there are."""
+    here = {name: place.array for name, place in _find_state(optimizer).items()}
+    if isinstance(optimizer, Spread):
+        optimizer.with_whole_state(
+            lambda spread: write(here | {STATE + name: array for name, array in spread.items()})
+        )
+    else:
+        write(here)
 
 
 def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from ._validate import LARGEST_SEED, Rate, check_choice, check_flags, check_integer, got, shown
+from .distributed import ShardedOptimizer
 from .members import OptimizerName, Part, Roster
 from .optimizers import AdamW, SignSGD
 from .optimizers._base import Float32Optimizer, Rounding, flatten
@@ -37,6 +38,7 @@ def create_optimizer(
     skip_nonfinite: bool = False,
     rounding: Rounding = "nearest",
     seed: int = 0,
+    group: mx.distributed.Group | None = None,
     **hidden_options: Any,
 ) -> RoutedOptimizer:
     """One optimizer for a model: hidden matrices to one algorithm, everything else to another.
@@ -76,6 +78,9 @@ def create_optimizer(
         rounding: Of bf16 and fp16 parameters, in every member that is made from a name: "nearest",
             or "stochastic", which lets updates below their spacing count on average.
         seed: Of stochastic rounding, from 0 to 2³² - 1.
+        group: ``mx.distributed.init()``: each rank hands in the gradients of its own batch, which
+            are averaged, updates its share of the parameters, keeps state for it alone, and gets
+            the rest from the others. See ``ShardedOptimizer``. None, or one rank: nothing is sent.
         **hidden_options: Options of ``hidden`` if it is a name, such as ``momentum=0.95``.
 
     Returns:
@@ -124,14 +129,11 @@ def create_optimizer(
         routes[p.path] = roster.index_of(
             choice, decays=p.role not in UNDECAYED_ROLES, lora=p.role in LORA_ROLES
         )
-    return RoutedOptimizer(
-        model,
-        parameters,
-        roster.members,
-        routes,
-        max_grad_norm=max_grad_norm,
-        skip_nonfinite=skip_nonfinite,
-    )
+    arguments = (model, parameters, roster.members, routes)
+    guards = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite}
+    if group is not None and group.size() > 1:
+        return ShardedOptimizer(*arguments, group=group, **guards)
+    return RoutedOptimizer(*arguments, **guards)
 
 
 def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> int:

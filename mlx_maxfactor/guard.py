@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 from . import functional as f
 from ._validate import Rate, check_flags, check_number, check_update, got
 from .optimizers._base import Float32Optimizer, flatten
-from .optimizers._turns import Leaf, Turns, Update, find_leaves
+from .optimizers._turns import Leaf, Turns, Update, Way, find_leaves
 
 
 class GuardedOptimizer(MultiOptimizer):
@@ -115,6 +115,7 @@ class GuardedOptimizer(MultiOptimizer):
             # A member's init gets parameters here, never gradients, as MLX's lazy one would.
             self.init(tree_map(lambda _, p: p, gradients, parameters))
             leaves = find_leaves(gradients, parameters, self._states)
+        leaves = self._received(leaves)
         turns = self._turns([leaf.gradient for leaf in leaves])
         updated = self._updated(gradients, parameters, leaves, turns, range(len(self.optimizers)))
         self._count(turns)
@@ -124,7 +125,7 @@ class GuardedOptimizer(MultiOptimizer):
         self,
         gradients: Any,
         parameters: Any,
-        leaves: Sequence[Leaf],
+        leaves: list[Leaf],
         turns: Turns,
         members: Iterable[int],
     ) -> Any:
@@ -132,7 +133,7 @@ class GuardedOptimizer(MultiOptimizer):
         whole: dict[str, mx.array] = {}
         for index in members:
             optimizer = self.optimizers[index]
-            if _is_single(optimizer):
+            if is_single(optimizer):
                 _advance(optimizer, turns)
             else:
                 whole |= _update_whole(optimizer, self._part(gradients, index), parameters, turns)
@@ -148,13 +149,21 @@ class GuardedOptimizer(MultiOptimizer):
             update = optimizer.update_at(leaf.path) if ours else optimizer.apply_single
             return update, leaf.states[index]
 
-        return turns.take_all(gradients, leaves, way)
+        return self._take_all(turns, gradients, leaves, way)
 
     def _count(self, turns: Turns) -> None:
         """Count the step if it is skipped."""
         if self.skip_nonfinite:
             skipped = self._guard["skipped"]
             self._guard["skipped"] = turns.kept(skipped, skipped + 1)
+
+    def _received(self, leaves: list[Leaf]) -> list[Leaf]:
+        """The leaves, with the gradients that the step is made of."""
+        return leaves
+
+    def _take_all(self, turns: Turns, gradients: dict, leaves: list[Leaf], way: Way) -> dict:
+        """Every parameter, updated."""
+        return turns.take_all(gradients, leaves, way)
 
     def _turns(self, gradients: Sequence[mx.array]) -> Turns:
         """What happens to every gradient and every update of this step."""
@@ -214,7 +223,7 @@ def shown_optimizer(optimizer: Optimizer) -> str:
     return repr(optimizer)
 
 
-def _is_single(optimizer: Optimizer) -> bool:
+def is_single(optimizer: Optimizer) -> bool:
     """Whether it updates one parameter at a time, as MLX's own do."""
     own = type(optimizer).apply_gradients
     return own in (Optimizer.apply_gradients, Float32Optimizer.apply_gradients)

@@ -113,9 +113,8 @@ def _class_and_options(optimizer: Optimizer) -> dict[str, Any]:
     options = {k: v for k, v in public.items() if _is_plain(v)}
     named = {k: v for k, v in public.items() if isinstance(v, mx.Dtype) or is_dataclass(v)}
     options |= {k: str(v) for k, v in named.items()}
-    return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"} | {
-        "options": options
-    }
+    kind = getattr(optimizer, "described_as", type(optimizer))
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "options": options}
 
 
 def _is_plain(value: Any) -> bool:

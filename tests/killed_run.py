@@ -1,15 +1,27 @@
 """A run that saves after every step until it is killed, or until it has made all of its steps.
 
-python killed_run.py CHECKPOINT STEPS
+python killed_run.py CHECKPOINT STEPS [SECONDS [STALL]]
+
+Started once a rank, the ranks share the updates and draw the same data, so that any number of them
+makes the same steps. A step may take so many seconds; before step STALL the second rank stops, and
+that step may take one second.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_maxfactor import create_optimizer, load_checkpoint, save_checkpoint, warmup_cosine
+from mlx_maxfactor import (
+    bounded_wait,
+    create_optimizer,
+    load_checkpoint,
+    save_checkpoint,
+    warmup_cosine,
+)
 
 EIGHT_BITS = {"momentum": 0.8, "state_dtype": mx.int8}
 
@@ -41,10 +53,18 @@ def build(hidden="maxfactor", steps=40, **options):
 
 if __name__ == "__main__":
     path, steps = Path(sys.argv[1]), int(sys.argv[2])
-    model, optimizer, step = build(**EIGHT_BITS)
+    seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 300.0
+    stall = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    group = mx.distributed.init()
+    model, optimizer, step = build(**EIGHT_BITS, group=group)
     done = load_checkpoint(path, model, optimizer)["done"] if path.exists() else 0
     print("ready", flush=True)
     while done < steps:
-        step()
-        done += 1
-        save_checkpoint(path, model, optimizer, done=done)
+        stalls = done + 1 == stall
+        if stalls and group.rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with bounded_wait(1.0 if stalls else seconds):
+            step()
+            done += 1
+            save_checkpoint(path, model, optimizer, done=done)
+        print("saved", flush=True)

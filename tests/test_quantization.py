@@ -138,7 +138,7 @@ def test_momentum_and_parameter_draw_apart(monkeypatch):
     keys = []
     for name in ("quantize", "stochastic_round"):
         draw = getattr(f, name)
-        spy = lambda *args, draw=draw: keys.append(tuple(args[-1].tolist())) or draw(*args)  # noqa: E731
+        spy = lambda *args, draw=draw: keys.append(tuple(args[-2].tolist())) or draw(*args)  # noqa: E731
         monkeypatch.setattr(f, name, spy)
     tree = {"w": mx.array(parameter((20, 20))).astype(mx.bfloat16)}
     optimizer = Muon(state_dtype=mx.int8, rounding="stochastic")

@@ -27,11 +27,12 @@ from .orthogonalization import (
     Method,
     muon_scale,
     newton_schulz,
+    orthogonalization_work,
     orthogonalize,
     polar_express,
 )
-from .quantization import dequantize, quantize, scales
-from .rounding import stochastic_round
+from .quantization import dequantize, quantize, rows_of_blocks, scales
+from .rounding import Part, stochastic_round
 from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms, update_scale
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "ROOT_FLOOR",
     "Layout",
     "Method",
+    "Part",
     "agreement",
     "as_matrices",
     "band_damping",
@@ -62,12 +64,14 @@ __all__ = [
     "muon_scale",
     "newton_schulz",
     "norm_axes",
+    "orthogonalization_work",
     "orthogonalize",
     "polar_express",
     "quantize",
     "rms",
     "row_max",
     "row_sum",
+    "rows_of_blocks",
     "scaled_global_norm",
     "scales",
     "second_moment_weight",

@@ -143,6 +143,14 @@ def orthogonalize(
     return wide.swapaxes(-1, -2) if tall else wide
 
 
+def orthogonalization_work(shape: tuple[int, ...], block: int | None = None) -> float:
+    """About how many operations five steps take on matrices ``(..., m, n)``: those of products."""
+    shorter, longer = sorted(shape[-2:])
+    rows = shorter if block is None else min(block, shorter)
+    # A step is two products of the matrix, 2·rows an element each, and one of its Gram matrix.
+    return math.prod(shape) * 5 * (4 * rows + 2 * rows * rows / longer)
+
+
 def _check(x: mx.array, steps: int, dtype: mx.Dtype) -> None:
     if x.ndim < 2 or x.size == 0 or not mx.issubdtype(x.dtype, mx.floating):
         raise ValueError(f"x must hold float matrices, got {x.dtype} of shape {x.shape}")

@@ -1,8 +1,11 @@
 """Float32 to 8 bits and back, in blocks with a scale each."""
 
+import math
+
 import mlx.core as mx
 
 from .layouts import cut, filled
+from .rounding import Part, drawn
 
 BLOCK = 256
 """Elements that share a scale, 4 bytes: together 1.016 bytes an element."""
@@ -10,7 +13,7 @@ BLOCK = 256
 LEVELS = 127
 
 
-def quantize(x: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
+def quantize(x: mx.array, key: mx.array, part: Part | None = None) -> tuple[mx.array, mx.array]:
     """Codes of 8 bits and the largest magnitude of each block of 256 elements.
 
     A code ``c`` stands for ``sign(c) (c / 127)²`` of its block's largest magnitude: spacing is
@@ -20,6 +23,7 @@ def quantize(x: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
     Args:
         x: Float32, of any shape; blocks follow its elements in order.
         key: Of the random numbers.
+        part: Where ``x`` stands in an array that is cut between two blocks. None: it is whole.
 
     Returns:
         int8 codes of the same shape; float32 scales ``(blocks,)``.
@@ -28,7 +32,10 @@ def quantize(x: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
     scale = mx.max(mx.abs(blocks), axis=-1, keepdims=True)
     square = mx.abs(blocks) / mx.where(scale > 0, scale, 1.0) * LEVELS**2
     low = mx.floor(mx.sqrt(square))
-    up = mx.random.uniform(shape=low.shape, key=key) < (square - low * low) / (2 * low + 1)
+    if part is not None:
+        part = Part(part.start, scales(part.whole) * BLOCK)
+    chance = drawn(lambda shape: mx.random.uniform(shape=shape, key=key), low.shape, part)
+    up = chance < (square - low * low) / (2 * low + 1)
     # On a GPU a quotient may round above 1: the minimum keeps the largest code.
     codes = mx.sign(blocks) * mx.minimum(LEVELS, low + up.astype(mx.float32))
     codes = cut(codes.astype(mx.int8).reshape(-1), 0, x.size)
@@ -45,6 +52,11 @@ def dequantize(codes: mx.array, scale: mx.array) -> mx.array:
 def scales(size: int) -> int:
     """Number of scales of that many elements."""
     return -(-size // BLOCK)
+
+
+def rows_of_blocks(shape: tuple[int, ...]) -> int:
+    """Rows (places of the first axis) after which an array can be cut between two blocks."""
+    return BLOCK // math.gcd(BLOCK, math.prod(shape[1:]))
 
 
 def _in_blocks(x: mx.array) -> mx.array:

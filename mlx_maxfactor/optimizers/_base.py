@@ -1,5 +1,6 @@
 """What every optimizer of the suite shares: float32 arithmetic, layouts, rates, state."""
 
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import signature
@@ -30,6 +31,9 @@ RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 Rounding = Literal["nearest", "stochastic"]
 """How updates of bf16 and fp16 parameters are rounded."""
 
+ELEMENTWISE_WORK = 300.0
+"""Operations of a matrix product in the time that ten passes over an element take."""
+
 
 class Float32Optimizer(Optimizer):
     """An MLX optimizer whose arithmetic and state are float32, whatever the parameter's dtype.
@@ -55,6 +59,7 @@ class Float32Optimizer(Optimizer):
         paths: Tells from a path whether this optimizer updates that parameter. None: all of them.
         built_rate: The constant rate it was built with, or set to before its first update and
             before any load. None under a schedule.
+        part: What :meth:`apply_single` is given if not a whole parameter: a part of its rows.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Float32Optimizer(Optimizer):
         self.paths: Callable[[str], bool] | None = None
         self.built_rate: mx.array | None = None
         self._first_step = self.step
+        self.part: f.Part | None = None
         self.learning_rate = learning_rate
 
     # Rates
@@ -167,7 +173,7 @@ class Float32Optimizer(Optimizer):
         if self.rounding == "nearest" or parameter.dtype == mx.float32:
             return x.astype(parameter.dtype)
         state["key"], key = mx.random.split(state["key"])
-        return f.stochastic_round(x, parameter.dtype, key)
+        return f.stochastic_round(x, parameter.dtype, key, self.part)
 
     # The tree
 
@@ -245,6 +251,17 @@ class Float32Optimizer(Optimizer):
             return self.apply_single(gradient, parameter, state, layout)
 
         return update
+
+    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+        """Of how many rows (places of the first axis) a multiple may be updated by itself.
+
+        0: the parameter is updated whole, as its rows depend on one another.
+        """
+        return 0
+
+    def work(self, shape: tuple[int, ...], layout: str) -> float:
+        """About how many operations an update takes, in those of a matrix product."""
+        return ELEMENTWISE_WORK * math.prod(shape)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make the state of one parameter, from its shape alone.

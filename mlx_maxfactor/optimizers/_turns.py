@@ -21,6 +21,10 @@ class Leaf(NamedTuple):
     states: tuple[Any, ...]
 
 
+Way = Callable[[Leaf], tuple[Update, dict] | None]
+"""What updates a leaf, and its state; None leaves the parameter as it is."""
+
+
 def find_leaves(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[Leaf]:
     """Everything that a step has, path by path, in the order of the gradients."""
     leaves: list[Leaf] = []
@@ -69,14 +73,14 @@ class Turns:
         self,
         gradients: Any,
         leaves: Sequence[Leaf],
-        way: Callable[[Leaf], tuple[Update, dict] | None],
+        way: Way,
     ) -> Any:
         """Update every leaf, the last one first.
 
         Args:
             gradients: The tree that the leaves are of.
             leaves: What :func:`find_leaves` found.
-            way: What updates a leaf, and its state; None leaves the parameter as it is.
+            way: What updates each of them.
 
         Returns:
             The parameters, in the structure of the gradients.

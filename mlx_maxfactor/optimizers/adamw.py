@@ -69,6 +69,10 @@ class AdamW(Float32Optimizer):
         if self.bias_correction:
             state["count"] = mx.array(0, mx.uint32)
 
+    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+        """Anywhere; momentum in 8 bits between two of its blocks."""
+        return f.rows_of_blocks(shape) if self.state_dtype == mx.int8 else 1
+
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
@@ -76,7 +80,7 @@ class AdamW(Float32Optimizer):
         p, g = parameter.astype(mx.float32), f.clamp_gradient(gradient.astype(mx.float32))
         eta, (beta1, beta2) = self.learning_rate, self.betas
 
-        m = write_momentum(beta1 * read_momentum(state) + (1 - beta1) * g, state)
+        m = write_momentum(beta1 * read_momentum(state) + (1 - beta1) * g, state, self.part)
         state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:

@@ -37,7 +37,7 @@ def read_momentum(state: dict) -> mx.array:
     return state["m"].astype(mx.float32)
 
 
-def write_momentum(m: mx.array, state: dict) -> mx.array:
+def write_momentum(m: mx.array, state: dict, part: f.Part | None = None) -> mx.array:
     """Keep a float32 buffer; 8 bits are rounded by chance, with the parameter's own key.
 
     Returns:
@@ -45,7 +45,7 @@ def write_momentum(m: mx.array, state: dict) -> mx.array:
     """
     if "m_scale" in state:
         state["key"], key = mx.random.split(state["key"])
-        state["m"], state["m_scale"] = f.quantize(m, key)
+        state["m"], state["m_scale"] = f.quantize(m, key, part)
     else:
         state["m"] = m.astype(state["m"].dtype)
     return state["m"] if state["m"].dtype == mx.float32 else m

@@ -218,6 +218,12 @@ class MaxFactor(Float32Optimizer):
     def _option(self, name: str) -> Any:
         return self.orthogonal or "row_max" if name == "step" else super()._option(name)
 
+    def work(self, shape: tuple[int, ...], layout: str) -> float:
+        """That of the orthogonalization beside the elements'."""
+        matrices = f.as_matrices(mx.zeros(shape), layout).shape
+        work, step = super().work(shape, layout), self._orthogonal_step(matrices)
+        return work + f.orthogonalization_work(matrices, step.block) if step else work
+
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
         super().init_single(parameter, state)

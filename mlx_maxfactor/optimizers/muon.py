@@ -81,6 +81,11 @@ class Muon(Float32Optimizer):
         self.steps = check_integer("steps", steps, 1)
         self.block = None if block is None else check_integer("block", block, 1)
 
+    def work(self, shape: tuple[int, ...], layout: str) -> float:
+        """That of the orthogonalization beside the elements'."""
+        matrices = f.as_matrices(mx.zeros(shape), layout).shape
+        return super().work(shape, layout) + f.orthogonalization_work(matrices, self.block)
+
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """The momentum buffer; nothing without momentum."""
         if parameter.ndim < 2:

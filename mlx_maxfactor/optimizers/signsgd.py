@@ -51,6 +51,10 @@ class SignSGD(Float32Optimizer):
         """Nothing of its own."""
         super().init_single(parameter, state)
 
+    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+        """Anywhere; with ``sparse_rows`` a vector is one row."""
+        return 0 if self.sparse_rows and len(shape) < 2 else 1
+
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:

@@ -1,0 +1,221 @@
+"""What several machines send and compute a step: models of 1 B to 70 B, Thunderbolt 5 and 10 GbE.
+
+    python examples/communication.py
+    mlx.launch -n 2 --backend ring -- python examples/communication.py --measure
+
+The first prints the cost model, from shapes alone: nothing is allocated, and rates are those that
+the links are sold with. The second makes steps of a small model between processes of this machine,
+counts what they send and how long it takes, and prints both beside the model (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_maxfactor import ShardedOptimizer, create_optimizer
+from mlx_maxfactor.collectives import MESSAGE_BYTES
+from mlx_maxfactor.shares import Shares
+
+LINKS = {"Thunderbolt 5": 80e9 / 8, "10 GbE": 10e9 / 8}  # bytes a second, each way
+
+# Width, layers, hidden width, width of keys and values, vocabulary, tied.
+SHAPES = {
+    "1 B": (2048, 16, 8192, 512, 128256, True),
+    "3 B": (3072, 28, 8192, 1024, 128256, True),
+    "8 B": (4096, 32, 14336, 1024, 128256, False),
+    "32 B": (5120, 64, 27648, 1024, 152064, False),
+    "70 B": (8192, 80, 28672, 1024, 128256, False),
+}
+
+TOKENS = 8192  # of all ranks, a step
+
+
+class Group(NamedTuple):
+    """What a plan needs of ``mx.distributed.Group``, without other processes."""
+
+    ranks: int
+
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.ranks
+
+    def rank(self) -> int:
+        """Which of them this is."""
+        return 0
+
+
+class Cost(NamedTuple):
+    """Of one rank and one step."""
+
+    sent: float
+    messages: int
+    largest_state: float
+    largest_work: float
+    work: float
+
+    def seconds(self, rate: float, latency: float = 0.0) -> float:
+        """On a link of so many bytes a second; each message passes every rank in turn."""
+        return self.sent / rate + self.messages * latency
+
+
+def cost_of(shares: Shares, nbytes: float) -> Cost:
+    """What the busiest rank has, of parameters of so many bytes in one dtype.
+
+    Gradients are summed around a ring, ``2(N - 1)/N`` of their bytes; then each rank's share of the
+    parameters, filled up to the largest, goes to the ``N - 1`` others.
+    """
+    ranks = shares.ranks
+    work, state, share = (max(load[i] for load in shares.loads) for i in range(3))
+    messages = -(-nbytes // MESSAGE_BYTES) * 2 * (ranks - 1)
+    messages += -(-share // MESSAGE_BYTES) * (ranks - 1)
+    return Cost(
+        2 * (ranks - 1) / ranks * nbytes + (ranks - 1) * share,
+        int(messages),
+        state,
+        work,
+        sum(load[0] for load in shares.loads),
+    )
+
+
+def bytes_sent() -> int | None:
+    """Bytes that this process has handed to TCP, once each; None where they are not counted."""
+    if not hasattr(socket, "TCP_INFO"):
+        return None
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        link = Path("/proc/self/fd", name)
+        if link.is_symlink() and os.readlink(link).startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(name))) as s:
+                info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+            sent, again = struct.unpack_from("QQ", info, 200)
+            total += sent - again
+    return total
+
+
+class Layer(nn.Module):
+    """The matrices of a layer with attention to fewer keys, and a gated linear unit."""
+
+    def __init__(self, width: int, hidden: int, keys: int):
+        super().__init__()
+        self.query, self.out = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.key, self.value = (nn.Linear(width, keys, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.norm, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+
+
+class Model(nn.Module):
+    """Shapes of a language model; it computes nothing."""
+
+    def __init__(
+        self, width: int, layers: int, hidden: int, keys: int, vocabulary: int, tied: bool
+    ):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = [Layer(width, hidden, keys) for _ in range(layers)]
+        if not tied:
+            self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.set_dtype(mx.bfloat16)
+
+
+def nbytes_of(model: nn.Module) -> int:
+    arrays: Any = tree_flatten(model.trainable_parameters())
+    return sum(array.nbytes for _, array in arrays)
+
+
+def plan_of(model: nn.Module, ranks: int, *arguments: Any, **options: Any) -> Cost:
+    """The cost of a model on so many ranks, as ``create_optimizer`` would share it."""
+    group = cast(Any, Group(ranks))
+    optimizer = create_optimizer(model, *arguments, group=group, **options)
+    assert isinstance(optimizer, ShardedOptimizer)
+    return cost_of(optimizer.shares, nbytes_of(model))
+
+
+def print_model() -> None:
+    print(f"bf16, the default optimizer, {TOKENS:,} tokens a step of all ranks together\n")
+    columns = ["ranks", "sent, GB", *(f"{link}, s" for link in LINKS)]
+    columns += ["state a rank, GB", "orthogonalization a rank, of one machine's, Tflop"]
+    print("| model |", " | ".join([*columns, "forward and backward a rank, Tflop"]), "|")
+    print("|---" * (len(columns) + 2) + "|")
+    for name, shape in SHAPES.items():
+        model = Model(*shape)
+        for ranks in (2, 4, 8):
+            cost = plan_of(model, ranks)
+            cells = [f"{ranks}", f"{cost.sent / 1e9:.1f}"]
+            cells += [f"{cost.seconds(rate):.1f}" for rate in LINKS.values()]
+            cells.append(f"{cost.largest_state / 1e9:.2f}")
+            cells.append(f"{cost.largest_work / 1e12:.0f} of {cost.work / 1e12:.0f}")
+            cells.append(f"{3 * nbytes_of(model) * TOKENS / ranks / 1e12:.0f}")
+            print(f"| {name} |", " | ".join(cells), "|")
+
+
+def measure(repeats: int) -> None:
+    """Steps of a small model: bytes and seconds, counted and by the model."""
+    group = mx.distributed.init(strict=True)
+    model = Model(256, 2, 1024, 128, 4096, True)
+    model.set_dtype(mx.float32)
+    gradients = model.trainable_parameters()
+    shared, alone = (create_optimizer(model, "signsgd", "signsgd", group=g) for g in (group, None))
+    assert isinstance(shared, ShardedOptimizer)
+    message = mx.zeros(min(MESSAGE_BYTES, nbytes_of(model)) // 4)
+    share = mx.zeros(message.size // group.size())
+
+    arrays = [array for _, array in cast(Any, tree_flatten(gradients))]
+
+    def update(optimizer: Any) -> None:
+        mx.eval(optimizer.apply_gradients(gradients, gradients), optimizer.state)
+
+    actions = {
+        "empty": lambda: mx.eval(mx.distributed.all_sum(mx.zeros(1), group=group)),
+        "message": lambda: mx.eval(mx.distributed.all_sum(message, group=group)),
+        "gather": lambda: mx.eval(mx.distributed.all_gather(share, group=group)),
+        "packing": lambda: mx.eval(mx.concatenate([x.reshape(-1) for x in arrays]) / group.size()),
+        "alone": lambda: update(alone),
+        "step": lambda: update(shared),
+    }
+    least, sent = dict.fromkeys(actions, float("inf")), 0
+    mx.eval(gradients, message, share)
+    # In turns, and the least of each: what else runs on this machine then slows them alike.
+    for repeat in range(repeats + 1):
+        for name, action in actions.items():
+            mx.eval(mx.distributed.all_sum(mx.zeros(1), group=group))
+            before, start = bytes_sent() or 0, time.perf_counter()
+            action()
+            seconds, sent = time.perf_counter() - start, (bytes_sent() or 0) - before
+            least[name] = min(least[name], seconds) if repeat else least[name]
+
+    ranks, cost = group.size(), cost_of(shared.shares, nbytes_of(model))
+    latency = least["empty"] / (2 * (ranks - 1))
+    seconds = least["message"] + least["gather"] - 2 * least["empty"]
+    rate = 3 * (ranks - 1) / ranks * message.nbytes / seconds
+    # Gradients are put into messages, and then a share of the parameters.
+    own = least["alone"] / ranks + least["packing"] * (1 + 1 / ranks)
+    if group.rank() == 0:
+        print(f"{ranks} ranks, {nbytes_of(model) / 1e6:.1f} MB of float32 parameters, on loopback")
+        print(f"a link of {rate / 1e6:.0f} MB/s, {latency * 1e6:.0f} µs a message")
+        print(f"sent a step: {sent:,} bytes; by the model {cost.sent:,.0f}")
+        expected = cost.seconds(rate, latency) + own
+        print(
+            f"a step: {least['step']:.3f} s; by the model {expected:.3f}, {own:.3f} of it not sent"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="What several machines send and compute a step.")
+    parser.add_argument("--measure", action="store_true", help="steps between processes, counted")
+    parser.add_argument("--repeats", type=int, default=7, help="steps that are timed")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments.repeats)
+    else:
+        print_model()

@@ -1,0 +1,213 @@
+"""Steps on each of several ranks, started by test_distributed.py; prints a line of JSON a case.
+
+python distributed_run.py CASE...
+"""
+
+import hashlib
+import json
+import math
+import sys
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as mlx_optimizers
+import numpy as np
+from communication import bytes_sent, cost_of, nbytes_of
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_maxfactor import (
+    CheckpointError,
+    collectives,
+    create_optimizer,
+    save_checkpoint,
+    warmup_cosine,
+)
+from mlx_maxfactor.collectives import Line
+
+STEPS = 4
+
+
+class Model(nn.Module):
+    """An embedding, four hidden layers of two matrices, norms, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(101, 32)
+        self.up = [nn.Linear(32, 64) for _ in range(4)]
+        self.down = [nn.Linear(64, 32) for _ in range(4)]
+        self.norm, self.head = nn.RMSNorm(32), nn.Linear(32, 11)
+
+    def __call__(self, tokens):
+        x = self.embedding(tokens)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(nn.gelu(up(x)))
+        return self.head(self.norm(x))
+
+
+def build(dtype=mx.float32):
+    mx.random.seed(0)
+    model = Model()
+    model.set_dtype(dtype)
+    return model
+
+
+def batch(step, rank):
+    """Of the step and the rank alone."""
+    return mx.random.randint(0, 101, (4, 8), key=mx.random.key(100 * step + rank))
+
+
+def grad(model, tokens):
+    loss = lambda: nn.losses.cross_entropy(model(tokens), tokens % 11, reduction="mean")  # noqa: E731
+    return nn.value_and_grad(model, loss)()[1]
+
+
+def bits_of(tree):
+    """A digest of every bit of a tree."""
+    digest = hashlib.sha256()
+    for path, array in sorted(tree.items() if "states.0.step" in tree else tree_flatten(tree)):
+        digest.update(path.encode() + np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+    return digest.hexdigest()
+
+
+def data_parallel(group):
+    """Steps without shards: every rank makes each update for itself."""
+    model = build(mx.bfloat16)
+    optimizer = create_optimizer(model, rounding="stochastic", max_grad_norm=1.0)
+    before = bits_of(model.parameters())
+
+    def step(model, gradients):
+        optimizer.update(model, nn.average_gradients(gradients, group))
+        mx.eval(model.state, optimizer.state)
+
+    own = []
+    for i in range(5):
+        gradients = grad(model, batch(i, group.rank()))
+        own.append(bits_of(gradients))
+        step(model, gradients)
+    return {
+        "moved": bits_of(model.parameters()) != before,
+        "own": own,
+        "parameters": bits_of(model.parameters()),
+        "state": bits_of(optimizer.state),
+    }
+
+
+def sharded(
+    group,
+    hidden="maxfactor",
+    dtype=mx.float32,
+    compiled=False,
+    poison=None,
+    average=None,
+    thaw=None,
+    message=collectives.MESSAGE_BYTES,
+    rest=lambda: "adamw",
+    **options,
+):
+    """The same steps with shares and without, of the same gradients."""
+    options = {"learning_rate": warmup_cosine(0.02, 20, 2, start_ratio=0.5), **options}
+    average, runs = average or averaged, []
+    collectives.MESSAGE_BYTES = message
+    for shares in (None, group):
+        model = build(dtype)
+        if thaw is not None:
+            model.freeze(keys=["weight"])
+            model.down[0].unfreeze()
+        optimizer = create_optimizer(model, hidden, rest(), group=shares, **options)
+
+        def step(tokens, factor, model=model, optimizer=optimizer, shares=shares):
+            gradients = tree_map(lambda g: g * factor.astype(g.dtype), grad(model, tokens))
+            if shares is None:
+                gradients = average(gradients, group)
+            optimizer.update(model, gradients)
+
+        if compiled:
+            state = [model.state, optimizer.state]
+            step = mx.compile(step, inputs=state, outputs=state)
+        sent = []
+        for i in range(STEPS):
+            before = bytes_sent() or 0
+            if i == thaw:
+                model.unfreeze()
+            broken = poison == i and group.rank() == 1
+            step(batch(i, group.rank()), mx.array(math.nan if broken else 1.0))
+            mx.eval(model.state, optimizer.state)
+            after = bytes_sent()
+            sent.append(None if after is None else after - before)
+        runs.append((model, optimizer, sent))
+    (alone, whole, _), (model, optimizer, sent) = runs
+    pairs = [
+        (x.astype(mx.float32), y.astype(mx.float32))
+        for (_, x), (_, y) in zip(
+            tree_flatten(alone.parameters()), tree_flatten(model.parameters()), strict=True
+        )
+    ]
+    gathered = dict(tree_flatten(optimizer.state)) | optimizer.gather_state()
+    return {
+        "difference": max((mx.abs(x - y).max() / mx.abs(x).max()).item() for x, y in pairs),
+        "same as alone": bits_of(model.parameters()) == bits_of(alone.parameters()),
+        "parameters": bits_of(model.parameters()),
+        "state": nbytes(optimizer.state) / nbytes(whole.state),
+        "same state": group.rank() > 0 or bits_of(gathered) == bits_of(whole.state),
+        "planned": [x.plan.state_bytes for x in (whole, optimizer)],
+        "skipped": [x.skipped.item() for x in (whole, optimizer)],
+        "steps": [x.step.item() for x in (whole, optimizer)],
+        "sent": sent[-1],
+        "formula": cost_of(optimizer.shares, nbytes_of(model)).sent,
+    }
+
+
+def averaged(gradients, group):
+    """The mean in the messages of a sharded step: what is summed in another order rounds apart."""
+    paths, arrays = zip(*tree_flatten(gradients), strict=True)
+    return tree_unflatten([*zip(paths, Line(group).averaged(arrays), strict=True)])
+
+
+def nbytes(tree):
+    return sum(x.nbytes for _, x in tree_flatten(tree))
+
+
+def unwritable(group):
+    """A checkpoint whose folder the first rank does not find."""
+    model = build()
+    try:
+        save_checkpoint("no/such/folder", model, create_optimizer(model, group=group))
+    except CheckpointError as problem:
+        return {"error": str(problem)}
+    return {"error": ""}
+
+
+SHARDED = {
+    "maxfactor": {},
+    "muon": {"hidden": "muon"},
+    "adamw": {"hidden": "adamw"},
+    "adafactor": {"hidden": "adafactor"},
+    "signsgd": {"hidden": "signsgd"},
+    "row max": {"step": "row_max", "momentum": 0.9, "cautious": True},
+    "momentum, 8 bits": {"momentum": 0.8, "nesterov": True, "state_dtype": mx.int8},
+    "blocks": {"step": {"block": 8}, "momentum": 0.5},
+    "muon, blocks": {"hidden": "muon", "block": 8},
+    "adamw, 8 bits": {"hidden": "adamw", "state_dtype": mx.int8},
+    "bf16": {"dtype": mx.bfloat16},
+    "bf16, stochastic": {
+        "dtype": mx.bfloat16,
+        "rounding": "stochastic",
+        "momentum": 0.8,
+        "state_dtype": mx.int8,
+        "rest_options": {"state_dtype": mx.int8},
+    },
+    "average_gradients": {"average": nn.average_gradients},
+    "many messages": {"message": 10_000},
+    "late layers": {"thaw": 2, "rounding": "stochastic", "dtype": mx.bfloat16},
+    "mlx's own": {"rest": lambda: mlx_optimizers.Adam(1e-3, bias_correction=True)},
+    "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
+    "compiled": {"compiled": True, "max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
+}
+CASES = {"data_parallel": data_parallel, "unwritable": unwritable}
+CASES |= {name: partial(sharded, **options) for name, options in SHARDED.items()}
+
+if __name__ == "__main__":
+    group = mx.distributed.init(strict=True, backend="ring")
+    for name in sys.argv[1:]:
+        print(json.dumps({"case": name, **CASES[name](group)}), flush=True)

@@ -1,0 +1,78 @@
+"""Ranks on loopback: a script started once a rank, as ``mlx.launch --backend ring`` does."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import mlx.core as mx
+
+HANGS = 900
+"""Seconds after which a test is given up; ranks on a busy machine wait long for one another."""
+
+ROOT = Path(__file__).parent.parent
+PATH = ":".join(str(ROOT / folder) for folder in (".", "examples", "tests"))
+
+
+def is_available():
+    return mx.distributed.is_available() and sys.platform != "win32"
+
+
+def free_ports(count):
+    """Ports in a row that nobody listens at, below those that outgoing connections are given."""
+    while True:
+        first = random.SystemRandom().randrange(20_000, 32_000)
+        with ExitStack() as held:
+            try:
+                for port in range(first, first + count):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return [*range(first, first + count)]
+
+
+def start(ranks, script, *arguments, folder, **options):
+    """One process a rank; ``folder`` takes the list of their addresses."""
+    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(ranks)]
+    addresses = Path(folder) / "hosts.json"
+    addresses.write_text(json.dumps(hosts))
+    command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
+    return [
+        subprocess.Popen(
+            command,
+            env={
+                **os.environ,
+                "MLX_RANK": str(rank),
+                "MLX_HOSTFILE": str(addresses),
+                "PYTHONPATH": PATH,
+            },
+            text=True,
+            **options,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def end(started):
+    """End what still runs."""
+    for process in started:
+        process.kill()
+    for process in started:
+        process.communicate()
+
+
+def run(ranks, script, *arguments, folder):
+    """Run a script on all ranks; what each of them printed."""
+    pipe = subprocess.PIPE
+    started = start(ranks, script, *arguments, folder=folder, stdout=pipe, stderr=pipe)
+    try:
+        outputs = [process.communicate(timeout=HANGS) for process in started]
+    finally:
+        end(started)
+    for rank, (process, (out, err)) in enumerate(zip(started, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} of {ranks}:\n{out}{err}"
+    return [out for out, _ in outputs]

@@ -1,0 +1,274 @@
+"""Two and four ranks on loopback, over MLX's ring backend.
+
+KILLS=20 runs the whole: that many kills, and every case on four ranks too.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import ring
+from distributed_run import CASES, SHARDED, STEPS, bits_of
+from killed_run import EIGHT_BITS, build
+from mlx.optimizers import MultiOptimizer
+from mlx.utils import tree_flatten
+
+from mlx_maxfactor import CheckpointError, Muon, create_optimizer, load_checkpoint, save_checkpoint
+from mlx_maxfactor.collectives import STALLED
+from mlx_maxfactor.shares import Item, Shares
+
+pytestmark = pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here")
+
+KILLS = int(os.environ.get("KILLS", "4"))
+ON_FOUR = [*CASES] if KILLS >= 20 else ["data_parallel", "bf16, stochastic", "compiled"]
+CASES_ON = {2: [*CASES], 4: ON_FOUR}
+
+
+@pytest.fixture(scope="module", params=CASES_ON, ids="{} ranks".format)
+def reports(request, tmp_path_factory):
+    """What each rank says of each case: processes are started once for all of them."""
+    folder = tmp_path_factory.mktemp("ring")
+    outputs = ring.run(request.param, "distributed_run.py", *CASES_ON[request.param], folder=folder)
+    lines = [[json.loads(line) for line in output.splitlines()] for output in outputs]
+    return {cases[0]["case"]: cases for cases in zip(*lines, strict=True)}
+
+
+def sharded(reports):
+    return SHARDED.keys() & reports.keys()
+
+
+def test_data_parallel_steps_end_bit_identical_on_all_ranks(reports):
+    ranks = reports["data_parallel"]
+    assert ranks[0]["moved"]
+    assert ranks[0]["own"] != ranks[1]["own"]  # each has gradients of its own
+    assert len({rank["parameters"] for rank in ranks}) == 1
+    assert len({rank["state"] for rank in ranks}) == 1
+
+
+def test_shares_change_no_bit_of_what_an_optimizer_does(reports):
+    for name in sharded(reports):
+        for rank in reports[name]:
+            # Of the mean of gradients in other messages, each number may round apart.
+            exact = name != "average_gradients"
+            assert rank["same as alone"] or not exact, name
+            assert rank["same state"] or not exact, name
+            assert rank["difference"] <= (0 if exact else 2e-6), name
+        assert len({rank["parameters"] for rank in reports[name]}) == 1, name
+
+
+def test_a_rank_keeps_the_state_of_its_share(reports):
+    # Shares that were given out do not move for later layers, and MLX's own optimizers are not cut.
+    for name in sharded(reports) - {"late layers", "mlx's own"}:
+        ranks = reports[name]
+        assert max(rank["state"] for rank in ranks) <= 1.15 / len(ranks), name
+        assert all(rank["planned"][0] == rank["planned"][1] for rank in ranks), name
+
+
+def test_a_step_that_one_rank_spoils_is_skipped_by_all(reports):
+    for name in {"guards", "compiled"} & reports.keys():
+        for rank in reports[name]:
+            assert rank["skipped"] == [1, 1]
+            assert rank["steps"] == [STEPS - 1] * 2
+
+
+def test_a_step_sends_what_the_formula_says(reports):
+    for name in sharded(reports):
+        for rank in reports[name]:
+            if rank["sent"] is None:
+                pytest.skip("nothing counts the bytes of a connection here")
+            assert rank["sent"] == pytest.approx(rank["formula"], rel=0.05), name
+
+
+def test_where_the_first_rank_cannot_write_all_say_so(reports):
+    for rank in reports.get("unwritable", ()):
+        assert "was not written" in rank["error"]
+
+
+# Shares
+
+
+def items(sizes, cuts=0):
+    return [Item(f"{size}.{i}", size, cuts, (size, size, size)) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_what_can_be_cut_levels_what_cannot(ranks):
+    shares = Shares(ranks)
+    shares.add(items([100, 90, 40, 30, 7, 1]) + items([5000], cuts=8))
+    pieces = shares.pieces["5000.0"]
+    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+    assert (pieces[0].start, pieces[-1].stop) == (0, 5000)
+    assert all(piece.start % 8 == 0 for piece in pieces)
+    state = [load[1] for load in shares.loads]
+    assert sum(state) == pytest.approx(5268)
+    assert max(state) - min(state) <= 2 * 8
+
+
+def test_a_later_parameter_moves_no_earlier_one():
+    shares = Shares(2)
+    shares.add(items([50, 40, 30]))
+    before = dict(shares.pieces)
+    shares.add(items([50, 40, 30, 200]))
+    assert {path: shares.pieces[path] for path in before} == before
+    assert sorted(load[0] for load in shares.loads) == [70, 250]
+
+
+class Rank(NamedTuple):
+    """What is asked of a group where nothing is sent."""
+
+    place: int
+    ranks: int
+
+    def rank(self):
+        return self.place
+
+    def size(self):
+        return self.ranks
+
+
+def test_what_updates_a_tree_at_once_is_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="MultiOptimizer cannot be shared among ranks"):
+        create_optimizer(model, MultiOptimizer([Muon()]), group=Rank(0, 2))
+
+
+def test_a_shapeless_step_is_refused():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = create_optimizer(model, group=Rank(0, 2))
+    step = mx.compile(lambda g: optimizer.apply_gradients(g, g), shapeless=True)
+    with pytest.raises(ValueError, match="shapeless"):
+        step(model.parameters())
+
+
+def test_a_rank_without_a_share_keeps_no_state():
+    optimizer = create_optimizer(nn.Linear(30, 20), "muon", group=Rank(2, 2))  # of 0 and 1
+    assert {path.rpartition(".")[2] for path, _ in tree_flatten(optimizer.state)} == {
+        "step",
+        "learning_rate",
+    }
+
+
+@pytest.mark.parametrize("state_dtype", [mx.float32, mx.int8])
+def test_a_file_of_one_machine_loads_on_three_after_one_that_does_not_fit(state_dtype, tmp_path):
+    def made(group=None):
+        options = {"state_dtype": state_dtype}
+        model = nn.Linear(256, 96).freeze(keys=["weight"])
+        optimizer = create_optimizer(model, rest_options=options, group=group)
+        model.unfreeze()  # its state is made by the load that fails
+        return model, optimizer
+
+    def state_of(optimizer, key):
+        (found,) = (
+            x for path, x in tree_flatten(optimizer.state) if path.endswith(f"weight.{key}")
+        )
+        return found
+
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    model, optimizer = made()
+    optimizer.update(model, model.parameters())
+    save_checkpoint(good, model, optimizer, done=1)
+    other = nn.Linear(8, 8)
+    save_checkpoint(bad, other, create_optimizer(other, "muon"))
+    whole, parts = optimizer, []
+    for rank in range(3):
+        model, optimizer = made(Rank(rank, 3))
+        with pytest.raises(CheckpointError, match="does not fit"):
+            load_checkpoint(bad, model, optimizer)
+        optimizer.init(model.trainable_parameters())
+        assert state_of(optimizer, "v").size < model.weight.size / 2
+        assert load_checkpoint(good, model, optimizer) == {"done": 1}
+        assert optimizer.step.item() == 1
+        parts.append(optimizer)
+    for key in ("m", "v"):
+        rows = [state_of(part, key) for part in parts]
+        assert mx.array_equal(mx.concatenate(rows), state_of(whole, key))
+
+
+# Ranks that die or stall
+
+WAIT = 30
+"""Seconds that survivors wait where MLX misses that a connection was closed."""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """The ranks of a run that saves after every step, once all have loaded the checkpoint."""
+    started = []
+
+    def start(ranks, steps, *limits):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        arguments = (tmp_path / "run.safetensors", steps, *limits)
+        run = ring.start(ranks, "killed_run.py", *arguments, folder=tmp_path, **pipes)
+        started.extend(run)
+        assert [rank.stdout.readline() for rank in run] == ["ready\n"] * ranks
+        return run
+
+    yield start
+    ring.end(started)
+
+
+def run_of(model, optimizer):
+    return bits_of({"model": model.parameters(), "optimizer": optimizer.state})
+
+
+def test_a_run_of_which_ranks_are_killed_ends_as_if_none_had_been(start, tmp_path):
+    path, dice, done, ends = tmp_path / "run.safetensors", random.Random(0), [0], Counter()
+    model, optimizer, step = build(**EIGHT_BITS)
+    for kill in range(KILLS):
+        run = start(4 if kill % 10 == 9 else 2, 100_000, WAIT)
+        victim, saved = dice.choice(run), dice.randint(1, 4)
+        assert [victim.stdout.readline() for _ in range(saved)] == ["saved\n"] * saved
+        time.sleep(dice.uniform(0.0, 0.05))
+        victim.send_signal(signal.SIGKILL)
+        for rank in run:
+            _, errors = rank.communicate(timeout=ring.HANGS)
+            if rank is not victim:
+                assert len(re.findall("another rank has|no answer from", errors)) == 1, errors
+                ends[rank.returncode] += 1
+        done.append(load_checkpoint(path, model, optimizer)["done"])
+        assert done[-1] >= done[-2] + saved, "an older state came back"
+    assert ends.keys() <= {1, STALLED}, ends
+    assert [rank.wait(ring.HANGS) for rank in start(2, done[-1] + 3)] == [0, 0]
+    load_checkpoint(path, model, optimizer)
+    resumed = run_of(model, optimizer)
+    model, optimizer, step = build(**EIGHT_BITS)
+    for _ in range(done[-1] + 3):
+        step()
+    assert run_of(model, optimizer) == resumed
+
+
+def test_a_rank_that_stalls_ends_the_others_with_one_message(start, tmp_path):
+    path = tmp_path / "run.safetensors"
+    run = start(2, 100_000, 300, 3)
+    _, errors = run[0].communicate(timeout=ring.HANGS)
+    assert run[0].returncode == STALLED
+    assert errors.count("rank 0 of 2: no answer from the other ranks in 1 s") == 1
+    model, optimizer, _ = build(**EIGHT_BITS)
+    assert load_checkpoint(path, model, optimizer)["done"] == 2
+
+
+def test_mlx_launch_runs_it():
+    port, _ = ring.free_ports(2)
+    main = "from mlx._distributed_utils.launch import main; main()"
+    launch = [sys.executable, "-c", main, "-n", "2", "-p", str(port)]
+    script = Path(__file__).parent / "distributed_run.py"
+    done = subprocess.run(
+        [*launch, "--backend", "ring", "--", sys.executable, str(script), "data_parallel"],
+        env={**os.environ, "PYTHONPATH": ring.PATH},
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        timeout=ring.HANGS,
+    )
+    assert done.stdout.count("data_parallel") == 2, done
