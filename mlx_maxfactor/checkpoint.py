@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
@@ -24,6 +24,9 @@ FORMATS = ("1", "2")
 STATE = "_run.optimizer."
 KEY = "_run.random"
 """Names in the file beside the weights': MLX takes no attribute that begins with _ for a weight."""
+
+SHOWN = 10
+"""Differences that a message shows."""
 
 
 class Place(NamedTuple):
@@ -117,20 +120,22 @@ def save_checkpoint(
         >>> load_checkpoint(path, model, optimizer)
         {'epoch': 3}
     """
-    _check_arguments(model, optimizer)
+    _check_arguments(path, model, optimizer)
     check_choice("weights", weights, ("all", "trainable"))
-    try:
-        text = json.dumps(extra, default=_scalar)
-        json.loads(text)  # what is nested too deep to be read must not be written
-    except (TypeError, ValueError, RecursionError) as problem:
-        raise CheckpointError(f"extra must be JSON values: {problem}") from problem
+    for name, value in extra.items():
+        try:  # what is nested too deep to be read must not be written
+            json.loads(json.dumps({name: value}, default=_scalar))
+        except (TypeError, ValueError, RecursionError) as problem:
+            message = f"extra must be JSON values, and {name!r} is not: {problem}"
+            raise CheckpointError(message) from problem
     if not all(member._initialized for member in run.find_members(optimizer).values()):
         optimizer.init(model.trainable_parameters())
     kept, frozen = _split(_find_weights(model), model, weights)
     description = run.describe(optimizer, weights, frozen)
     arrays = {name: place.array for name, place in kept.items()}
     arrays[KEY] = mx.array(cast(Any, mx.random.state)[0])
-    metadata = {"format": FORMATS[-1], "run": json.dumps(description), "extra": text}
+    metadata = {"format": FORMATS[-1], "run": json.dumps(description)}
+    metadata["extra"] = json.dumps(extra, default=_scalar)
 
     def write(state: dict[str, mx.array]) -> None:
         sealed.write(Path(path), arrays | state, metadata)
@@ -172,9 +177,10 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: The file is damaged, or is not of this model and optimizer; the message
-            lists every difference. Model, optimizer and random state are as they were.
+            lists the first differences, its ``differences`` holds all. Model, optimizer and random
+            state are as they were.
     """
-    _check_arguments(model, optimizer)
+    _check_arguments(path, model, optimizer)
     check_flags(strict=strict, cast=cast)
     check_choice("rates", rates, ("built", "file", "here"))
     path = Path(path)
@@ -184,7 +190,7 @@ def load_checkpoint(
             loading = _Loading(file, model, optimizer, cast=cast, rates=rates)
             loading.check(strict)
     except CheckpointError as problem:
-        raise CheckpointError(f"{path} {problem}") from None
+        raise CheckpointError(f"{path} {problem}", problem.differences) from None
     except (ValueError, RuntimeError) as problem:
         raise CheckpointError(f"{path} was not loaded: {problem}") from problem
     try:
@@ -223,6 +229,7 @@ class _Loading:
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
         self.here |= {name: kind_of(spread.shape) for name, spread in self.spread.items()}
         self.expected = {**kept, **state, **self.spread}.keys()
+        self.used = run.find_used(optimizer)
         self.standing: set[str] = set()
         """Names of state that stays as it is here, whatever the file holds."""
 
@@ -230,20 +237,24 @@ class _Loading:
         """Find what differs, and raise if that must not be."""
         notes, problems = self._settle_rates()
         differences = [
-            *run.find_differences(self.saved, self.live, schedules=self.rates != "here"),
             *problems,
+            *run.find_differences(
+                self.saved, self.live, schedules=self.used if self.rates != "here" else ()
+            ),
             *self._different_arrays(),
         ]
-        listed = "\n  ".join(["", *(line[:500] for line in differences)])
+        listed = _listed(differences)
         if differences and strict:
             raise CheckpointError(
                 f"does not fit this model and optimizer:{listed}\n"
-                "build both as they were when it was saved, or load what fits with strict=False"
-                + self._hint()
+                f"build both as they were when it was saved, or {self._remedy()}{self._hint()}",
+                differences,
             )
         weights = self.expected & self.weights.keys() | (self.kinds.keys() - self._state_names)
         if weights and not self._fitting() & self.weights.keys():
-            raise CheckpointError(f"holds no weight that fits this model:{listed}{self._hint()}")
+            raise CheckpointError(
+                f"holds no weight that fits this model:{listed}{self._hint()}", differences
+            )
         self.extra.differences = (*notes, *differences)
 
     def apply(self) -> None:
@@ -286,19 +297,33 @@ class _Loading:
             return ""
         return "\ncast=True casts floating-point arrays of another dtype"
 
+    def _remedy(self) -> str:
+        """What to do beside building as it was: keep the rates, if nothing else differs."""
+        others = run.find_differences(self.saved, self.live, schedules=())
+        rates = {name for prefix in self.members for name in _rate_names(prefix)}
+        if any(others) or any(name not in rates for name in self._misfits()):
+            return "load what fits with strict=False"
+        return 'keep the rates and schedules of this optimizer with rates="here"'
+
+    def _misfits(self) -> list[str]:
+        """Names of arrays that differ, the weights' first."""
+        names = {**self.kinds, **dict.fromkeys(self.expected)}
+        found = [name for name in names if name not in self.standing and not self._fits(name)]
+        return sorted(found, key=lambda name: name.startswith(STATE))
+
     def _different_arrays(self) -> Iterator[str]:
-        for name in {**self.kinds, **dict.fromkeys(self.expected)}:
-            if name not in self.standing and not self._fits(name):
-                old, new = self.kinds.get(name, "missing"), self.here.get(name, "missing")
-                yield f"{name.removeprefix('_run.')}: {old} in the file, {new} here"
+        for name in self._misfits():
+            old, new = self.kinds.get(name, "missing"), self.here.get(name, "missing")
+            yield f"{name.removeprefix('_run.')}: {old} in the file, {new} here"
 
     def _settle_rates(self) -> tuple[list[str], list[str]]:
         """Decide whose rates stand: lines to tell, and lines of what must be asked."""
         told: list[str] = []
         asked: list[str] = []
         runs = self.saved["optimizers"], self.live["optimizers"]
-        for (prefix, member), old, new in zip(self.members.items(), *runs, strict=False):
-            names = {f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled")}
+        members = zip(self.members.items(), *runs, strict=False)
+        for i, ((prefix, member), old, new) in enumerate(members):
+            names = _rate_names(prefix)
             if not run.same_class(old, new):  # nor is its state of use
                 self.standing |= {name for name in self.here if name.startswith(STATE + prefix)}
             elif self.rates == "here" or (self.rates == "built" and run.schedules_differ(old, new)):
@@ -308,7 +333,9 @@ class _Loading:
                 if there != here:
                     self.standing |= names
                     line = f"learning_rate is {there:.6g} in the file, {here:.6g} here"
-                    line = f"{type(member).__name__}: {line}"
+                    line = f"{self.used.get(i)}: {line}"
+                    if i not in self.used:
+                        continue
                     if built:
                         told.append(f"{line}, which stands")
                     else:
@@ -396,7 +423,8 @@ def _split(
     places: Mapping[str, Place], model: nn.Module, weights: str
 ) -> tuple[dict[str, Place], dict[str, mx.array]]:
     """The weights that are kept, and the frozen arrays that are not."""
-    trained = flatten(model.trainable_parameters())
+    aliases = find_aliases(model)
+    trained = {aliases.get(path, path) for path in flatten(model.trainable_parameters())}
 
     def is_kept(path: str) -> bool:
         # BatchNorm's statistics are frozen, and yet every forward pass changes them.
@@ -431,6 +459,17 @@ def _parse_extra(text: str) -> dict[str, Any]:
     return extra
 
 
+def _rate_names(prefix: str) -> set[str]:
+    """Names of a member's state that is its rate."""
+    return {f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled")}
+
+
+def _listed(differences: Sequence[str]) -> str:
+    """The first differences, a line each, and how many there are beyond."""
+    more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
+    return "\n  ".join(["", *(line[:500] for line in differences[:SHOWN]), *more])
+
+
 def _scalar(value: Any) -> Any:
     """The number in an array of no axes, of whatever library."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -445,7 +484,11 @@ def _differ_in_dtype(old: Kind | None, new: Kind | None) -> bool:
     return all(mx.issubdtype(kind.dtype, mx.floating) for kind in (old, new))
 
 
-def _check_arguments(model: Any, optimizer: Any) -> None:
+def _check_arguments(path: Any, model: Any, optimizer: Any) -> None:
+    if isinstance(path, (nn.Module, Optimizer)):
+        raise CheckpointError("the path comes first, then model and optimizer")
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"path must be a str or a path, got {type(path).__name__}")
     if isinstance(model, Optimizer) and isinstance(optimizer, nn.Module):
         raise CheckpointError("model and optimizer are swapped: the model comes first")
     if not isinstance(model, nn.Module):

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import is_dataclass
 from itertools import zip_longest
 from typing import Any, cast
@@ -98,6 +99,26 @@ def find_members(optimizer: Optimizer, prefix: str = "") -> dict[str, Optimizer]
     for i, member in enumerate(optimizer.optimizers):
         found |= find_members(member, f"{prefix}states.{i}.")
     return found
+
+
+def find_used(optimizer: Optimizer) -> dict[int, str]:
+    """The members that update anything, by index: a router may have made others.
+
+    Returns:
+        What to call each: its label or class, with its number where that is not its own.
+    """
+    labels = {f"states.{i}.": m.label for i, m in enumerate(getattr(optimizer, "_members", ()))}
+    updating = {
+        f"states.{cast(Any, optimizer)._index_of(entry.path)}."
+        for entry in getattr(optimizer, "plan", ())
+    }
+    names = {
+        i: labels.get(prefix, type(member).__name__)
+        for i, (prefix, member) in enumerate(find_members(optimizer).items())
+        if prefix not in labels or prefix in updating
+    }
+    counts = Counter(names.values())
+    return {i: f"optimizer {i}, {n}" if counts[n] > 1 else n for i, n in names.items()}
 
 
 def _around(optimizer: Optimizer) -> list[Optimizer]:
@@ -223,20 +244,19 @@ def _from_format_1(run: Any) -> Any:
 
 
 def find_differences(
-    saved: Mapping[str, Any], live: Mapping[str, Any], *, schedules: bool = True
+    saved: Mapping[str, Any], live: Mapping[str, Any], *, schedules: Collection[int]
 ) -> Iterator[str]:
-    """What differs between two descriptions, a line each; rates are not compared here."""
+    """What differs between two descriptions, a line each; rates are not compared here.
+
+    Schedules are compared of the members at the indices ``schedules``.
+    """
     for i, (old, new) in enumerate(zip_longest(saved["optimizers"], live["optimizers"])):
         place = f"optimizer {i}"
         yield from _different_optimizers(place, old, new)
-        if schedules and same_class(old, new):
+        if i in schedules and same_class(old, new):
             yield from _different_schedules(place, old, new)
     for old, new in zip_longest(saved["around"], live["around"]) if saved["around"] else ():
         yield from _different_optimizers("around the optimizers", old, new)
-    for path in {**saved["plan"], **live["plan"]}:
-        old, new = (run["plan"].get(path) for run in (saved, live))
-        if old != new:
-            yield f"plan, {path}: {old or 'nothing'} in the file, {new or 'nothing'} here"
     frozen = {**saved["frozen"], **live["frozen"]}
     others = [path for path in frozen if saved["frozen"].get(path) != live["frozen"].get(path)]
     if others:
@@ -245,6 +265,10 @@ def find_differences(
             f"the frozen weights are not those it was trained on: {len(others)} of {len(frozen)} "
             f"arrays differ ({shown})"
         )
+    for path in {**saved["plan"], **live["plan"]}:
+        old, new = (run["plan"].get(path) for run in (saved, live))
+        if old != new:
+            yield f"plan, {path}: {_row(old, new)} in the file, {_row(new, old)} here"
 
 
 def same_class(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
@@ -258,15 +282,25 @@ def schedules_differ(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return pair != [None, None] and _difference(*pair) is not None
 
 
+def _row(row: list[Any] | None, other: list[Any] | None) -> str:
+    """A row of the plan, to be read: who updates what shape; role and layout where they differ."""
+    if not row:
+        return "nothing"
+    *rest, label = row
+    shape = tuple(rest[0]) if rest and isinstance(rest[0], list) else rest[:1]
+    beside = zip(rest[1:], (other or row)[1:-1], strict=False)
+    return ", ".join([f"{label} {shape}", *(str(mine) for mine, its in beside if mine != its)])
+
+
 def _different_optimizers(place: str, old: Any, new: Any) -> Iterator[str]:
     if not same_class(old, new):
-        names = [_short(o["class"]) if o else "none" for o in (old, new)]
-        yield f"{place}: {names[0]} in the file, {names[1]} here"
+        there, here = _told_apart(*(o["class"] if o else "none" for o in (old, new)))
+        yield f"{place}: {there} in the file, {here} here"
         return
+    place = f"{place}, {_short(old['class'])}"
     for option in sorted(old["options"].keys() | new["options"].keys()):
         a, b = old["options"].get(option), new["options"].get(option)
         if a != b:
-            place = f"{place}, {_short(old['class'])}"
             yield f"{place}: {option} is {a!r:.200} in the file, {b!r:.200} here"
 
 
@@ -295,6 +329,18 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
                 f"({old['name']} in the file, {new['name']} here)"
             )
     return None
+
+
+def _told_apart(old: str, new: str) -> tuple[str, str]:
+    """Names of two classes, with the package or the whole module where they need it."""
+    pairs = [(form(old), form(new)) for form in (_short, _in_package)]
+    return next((pair for pair in pairs if pair[0] != pair[1]), (old, new))
+
+
+def _in_package(name: str) -> str:
+    """A class as a user imports it."""
+    homes = (home for home in ("mlx_maxfactor", "mlx.optimizers") if name.startswith(f"{home}."))
+    return next((f"{home}.{_short(name)}" for home in homes), name)
 
 
 def _short(name: str) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,15 @@ DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or does not fit; nothing was changed, or it says so."""
+    """A checkpoint that cannot be written, or does not fit; nothing was changed, or it says so.
+
+    Attributes:
+        differences: All that does not fit, a line each; the message shows the first ones.
+    """
+
+    def __init__(self, message: str, differences: Iterable[str] = ()):
+        super().__init__(message)
+        self.differences = tuple(differences)
 
 
 class Kind(NamedTuple):
@@ -64,6 +72,8 @@ def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) 
     # One name, so that what a killed process left is written over, not gathered.
     beside = path.with_name(f".{path.name}.partial.safetensors")
     try:
+        if not path.parent.exists():
+            raise FileNotFoundError(f"folder {path.parent} does not exist")
         mx.save_safetensors(str(beside), arrays, {**metadata, "checksum": BLANK.decode()})
         _seal(beside)
         os.replace(beside, path)
@@ -92,6 +102,8 @@ def read(path: Path, formats: tuple[str, ...]) -> Sealed:
         arrays = cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
         if {name: kind_of(array) for name, array in arrays.items()} != kinds:
             raise ValueError("its header can be read in two ways")
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except CheckpointError:

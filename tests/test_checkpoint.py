@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -371,6 +372,47 @@ def test_each_member_has_its_rate(path):
         assert bool(extra.differences) == bool(changed)
 
 
+def test_members_of_one_class_are_told_apart_and_unused_ones_not_told(path):
+    model = Table()
+    save_checkpoint(path, *trained(model, create_optimizer(model, learning_rate=0.02)))
+    other = create_optimizer(model, learning_rate=0.04)
+    lines = load_checkpoint(path, model, other).differences
+    assert [line.partition(":")[0] for line in lines] == ["maxfactor", "adamw", "adamw, no decay"]
+    model = adapted(llama())
+    save_checkpoint(path, model, create_optimizer(model, learning_rate=0.02))
+    other = create_optimizer(model, learning_rate=0.04)
+    lines = load_checkpoint(path, model, other).differences
+    assert [line.partition(":")[0] for line in lines] == ["maxfactor"]
+    first, second = (
+        mlx_optimizers.MultiOptimizer(list(map(AdamW, rates)), [lambda *_: True])
+        for rates in ([0.1, 0.2], [0.3, 0.4])
+    )
+    save_checkpoint(path, model, first)
+    lines = load_checkpoint(path, model, second).differences
+    places = [line.partition(":")[0] for line in lines]
+    assert places == ["optimizer 0, AdamW", "optimizer 1, AdamW"]
+    first, second = (create_optimizer(model, learning_rate=warmup_cosine(r, 9)) for r in (0.1, 0.2))
+    save_checkpoint(path, model, first)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, model, second)
+    assert len(error.value.differences) == 1
+
+
+@pytest.mark.parametrize("rates", ["built", "file"])
+def test_a_new_schedule_is_told_what_keeps_it(rates, path):
+    model = Table()
+    first, second = (warmup_cosine(rate, 10, 1) for rate in (0.1, 0.2))
+    save_checkpoint(path, *trained(model, create_optimizer(model, learning_rate=first)))
+    optimizer = create_optimizer(model, learning_rate=second)
+    with pytest.raises(CheckpointError, match=r'rates="here"$') as error:
+        load_checkpoint(path, model, optimizer, rates=rates)
+    assert "strict=False" not in str(error.value)
+    load_checkpoint(path, model, optimizer, rates="here")
+    optimizer = create_optimizer(model, learning_rate=second, weight_decay=0.5)
+    with pytest.raises(CheckpointError, match=r"strict=False$"):
+        load_checkpoint(path, model, optimizer)
+
+
 def test_a_rate_set_inside_a_compiled_step_is_none_it_was_built_with(path):
     model, optimizer = Table(), AdamW(0.01)
     optimizer.init(model.trainable_parameters())
@@ -526,7 +568,7 @@ MISFITS = {
     "a plan": (
         Table,
         lambda m: create_optimizer(m, rules={"head": "maxfactor"}),
-        "plan, output.weight: .*'adamw'.*'maxfactor'",
+        r"plan, output.weight: adamw \(10, 64\) in the file, maxfactor \(10, 64\) here",
     ),
     "a shape": (
         widened,
@@ -547,11 +589,73 @@ def test_what_does_not_fit_is_named_and_nothing_changes(name, path):
     model = make()
     optimizer = optimize(model)
     before, initialized = snapshot(model, optimizer), optimizer._initialized
-    with pytest.raises(CheckpointError, match=message) as error:
+    with pytest.raises(CheckpointError) as error:
         load_checkpoint(path, model, optimizer)
-    assert "strict=False" in str(error.value)
+    assert re.search(message, "\n".join(error.value.differences))
+    remedy = 'rates="here"' if name == "a schedule" else "strict=False"
+    assert remedy in str(error.value)
     assert same(snapshot(model, optimizer), before)
     assert optimizer._initialized == initialized
+
+
+def test_a_message_shows_ten_differences_and_the_error_holds_all(path):
+    model = adapted(llama())
+    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
+    other = adapted(llama())
+    trainable = tree_flatten(other.trainable_parameters())
+    name, (inner, rank) = next((n, a.shape) for n, a in trainable if n.endswith("lora_a"))
+    for _, module in other.named_modules():
+        if "lora_a" in module:
+            module.lora_a = mx.concatenate([module.lora_a] * 2, axis=1)
+            module.lora_b = mx.concatenate([module.lora_b] * 2, axis=0)
+        elif isinstance(module, nn.Linear):
+            module.weight = module.weight + 1
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, other, create_optimizer(other, weight_decay=0.5))
+    first, *lines = str(error.value).splitlines()
+    differences = error.value.differences
+    assert first.endswith("does not fit this model and optimizer:")
+    assert lines[:10] == [f"  {line}" for line in differences[:10]]
+    assert lines[10] == f"  and {len(differences) - 10} more"
+    assert len(lines) == 12
+    weights_at = next(i for i, line in enumerate(differences) if line.startswith("model."))
+    kinds = ["optimizer 0", "the frozen weights", "plan, model."]
+    at = [next(i for i, d in enumerate(differences) if d.startswith(kind)) for kind in kinds]
+    assert [*at, weights_at] == sorted([*at, weights_at])
+    shapes = (inner, rank), (inner, 2 * rank)
+    row = "plan, {}: maxfactor {} in the file, maxfactor {} here".format(name, *shapes)
+    assert row in differences
+    assert CheckpointError("anything else").differences == ()
+
+
+def test_two_classes_of_one_name_are_told_apart(path):
+    model = Table()
+    save_checkpoint(path, *trained(model, mlx_optimizers.AdamW(1e-3)))
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, model, AdamW())
+    line = "optimizer 0: mlx.optimizers.AdamW in the file, mlx_maxfactor.AdamW here"
+    assert error.value.differences[0] == line
+
+
+def test_a_row_of_the_plan_says_what_differs_in_it(path):
+    model = Table()
+    save_checkpoint(path, *trained(model, create_optimizer(model, AdamW(), AdamW())))
+    other = create_optimizer(model, AdamW(), AdamW(), rules={"output.weight": "hidden"})
+    lines = load_checkpoint(path, model, other, strict=False).differences
+    (line,) = (line for line in lines if line.startswith("plan"))
+    shape = tuple(model.output.weight.shape)
+    assert line == (
+        f"plan, output.weight: AdamW {shape}, head in the file, AdamW {shape}, hidden here"
+    )
+
+
+def test_two_options_are_two_lines_of_one_form(path):
+    model = Table()
+    save_checkpoint(path, *trained(model, AdamW()))
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, model, AdamW(betas=(0.8, 0.9), weight_decay=0.5))
+    places = [line.partition(":")[0] for line in error.value.differences]
+    assert places == ["optimizer 0, AdamW"] * 2
 
 
 def test_another_dtype_is_named(path):
@@ -607,10 +711,10 @@ def test_what_cannot_be_written_is_said_and_the_old_file_stays(path):
     model = Table()
     model, optimizer = trained(model, create_optimizer(model))
     save_checkpoint(path, model, optimizer, epoch=1)
-    with pytest.raises(CheckpointError, match="extra must be JSON values"):
-        save_checkpoint(path, model, optimizer, epoch=object())
+    with pytest.raises(CheckpointError, match="extra must be JSON values, and 'wrong' is not: "):
+        save_checkpoint(path, model, optimizer, epoch=2, wrong=object())
     assert load_checkpoint(path, model, optimizer) == {"epoch": 1}
-    with pytest.raises(CheckpointError, match="was not written"):
+    with pytest.raises(CheckpointError, match=r"folder .*/missing does not exist"):
         save_checkpoint(path.parent / "missing" / "run.safetensors", model, optimizer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -640,6 +744,15 @@ def test_wrong_arguments_are_named(name, path):
             call(path, *slip(model, create_optimizer(model)))
     with pytest.raises(ValueError, match="weights must be one of 'all', 'trainable', got 'some'"):
         save_checkpoint(path, model, create_optimizer(model), weights="some")
+
+
+def test_a_path_in_another_place_is_named(path):
+    model = Table()
+    for call in (save_checkpoint, load_checkpoint):
+        with pytest.raises(CheckpointError, match="the path comes first"):
+            call(model, AdamW(), path)
+        with pytest.raises(CheckpointError, match="path must be a str or a path, got int"):
+            call(3, model, AdamW())
 
 
 def test_scalars_of_numpy_and_mlx_count_as_numbers(path):
@@ -746,6 +859,8 @@ def test_weights_alone_other_formats_and_missing_files_are_told_apart(path):
     model = Table()
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(path, model, create_optimizer(model))
+    with pytest.raises(CheckpointError, match=r"is a folder$"):
+        load_checkpoint(path.parent, model, create_optimizer(model))
     weights = dict(tree_flatten(model.parameters()))
     for metadata in (None, {"format": "mlx"}, {"format": "pt"}):
         mx.save_safetensors(str(path), weights, metadata)
