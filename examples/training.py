@@ -115,6 +115,7 @@ class Run:
     validation_steps: list[int] = field(default_factory=list)
     validation: dict[str, list[float]] = field(default_factory=dict)
     bands: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # [step][share, μ]
+    saved_steps: list[int] = field(default_factory=list)  # whose files it still has
     skipped: int = 0
     sample: str = ""
 
@@ -295,12 +296,14 @@ def save(
     done: int,
     arguments: Arguments,
 ) -> None:
-    """Keep the run, with its curves and the order of its data; and of older files the last few."""
-    path = arguments.output / f"{run.optimizer}-{done:06}.safetensors"
+    """Keep the run, with its curves and the order of its data; and of its older files the last."""
+    run.saved_steps = [*(step for step in run.saved_steps if step != done), done]
+    path = checkpoint(run.optimizer, done, arguments)
     data = {"identity": task.identity, "order": random.bit_generator.state}
     save_checkpoint(path, model, optimizer, done=done, run=asdict(run), data=data)
-    for older in checkpoints(run.optimizer, arguments)[arguments.keep :]:
-        older.unlink()
+    for step in run.saved_steps[: -arguments.keep]:
+        checkpoint(run.optimizer, step, arguments).unlink(missing_ok=True)
+    del run.saved_steps[: -arguments.keep]
 
 
 def resume(
@@ -317,11 +320,16 @@ def resume(
         if extra["data"]["identity"] != task.identity:
             raise CheckpointError(f"{path} was trained on other data, or in other batches")
         vars(run).update(extra["run"])
+        run.saved_steps = run.saved_steps or [extra["done"]]  # a file of before there was a list
         random.bit_generator.state = extra["data"]["order"]
         print(f"resuming {path} after {extra['done']} steps")
         return extra["done"]
     print("nothing to resume: starting from the beginning")
     return 0
+
+
+def checkpoint(name: str, done: int, arguments: Arguments) -> Path:
+    return arguments.output / f"{name}-{done:06}.safetensors"
 
 
 def checkpoints(name: str, arguments: Arguments) -> list[Path]:

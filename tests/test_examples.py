@@ -102,13 +102,18 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
 
 
 def test_a_new_run_in_an_old_folder_keeps_and_resumes_its_own(tmp_path):
-    assert run(LANGUAGE_MODEL, *SMALL, "--save-every", "5", cwd=tmp_path).returncode == 0
-    shorter = (*SMALL, "--steps", "8", "--keep", "1")
-    assert run(LANGUAGE_MODEL, *shorter, cwd=tmp_path).returncode == 0
     folder = tmp_path / "runs" / "language_model"
-    assert [file.name for file in folder.glob("*.safetensors")] == ["maxfactor-000008.safetensors"]
+    steps = lambda: sorted(int(file.stem[-6:]) for file in folder.glob("*.safetensors"))  # noqa: E731
+    assert run(LANGUAGE_MODEL, *SMALL, "--save-every", "5", cwd=tmp_path).returncode == 0
+    shorter = (*SMALL, "--steps", "8", "--save-every", "4")
+    assert run(LANGUAGE_MODEL, *shorter, cwd=tmp_path).returncode == 0
+    assert steps() == [4, 8, 10, 12], "the files of the first run are not the second's to delete"
     done = run(LANGUAGE_MODEL, *shorter, "--resume", cwd=tmp_path)
     assert "after 8 steps" in done.stdout, done.stderr
+    (folder / "maxfactor-000008.safetensors").unlink()
+    done = run(LANGUAGE_MODEL, *shorter, "--keep", "1", "--resume", cwd=tmp_path)
+    assert "after 4 steps" in done.stdout, done.stderr
+    assert steps() == [8, 10, 12], "a resumed run deletes what it had written itself"
 
 
 def test_options_reach_the_optimizer(tmp_path):
