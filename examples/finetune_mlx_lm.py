@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -47,7 +45,7 @@ from mlx_lm.utils import save_config
 from mlx_lm_arguments import BAD_INPUT, MLX_OPTIMIZERS, one_line, parse_arguments
 from small_llama import build_model, write_task
 from tqdm import tqdm
-from training import STATE_DTYPES, option
+from training import STATE_DTYPES, catching_interrupts, how_to_resume, option
 
 from mlx_maxfactor import (
     CheckpointError,
@@ -244,7 +242,7 @@ class Tuning(TrainingCallback):
         self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
         self.iteration = 0  # the one that is on, of the whole run
         self.saved = 0  # iterations that the checkpoint has
-        self.interrupted = False
+        self.interrupts: list[int] = []
         self.bar: tqdm[Any] = tqdm(disable=True)
 
     def resume(self) -> None:
@@ -281,25 +279,20 @@ class Tuning(TrainingCallback):
         )
         with (
             (self.folder / "mlx_lm.log").open("a") as log,
-            self.catching_interrupts(),
             tqdm(desc=a.optimizer, total=a.iters, initial=self.iteration, unit="it") as self.bar,
+            catching_interrupts(self.bar, "iteration") as self.interrupts,
             redirect_stdout(log),
         ):
             self.bar.set_postfix_str("compiling the first step")
-            try:
-                train(
-                    self.model,
-                    self.optimizer,
-                    self.training_set,
-                    self.validation_set,
-                    settings,
-                    iterate_batches=self.batches,
-                    training_callback=self,
-                )
-            except RuntimeError:
-                if self.interrupted:  # Ctrl-C reached a compiler that MLX was waiting for
-                    raise KeyboardInterrupt from None
-                raise
+            train(
+                self.model,
+                self.optimizer,
+                self.training_set,
+                self.validation_set,
+                settings,
+                iterate_batches=self.batches,
+                training_callback=self,
+            )
 
     # What the trainer asks for
 
@@ -320,7 +313,7 @@ class Tuning(TrainingCallback):
                 yield batch
                 # The trainer is back for another: this iteration is done and evaluated.
                 self.bar.update(self.iteration - self.bar.n)
-                if self.interrupted and self.save():
+                if self.interrupts and self.save():
                     raise KeyboardInterrupt
             skipped = 0
 
@@ -369,30 +362,12 @@ class Tuning(TrainingCallback):
         mx.save_safetensors(str(self.folder / "adapters.safetensors"), trained)
         return True
 
-    # Ctrl-C
-
-    @contextmanager
-    def catching_interrupts(self) -> Iterator[None]:
-        """Let the iteration end at Ctrl-C; a second one ends it at once."""
-
-        def note(*_: Any) -> None:
-            self.interrupted = True
-            self.bar.set_postfix_str("stopping after this iteration")
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
     @property
     def how_to_resume(self) -> str:
         """One line, to print where a run was cut off."""
         if not self.saved:
             return "interrupted before there was a checkpoint"
-        again = [Path(sys.executable).name, *(a for a in sys.argv if a != "--resume"), "--resume"]
-        return f"{self.path} has {self.saved} iterations; go on with: {shlex.join(again)}"
+        return f"{self.path} has {self.saved} iterations; {how_to_resume()}"
 
     # What came of it
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -144,7 +147,11 @@ def train_all(
     try:
         runs = [train(name, task, rates, arguments, make) for name in names]
     except CheckpointError as problem:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
+        advice = "\ngive another --output, or start without --resume" if arguments.resume else ""
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}{advice}")
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'interrupted in the midst of a step'}", file=sys.stderr)
+        sys.exit(130)
     print_results(runs, task)
     save_results(runs, task, title, arguments.output)
     return runs
@@ -172,36 +179,54 @@ def train(
     first = resume(run, task, model, optimizer, random, arguments) if arguments.resume else 0
     if arguments.profile:
         print_profile(task, model, optimizer, arguments)
-    progress = tqdm(desc=name, total=arguments.steps, initial=first, unit="step")
-    progress.set_postfix_str("compiling the first step")
     losses: list[mx.array] = []
     start = time.perf_counter()
-    for done in range(first + 1, arguments.steps + 1):
-        losses.append(step(*task.training_batch(random)))
-        progress.update()
-        mx.async_eval(losses[-1], model.state, optimizer.state)
-        validate = done % arguments.eval_every == 0 or done == arguments.steps
-        saves = done % arguments.save_every == 0 or done == arguments.steps
-        if done % READ_EVERY == 0 or validate or saves:
-            run.steps.append(done)
-            run.training_loss.append(float(mx.mean(mx.stack(losses))))
-            run.learning_rate.append(float(optimizer.learning_rate))
-            run.seconds_per_step.append((time.perf_counter() - start) / len(losses))
-            record_bands(run, optimizer, task.watched)
-            progress.set_postfix_str(
-                f"loss {run.training_loss[-1]:.3f}, rate {run.learning_rate[-1]:.2g}"
-            )
-            if validate:
-                run.validation_steps.append(done)
-                for measure, value in task.validate(model).items():
-                    run.validation.setdefault(measure, []).append(value)
-            if saves:
-                save(run, task, model, optimizer, random, done, arguments)
-            losses, start = [], time.perf_counter()
-    progress.close()
+    with (
+        tqdm(desc=name, total=arguments.steps, initial=first, unit="step") as progress,
+        catching_interrupts(progress, "step") as interrupts,
+    ):
+        progress.set_postfix_str("compiling the first step")
+        for done in range(first + 1, arguments.steps + 1):
+            losses.append(step(*task.training_batch(random)))
+            progress.update()
+            mx.async_eval(losses[-1], model.state, optimizer.state)
+            stops, last = bool(interrupts), done == arguments.steps
+            validates = done % arguments.eval_every == 0 or last
+            saves = done % arguments.save_every == 0 or last or stops
+            if done % READ_EVERY == 0 or validates or saves:
+                record(run, done, losses, start, optimizer, task)
+                progress.set_postfix_str(
+                    f"loss {run.training_loss[-1]:.3f}, rate {run.learning_rate[-1]:.2g}"
+                )
+                if validates:
+                    run.validation_steps.append(done)
+                    for measure, value in task.validate(model).items():
+                        run.validation.setdefault(measure, []).append(value)
+                if saves:
+                    save(run, task, model, optimizer, random, done, arguments)
+                losses, start = [], time.perf_counter()
+            if stops:
+                path = checkpoint(name, done, arguments)
+                raise KeyboardInterrupt(f"{path} has {done} steps; {how_to_resume()}")
     run.skipped = int(optimizer.skipped)
     run.sample = task.sample(model)
     return run
+
+
+def record(
+    run: Run,
+    done: int,
+    losses: list[mx.array],
+    start: float,
+    optimizer: RoutedOptimizer,
+    task: Task,
+) -> None:
+    """Add to the curves what the steps since the last look made; waits for the device."""
+    run.steps.append(done)
+    run.training_loss.append(float(mx.mean(mx.stack(losses))))
+    run.learning_rate.append(float(optimizer.learning_rate))
+    run.seconds_per_step.append((time.perf_counter() - start) / len(losses))
+    record_bands(run, optimizer, task.watched)
 
 
 def make_optimizer(
@@ -336,6 +361,36 @@ def checkpoints(name: str, arguments: Arguments) -> list[Path]:
     """Last written first: an older run in the same folder may have made more steps."""
     files = arguments.output.glob(f"{name}-*.safetensors")
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
+
+
+# Ctrl-C
+
+
+@contextmanager
+def catching_interrupts(bar: tqdm[Any], what: str) -> Iterator[list[int]]:
+    """Note Ctrl-C in the list, so that what is on can end; a second one ends it at once."""
+    caught: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        caught.append(number)
+        bar.set_postfix_str(f"stopping after this {what}")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    except RuntimeError:
+        if caught:  # it reached a compiler that MLX was waiting for
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def how_to_resume() -> str:
+    """The command that goes on with a run that was cut off."""
+    again = [Path(sys.executable).name, *(a for a in sys.argv if a != "--resume"), "--resume"]
+    return f"go on with: {shlex.join(again)}"
 
 
 # Results

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     )
     assert done.returncode != 0
     assert "momentum is 0.0 in the file, 0.8 here" in done.stderr
+    assert "give another --output, or start without --resume" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -114,6 +116,21 @@ def test_a_new_run_in_an_old_folder_keeps_and_resumes_its_own(tmp_path):
     done = run(LANGUAGE_MODEL, *shorter, "--keep", "1", "--resume", cwd=tmp_path)
     assert "after 4 steps" in done.stdout, done.stderr
     assert steps() == [8, 10, 12], "a resumed run deletes what it had written itself"
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path):
+    command = [sys.executable, str(LANGUAGE_MODEL), *SMALL, "--steps", "900000"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        printed = ""
+        while "loss" not in printed and child.poll() is None:
+            printed += child.stderr.read(1)
+        child.send_signal(signal.SIGINT)
+        last = child.stderr.read().strip().splitlines()[-1]
+    assert child.returncode == 130, last
+    path, done = re.fullmatch(r"(\S+) has (\d+) steps; go on with: .* --resume", last).groups()
+    assert (tmp_path / path).name == f"maxfactor-{int(done):06}.safetensors"
+    assert (tmp_path / path).exists()
 
 
 def test_options_reach_the_optimizer(tmp_path):
