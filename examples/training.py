@@ -586,7 +586,10 @@ def option(argument: str) -> tuple[str, Any]:
             value = STATE_DTYPES[value]
         return name, value
     except (KeyError, TypeError, ValueError) as problem:
-        message = f"takes NAME=VALUE with a JSON value, got {argument!r} ({problem})"
+        message = (
+            f"takes NAME=VALUE with a JSON value (true, not True), one --option each, "
+            f"got {argument!r} ({problem})"
+        )
         raise argparse.ArgumentTypeError(message) from None
 
 

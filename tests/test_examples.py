@@ -161,6 +161,8 @@ def test_options_reach_the_optimizer(tmp_path):
         (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
         (["--option", "speed=9"], "speed"),
         (["--option", "momentum=fast"], "momentum=fast"),
+        (["--option", "nesterov=True"], "(true, not True)"),
+        (["--option", "momentum=0.8,nesterov=true"], "one --option each"),
     ],
     ids=str,
 )
