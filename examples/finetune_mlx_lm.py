@@ -25,6 +25,7 @@ from contextlib import contextmanager, redirect_stdout
 from copy import copy
 from dataclasses import dataclass
 from hashlib import sha256
+from inspect import signature
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +43,7 @@ from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers, print_trainable_parameters
 from mlx_lm.utils import save_config
-from mlx_lm_arguments import BAD_INPUT, MLX_OPTIMIZERS, one_line, parse_arguments
+from mlx_lm_arguments import BAD_INPUT, EXAMPLE, MLX_OPTIMIZERS, one_line, parse_arguments
 from small_llama import build_model, write_task
 from tqdm import tqdm
 from training import STATE_DTYPES, catching_interrupts, how_to_resume, option
@@ -103,6 +104,9 @@ def prepare(arguments: argparse.Namespace) -> Tuning:
     tuning = Tuning(model, make_optimizer(model, arguments), datasets, sample, arguments)
     if arguments.resume:
         tuning.resume()
+    elif tuning.path.exists():
+        print(f"{tuning.folder} holds {kept_run(tuning.path)}, which this one replaces; ", end="")
+        print("--resume goes on with it")
     return tuning
 
 
@@ -198,7 +202,11 @@ def make_optimizer(model: nn.Module, arguments: argparse.Namespace) -> Optimizer
 def make_schedule(name: str, arguments: list[float], **warmup: Any) -> Schedule:
     """One of mlx's by mlx-lm's rules, or one of ours. Its description tells it from another."""
     if name in SCHEDULES:
-        return SCHEDULES[name](*arguments, **warmup)
+        try:
+            return SCHEDULES[name](*arguments, **warmup)
+        except TypeError as problem:
+            takes = signature(SCHEDULES[name])
+            raise ValueError(f"{problem}; it takes {takes}, as in {EXAMPLE}") from None
     if not hasattr(schedulers, name):
         raise ValueError(f"lr_schedule is one of {', '.join(SCHEDULES)} or mlx's, got {name!r}")
     function = build_schedule({"name": name, "arguments": arguments, **warmup})
@@ -263,6 +271,7 @@ class Tuning(TrainingCallback):
         """Train on until ``iters`` iterations are done; mlx-lm's own reports go to a file."""
         a = self.arguments
         if self.iteration >= a.iters:
+            print(f"nothing was trained: iters is {a.iters}, {self.iteration} are done")
             return
         save_config(dict(vars(a)), self.folder / "adapter_config.json")
         settings = TrainingArgs(
@@ -381,6 +390,15 @@ class Tuning(TrainingCallback):
             self.model, self.validation_set, *settings, iterate_batches=self.batches
         )
         return loss
+
+
+def kept_run(path: Path) -> str:
+    """How long the run of a checkpoint is, from its header alone; any file may lie there."""
+    try:
+        metadata = cast(Any, mx.load(str(path), return_metadata=True))[1]
+        return f"a run of {json.loads(metadata['extra'])['iteration']} iterations"
+    except (RuntimeError, KeyError, TypeError, ValueError):
+        return "a run"
 
 
 def digest(dataset: Any) -> str:

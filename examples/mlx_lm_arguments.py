@@ -62,6 +62,7 @@ COUNTS = (
 READ_ELSEWHERE = {f"{kind}_feature" for kind in ("prompt", "completion", "text", "chat")} | {
     "hf_dataset"
 }
+EXAMPLE = "lr_schedule: {name: warmup_cosine, arguments: [0.001, 300, 30]}"
 BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
 BAD_INPUT += (ValueError, yaml.YAMLError)
 
@@ -115,6 +116,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {given[name]!r}")
     if arguments.fine_tune_type not in ("lora", "dora", "full"):
         raise ValueError(f"fine_tune_type is lora, dora or full, got {arguments.fine_tune_type!r}")
+    if arguments.quantize and arguments.fine_tune_type == "full":
+        raise ValueError("quantize goes with lora or dora: quantized weights have no gradient")
     arguments.optimizer = str(arguments.optimizer).lower()
     if arguments.optimizer not in (*OPTIMIZERS, *MLX_OPTIMIZERS):
         known = ", ".join([*OPTIMIZERS, *MLX_OPTIMIZERS])
@@ -123,7 +126,7 @@ def check(arguments: argparse.Namespace) -> None:
         if not isinstance(given[name], Mapping | None):
             raise ValueError(f"{name} must map names to values, got {given[name]!r}")
     if arguments.lr_schedule and not {"name", "arguments"} <= arguments.lr_schedule.keys():
-        raise ValueError("lr_schedule takes a name and arguments")
+        raise ValueError(f"lr_schedule takes a name and arguments, as in {EXAMPLE}")
     if arguments.iters % arguments.grad_accumulation_steps:
         raise ValueError(
             f"iters must be a multiple of grad_accumulation_steps, for mlx-lm drops what is left, "

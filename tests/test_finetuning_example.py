@@ -126,6 +126,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(home, kind):
     assert not same(home, whole, parts)
     text = run(home, parts, *kind, "--iters", "12", "--resume")
     assert "after 8 iterations" in text
+    assert "nothing was trained" not in text
     assert same(home, whole, parts)
     one, other = (json.loads((home / n / "losses.json").read_text()) for n in (whole, parts))
     losses = [[info["train_loss"] for info in kept["training"]] for kept in (one, other)]
@@ -315,6 +316,8 @@ def test_our_names_and_schedules_stand_in_a_file(home, monkeypatch):
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
         (["-c", "{home}/list.yaml"], "must map names to values"),
         (["-c", "{home}/schedule.yaml"], "'cosine'"),
+        (["-c", "{home}/keys.yaml"], "arguments: [0.001, 300, 30]}"),
+        (["--quantize", "--fine-tune-type", "full"], "quantized weights have no gradient"),
         (["--model", "nowhere/at/all"], "model nowhere/at/all: "),
         (["--model", "nowhere/at-all"], "model nowhere/at-all: "),
         (["--model", "{home}/data"], "config.json"),
@@ -336,6 +339,8 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     (home / "broken" / "train.jsonl").write_text("{prompt: 1}")
     (home / "list.yaml").write_text("[lora]")
     (home / "schedule.yaml").write_text("lr_schedule: {name: cosine, arguments: [1]}")
+    ours = "{name: warmup_cosine, arguments: [0.1, 9], warmup: 3}"
+    (home / "keys.yaml").write_text(f"lr_schedule: {ours}")
     arguments = [argument.format(home=home) for argument in arguments]
     given = ["--model", str(home / "model"), "--data", str(home / "data"), "--batch-size", "2"]
     monkeypatch.setattr(sys, "argv", ["finetune_mlx_lm.py", *given, *arguments])
@@ -346,6 +351,15 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     printed = capsys.readouterr()
     assert len(printed.err.splitlines()) == 1
     assert message in printed.err
+
+
+def test_a_run_says_that_it_replaces_another_or_has_nothing_to_do(home):
+    assert "replaces" not in run(home, "twice", "--iters", "4")
+    done = run(home, "twice", "--iters", "4", "--resume")
+    assert "nothing was trained: iters is 4, 4 are done" in done
+    assert "holds a run of 4 iterations, which this one replaces" in run(
+        home, "twice", "--iters", "2"
+    )
 
 
 def test_no_run_goes_on_as_another_run(home, monkeypatch, capsys):
