@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
@@ -378,12 +378,21 @@ def _undone_on_error(optimizer: Optimizer) -> Iterator[None]:
 def _find_weights(model: nn.Module) -> dict[str, Place]:
     """Every parameter by its path, once if it has several."""
     aliases = find_aliases(model)
-    return {path: place for path, place in _walk(model) if path not in aliases}
+    return _by_name((path, place) for path, place in _walk(model) if path not in aliases)
 
 
 def _find_state(optimizer: Optimizer) -> dict[str, Place]:
     """Every array of the optimizer's state by its name in the file."""
-    return dict(_walk(optimizer.state, STATE))
+    return _by_name(_walk(optimizer.state, STATE))
+
+
+def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
+    found: dict[str, Place] = {}
+    for name, place in places:
+        if name in found:
+            raise CheckpointError(f"two arrays are called {name!r}: rename one of them")
+        found[name] = place
+    return found
 
 
 def _find_spread(optimizer: Optimizer) -> dict[str, SpreadArray]:

@@ -1,5 +1,6 @@
 """Checkpoints: exact resumption, mismatches named, damage and forgery noticed, kills survived."""
 
+import fcntl
 import functools
 import gc
 import hashlib
@@ -822,6 +823,44 @@ def test_a_disk_that_fails_while_it_is_read_is_said(path, monkeypatch):
         with pytest.raises(CheckpointError, match=problem):
             load_checkpoint(path, model, optimizer)
         monkeypatch.undo()
+
+
+def test_two_arrays_of_one_name_are_not_saved_as_one(path):
+    model = nn.Module()
+    model.layers = {"a.b": mx.ones(3), "a": {"b": mx.zeros(3)}}
+    with pytest.raises(CheckpointError, match=r"two arrays are called 'layers.a.b'"):
+        save_checkpoint(path, model, AdamW())
+
+
+def test_rates_kept_here_go_on_after_a_file_whose_rate_was_set_by_hand(path):
+    make = lambda: AdamW(warmup_cosine(0.05, 10, 2))  # noqa: E731
+    model, optimizer = trained(Table(), make(), steps=1)
+    optimizer.learning_rate = 0.01
+    save_checkpoint(path, model, optimizer)
+    other = make()
+    load_checkpoint(path, model, other, rates="here")
+    other.update(model, model.trainable_parameters())
+    assert rate_of(other) == pytest.approx(0.025)
+
+
+def test_a_file_is_synced_before_it_takes_its_name(path, monkeypatch):
+    calls = []
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)  # macOS syncs by another call
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
+    save_checkpoint(path, Table(), AdamW())
+    assert calls.index("fsync") < calls.index("replace")
+
+
+def test_a_shared_module_that_is_trained_under_its_first_name_is_kept(path):
+    model = nn.Module()
+    model.first, model.between = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+    model.last = model.first
+    model._no_grad |= {"between", "last"}
+    assert [name for name, _ in tree_flatten(model.trainable_parameters())] == ["first.weight"]
+    save_checkpoint(path, model, create_optimizer(model), weights="trainable")
+    assert "last.weight" in mx.load(str(path))
 
 
 # Damage
