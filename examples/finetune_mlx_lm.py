@@ -258,7 +258,11 @@ class Tuning(TrainingCallback):
         if not self.path.exists():
             print(f"no {self.path}: starting from the beginning")
             return
-        extra = load_checkpoint(self.path, self.model, self.optimizer)
+        a = self.arguments
+        # mlx's own optimizers do not know what they were built with: what is given here counts.
+        given = a.optimizer in MLX_OPTIMIZERS and a.learning_rate is not None and not a.lr_schedule
+        rates = "here" if given else "built"
+        extra = load_checkpoint(self.path, self.model, self.optimizer, rates=rates)
         for name, kept in extra["identity"].items():
             if kept != self.identity[name]:
                 here = self.identity[name]

@@ -376,3 +376,11 @@ def test_no_run_goes_on_as_another_run(home, monkeypatch, capsys):
             finetune_mlx_lm.main()
         assert end.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_new_rate_counts_on_resume_with_mlx_optimizers_too(home):
+    run(home, "mlx", "--optimizer", "mlx_adamw", "--iters", "2", "--learning-rate", "0.001")
+    again = ("--optimizer", "mlx_adamw", "--iters", "4", "--learning-rate", "0.002", "--resume")
+    run(home, "mlx", *again)
+    kept = json.loads((home / "mlx" / "losses.json").read_text())
+    assert kept["training"][-1]["learning_rate"] == pytest.approx(0.002)
