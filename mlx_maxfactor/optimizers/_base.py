@@ -183,6 +183,7 @@ class Float32Optimizer(Optimizer):
         Raises:
             ValueError: Names every parameter that this optimizer cannot take; no state is changed.
         """
+        parameters = parameters or {}  # MLX 0.32.1 gives a member that gets nothing an empty list
         problems = [
             f"{key!r} is the optimizer's own name: rename what the model calls so at its top"
             for key in RESERVED & parameters.keys()
