@@ -103,7 +103,7 @@ def create_optimizer(
     check_choice("rounding", rounding, get_args(Rounding))
     seed = check_integer("seed", seed, 0, LARGEST_SEED)
     _check_model(model)
-    _check_trainable(model)
+    trained = _find_trained(model)
     parameters, exceptions = apply_rules(model, rules or {})
     if strict:
         check_explained(model, parameters, exceptions)
@@ -119,7 +119,6 @@ def create_optimizer(
     for part, other in (parts, parts[::-1]):
         part.check_options(signature(create_optimizer).parameters, other)
     shared = {"rounding": rounding, "seed": seed}
-    trained = flatten(model.trainable_parameters())
     lora = any(p.role in LORA_ROLES and p.path in trained for p in parameters)
     roster = Roster(*parts, shared, pretrained=pretrained, lora=lora)
     hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
@@ -230,13 +229,16 @@ def _check_model(model: Any) -> None:
     raise ValueError(f"model must be an mlx.nn.Module, {problem}")
 
 
-def _check_trainable(model: nn.Module) -> None:
-    arrays = flatten(model.trainable_parameters()).values()
-    if not any(mx.issubdtype(array.dtype, mx.floating) for array in arrays):
+def _find_trained(model: nn.Module) -> set[str]:
+    """Paths of what is trained; there must be something."""
+    arrays = flatten(model.trainable_parameters())
+    trained = {path for path, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
+    if not trained:
         raise ValueError(
             "model has no trainable parameters: unfreeze what shall learn, or add its LoRA layers, "
             "before the optimizer is made"
         )
+    return trained
 
 
 def _is_puzzle(path: str) -> bool:

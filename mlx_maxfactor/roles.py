@@ -84,7 +84,7 @@ class Node:
     path: str
     module: nn.Module
     above: "ref[Node] | None" = None
-    """The node it hangs on, weakly: a cycle would keep arrays alive after they were replaced."""
+    """The node it hangs on, weakly: a cycle would keep its module, and a model that is gone."""
     listed: bool = False
     """Whether it is an item of a list, as the blocks of a transformer are."""
     is_part: bool = False
