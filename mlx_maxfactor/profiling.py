@@ -27,7 +27,8 @@ class Cost:
     """What a step, or a part of it, takes.
 
     Attributes:
-        seconds: Until all that it computes is there; the mean of the middle half of the rounds.
+        seconds: Until all that it computes is there; the mean of the faster half of the rounds, as
+            what else a machine does only adds.
         python_seconds: Of these, until the call returned, which is before anything is computed:
             Python, and MLX building the graph or handing over the compiled one.
         peak_bytes: The most that all arrays of the process took meanwhile.
@@ -130,9 +131,10 @@ def profile_step(
     MLX evaluates late, and a compiled step is one graph, so nothing inside a step can be timed. The
     parts are run by themselves, each until all that it computes is there: loss and gradients; the
     guard, which is the global norm and whether it is finite; of each member of the optimizer the
-    update of its own parameters, which scales gradients and undoes a skipped step on the way. The
-    whole step is run in turn with them, and the profile says how far their sum is from it. What
-    parts cannot share (a kernel, a wait) is in the sum and not in the whole.
+    update of its own parameters, which scales gradients and undoes a skipped step on the way. What a
+    member's update takes that changes nothing is taken off. The whole step is run in turn with the
+    parts, and the profile says how far their sum is from it. What parts cannot share (a kernel, a
+    wait, Python while the step computes) is in the sum and not in the whole.
 
     Every run makes the same step, on copies. Model, optimizer and random state are afterwards what
     they were, bit for bit, the same arrays. The rest that changes: ``mx.get_peak_memory`` starts
@@ -178,7 +180,7 @@ def profile_step(
         steps = [_Step(model, optimizer, loss_and_gradients, mode) for mode in modes]
         runs = [partial(run, batch) for step in steps for run in (step.whole, step.apart)]
         times = _times([*runs, _wait], kept, rounds)
-        wait = fmean(each[WAIT].whole for each in _middle(times.pop()))
+        wait = fmean(each[WAIT].whole for each in _faster(times.pop()))
         peaks = [_peaks(run, kept) for run in runs]
         # Of each step the whole and the parts.
         eager, *rest = (
@@ -195,8 +197,11 @@ class _Seconds(NamedTuple):
     python: float
 
 
-Measure = Callable[[Callable[[], Any], Any], tuple[Any, Any]]
-"""Makes a call, and evaluates what it returns and what it changes: the result, and the measure."""
+Measure = Callable[..., tuple[Any, Any]]
+"""Makes a call, and evaluates what it returns and what it changes: the result, and the measure.
+
+Its third argument, if there is one, is called beforehand and does all that the call does beside its
+work: handing arrays in and out."""
 
 
 Run = Callable[[Measure], dict[str, Any]]
@@ -213,12 +218,16 @@ def _times(runs: Sequence[Run], kept: "_Kept", rounds: int) -> list[list[dict[st
     return [found[1:] for found in times]
 
 
-def _seconds(call: Callable[[], Any], changed: Any) -> tuple[Any, _Seconds]:
+def _seconds(
+    call: Callable[[], Any], changed: Any, idle: Callable[[], Any] | None = None
+) -> tuple[Any, _Seconds]:
+    beside = _seconds(idle, changed)[1] if idle else _Seconds(0.0, 0.0)
     start = time.perf_counter()
     result = call()
     called = time.perf_counter()
     mx.eval(result, changed)
-    return result, _Seconds(time.perf_counter() - start, called - start)
+    whole = time.perf_counter() - start
+    return result, _Seconds(whole - beside.whole, called - start - beside.python)
 
 
 def _wait(measure: Measure) -> dict[str, Any]:
@@ -233,7 +242,7 @@ def _peaks(run: Run, kept: "_Kept") -> dict[str, int]:
     return run(partial(_peak, mx.get_active_memory() - others))
 
 
-def _peak(copies: int, call: Callable[[], Any], changed: Any) -> tuple[Any, int]:
+def _peak(copies: int, call: Callable[[], Any], changed: Any, *_: Any) -> tuple[Any, int]:
     mx.clear_cache()
     mx.reset_peak_memory()
     # Not under a memory limit, where MLX allocates nothing ahead: 0.32.1 was seen to wait for ever.
@@ -249,7 +258,7 @@ def _breakdown(
     peaks: dict[str, int],
 ) -> Breakdown:
     def cost(rounds: Sequence[dict[str, _Seconds]], name: str, peak: int) -> Cost:
-        seconds, python = zip(*(each[name] for each in _middle(rounds)), strict=True)
+        seconds, python = zip(*(each[name] for each in _faster(rounds)), strict=True)
         return Cost(fmean(seconds), fmean(python), peak)
 
     parts = {name: cost(apart, name, peak) for name, peak in peaks.items()}
@@ -257,10 +266,10 @@ def _breakdown(
     return Breakdown(cost(whole, WHOLE, whole_peak[WHOLE]), parts, (min(each), max(each)))
 
 
-def _middle(rounds: Sequence[dict[str, _Seconds]]) -> Sequence[dict[str, _Seconds]]:
-    """The middle half of the rounds by length: unlike medians of parts, their means add up."""
+def _faster(rounds: Sequence[dict[str, _Seconds]]) -> Sequence[dict[str, _Seconds]]:
+    """The faster half of the rounds: unlike medians of parts, their means add up."""
     ordered = sorted(rounds, key=lambda each: sum(seconds.whole for seconds in each.values()))
-    return ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
+    return ordered[: (len(ordered) + 1) // 2]
 
 
 class _Step:
@@ -310,8 +319,11 @@ class _Step:
         del gradients  # each update gets what nobody else holds, and frees it as it goes
         for name, state, update in self.updates:
             if flatten(shares[0]):
-                call = partial(self._update, update, [shares.pop(0)], verdict)
-                _, costs[name] = measure(call, [self.model.state, state])
+                share = shares.pop(0)
+                idle = partial(self._update, _unchanged, [share], verdict)
+                call = partial(self._update, update, [share], verdict)
+                del share
+                _, costs[name] = measure(call, [self.model.state, state], idle)
             else:
                 shares.pop(0)
         return costs
@@ -319,6 +331,10 @@ class _Step:
     def _update(self, update: Callable[..., Any], share: list, verdict: tuple) -> None:
         parameters = tree_map(lambda _, p: p, share[0], self.model)
         self.model.update(update(share.pop(), parameters, *verdict))
+
+
+def _unchanged(gradients: Any, parameters: Any, *_: Any) -> Any:
+    return parameters
 
 
 def _guard(optimizer: GuardedOptimizer, gradients: Any) -> tuple[Any, Any]:

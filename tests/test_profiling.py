@@ -251,15 +251,23 @@ def test_what_the_numbers_say():
     assert way.ratio == 1.25
 
 
-def test_the_middle_half_of_the_rounds_counts_and_adds_up():
-    lengths = [(9, 9), (1, 4), (2, 3), (3, 4), (90, 1)]  # sums 18, 5, 5, 7, 91: 5, 7 and 18 count
+def test_the_faster_half_of_the_rounds_counts_and_adds_up():
+    lengths = [(9, 9), (1, 4), (2, 3), (3, 4), (90, 1)]  # sums 18, 5, 5, 7, 91: 5, 5 and 7 count
     apart = [{"a": _Seconds(a, 0.5), "b": _Seconds(b, 0.5)} for a, b in lengths]
     whole = [{"whole step": _Seconds(seconds, 1.0)} for seconds in (10, 4, 5, 6, 0.1)]
     way = _breakdown(whole, apart, {"whole step": 3}, {"a": 1, "b": 2})
-    assert way.total.seconds == pytest.approx((5 + 7 + 18) / 3)
+    assert way.total.seconds == pytest.approx((5 + 5 + 7) / 3)
     assert way.parts["b"].python_seconds == 0.5
-    assert way.step == Cost(5.0, 1.0, 3)
+    assert way.step == Cost(pytest.approx((0.1 + 4 + 5) / 3), 1.0, 3)
     assert way.spread == (0.1, 10)
+
+
+def test_what_a_part_takes_beside_its_work_is_taken_off():
+    def idle():
+        return time.sleep(0.2)
+
+    _, seconds = _seconds(lambda: (idle(), time.sleep(0.1)), [], idle)
+    assert 0.05 < seconds.python < 0.25 > seconds.whole  # with what idle takes: 0.3
 
 
 def test_a_loss_that_fails_leaves_everything_as_it_was():
