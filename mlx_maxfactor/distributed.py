@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from mlx.utils import tree_map
 from . import functional as f
 from .collectives import MESSAGE_BYTES, Entry, Line
 from .guard import is_single
-from .optimizers._base import Float32Optimizer, flatten
+from .optimizers._base import Float32Optimizer, Whole, flatten
 from .optimizers._turns import Leaf, Turns, Way
 from .roles import Parameter
 from .routing import Member, Plan, RoutedOptimizer
@@ -26,11 +27,13 @@ class ShardedOptimizer(RoutedOptimizer):
     and hands in the gradients of its own batch; what counts is their mean. Each rank then updates
     its own parameters, keeps state for these alone, and sends them to the others: all ranks end a
     step with the same bits. A matrix is orthogonalized whole, by one rank; what AdamW and SignSGD
-    update is cut in rows where that levels the ranks.
+    update, stacks of experts, and matrices orthogonalized in blocks of rows are cut in rows where
+    that levels the ranks.
 
     A step sends ``2(N - 1)/N`` of the gradients' bytes and ``N - 1`` times those of the largest
-    share of the parameters, which is about ``(N - 1)/N`` of all. The guards send nothing: every
-    rank has all gradients, and decides alike.
+    share of the parameters, which is about ``(N - 1)/N`` of all; MaxFactor's step in blocks one
+    number more for each matrix that is cut. The guards send nothing: every rank has all gradients,
+    and decides alike.
 
     Every rank must make the same steps, evaluate the same arrays, and save and load checkpoints
     with the others. Collectives of one's own must be evaluated apart from a step.
@@ -67,6 +70,7 @@ class ShardedOptimizer(RoutedOptimizer):
         self._group = group
         self._line: Line | None = None
         self._shapes: dict[str, dict[str, mx.array]] = {}
+        self._spanning: dict[str, tuple[str, ...]] = {}
         self.shares = Shares(group.size())
         self.communication_stream: mx.Stream | None = None
         super().__init__(
@@ -119,6 +123,8 @@ class ShardedOptimizer(RoutedOptimizer):
             layout = optimizer.layout_of(path)
             work = optimizer.work(shape, layout)
             cuts = optimizer.cuts(shape, layout) if shape else 0
+            if cuts:
+                self._spanning[path] = optimizer.spanning(shape, layout)
         loads = (work, float(_nbytes(self._shapes[path])), float(parameter.nbytes))
         return Item(path, _rows(parameter), cuts, loads)
 
@@ -129,16 +135,30 @@ class ShardedOptimizer(RoutedOptimizer):
     def _is_whole(self, path: str, state: Mapping[str, mx.array]) -> bool:
         """Whether state was just made, for the first time or after a load that was undone."""
         shapes = self._shapes[path]
-        return any(x.shape == shapes[key].shape for key, x in state.items() if not _is_common(x))
+        return any(
+            x.shape == shapes[key].shape
+            for key, x in state.items()
+            if not self._is_common(path, key)
+        )
+
+    def _is_common(self, path: str, key: str) -> bool:
+        """Whether all who have a piece of a parameter have this of its state whole.
+
+        It is of the parameter as such, as counts and random keys are, or of all its rows.
+        """
+        dtype = self._shapes[path][key].dtype
+        return mx.issubdtype(dtype, mx.unsignedinteger) or key in self._spanning.get(path, ())
 
     def _cut_state(self, path: str, parameter: mx.array, piece: Piece) -> None:
         """Leave a piece's state: made anew, as a slice would keep the whole alive."""
         optimizer, state = self.optimizers[self._routes[path]], self._state_of(path)
         assert isinstance(optimizer, Float32Optimizer)
-        for key in [key for key, x in state.items() if not _is_common(x)]:
-            del state[key]
+        common = {key: x for key, x in state.items() if self._is_common(path, key)}
+        state.clear()
+        state.update(common)  # its random key, or it would be given another
         shape = (piece.stop - piece.start, *parameter.shape[1:])
         optimizer.init_single(mx.zeros(shape), state, optimizer.layout_of(path))
+        state.update(common)
 
     # Updates
 
@@ -157,7 +177,7 @@ class ShardedOptimizer(RoutedOptimizer):
                 leaf.parameter.shape,
                 leaf.parameter.dtype,
                 self.shares.pieces[leaf.path],
-                self._take(turns, leaf, way),
+                self._take(turns, leaf, way, line),
             )
             for leaf in reversed(leaves)
             if leaf.path in self.shares.pieces
@@ -166,22 +186,29 @@ class ShardedOptimizer(RoutedOptimizer):
         each = (whole.get(leaf.path, leaf.parameter) for leaf in leaves)
         return tree_map(lambda _: next(each), gradients)
 
-    def _take(self, turns: Turns, leaf: Leaf, way: Way) -> mx.array | None:
+    def _take(self, turns: Turns, leaf: Leaf, way: Way, line: Line) -> mx.array | None:
         """This rank's piece of a parameter, updated."""
         piece, found = self._own_piece(leaf.path), way(leaf)
-        if piece is None or found is None:
-            return None
         p, optimizer = leaf.parameter, self.optimizers[self._routes[leaf.path]]
+        spans = bool(self._spanning.get(leaf.path)) and len(self.shares.pieces[leaf.path]) > 1
+        if piece is None or found is None:
+            if spans:
+                line.all_sum(mx.zeros((1, 1)))  # as the others do
+            return None
         if piece.stop - piece.start == _rows(p):
             return turns.take(leaf, *found)
         assert isinstance(optimizer, Float32Optimizer)
         rows = slice(piece.start, piece.stop)
         cut = leaf._replace(gradient=leaf.gradient[rows], parameter=p[rows])
         optimizer.part = f.Part(piece.start * (p.size // _rows(p)), p.size)
+        if spans:
+            share = (piece.stop - piece.start) / _rows(p)
+            rms = partial(_whole_rms, line, share)
+            optimizer.whole = Whole(turns.scaled(leaf.gradient), p, rows, rms)
         try:
             return turns.take(cut, *found)
         finally:
-            optimizer.part = None
+            optimizer.part = optimizer.whole = None
 
     # Checkpoints
 
@@ -231,27 +258,30 @@ class ShardedOptimizer(RoutedOptimizer):
         for path, shapes in self._shapes.items():
             shape = self._parameters[path].shape
             for key, x in shapes.items():
+                is_common = self._is_common(path, key)
                 held = tuple(
-                    _span(x, piece, shape[0] if shape else 1) for piece in self.shares.pieces[path]
+                    Piece(piece.rank, 0, _rows(x))
+                    if is_common
+                    else _span(x, piece, shape[0] if shape else 1)
+                    for piece in self.shares.pieces[path]
                 )
                 name = f"states.{self._routes[path]}.{path}.{key}"
-                spread[name] = SpreadArray(path, key, x, held, rank)
+                spread[name] = SpreadArray(path, key, x, held, rank, is_common)
         return spread
 
 
 class SpreadArray(NamedTuple):
-    """An array of a parameter's state: where it is, its shape when whole, and who has what."""
+    """An array of a parameter's state: where it is, its shape when whole, and who has what.
+
+    What is common, all have whole who have a piece of the parameter.
+    """
 
     path: str
     key: str
     shape: mx.array
     pieces: tuple[Piece, ...]
     rank: int
-
-    @property
-    def is_common(self) -> bool:
-        """Whether all who have a piece of the parameter have this whole."""
-        return _is_common(self.shape)
+    is_common: bool
 
     def own(self, whole: mx.array) -> mx.array:
         """This rank's rows of the whole array."""
@@ -261,15 +291,13 @@ class SpreadArray(NamedTuple):
         return whole[piece.start : piece.stop] * 1  # a slice would keep the whole alive
 
 
-def _is_common(state: mx.array) -> bool:
-    """Whether it belongs to a parameter as such, as counts and random keys do, not to its rows."""
-    return mx.issubdtype(state.dtype, mx.unsignedinteger)
+def _whole_rms(line: Line, share: float, size: mx.array) -> mx.array:
+    """The root mean square of all rows, from that of this rank's and their share."""
+    return mx.sqrt(line.all_sum(mx.square(size) * share))
 
 
 def _span(state: mx.array, piece: Piece, rows: int) -> Piece:
     """What of an array of the state the owner of a piece has, in rows of that array."""
-    if _is_common(state):
-        return Piece(piece.rank, 0, _rows(state))
     # A scale for so many elements each: rounded up at the end, where the last may not be full.
     start, stop = (row * _rows(state) // rows for row in (piece.start, piece.stop))
     return Piece(piece.rank, start, stop)

@@ -131,10 +131,10 @@ def profile_step(
     MLX evaluates late, and a compiled step is one graph, so nothing inside a step can be timed. The
     parts are run by themselves, each until all that it computes is there: loss and gradients; the
     guard, which is the global norm and whether it is finite; of each member of the optimizer the
-    update of its own parameters, which scales gradients and undoes a skipped step on the way. What a
-    member's update takes that changes nothing is taken off. The whole step is run in turn with the
-    parts, and the profile says how far their sum is from it. What parts cannot share (a kernel, a
-    wait, Python while the step computes) is in the sum and not in the whole.
+    update of its own parameters, which scales gradients and undoes a skipped step on the way. What
+    an update takes that changes nothing is taken off. The whole step is run in turn with the parts,
+    and the profile says how far their sum is from it. What parts cannot share (a kernel, a wait,
+    Python while the step computes) is in the sum and not in the whole.
 
     Every run makes the same step, on copies. Model, optimizer and random state are afterwards what
     they were, bit for bit, the same arrays. The rest that changes: ``mx.get_peak_memory`` starts

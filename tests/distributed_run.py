@@ -28,11 +28,24 @@ from mlx_maxfactor.collectives import Line
 STEPS = 4
 
 
-class Model(nn.Module):
-    """An embedding, four hidden layers of two matrices, norms, a head."""
+class SwitchLinear(nn.Module):
+    """A stack of experts by the name that it has in mlx-lm; here all are asked."""
 
-    def __init__(self):
+    def __init__(self, experts):
         super().__init__()
+        self.weight = 0.1 * mx.random.normal((experts, 32, 32))
+
+    def __call__(self, x):
+        return mx.mean(x[..., None, None, :] @ self.weight.swapaxes(-1, -2), axis=(-3, -2))
+
+
+class Model(nn.Module):
+    """An embedding, four hidden layers of two matrices, experts if any, norms, a head."""
+
+    def __init__(self, experts=0):
+        super().__init__()
+        if experts:
+            self.experts = SwitchLinear(experts)
         self.embedding = nn.Embedding(101, 32)
         self.up = [nn.Linear(32, 64) for _ in range(4)]
         self.down = [nn.Linear(64, 32) for _ in range(4)]
@@ -42,12 +55,14 @@ class Model(nn.Module):
         x = self.embedding(tokens)
         for up, down in zip(self.up, self.down, strict=True):
             x = x + down(nn.gelu(up(x)))
+        if "experts" in self:
+            x = x + self.experts(x)
         return self.head(self.norm(x))
 
 
-def build(dtype=mx.float32):
+def build(dtype=mx.float32, experts=0):
     mx.random.seed(0)
-    model = Model()
+    model = Model(experts)
     model.set_dtype(dtype)
     return model
 
@@ -103,6 +118,7 @@ def sharded(
     thaw=None,
     message=collectives.MESSAGE_BYTES,
     rest=lambda: "adamw",
+    experts=0,
     **options,
 ):
     """The same steps with shares and without, of the same gradients."""
@@ -110,7 +126,7 @@ def sharded(
     average, runs = average or averaged, []
     collectives.MESSAGE_BYTES = message
     for shares in (None, group):
-        model = build(dtype)
+        model = build(dtype, experts)
         if thaw is not None:
             model.freeze(keys=["weight"])
             model.down[0].unfreeze()
@@ -188,6 +204,19 @@ SHARDED = {
     "momentum, 8 bits": {"momentum": 0.8, "nesterov": True, "state_dtype": mx.int8},
     "blocks": {"step": {"block": 8}, "momentum": 0.5},
     "muon, blocks": {"hidden": "muon", "block": 8},
+    "blocks, bf16": {
+        "step": {"block": 12},
+        "momentum": 0.8,
+        "state_dtype": mx.int8,
+        "dtype": mx.bfloat16,
+        "rounding": "stochastic",
+        "max_grad_norm": 0.1,
+        "skip_nonfinite": True,
+        "compiled": True,
+    },
+    "experts": {"experts": 5, "momentum": 0.8, "state_dtype": mx.int8},
+    "experts, row max": {"experts": 5, "step": "row_max", "momentum": 0.9, "nesterov": True},
+    "experts, muon": {"experts": 5, "hidden": "muon", "state_dtype": mx.int8},
     "adamw, 8 bits": {"hidden": "adamw", "state_dtype": mx.int8},
     "bf16": {"dtype": mx.bfloat16},
     "bf16, stochastic": {

@@ -30,6 +30,7 @@ from .orthogonalization import (
     orthogonalization_work,
     orthogonalize,
     polar_express,
+    rows_apart,
 )
 from .quantization import dequantize, quantize, rows_of_blocks, scales
 from .rounding import Part, stochastic_round
@@ -71,6 +72,7 @@ __all__ = [
     "rms",
     "row_max",
     "row_sum",
+    "rows_apart",
     "rows_of_blocks",
     "scaled_global_norm",
     "scales",

@@ -143,6 +143,17 @@ def orthogonalize(
     return wide.swapaxes(-1, -2) if tall else wide
 
 
+def rows_apart(shape: tuple[int, ...], block: int | None = None) -> int:
+    """Of how many places of the first axis a multiple is orthogonalized by itself.
+
+    Those of a stack, or the rows of a block; 0: the whole alone, as where blocks are of columns.
+    """
+    rows, columns = shape[-2:]
+    if len(shape) > 2:
+        return 1
+    return block if block is not None and block < rows <= columns else 0
+
+
 def orthogonalization_work(shape: tuple[int, ...], block: int | None = None) -> float:
     """About how many operations five steps take on matrices ``(..., m, n)``: those of products."""
     shorter, longer = sorted(shape[-2:])

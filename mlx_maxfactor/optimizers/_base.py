@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import signature
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,6 +35,22 @@ ELEMENTWISE_WORK = 300.0
 """Operations of a matrix product in the time that ten passes over an element take."""
 
 
+class Whole(NamedTuple):
+    """The parameter of which some rows are updated, for what a step takes from all of them.
+
+    Attributes:
+        gradient: That of all rows.
+        parameter: All rows.
+        rows: Those that are updated.
+        rms: Makes the root mean square of these rows that of all, by asking who has the others.
+    """
+
+    gradient: mx.array
+    parameter: mx.array
+    rows: slice
+    rms: Callable[[mx.array], mx.array]
+
+
 class Float32Optimizer(Optimizer):
     """An MLX optimizer whose arithmetic and state are float32, whatever the parameter's dtype.
 
@@ -60,6 +76,7 @@ class Float32Optimizer(Optimizer):
         built_rate: The constant rate it was built with, or set to before its first update and
             before any load. None under a schedule.
         part: What :meth:`apply_single` is given if not a whole parameter: a part of its rows.
+        whole: The whole of it, if the update spans rows (see :meth:`spanning`).
     """
 
     def __init__(
@@ -80,6 +97,7 @@ class Float32Optimizer(Optimizer):
         self.built_rate: mx.array | None = None
         self._first_step = self.step
         self.part: f.Part | None = None
+        self.whole: Whole | None = None
         self.learning_rate = learning_rate
 
     # Rates
@@ -259,6 +277,13 @@ class Float32Optimizer(Optimizer):
         0: the parameter is updated whole, as its rows depend on one another.
         """
         return 0
+
+    def spanning(self, shape: tuple[int, ...], layout: str) -> tuple[str, ...]:
+        """What of the state of a parameter that is cut is of all its rows, and so kept whole.
+
+        If there is any, an update has :attr:`whole`, and asks it once for a root mean square.
+        """
+        return ()
 
     def work(self, shape: tuple[int, ...], layout: str) -> float:
         """About how many operations an update takes, in those of a matrix product."""

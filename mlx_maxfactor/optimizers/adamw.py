@@ -5,7 +5,13 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_flags, check_number, check_pair
 from ._base import Float32Optimizer, Rounding
-from .first_moment import check_state_dtype, init_momentum, read_momentum, write_momentum
+from .first_moment import (
+    check_state_dtype,
+    cuts_beside_momentum,
+    init_momentum,
+    read_momentum,
+    write_momentum,
+)
 
 
 class AdamW(Float32Optimizer):
@@ -71,7 +77,7 @@ class AdamW(Float32Optimizer):
 
     def cuts(self, shape: tuple[int, ...], layout: str) -> int:
         """Anywhere; momentum in 8 bits between two of its blocks."""
-        return f.rows_of_blocks(shape) if self.state_dtype == mx.int8 else 1
+        return cuts_beside_momentum(1, shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None

@@ -1,5 +1,7 @@
 """The first moment ``m``, in float32, bf16 or 8 bits, of every optimizer that keeps one."""
 
+import math
+
 import mlx.core as mx
 
 from .. import functional as f
@@ -28,6 +30,11 @@ def init_momentum(
     if dtype == mx.int8:
         state["m_scale"] = mx.zeros(f.scales(state["m"].size))
         optimizer.add_key(state)
+
+
+def cuts_beside_momentum(cuts: int, shape: tuple[int, ...], dtype: mx.Dtype) -> int:
+    """Rows after which a parameter can be cut, and its buffer: in 8 bits between two blocks."""
+    return math.lcm(cuts, f.rows_of_blocks(shape)) if dtype == mx.int8 else cuts
 
 
 def read_momentum(state: dict) -> mx.array:

@@ -9,7 +9,13 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_number, check_pair, got, hint
 from ._base import Float32Optimizer, Rounding
-from .first_moment import check_state_dtype, init_momentum, read_momentum, write_momentum
+from .first_moment import (
+    check_state_dtype,
+    cuts_beside_momentum,
+    init_momentum,
+    read_momentum,
+    write_momentum,
+)
 from .momentum import FrequencyAdaptiveMomentum
 from .orthogonal import Orthogonal
 
@@ -224,6 +230,23 @@ class MaxFactor(Float32Optimizer):
         work, step = super().work(shape, layout), self._orthogonal_step(matrices)
         return work + f.orthogonalization_work(matrices, step.block) if step else work
 
+    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+        """Between experts; between blocks of the rows of a matrix.
+
+        Without momentum a matrix stays whole: its state is little beside what all would keep.
+        """
+        matrices, rows = f.as_matrices(mx.zeros(shape), layout).shape, 0
+        step = self._orthogonal_step(matrices)
+        if f.norm_axes(len(shape), layout):
+            rows = int(not isinstance(self.momentum, FrequencyAdaptiveMomentum))
+        elif step and self.momentum and len(matrices) == 2 and layout != "transposed":
+            rows = f.rows_apart(matrices, step.block) if self._is_factored(matrices) else 0
+        return cuts_beside_momentum(rows, shape, self.state_dtype)
+
+    def spanning(self, shape: tuple[int, ...], layout: str) -> tuple[str, ...]:
+        """The statistics of a matrix: a block of rows is divided by those of all."""
+        return ("row", "column") if len(f.as_matrices(mx.zeros(shape), layout).shape) == 2 else ()
+
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
         super().init_single(parameter, state)
@@ -244,20 +267,23 @@ class MaxFactor(Float32Optimizer):
     ) -> mx.array:
         """One update of one parameter."""
         layout = layout or self.layout
-        p = self.load(parameter, layout)
+        whole, all_g, all_p = self.whole, gradient, parameter
+        if whole:
+            all_g, all_p = (self.late(x, gradient) for x in (whole.gradient, whole.parameter))
+        p = self.load(all_p, layout)
         axes = f.norm_axes(p.ndim, layout)
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
 
-        def read(after: mx.array) -> mx.array:
+        def read(after: mx.array, gradient: mx.array = gradient) -> mx.array:
             g = self.load(gradient, layout, after)
             return -g if self.maximize else g
 
         smooth = self._momentum(read, state, f.input_axis_shape(parameter.shape, layout))
-        rows, root = self._second_moment_root(read(alpha), state)
+        rows, root = self._second_moment_root(read(alpha, all_g), state)
         if orthogonal := self._orthogonal_step(p.shape):
             u = f.clamp_gradient(smooth(rows)) / root / rows
-            direction = orthogonal.direction(u)
+            direction = orthogonal.direction(u, whole and whole.rms)
             smooth, step_of, scale = (lambda _: direction), mx.multiply, f.hoist(alpha)
         else:
             step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
@@ -353,7 +379,7 @@ class MaxFactor(Float32Optimizer):
             blended = self.momentum.blended(g, ahead, state).reshape(view)
             return lambda after: self.late(blended, after)
         beta = self.momentum
-        m = write_momentum(beta * m + (1 - beta) * g, state)
+        m = write_momentum(beta * m + (1 - beta) * g, state, self.part)
         ahead = beta * m + (1 - beta) * g if self.nesterov else m
         return lambda after: self.late(ahead, after)
 
@@ -371,6 +397,7 @@ class MaxFactor(Float32Optimizer):
         if self.max_norm:
             largest = mx.max(row, axis=-2, keepdims=True)
             divisor = mx.maximum(largest, self.eps[0] + self.eps_rms)
+        row = row[self.whole.rows] if self.whole else row
         return f.factored_root(row, column, divisor, self.eps[0])
 
 

@@ -7,7 +7,13 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flags, check_integer, check_number
 from ._base import Float32Optimizer, Rounding
-from .first_moment import check_state_dtype, init_momentum, read_momentum, write_momentum
+from .first_moment import (
+    check_state_dtype,
+    cuts_beside_momentum,
+    init_momentum,
+    read_momentum,
+    write_momentum,
+)
 
 Scale = Literal["spectral", "rms"]
 
@@ -86,6 +92,13 @@ class Muon(Float32Optimizer):
         matrices = f.as_matrices(mx.zeros(shape), layout).shape
         return super().work(shape, layout) + f.orthogonalization_work(matrices, self.block)
 
+    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+        """A stack between its matrices, a matrix between blocks of its rows."""
+        if layout == "transposed" or type(self).direction is not Muon.direction:
+            return 0
+        rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
+        return cuts_beside_momentum(rows, shape, self.state_dtype)
+
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """The momentum buffer; nothing without momentum."""
         if parameter.ndim < 2:
@@ -107,7 +120,7 @@ class Muon(Float32Optimizer):
 
         u = g
         if self.momentum:
-            m = write_momentum(self.momentum * read_momentum(state) + g, state)
+            m = write_momentum(self.momentum * read_momentum(state) + g, state, self.part)
             u = g + self.momentum * m if self.nesterov else m
 
         alpha = self.step_size(p, self.step, self.learning_rate, layout)

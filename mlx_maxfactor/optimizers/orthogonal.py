@@ -1,5 +1,6 @@
 """The orthogonal step: all singular values of an update made equal."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -63,6 +64,11 @@ class Orthogonal:
         object.__setattr__(self, "steps", check_integer("steps", self.steps, 1))
         check_flags(capped=self.capped)
 
-    def direction(self, u: mx.array) -> mx.array:
-        """Each matrix of ``(..., m, n)`` orthogonalized, at RMS 1; zero for a zero matrix."""
-        return f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
+    def direction(
+        self, u: mx.array, whole: Callable[[mx.array], mx.array] | None = None
+    ) -> mx.array:
+        """Each matrix of ``(..., m, n)`` orthogonalized, at RMS 1; zero for a zero matrix.
+
+        Of some rows of a matrix in blocks, ``whole`` makes their root mean square that of all rows.
+        """
+        return f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block), whole)
