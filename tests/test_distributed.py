@@ -271,10 +271,11 @@ def test_a_rank_that_stalls_ends_the_others_with_one_message(start, tmp_path):
     assert load_checkpoint(path, model, optimizer)["done"] == 2
 
 
-def test_mlx_launch_runs_it():
-    port, _ = ring.free_ports(2)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_mlx_launch_runs_it(ranks):
+    port, *_ = ring.free_ports(ranks)
     main = "from mlx._distributed_utils.launch import main; main()"
-    launch = [sys.executable, "-c", main, "-n", "2", "-p", str(port)]
+    launch = [sys.executable, "-c", main, "-n", str(ranks), "-p", str(port)]
     script = Path(__file__).parent / "distributed_run.py"
     done = subprocess.run(
         [*launch, "--backend", "ring", "--", sys.executable, str(script), "data_parallel"],
@@ -284,4 +285,4 @@ def test_mlx_launch_runs_it():
         text=True,
         timeout=ring.HANGS,
     )
-    assert done.stdout.count("data_parallel") == 2, done
+    assert done.stdout.count("data_parallel") == ranks, done
