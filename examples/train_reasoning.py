@@ -46,7 +46,7 @@ from training import (
 from mlx_maxfactor import RoutedOptimizer, SignSGD, create_optimizer, create_optimizer_for_hrm
 
 PAIR = "hrm"  # create_optimizer_for_hrm's AdamW and SignSGD
-PUZZLE_RATE = 1e-2  # of SignSGD where a rate for it is not given, nor follows from hrm's
+PUZZLE_RATE = 3e-2  # of SignSGD where a rate for it is not given, nor follows from hrm's
 VALIDATION_BATCH = 64
 PICTURED = 3
 
@@ -467,8 +467,8 @@ OPTIONS = {
     "maxfactor": [("momentum", 0.8), ("nesterov", True)],
     "muon": [("momentum", 0.8)],
 }
-RATES = {"adafactor": 5e-3, "signsgd": 2e-3, "adamw": 2e-3, PAIR: 2e-3}
-RATES |= {"mlx_adamw": 2e-3, "mlx_adafactor": 0.02, "normuon": 0.02, "unrefused_maxfactor": 0.02}
+RATES = {"adafactor": 5e-3, "signsgd": 2e-3, "adamw": 4e-3, PAIR: 4e-3}
+RATES |= {"mlx_adamw": 4e-3, "mlx_adafactor": 0.02, "normuon": 0.02, "unrefused_maxfactor": 0.02}
 KINDS = {
     "rules": Kind(
         Rules,
@@ -476,7 +476,7 @@ KINDS = {
         AttentionBlock,
         SYMBOLS,
         draw_colours,
-        RATES | {"maxfactor": 0.02, "muon": 0.02},
+        RATES | {"maxfactor": 0.03, "muon": 0.04},
         {
             "steps": 1500,
             "count": 100,
@@ -493,7 +493,7 @@ KINDS = {
         UnitBlock,
         1,
         draw_digits,
-        RATES | {"maxfactor": 0.02, "muon": 0.02},
+        RATES | {"maxfactor": 0.03, "muon": 0.04},
         {
             "steps": 800,
             "count": 400,
@@ -542,7 +542,7 @@ def parse_arguments() -> ReasoningArguments:
     add("--puzzle-optimizer", choices=["signsgd", "rest"], default="signsgd", help="of embeddings")
     of = {"type": option, "action": "append", "default": [], "metavar": "NAME=VALUE"}
     add("--puzzle-option", **of, help="of that: sparse_rows=false lets all rows decay")
-    add("--puzzle-learning-rate", type=rate, help="its peak; None: 0.01, in hrm 100 times AdamW's")
+    add("--puzzle-learning-rate", type=rate, help="its peak; None: 0.03, in hrm 100 times AdamW's")
     parser.set_defaults(**KINDS[kind].defaults)
     arguments = ReasoningArguments()
     parser.parse(arguments)
