@@ -1,7 +1,6 @@
 """Each example from the command line, small; what README shows, run."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from command_line import run
 from compare_optimizers import Record, next_runs
 from configurations import CONFIGURATIONS, LADDER, TRAININGS
 from speech_data import Clip, write_wav
@@ -29,19 +29,6 @@ SPEECH = ROOT / "examples" / "train_speech.py"
 COMPARE = ROOT / "examples" / "compare_optimizers.py"
 BENCHMARK = ROOT / "examples" / "benchmark_optimizers.py"
 SMALL = ("--steps", "12", "--width", "16", "--context", "16", "--batch-size", "2")
-
-
-def run(script, *arguments, cwd):
-    # One thread: two of OpenBLAS's per process would wait for one another here.
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_a_profile_is_printed_and_the_training_goes_on_as_without(tmp_path):

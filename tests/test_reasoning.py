@@ -1,13 +1,11 @@
 """The reasoning example: its model's promises, its optimizers, its runs from the command line."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import command_line
 import compare_reasoning
 import mlx.core as mx
 import mlx.nn as nn
@@ -207,15 +205,7 @@ SMALL = ("--steps", "6", "--width", "8", "--batch-size", "8", "--segments", "2",
 
 
 def run(*arguments, cwd):
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return command_line.run(SCRIPT, *arguments, cwd=cwd)
 
 
 def test_rules_are_trained_compared_and_drawn(tmp_path):
