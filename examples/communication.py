@@ -198,8 +198,8 @@ def measure(repeats: int) -> None:
     latency = least["empty"] / (2 * (ranks - 1))
     seconds = least["message"] + least["gather"] - 2 * least["empty"]
     rate = 3 * (ranks - 1) / ranks * message.nbytes / seconds
-    # Gradients are put into messages, and then a share of the parameters.
-    own = least["alone"] / ranks + least["packing"] * (1 + 1 / ranks)
+    # Gradients are put into messages, then a share of the parameters, and all are taken out.
+    own = least["alone"] / ranks + least["packing"] * (2 + 1 / ranks)
     if group.rank() == 0:
         print(f"{ranks} ranks, {nbytes_of(model) / 1e6:.1f} MB of float32 parameters, on loopback")
         print(f"a link of {rate / 1e6:.0f} MB/s, {latency * 1e6:.0f} µs a message")
