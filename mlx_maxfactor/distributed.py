@@ -26,14 +26,18 @@ class ShardedOptimizer(RoutedOptimizer):
     Made by :func:`mlx_maxfactor.create_optimizer` with ``group``. Every rank has the whole model
     and hands in the gradients of its own batch; what counts is their mean. Each rank then updates
     its own parameters, keeps state for these alone, and sends them to the others: all ranks end a
-    step with the same bits. A matrix is orthogonalized whole, by one rank; what AdamW and SignSGD
-    update, stacks of experts, and matrices orthogonalized in blocks of rows are cut in rows where
-    that levels the ranks.
+    step with the same bits.
 
-    A step sends ``2(N - 1)/N`` of the gradients' bytes and ``N - 1`` times those of the largest
-    share of the parameters, which is about ``(N - 1)/N`` of all; MaxFactor's step in blocks one
-    number more for each matrix that is cut. The guards send nothing: every rank has all gradients,
-    and decides alike.
+    A parameter belongs to one rank, or is cut in rows where that levels the ranks and its optimizer
+    says how (``cuts``): what AdamW and SignSGD update, stacks of matrices that MaxFactor or Muon
+    take one by one, matrices orthogonalized in blocks of rows. A subclass says so by itself or is
+    not asked. For a matrix that MaxFactor updates in blocks the ranks wait for one another, and all
+    that have a part keep row and column statistics whole: it is cut only where the busiest rank
+    would else have a tenth more.
+
+    A step sends ``2(N - 1)/N`` of the gradients' bytes, ``N - 1`` times those of the largest share
+    of the parameters, which is about ``(N - 1)/N`` of all, and for each such matrix ``8(N - 1)``
+    bytes. The guards send nothing: every rank has all gradients, and decides alike.
 
     Every rank must make the same steps, evaluate the same arrays, and save and load checkpoints
     with the others. Collectives of one's own must be evaluated apart from a step.
@@ -84,7 +88,7 @@ class ShardedOptimizer(RoutedOptimizer):
 
     @property
     def plan(self) -> Plan:
-        """Who updates what; the bytes of state are those of all ranks together."""
+        """Who updates what; the bytes of state are those of one machine."""
         sizes = {path: _nbytes(arrays) for path, arrays in self._shapes.items()}
         return Plan([replace(e, state_bytes=sizes.get(e.path, 0)) for e in super().plan])
 
@@ -122,11 +126,13 @@ class ShardedOptimizer(RoutedOptimizer):
         if isinstance(optimizer, Float32Optimizer):
             layout = optimizer.layout_of(path)
             work = optimizer.work(shape, layout)
-            cuts = optimizer.cuts(shape, layout) if shape else 0
+            # A subclass may take from all rows what the class that has `cuts` does not.
+            if shape and "cuts" in vars(type(optimizer)) and optimizer.owns(path):
+                cuts = optimizer.cuts(shape, layout)
             if cuts:
                 self._spanning[path] = optimizer.spanning(shape, layout)
         loads = (work, float(_nbytes(self._shapes[path])), float(parameter.nbytes))
-        return Item(path, _rows(parameter), cuts, loads)
+        return Item(path, _rows(parameter), cuts, loads, bool(self._spanning.get(path)))
 
     def _own_piece(self, path: str) -> Piece | None:
         rank = self._group.rank()
@@ -201,14 +207,17 @@ class ShardedOptimizer(RoutedOptimizer):
         rows = slice(piece.start, piece.stop)
         cut = leaf._replace(gradient=leaf.gradient[rows], parameter=p[rows])
         optimizer.part = f.Part(piece.start * (p.size // _rows(p)), p.size)
+        sums: list[mx.array] = []
         if spans:
-            share = (piece.stop - piece.start) / _rows(p)
-            rms = partial(_whole_rms, line, share)
+            rms = partial(_whole_rms, line, (piece.stop - piece.start) / _rows(p), sums)
             optimizer.whole = Whole(turns.scaled(leaf.gradient), p, rows, rms)
         try:
-            return turns.take(cut, *found)
+            updated = turns.take(cut, *found)
         finally:
             optimizer.part = optimizer.whole = None
+        if spans and not sums:  # it took another way, and the others wait
+            line.all_sum(mx.zeros((1, 1)))
+        return updated
 
     # Checkpoints
 
@@ -291,9 +300,10 @@ class SpreadArray(NamedTuple):
         return whole[piece.start : piece.stop] * 1  # a slice would keep the whole alive
 
 
-def _whole_rms(line: Line, share: float, size: mx.array) -> mx.array:
+def _whole_rms(line: Line, share: float, sums: list[mx.array], size: mx.array) -> mx.array:
     """The root mean square of all rows, from that of this rank's and their share."""
-    return mx.sqrt(line.all_sum(mx.square(size) * share))
+    sums.append(line.all_sum(mx.square(size) * share))
+    return mx.sqrt(sums[-1])
 
 
 def _span(state: mx.array, piece: Piece, rows: int) -> Piece:

@@ -14,6 +14,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
 from ._validate import check_flags, check_integer
+from .distributed import ShardedOptimizer
 from .guard import GuardedOptimizer
 from .optimizers._base import flatten
 from .optimizers._turns import Turns, find_leaves
@@ -154,7 +155,8 @@ def profile_step(
         The profile: print it.
 
     Raises:
-        ValueError: ``rounds`` is not a whole number of at least 1.
+        ValueError: ``rounds`` is not a whole number of at least 1, or the optimizer was made with
+            ``group``: its parts are not those of one machine.
 
     Example:
         >>> import mlx.core as mx
@@ -169,6 +171,8 @@ def profile_step(
     """
     check_integer("rounds", rounds, 1)
     check_flags(compiled=compiled)
+    if isinstance(optimizer, ShardedOptimizer):
+        raise ValueError("a step of several ranks has no profile: give an optimizer without group")
     mx.eval(model.state, optimizer.state, batch)
     before = _Kept(model, optimizer)
     try:

@@ -21,6 +21,7 @@ from mlx_maxfactor import (
     collectives,
     create_optimizer,
     save_checkpoint,
+    shares,
     warmup_cosine,
 )
 from mlx_maxfactor.collectives import Line
@@ -117,24 +118,28 @@ def sharded(
     average=None,
     thaw=None,
     message=collectives.MESSAGE_BYTES,
+    worth=shares.WORTH,
     rest=lambda: "adamw",
     experts=0,
+    left="nothing",
     **options,
 ):
     """The same steps with shares and without, of the same gradients."""
     options = {"learning_rate": warmup_cosine(0.02, 20, 2, start_ratio=0.5), **options}
     average, runs = average or averaged, []
-    collectives.MESSAGE_BYTES = message
-    for shares in (None, group):
+    collectives.MESSAGE_BYTES, shares.WORTH = message, worth
+    for ranks in (None, group):
         model = build(dtype, experts)
         if thaw is not None:
             model.freeze(keys=["weight"])
             model.down[0].unfreeze()
-        optimizer = create_optimizer(model, hidden, rest(), group=shares, **options)
+        optimizer = create_optimizer(model, hidden, rest(), group=ranks, **options)
+        if left != "nothing":
+            optimizer.optimizers[0].paths = lambda path: left not in path
 
-        def step(tokens, factor, model=model, optimizer=optimizer, shares=shares):
+        def step(tokens, factor, model=model, optimizer=optimizer, ranks=ranks):
             gradients = tree_map(lambda g: g * factor.astype(g.dtype), grad(model, tokens))
-            if shares is None:
+            if ranks is None:
                 gradients = average(gradients, group)
             optimizer.update(model, gradients)
 
@@ -202,11 +207,18 @@ SHARDED = {
     "signsgd": {"hidden": "signsgd"},
     "row max": {"step": "row_max", "momentum": 0.9, "cautious": True},
     "momentum, 8 bits": {"momentum": 0.8, "nesterov": True, "state_dtype": mx.int8},
-    "blocks": {"step": {"block": 8}, "momentum": 0.5},
+    "blocks": {"step": {"block": 8}, "momentum": 0.5, "worth": 9.0},
+    "blocks, one left as it is": {
+        "step": {"block": 16},
+        "momentum": 0.8,
+        "worth": 9.0,
+        "left": "down.0",
+    },
     "muon, blocks": {"hidden": "muon", "block": 8},
     "blocks, bf16": {
         "step": {"block": 12},
         "momentum": 0.8,
+        "worth": 9.0,
         "state_dtype": mx.int8,
         "dtype": mx.bfloat16,
         "rounding": "stochastic",

@@ -274,7 +274,8 @@ class Float32Optimizer(Optimizer):
     def cuts(self, shape: tuple[int, ...], layout: str) -> int:
         """Of how many rows (places of the first axis) a multiple may be updated by itself.
 
-        0: the parameter is updated whole, as its rows depend on one another.
+        0: the parameter is updated whole, as its rows depend on one another. A subclass that has no
+        such method of its own is never asked: nobody knows what it takes from all rows.
         """
         return 0
 

@@ -238,9 +238,12 @@ class MaxFactor(Float32Optimizer):
         matrices, rows = f.as_matrices(mx.zeros(shape), layout).shape, 0
         step = self._orthogonal_step(matrices)
         if f.norm_axes(len(shape), layout):
-            rows = int(not isinstance(self.momentum, FrequencyAdaptiveMomentum))
-        elif step and self.momentum and len(matrices) == 2 and layout != "transposed":
-            rows = f.rows_apart(matrices, step.block) if self._is_factored(matrices) else 0
+            # A number is updated in another way, and bands are those of the whole stack.
+            plain = not isinstance(self.momentum, FrequencyAdaptiveMomentum)
+            rows = int(plain and not self._is_scalar(shape[1:]))
+        elif type(step) is Orthogonal and self.momentum and len(matrices) == 2:
+            may = layout != "transposed" and self._is_factored(matrices)
+            rows = f.rows_apart(matrices, step.block) if may else 0
         return cuts_beside_momentum(rows, shape, self.state_dtype)
 
     def spanning(self, shape: tuple[int, ...], layout: str) -> tuple[str, ...]:
@@ -283,7 +286,7 @@ class MaxFactor(Float32Optimizer):
         rows, root = self._second_moment_root(read(alpha, all_g), state)
         if orthogonal := self._orthogonal_step(p.shape):
             u = f.clamp_gradient(smooth(rows)) / root / rows
-            direction = orthogonal.direction(u, whole and whole.rms)
+            direction = orthogonal.direction(u, *([whole.rms] if whole else []))
             smooth, step_of, scale = (lambda _: direction), mx.multiply, f.hoist(alpha)
         else:
             step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)

@@ -94,9 +94,8 @@ class Muon(Float32Optimizer):
 
     def cuts(self, shape: tuple[int, ...], layout: str) -> int:
         """A stack between its matrices, a matrix between blocks of its rows."""
-        if layout == "transposed" or type(self).direction is not Muon.direction:
-            return 0
         rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
+        rows = 0 if layout == "transposed" else rows
         return cuts_beside_momentum(rows, shape, self.state_dtype)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
