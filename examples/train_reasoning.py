@@ -462,7 +462,8 @@ class Kind:
     defaults: Mapping[str, Any]
 
 
-# Unlike the other examples these want momentum: without it MaxFactor solves half as many rules.
+# Unlike the other examples these want momentum: without it MaxFactor solves 0.6 of the rules in 800
+# steps, and 0.95 with it.
 OPTIONS = {
     "maxfactor": [("momentum", 0.8), ("nesterov", True)],
     "muon": [("momentum", 0.8)],
