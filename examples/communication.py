@@ -212,10 +212,17 @@ def measure(repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What several machines send and compute a step.")
-    parser.add_argument("--measure", action="store_true", help="steps between processes, counted")
-    parser.add_argument("--repeats", type=int, default=7, help="steps that are timed")
+    parser.add_argument(
+        "--measure", action="store_true", help="steps between processes, counted: under mlx.launch"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="steps that --measure times")
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.repeats)
+        try:
+            measure(arguments.repeats)
+        except RuntimeError as problem:
+            if "initialize" not in str(problem):
+                raise
+            parser.error("--measure needs ranks: start it with mlx.launch -n 2 --backend ring --")
     else:
         print_model()

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from zlib import crc32
 
 import numpy as np
+from tqdm import tqdm
 
 SYMBOLS = 6  # colours, or digits
 SIDE = 6  # of a Sudoku; its boxes are two rows of three
@@ -259,11 +260,13 @@ class Sudoku:
         random = np.random.default_rng(seed)
         wanted = {False: count, True: max(2, count // 2)}  # to train on, held out
         kept: dict[bool, list[tuple[list[int], list[int]]]] = {False: [], True: []}
-        while any(len(kept[part]) < wanted[part] for part in wanted):
-            puzzle, grid = draw_puzzle(random)
-            part = bool(is_held_out(np.array([grid]))[0])
-            if len(kept[part]) < wanted[part] and fill_forced(puzzle, hidden=True) != grid:
-                kept[part].append((puzzle, grid))
+        with tqdm(total=sum(wanted.values()), desc="puzzles", unit="puzzle", leave=False) as bar:
+            while any(len(kept[part]) < wanted[part] for part in wanted):
+                puzzle, grid = draw_puzzle(random)
+                part = bool(is_held_out(np.array([grid]))[0])
+                if len(kept[part]) < wanted[part] and fill_forced(puzzle, hidden=True) != grid:
+                    kept[part].append((puzzle, grid))
+                    bar.update()
         self.puzzles, self.grids = np.array(kept[False]).swapaxes(0, 1)
         questions, answers = np.array(kept[True]).swapaxes(0, 1)
         self.held_out = Examples(np.zeros(len(questions), int), questions, answers - 1)

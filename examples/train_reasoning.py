@@ -39,6 +39,7 @@ from training import (
     make_optimizer,
     option,
     rate,
+    run_main,
     schedule_of,
     train_all,
 )
@@ -570,4 +571,4 @@ class Probe(nn.Module):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

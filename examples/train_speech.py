@@ -26,7 +26,7 @@ import mlx.nn as nn
 import numpy as np
 from matplotlib.figure import Figure
 from speech_data import HOP, MELS, SAMPLE_RATE, Clip, clips_of_folder, load_synthetic, log_mel
-from training import Arguments, Parser, Run, integer, option, rate, schedule_of, train_all
+from training import Arguments, Parser, Run, integer, option, rate, run_main, schedule_of, train_all
 
 from mlx_maxfactor import MaxFactor
 
@@ -378,4 +378,4 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

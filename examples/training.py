@@ -157,6 +157,15 @@ def train_all(
     return runs
 
 
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program; Ctrl-C is one line too while its data are made, or its pictures drawn."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted outside of training", file=sys.stderr)
+        sys.exit(130)
+
+
 def train(
     name: str,
     task: Task,

@@ -8,6 +8,7 @@ on top, so that a Mac counts as large enough where these take at most two thirds
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +35,7 @@ SHAPES = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="What fits on which Mac, from shapes alone.").parse_args()
     ours = {
         "default": {},
         '`rest="adafactor"`': {"rest": "adafactor"},

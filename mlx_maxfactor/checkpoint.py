@@ -23,7 +23,10 @@ FORMATS = ("1", "2")
 
 STATE = "_run.optimizer."
 KEY = "_run.random"
-"""Names in the file beside the weights': MLX takes no attribute that begins with _ for a weight."""
+"""Names in the file beside the weights': MLX takes no attribute that begins with _ for a weight.
+
+The random key is one, or one of each rank in a row.
+"""
 
 SHOWN = 10
 """Differences that a message shows."""
@@ -58,6 +61,15 @@ class SpreadArray(Protocol):
 @runtime_checkable
 class Spread(Protocol):
     """What an optimizer has that is spread over several ranks. All of them save and load."""
+
+    @property
+    def rank_and_size(self) -> tuple[int, int]:
+        """Which rank this is, and of how many."""
+        ...
+
+    def of_all(self, own: mx.array) -> mx.array:
+        """What each rank has, along a new first axis."""
+        ...
 
     def spread_state(self) -> Mapping[str, SpreadArray]:
         """The arrays that are spread, by name in its state as one machine has it."""
@@ -134,6 +146,9 @@ def save_checkpoint(
     description = run.describe(optimizer, weights, frozen)
     arrays = {name: place.array for name, place in kept.items()}
     arrays[KEY] = mx.array(cast(Any, mx.random.state)[0])
+    if isinstance(optimizer, Spread):
+        arrays[KEY] = optimizer.of_all(arrays[KEY])
+        mx.eval(arrays[KEY])  # by all of them, though one writes it
     metadata = {"format": FORMATS[-1], "run": json.dumps(description)}
     metadata["extra"] = json.dumps(extra, default=_scalar)
 
@@ -153,6 +168,9 @@ def load_checkpoint(
     rates: Literal["built", "file", "here"] = "built",
 ) -> Extra:
     """Restore a run into live objects, so that a step compiled before the load sees it.
+
+    Of several ranks each gets its own random state back; where there were fewer, the others get
+    states of their own, unless all had the same.
 
     Everything is read and checked before anything is changed. Then one array after the other is
     put in place of the old one, so that the memory of a second model is not needed; should the
@@ -215,7 +233,8 @@ class _Loading:
         self.extra = Extra(_parse_extra(file.metadata.get("extra", "")))
         self.arrays = _by_todays_names(file.arrays, version)
         self.key = self.arrays.pop(KEY, None)
-        if self.key is None or kind_of(self.key) != Kind(mx.uint32, (2,)):
+        self.rank_and_size = optimizer.rank_and_size if isinstance(optimizer, Spread) else (0, 1)
+        if self.key is None or not _is_random_key(kind_of(self.key)):
             raise CheckpointError("is damaged or forged: its random key is none")
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
         optimizer.init(model.trainable_parameters())
@@ -260,7 +279,7 @@ class _Loading:
     def apply(self) -> None:
         """Put what fits into the live containers; the containers stay the same objects."""
         assert self.key is not None
-        high, low = cast(list[int], self.key.tolist())
+        high, low = _own_key(self.key, *self.rank_and_size)
         for name in self._fitting():
             # One at a time: its elder is let go before the next one is read.
             array = self.arrays.pop(name).astype(self.here[name].dtype)
@@ -466,6 +485,20 @@ def _parse_extra(text: str) -> dict[str, Any]:
     if not isinstance(extra, dict):
         raise CheckpointError("is damaged or forged: its extra is no table of JSON values")
     return extra
+
+
+def _is_random_key(kind: Kind) -> bool:
+    return kind.dtype == mx.uint32 and kind.shape[-1:] == (2,) and 0 < len(kind.shape) < 3
+
+
+def _own_key(keys: mx.array, rank: int, ranks: int) -> list[int]:
+    """The random key of a rank: what it was, or what a rank that there was not yet gets."""
+    known = cast(list[list[int]], keys.reshape(-1, 2).tolist())
+    if rank < len(known):
+        return known[rank]
+    if len(known) > 1 and all(key == known[0] for key in known):  # as their loop wants it
+        return known[0]
+    return cast(Any, mx.random.split(mx.array(known[0], mx.uint32), ranks)[rank]).tolist()
 
 
 def _rate_names(prefix: str) -> set[str]:

@@ -39,6 +39,8 @@ def bounded_wait(seconds: float = 300.0) -> Iterator[None]:
         seconds: Of the longest step, with the compilation of the first, and of what the slowest
             rank does beside it, such as a checkpoint. Default 300.
 
+    What waits must be inside: the ``mx.eval`` of a step, ``save_checkpoint``.
+
     Raises:
         LostRankError: The connection to another rank was lost.
         ValueError: ``seconds`` is not above 0.

@@ -224,6 +224,15 @@ class ShardedOptimizer(RoutedOptimizer):
     described_as = RoutedOptimizer
     """What a checkpoint calls it: the number of ranks is of no account there."""
 
+    @property
+    def rank_and_size(self) -> tuple[int, int]:
+        """Which rank this is, and of how many."""
+        return self._group.rank(), self._group.size()
+
+    def of_all(self, own: mx.array) -> mx.array:
+        """What each rank has, along a new first axis. All ranks must call it."""
+        return Line(self._group, self.communication_stream).all_gather(own)
+
     def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
         """Write what is spread over the ranks, on the first of them. All ranks must call it.
 

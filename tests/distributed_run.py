@@ -6,8 +6,11 @@ python distributed_run.py CASE...
 import hashlib
 import json
 import math
+import os
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +23,7 @@ from mlx_maxfactor import (
     CheckpointError,
     collectives,
     create_optimizer,
+    load_checkpoint,
     save_checkpoint,
     shares,
     warmup_cosine,
@@ -199,6 +203,21 @@ def unwritable(group):
     return {"error": ""}
 
 
+def random_states(group):
+    """What each rank draws after a checkpoint, and after that was loaded."""
+    model = build()
+    optimizer = create_optimizer(model, group=group)
+    path = Path(tempfile.gettempdir(), f"ranks-{os.getppid()}.safetensors")
+    mx.random.seed(1 + group.rank())
+    save_checkpoint(path, model, optimizer)
+    drawn = mx.random.uniform(shape=(3,)).tolist()
+    load_checkpoint(path, model, optimizer)
+    again = mx.random.uniform(shape=(3,)).tolist()
+    mx.eval(Line(group).all_sum(mx.zeros(1)))  # all have read it
+    path.unlink(missing_ok=True)
+    return {"drawn": drawn, "again": again}
+
+
 SHARDED = {
     "maxfactor": {},
     "muon": {"hidden": "muon"},
@@ -245,7 +264,11 @@ SHARDED = {
     "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
     "compiled": {"compiled": True, "max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
 }
-CASES = {"data_parallel": data_parallel, "unwritable": unwritable}
+CASES = {
+    "data_parallel": data_parallel,
+    "unwritable": unwritable,
+    "random states": random_states,
+}
 CASES |= {name: partial(sharded, **options) for name, options in SHARDED.items()}
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from mlx_maxfactor import (
     profile_step,
     save_checkpoint,
 )
+from mlx_maxfactor.checkpoint import _own_key
 from mlx_maxfactor.collectives import STALLED
 from mlx_maxfactor.shares import Item, Shares
 
@@ -109,6 +110,20 @@ def test_a_step_sends_what_the_formula_says(reports):
 def test_where_the_first_rank_cannot_write_all_say_so(reports):
     for rank in reports.get("unwritable", ()):
         assert "was not written" in rank["error"]
+
+
+def test_each_rank_goes_on_with_its_own_random_state(reports):
+    ranks = reports.get("random states", ())
+    assert all(rank["again"] == rank["drawn"] for rank in ranks)
+    assert len({tuple(rank["drawn"]) for rank in ranks}) == len(ranks)
+
+
+@pytest.mark.parametrize("saved", [[(1, 2)], [(1, 2), (3, 4)], [(5, 6), (5, 6)]])
+def test_ranks_that_there_were_not_get_random_states_of_their_own(saved):
+    keys = mx.array(saved if len(saved) > 1 else saved[0], mx.uint32)
+    found = [tuple(_own_key(keys, rank, 4)) for rank in range(4)]
+    assert found[: len(saved)] == saved
+    assert len(set(found)) == (1 if saved == [(5, 6), (5, 6)] else 4)
 
 
 # Shares
