@@ -262,12 +262,15 @@ def test_the_faster_half_of_the_rounds_counts_and_adds_up():
     assert way.spread == (0.1, 10)
 
 
-def test_what_a_part_takes_beside_its_work_is_taken_off():
-    def idle():
-        return time.sleep(0.2)
+def test_what_a_part_takes_beside_its_work_is_taken_off(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
-    _, seconds = _seconds(lambda: (idle(), time.sleep(0.1)), [], idle)
-    assert 0.05 < seconds.python < 0.25 > seconds.whole  # with what idle takes: 0.3
+    def passes(seconds):
+        clock[0] += seconds
+
+    _, seconds = _seconds(lambda: passes(5.0), [], lambda: passes(2.0))
+    assert seconds == _Seconds(3.0, 3.0)
 
 
 def test_a_loss_that_fails_leaves_everything_as_it_was():
