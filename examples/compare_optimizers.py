@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from configurations import CONFIGURATIONS, LADDER, TRAININGS, WHICH
 from matplotlib.axes import Axes
@@ -175,18 +176,7 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
         options.append(f"--learning-rate={hidden:g}")
     options += [f"{configuration.searched}={rate:g}", f"--seed={seed}", *arguments.others]
     with tempfile.TemporaryDirectory() as folder:
-        only_the_end = ["--eval-every=999999", "--save-every=999999", f"--output={folder}"]
-        done = subprocess.run(
-            [sys.executable, str(FOLDER / script), *options, *only_the_end],
-            # A thread each: several of OpenBLAS's a run would wait for those of the run beside it.
-            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{name} at {rate:g}, seed {seed}: {done.stderr[-2000:]}")
-        run = json.loads((Path(folder) / "curves.json").read_text())["runs"][0]
+        run = run_example(script, options, folder)
     return Record(
         name,
         rate,
@@ -199,6 +189,22 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
         round(median(run["seconds_per_step"]), 4),
         {measure: values[-1] for measure, values in run["validation"].items()},
     )
+
+
+def run_example(script: str, options: Sequence[str], folder: str) -> dict[str, Any]:
+    """Run an example to its end, and read what it wrote into a folder of its curves."""
+    only_the_end = ["--eval-every=999999", "--save-every=999999", f"--output={folder}"]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), *options, *only_the_end],
+        # A thread each: several of OpenBLAS's a run would wait for those of the run beside it.
+        env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script} {shlex.join(options)}: {done.stderr[-2000:]}")
+    return json.loads((Path(folder) / "curves.json").read_text())["runs"][0]
 
 
 def time_steps(records: Mapping[str, Sequence[Record]], arguments: Arguments) -> None:

@@ -16,7 +16,6 @@ import json
 import resource
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -24,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compare_optimizers import FOLDER, markdown, spread
+from compare_optimizers import FOLDER, markdown, run_example, spread
 from tqdm import tqdm
 from training import integer
 
@@ -98,19 +97,9 @@ def wanted(arguments: Arguments) -> list[list[str]]:
 
 def run_one(command: Sequence[str], pictures: Path) -> Record:
     """Run the example, and read what it wrote; of the example as it is, keep the picture."""
-    script = str(FOLDER / "train_reasoning.py")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
-        only_the_end = ["--eval-every=999999", "--save-every=999999", f"--output={folder}"]
-        done = subprocess.run(
-            [sys.executable, script, *command[2:], *only_the_end],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)}: {done.stderr[-2000:]}")
-        run = json.loads((Path(folder) / "curves.json").read_text())["runs"][0]
+        run = run_example("train_reasoning.py", command[2:], folder)
         if command[3:] == ["--seed=1"]:
             shutil.copy(Path(folder) / "solving.png", pictures / f"solving_{command[2]}.png")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

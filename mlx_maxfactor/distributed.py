@@ -193,31 +193,34 @@ class ShardedOptimizer(RoutedOptimizer):
         return tree_map(lambda _: next(each), gradients)
 
     def _take(self, turns: Turns, leaf: Leaf, way: Way, line: Line) -> mx.array | None:
-        """This rank's piece of a parameter, updated."""
+        """This rank's piece of a parameter, updated; what ranks sum for it, all of them sum."""
+        sums: list[mx.array] = []
+        updated = self._updated_piece(turns, leaf, way, line, sums)
+        spans = self._spanning.get(leaf.path) and len(self.shares.pieces[leaf.path]) > 1
+        if spans and not sums:  # no rows of it are here, or they took another way: the others wait
+            line.all_sum(mx.zeros((1, 1)))
+        return updated
+
+    def _updated_piece(
+        self, turns: Turns, leaf: Leaf, way: Way, line: Line, sums: list[mx.array]
+    ) -> mx.array | None:
         piece, found = self._own_piece(leaf.path), way(leaf)
-        p, optimizer = leaf.parameter, self.optimizers[self._routes[leaf.path]]
-        spans = bool(self._spanning.get(leaf.path)) and len(self.shares.pieces[leaf.path]) > 1
         if piece is None or found is None:
-            if spans:
-                line.all_sum(mx.zeros((1, 1)))  # as the others do
             return None
+        p, optimizer = leaf.parameter, self.optimizers[self._routes[leaf.path]]
         if piece.stop - piece.start == _rows(p):
             return turns.take(leaf, *found)
         assert isinstance(optimizer, Float32Optimizer)
         rows = slice(piece.start, piece.stop)
         cut = leaf._replace(gradient=leaf.gradient[rows], parameter=p[rows])
         optimizer.part = f.Part(piece.start * (p.size // _rows(p)), p.size)
-        sums: list[mx.array] = []
-        if spans:
+        if self._spanning.get(leaf.path):
             rms = partial(_whole_rms, line, (piece.stop - piece.start) / _rows(p), sums)
             optimizer.whole = Whole(turns.scaled(leaf.gradient), p, rows, rms)
         try:
-            updated = turns.take(cut, *found)
+            return turns.take(cut, *found)
         finally:
             optimizer.part = optimizer.whole = None
-        if spans and not sums:  # it took another way, and the others wait
-            line.all_sum(mx.zeros((1, 1)))
-        return updated
 
     # Checkpoints
 
