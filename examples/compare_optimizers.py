@@ -39,7 +39,6 @@ from tqdm import tqdm
 from training import integer
 
 FOLDER = Path(__file__).parent
-FIRST_RATES = 4
 SEEDS = (1, 2, 3)
 DRAWN = [name for name in CONFIGURATIONS if CONFIGURATIONS[name].question == WHICH]
 COLOURS = dict(zip(DRAWN, [*(f"C{i}" for i in range(10)), "black", "navy"], strict=False))
@@ -132,18 +131,22 @@ def run_missing(records: dict[str, list[Record]], arguments: Arguments) -> None:
 
 
 def next_runs(
-    name: str, training: str, records: Sequence[Record], count: int = len(SEEDS)
+    name: str, training: str, records: Sequence[Record], count: int | None = None
 ) -> list[tuple[float, int]]:
     """Rates and seeds that the search of one configuration asks for next."""
-    configuration, seeds = CONFIGURATIONS[name], range(1, count + 1)
+    configuration, of = CONFIGURATIONS[name], TRAININGS[training]
+    seeds = range(1, (count or of.seeds) + 1)
     losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
+    if of.rates:
+        given = of.rates.get(name)
+        return [(given, seed) for seed in seeds if given and (given, seed) not in losses]
     if configuration.rate_of:
         other = best_rate(configuration.rate_of, training, records)
         if other is None:
             return []
         if configuration.searched == "--learning-rate":
             return [(other, seed) for seed in seeds if (other, seed) not in losses]
-    first = configuration.first_rates_in(training, FIRST_RATES)
+    first = configuration.first_rates_in(training, of.first_rates)
     tried = sorted({rate for rate, seed in losses if seed == SEEDS[0]} | set(first))
     if missing := [(rate, SEEDS[0]) for rate in tried if (rate, SEEDS[0]) not in losses]:
         return missing
@@ -407,7 +410,7 @@ class Arguments(argparse.Namespace):
     run: bool
     time: bool
     workers: int
-    seeds: int
+    seeds: int | None
     only: list[str] | None
     records: Path | None
     others: list[str]
@@ -420,7 +423,7 @@ def parse_arguments() -> Arguments:
     add("--run", action="store_true", help="make the runs that are missing")
     add("--time", action="store_true", help="time what is drawn, one run at a time")
     add("--workers", type=integer, default=1, help="runs side by side (default 1)")
-    add("--seeds", type=integer, default=len(SEEDS), help="seeds at the best rate (default 3)")
+    add("--seeds", type=integer, help="seeds at the best rate (default: as the training says)")
     add("--only", action="append", choices=CONFIGURATIONS, metavar="NAME", help="of these alone")
     add("--records", type=Path, help="file of records (default examples/records/TRAINING.jsonl)")
     given = sys.argv[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from variants import VARIANTS
 
@@ -20,12 +20,18 @@ class Training:
         arguments: Of its program.
         title: For pictures and tables.
         shift: Places on the ladder from the task's own first rates to this training's.
+        first_rates: How many neighbouring rates a search begins with.
+        seeds: How many seeds run at the best rate.
+        rates: The rate of each configuration where a search would take too long.
     """
 
     task: str
     arguments: tuple[str, ...]
     title: str
     shift: int = 0
+    first_rates: int = 4
+    seeds: int = 3
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 TRAININGS = {
@@ -45,10 +51,45 @@ TRAININGS = {
     "language_model_large_batch": Training(
         "language_model", ("--batch-size=32", "--steps=75"), "language model, batches of 32", 1
     ),
+    "language_model_256": Training(
+        "language_model", ("--width=256",), "language model, width 256", -1, 3, 2
+    ),
+    "language_model_512": Training(
+        "language_model", ("--width=512",), "language model, width 512", -1, 3, 2
+    ),
+    "language_model_depth_4": Training(
+        "language_model", ("--width=128", "--layers=4"), "language model, 4 layers", -1, 3, 2
+    ),
+    "language_model_depth_8": Training(
+        "language_model", ("--width=128", "--layers=8"), "language model, 8 layers", -1, 3, 2
+    ),
+    "language_model_zero": Training(
+        "language_model",
+        ("--width=128", "--zero-outputs"),
+        "language model, output projections from zero",
+        -1,
+        3,
+        2,
+    ),
+    "language_model_long": Training(
+        "language_model",
+        ("--width=256", "--layers=4", "--steps=3000"),
+        "language model, width 256, 4 layers, 3,000 steps",
+        seeds=2,
+        rates={
+            "OrthoMaxFactor": 0.015,
+            "OrthoMaxFactor, no momentum": 0.03,
+            "Muon 0.8": 0.015,
+            "AdamW": 1e-3,
+            "mlx AdamW": 1e-3,
+        },
+    ),
     "speech": Training("speech", (), "speech, 400 steps"),
     "speech_1600": Training("speech", ("--steps=1600",), "speech, 1,600 steps", -1),
 }
 EVERYWHERE = tuple(TRAININGS)
+SIZES = ("language_model", "language_model_wide", "language_model_256", "language_model_512")
+DEPTHS = ("language_model_wide", "language_model_depth_4", "language_model_depth_8")
 MAIN = ("language_model", "language_model_1500", "speech")
 SHORT = ("language_model", "speech")
 LANGUAGE = ("language_model", "language_model_1500", "language_model_6000")
@@ -171,7 +212,12 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "row-max": row_max(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
     "Muon 0": named(WHICH, "muon", rates(0.03, 0.015), MAIN, momentum=0),
     "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), SHORT, momentum=0.8),
-    "mlx AdamW": named(WHICH, "mlx_adamw", rates(1e-3, 1e-3), MAIN),
+    "mlx AdamW": named(
+        WHICH,
+        "mlx_adamw",
+        rates(1e-3, 1e-3),
+        (*MAIN, "language_model_256", "language_model_long"),
+    ),
     "mlx Adafactor": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), MAIN),
     "mlx Adafactor, beta_1 0.9": named(
         WHICH, "mlx_adafactor", rates(0.02, 0.01), FIRST, beta_1=0.9

@@ -50,7 +50,12 @@ class LanguageModel:
     def model(self) -> Transformer:
         """A new transformer."""
         a = self.arguments
-        return Transformer(a.width, a.layers, a.heads)
+        model = Transformer(a.width, a.layers, a.heads)
+        if a.zero_outputs:
+            for block in model.blocks:
+                for layer in (block.attention.out, block.down):
+                    layer.weight = mx.zeros_like(layer.weight)
+        return model
 
     def rules(self) -> dict[str, Any]:
         """None: the router knows every layer."""
@@ -192,9 +197,10 @@ def windows(text: np.ndarray, starts: np.ndarray, length: int) -> mx.array:
 
 
 class LanguageArguments(Arguments):
-    """And the length of a window."""
+    """And the length of a window, and how output projections start."""
 
     context: int
+    zero_outputs: bool
 
 
 def parse_arguments() -> tuple[LanguageArguments, Text]:
@@ -208,6 +214,8 @@ def parse_arguments() -> tuple[LanguageArguments, Text]:
         output=Path("runs/language_model"),
     )
     parser.add_argument("--context", type=integer, default=64, help="characters in a window")
+    zeros = "start the output projections of attention and MLP at zero"
+    parser.add_argument("--zero-outputs", action="store_true", help=zeros)
     arguments = LanguageArguments()
     parser.parse(arguments)
     if arguments.width % (2 * arguments.heads):
