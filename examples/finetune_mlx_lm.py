@@ -46,7 +46,7 @@ from mlx_lm.utils import save_config
 from mlx_lm_arguments import BAD_INPUT, EXAMPLE, MLX_OPTIMIZERS, one_line, parse_arguments
 from small_llama import build_model, write_task
 from tqdm import tqdm
-from training import STATE_DTYPES, catching_interrupts, how_to_resume, option
+from training import catching_interrupts, how_to_resume, option
 
 from mlx_maxfactor import (
     CheckpointError,
@@ -194,8 +194,6 @@ def make_optimizer(model: nn.Module, arguments: argparse.Namespace) -> Optimizer
         optimizer = MLX_OPTIMIZERS[name](rate, **options)
         optimizer.init(model.trainable_parameters())
         return optimizer
-    if options.get("state_dtype") in STATE_DTYPES:
-        options["state_dtype"] = STATE_DTYPES[options["state_dtype"]]
     return create_optimizer(model, name, learning_rate=rate, **{"pretrained": True, **options})
 
 

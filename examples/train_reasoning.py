@@ -3,7 +3,7 @@ r"""Train a small hierarchical reasoning model on puzzles that are made on the s
     python examples/train_reasoning.py rules
     python examples/train_reasoning.py sudoku
     python examples/train_reasoning.py rules --optimizer hrm
-    python examples/train_reasoning.py sudoku --compare maxfactor,muon,adamw
+    python examples/train_reasoning.py sudoku --compare orthomaxfactor,muon,adamw
     python examples/train_reasoning.py rules --resume
 
 Of *rules*, each puzzle is a hidden transformation of small grids, which only its embedding can
@@ -40,7 +40,6 @@ from training import (
     option,
     rate,
     run_main,
-    schedule_of,
     train_all,
 )
 
@@ -73,14 +72,18 @@ def make(
         given = argparse.Namespace(**vars(arguments))
         given.option = [*OPTIONS.get(name, []), *arguments.option]
         return make_optimizer(name, model, rules, rates, given)  # pyright: ignore[reportArgumentType]
-    schedule = schedule_of(arguments)
     main_rate = arguments.learning_rate or rates[name]
     puzzle_rate = arguments.puzzle_learning_rate or 100 * main_rate
-    options = dict(arguments.option)
-    pair = create_optimizer_for_hrm(model, schedule(main_rate), schedule(puzzle_rate), **options)
+    pair = create_optimizer_for_hrm(model, main_rate, puzzle_rate, **dict(arguments.option))
     others = {"*puzzle*": pair["puzzle"]} if "puzzle" in pair else {}
     return create_optimizer(
-        model, pair["main"], pair["main"], rules=others, max_grad_norm=1.0, skip_nonfinite=True
+        model,
+        pair["main"],
+        pair["main"],
+        total_steps=arguments.steps,
+        rules=others,
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
     )
 
 
@@ -168,7 +171,7 @@ def cross_entropy(logits: mx.array, answers: mx.array) -> mx.array:
 def puzzle_optimizer(arguments: ReasoningArguments) -> SignSGD:
     """What create_optimizer_for_hrm gives them, with options of one's own."""
     return SignSGD(
-        schedule_of(arguments)(arguments.puzzle_learning_rate or PUZZLE_RATE),
+        arguments.puzzle_learning_rate or PUZZLE_RATE,
         rounding=arguments.rounding,
         seed=arguments.seed + 1000,  # apart from the seeds of the router's own members
         **{"sparse_rows": True, **dict(arguments.puzzle_option)},
@@ -463,14 +466,9 @@ class Kind:
     defaults: Mapping[str, Any]
 
 
-# Unlike the other examples these want momentum: without it MaxFactor solves 0.6 of the rules in 800
-# steps, and 0.95 with it.
-OPTIONS = {
-    "maxfactor": [("momentum", 0.8), ("nesterov", True)],
-    "muon": [("momentum", 0.8)],
-}
+OPTIONS = {"muon": [("momentum", 0.8)]}
 RATES = {"adafactor": 5e-3, "signsgd": 2e-3, "adamw": 4e-3, PAIR: 4e-3}
-RATES |= {"mlx_adamw": 4e-3, "mlx_adafactor": 0.02, "normuon": 0.02, "unrefused_maxfactor": 0.02}
+RATES |= {"mlx_adamw": 4e-3, "mlx_adafactor": 0.02, "normuon": 0.02}
 KINDS = {
     "rules": Kind(
         Rules,
@@ -478,7 +476,7 @@ KINDS = {
         AttentionBlock,
         SYMBOLS,
         draw_colours,
-        RATES | {"maxfactor": 0.03, "muon": 0.04},
+        RATES | {"orthomaxfactor": 0.03, "muon": 0.04},
         {
             "steps": 1500,
             "count": 100,
@@ -495,7 +493,7 @@ KINDS = {
         UnitBlock,
         1,
         draw_digits,
-        RATES | {"maxfactor": 0.03, "muon": 0.04},
+        RATES | {"orthomaxfactor": 0.03, "muon": 0.04},
         {
             "steps": 800,
             "count": 400,

@@ -30,7 +30,7 @@ from mlx.optimizers import AdamW as MlxAdamW
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 from tqdm import tqdm
-from variants import VARIANTS, NorMuon, UnrefusedMaxFactor
+from variants import VARIANTS, NorMuon
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -38,22 +38,18 @@ from mlx_maxfactor import (
     FrequencyAdaptiveMomentum,
     OptimizerName,
     RoutedOptimizer,
-    Schedule,
     create_optimizer,
     load_checkpoint,
     profile_step,
     save_checkpoint,
-    warmup_cosine,
 )
 from mlx_maxfactor.factory import HIDDEN_ROLES
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-STATE_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int8": mx.int8}
 PEERS: dict[str, Callable[..., Optimizer]] = {
     "mlx_adafactor": partial(MlxAdafactor, relative_step=False),
     "mlx_adamw": MlxAdamW,
     "normuon": NorMuon,
-    "unrefused_maxfactor": UnrefusedMaxFactor,
 }
 NAMES = (*OPTIMIZERS, *PEERS)  # for hidden matrices
 READ_EVERY = 10  # steps between two looks at the loss: each makes the host wait for the device
@@ -245,17 +241,20 @@ def make_optimizer(
     rates: Mapping[str, float],
     arguments: Arguments,
 ) -> RoutedOptimizer:
-    """Hidden matrices to the optimizer of that name, all else to AdamW, both on one schedule."""
-    schedule = schedule_of(arguments)
-    rate = schedule(arguments.learning_rate or rates[name])
+    """Hidden matrices to the optimizer of that name, all else to AdamW, both on one schedule.
+
+    Where neither the command line nor `rates` gives a rate, the library picks it from the steps.
+    """
+    rate = arguments.learning_rate or rates.get(name)
     options = dict(arguments.option)
     peer = PEERS[name](rate, **options) if name in PEERS else None
     return create_optimizer(
         model,
         hidden=peer or cast(OptimizerName, name),
         rest=arguments.rest,
+        total_steps=arguments.steps,
         learning_rate=None if peer else rate,
-        rest_learning_rate=schedule(arguments.rest_learning_rate),
+        rest_learning_rate=arguments.rest_learning_rate,
         rules=rules,
         max_grad_norm=1.0,
         skip_nonfinite=True,
@@ -263,17 +262,6 @@ def make_optimizer(
         seed=arguments.seed,
         rest_options=dict(arguments.rest_option),
         **({} if peer else options),
-    )
-
-
-def schedule_of(arguments: Arguments) -> Callable[[float], Schedule]:
-    """From a peak rate to its schedule: a tenth of the run to warm up, then half a cosine."""
-    warmup_steps = arguments.steps // 10
-    return partial(
-        warmup_cosine,
-        total_steps=arguments.steps,
-        warmup_steps=warmup_steps,
-        start_ratio=1 / (warmup_steps + 1),  # a start at 0 would waste the first update
     )
 
 
@@ -494,7 +482,7 @@ class Arguments(argparse.Namespace):
     learning_rate: float | None
     rest: OptimizerName
     rest_option: list[tuple[str, Any]]
-    rest_learning_rate: float
+    rest_learning_rate: float | None
     steps: int
     batch_size: int
     layers: int
@@ -527,16 +515,20 @@ class Parser(OneLineParser):
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         which = self.add_mutually_exclusive_group()
-        which.add_argument("--optimizer", choices=choices, default="maxfactor", help="one to train")
+        which.add_argument(
+            "--optimizer", choices=choices, default="orthomaxfactor", help="one to train"
+        )
         several = partial(names, choices=choices)
         which.add_argument("--compare", type=several, metavar="A,B,C", help="several to train")
         add = self.add_argument
         of = partial(add, type=option, action="append", default=[], metavar="NAME=VALUE")
         of("--option", help="of the optimizer on hidden matrices; a value is JSON")
-        add("--learning-rate", type=rate, help="peak on hidden matrices; None: as in RATES")
+        add(
+            "--learning-rate", type=rate, help="peak on hidden matrices; None: picked for the steps"
+        )
         add("--rest", choices=OPTIMIZERS, default="adamw", help="of all other parameters")
         of("--rest-option", help="of that on the rest")
-        add("--rest-learning-rate", type=rate, help="its peak")
+        add("--rest-learning-rate", type=rate, help="its peak; None: picked for the steps")
         add("--steps", type=integer, help="updates")
         add("--batch-size", type=integer, help="examples in a batch")
         add("--layers", type=integer, default=2, help="transformer blocks of each stack")
@@ -582,8 +574,8 @@ def integer(argument: str, least: int = 1) -> int:
 def option(argument: str) -> tuple[str, Any]:
     """An option of an optimizer; its value is JSON.
 
-    A dtype is its name, frequency-adaptive momentum an object: momentum={"bands": 10}; with a
-    "variant", one of momentum_variants.py.
+    Frequency-adaptive momentum is an object: momentum={"bands": 10}; with a "variant", one of
+    variants.py.
     """
     name, equals, text = argument.partition("=")
     try:
@@ -591,8 +583,6 @@ def option(argument: str) -> tuple[str, Any]:
         if name == "momentum" and isinstance(value, dict):
             variant = VARIANTS[value.pop("variant", "published")]
             value = variant(**value)
-        elif name == "state_dtype" and value in STATE_DTYPES:
-            value = STATE_DTYPES[value]
         return name, value
     except (KeyError, TypeError, ValueError) as problem:
         message = (

@@ -1,7 +1,6 @@
 """What was measured beside the library's own and is not in it; see NOTES.md.
 
-Other rules for frequency-adaptive momentum; NorMuon; caution and frequency-adaptive momentum
-beside the orthogonal step, which the library refuses.
+Other rules for frequency-adaptive momentum, and NorMuon.
 """
 
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_maxfactor import FrequencyAdaptiveMomentum, MaxFactor, Muon, Schedule
+from mlx_maxfactor import FrequencyAdaptiveMomentum, Muon, Schedule
 from mlx_maxfactor import functional as f
 
 
@@ -126,10 +125,3 @@ class NorMuon(Muon):
         mean = mx.mean(mx.square(step), axis=-1, keepdims=True)
         state["v"] = self.beta2 * state["v"] + (1 - self.beta2) * mean
         return 0.2 * f.unit_rms(step * mx.rsqrt(state["v"] + 1e-10))
-
-
-class UnrefusedMaxFactor(MaxFactor):
-    """MaxFactor with caution or frequency-adaptive momentum beside the orthogonal step."""
-
-    def _refuse_options_of_the_row_max_step(self) -> None:
-        pass

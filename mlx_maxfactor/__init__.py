@@ -8,17 +8,18 @@ from .distributed import ShardedOptimizer
 from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
 from .functional import newton_schulz, polar_express
 from .guard import GuardedOptimizer
-from .members import DEFAULT_RATES, OPTIMIZERS, OptimizerName
+from .members import OPTIMIZERS, OptimizerName
 from .optimizers import (
     Adafactor,
     AdamW,
     FrequencyAdaptiveMomentum,
     MaxFactor,
     Muon,
-    Orthogonal,
+    OrthoMaxFactor,
     SignSGD,
 )
 from .profiling import Profile, profile_step
+from .rates import DEFAULT_RATES
 from .roles import ROLES
 from .routing import Plan, PlanEntry, RoutedOptimizer
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
@@ -36,7 +37,7 @@ __all__ = [
     "MaxFactor",
     "Muon",
     "OptimizerName",
-    "Orthogonal",
+    "OrthoMaxFactor",
     "Plan",
     "PlanEntry",
     "Profile",

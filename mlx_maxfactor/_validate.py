@@ -46,6 +46,14 @@ def check_pair(name: str, value: Any, *args: Any, **kwargs: Any) -> tuple[float,
     return first, second
 
 
+def check_rising(name: str, value: Any, low: float, high: float) -> tuple[float, float]:
+    """The value as a tuple, if it is a pair of numbers in [low, high], the first not larger."""
+    pair = check_pair(name, value, low, high, "[]")
+    if pair[0] > pair[1]:
+        raise ValueError(f"{name} must rise, got {shown(value)}")
+    return pair
+
+
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value as an int, if it is a whole number, Python's or NumPy's, within the limits."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -65,11 +73,17 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     return value
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """The value, if it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
 def check_flags(**flags: Any) -> None:
     """Raise unless every keyword is True or False."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {shown(value)}")
+        check_flag(name, value)
 
 
 def check_rate(name: str, value: Any, step: Any = 0) -> Rate:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ from mlx.utils import tree_map
 from . import functional as f
 from .collectives import MESSAGE_BYTES, Entry, Line
 from .guard import is_single
-from .optimizers._base import Float32Optimizer, Whole, flatten
+from .optimizers._base import Float32Optimizer, flatten
 from .optimizers._turns import Leaf, Turns, Way
 from .roles import Parameter
 from .routing import Member, Plan, RoutedOptimizer
@@ -29,15 +28,13 @@ class ShardedOptimizer(RoutedOptimizer):
     step with the same bits.
 
     A parameter belongs to one rank, or is cut in rows where that levels the ranks and its optimizer
-    says how (``cuts``): what AdamW and SignSGD update, stacks of matrices that MaxFactor or Muon
-    take one by one, matrices orthogonalized in blocks of rows. A subclass says so by itself or is
-    not asked. For a matrix that MaxFactor updates in blocks the ranks wait for one another, and all
-    that have a part keep row and column statistics whole: it is cut only where the busiest rank
-    would else have a tenth more.
+    says how (``cuts``): what AdamW and SignSGD update, stacks of matrices that are updated one by
+    one, matrices that Muon orthogonalizes in blocks of rows. A subclass says so by itself or is not
+    asked.
 
-    A step sends ``2(N - 1)/N`` of the gradients' bytes, ``N - 1`` times those of the largest share
-    of the parameters, which is about ``(N - 1)/N`` of all, and for each such matrix ``8(N - 1)``
-    bytes. The guards send nothing: every rank has all gradients, and decides alike.
+    A step sends ``2(N - 1)/N`` of the gradients' bytes, and ``N - 1`` times those of the largest
+    share of the parameters, which is about ``(N - 1)/N`` of all. The guards send nothing: every
+    rank has all gradients, and decides alike.
 
     Every rank must make the same steps, evaluate the same arrays, and save and load checkpoints
     with the others. Collectives of one's own must be evaluated apart from a step.
@@ -74,7 +71,6 @@ class ShardedOptimizer(RoutedOptimizer):
         self._group = group
         self._line: Line | None = None
         self._shapes: dict[str, dict[str, mx.array]] = {}
-        self._spanning: dict[str, tuple[str, ...]] = {}
         self.shares = Shares(group.size())
         self.communication_stream: mx.Stream | None = None
         super().__init__(
@@ -129,10 +125,8 @@ class ShardedOptimizer(RoutedOptimizer):
             # A subclass may take from all rows what the class that has `cuts` does not.
             if shape and "cuts" in vars(type(optimizer)) and optimizer.owns(path):
                 cuts = optimizer.cuts(shape, layout)
-            if cuts:
-                self._spanning[path] = optimizer.spanning(shape, layout)
         loads = (work, float(_nbytes(self._shapes[path])), float(parameter.nbytes))
-        return Item(path, _rows(parameter), cuts, loads, bool(self._spanning.get(path)))
+        return Item(path, _rows(parameter), cuts, loads)
 
     def _own_piece(self, path: str) -> Piece | None:
         rank = self._group.rank()
@@ -150,10 +144,9 @@ class ShardedOptimizer(RoutedOptimizer):
     def _is_common(self, path: str, key: str) -> bool:
         """Whether all who have a piece of a parameter have this of its state whole.
 
-        It is of the parameter as such, as counts and random keys are, or of all its rows.
+        Counts and random keys are of the parameter as such.
         """
-        dtype = self._shapes[path][key].dtype
-        return mx.issubdtype(dtype, mx.unsignedinteger) or key in self._spanning.get(path, ())
+        return self._shapes[path][key].dtype == mx.uint32
 
     def _cut_state(self, path: str, parameter: mx.array, piece: Piece) -> None:
         """Leave a piece's state: made anew, as a slice would keep the whole alive."""
@@ -183,7 +176,7 @@ class ShardedOptimizer(RoutedOptimizer):
                 leaf.parameter.shape,
                 leaf.parameter.dtype,
                 self.shares.pieces[leaf.path],
-                self._take(turns, leaf, way, line),
+                self._take(turns, leaf, way),
             )
             for leaf in reversed(leaves)
             if leaf.path in self.shares.pieces
@@ -192,18 +185,8 @@ class ShardedOptimizer(RoutedOptimizer):
         each = (whole.get(leaf.path, leaf.parameter) for leaf in leaves)
         return tree_map(lambda _: next(each), gradients)
 
-    def _take(self, turns: Turns, leaf: Leaf, way: Way, line: Line) -> mx.array | None:
-        """This rank's piece of a parameter, updated; what ranks sum for it, all of them sum."""
-        sums: list[mx.array] = []
-        updated = self._updated_piece(turns, leaf, way, line, sums)
-        spans = self._spanning.get(leaf.path) and len(self.shares.pieces[leaf.path]) > 1
-        if spans and not sums:  # no rows of it are here, or they took another way: the others wait
-            line.all_sum(mx.zeros((1, 1)))
-        return updated
-
-    def _updated_piece(
-        self, turns: Turns, leaf: Leaf, way: Way, line: Line, sums: list[mx.array]
-    ) -> mx.array | None:
+    def _take(self, turns: Turns, leaf: Leaf, way: Way) -> mx.array | None:
+        """This rank's piece of a parameter, updated."""
         piece, found = self._own_piece(leaf.path), way(leaf)
         if piece is None or found is None:
             return None
@@ -214,13 +197,10 @@ class ShardedOptimizer(RoutedOptimizer):
         rows = slice(piece.start, piece.stop)
         cut = leaf._replace(gradient=leaf.gradient[rows], parameter=p[rows])
         optimizer.part = f.Part(piece.start * (p.size // _rows(p)), p.size)
-        if self._spanning.get(leaf.path):
-            rms = partial(_whole_rms, line, (piece.stop - piece.start) / _rows(p), sums)
-            optimizer.whole = Whole(turns.scaled(leaf.gradient), p, rows, rms)
         try:
             return turns.take(cut, *found)
         finally:
-            optimizer.part = optimizer.whole = None
+            optimizer.part = None
 
     # Checkpoints
 
@@ -310,12 +290,6 @@ class SpreadArray(NamedTuple):
         if self.is_common or piece.stop - piece.start == _rows(whole):
             return whole
         return whole[piece.start : piece.stop] * 1  # a slice would keep the whole alive
-
-
-def _whole_rms(line: Line, share: float, sums: list[mx.array], size: mx.array) -> mx.array:
-    """The root mean square of all rows, from that of this rank's and their share."""
-    sums.append(line.all_sum(mx.square(size) * share))
-    return mx.sqrt(sums[-1])
 
 
 def _span(state: mx.array, piece: Piece, rows: int) -> Piece:

@@ -1,7 +1,10 @@
 """Names to optimizers: a model, two names, one optimizer."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
+from statistics import median
 from typing import Any, get_args
 
 import mlx.core as mx
@@ -13,7 +16,8 @@ from .distributed import ShardedOptimizer
 from .members import OptimizerName, Part, Roster
 from .optimizers import AdamW, SignSGD
 from .optimizers._base import Float32Optimizer, Rounding, flatten
-from .roles import find_roles
+from .rates import WIDTH
+from .roles import Parameter, find_roles
 from .routing import RoutedOptimizer
 from .rules import apply_rules, check_explained
 
@@ -24,9 +28,10 @@ UNDECAYED_ROLES = frozenset({"norm", "bias", "vector"})
 
 def create_optimizer(
     model: nn.Module,
-    hidden: OptimizerName | Optimizer = "maxfactor",
+    hidden: OptimizerName | Optimizer = "orthomaxfactor",
     rest: OptimizerName | Optimizer = "adamw",
     *,
+    total_steps: int | None = None,
     learning_rate: Rate | None = None,
     rest_learning_rate: Rate | None = None,
     rules: Mapping[str, str | Optimizer] | None = None,
@@ -51,14 +56,17 @@ def create_optimizer(
 
     Args:
         model: The complete model, with its layers frozen or LoRA-wrapped already.
-        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "maxfactor", with its orthogonal
-            step and no momentum; ``step="row_max"`` gives its published step.
+        hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "orthomaxfactor".
         rest: Likewise. An optimizer keeps its own weight decay for every parameter. Default "adamw"
             (betas (0.9, 0.95), weight decay 0.1).
-        learning_rate: Rate of ``hidden`` if it is a name, a number or a schedule. None: its default
-            in ``DEFAULT_RATES``, and Adafactor's relative step; or that for what is ``pretrained``.
-            A schedule shapes every member that has no schedule of its own. Of a model with LoRA it
-            is the rate of A and B.
+        total_steps: Updates in the run. Every member then warms up for a tenth of them, and follows
+            a cosine to a tenth of its peak; peaks come from a law of the steps and the width that
+            was measured, or from ``learning_rate``. None: rates are constant.
+        learning_rate: Rate of ``hidden`` if it is a name, a number or a schedule; with
+            ``total_steps`` its peak. None: its default in ``DEFAULT_RATES``, and Adafactor's
+            relative step; or that for what is ``pretrained``. It also scales the rates of the other
+            members, and a schedule shapes them. Of a model with LoRA it is the rate of A and B, and
+            where no hidden matrix is trained that of ``rest``.
         rest_learning_rate: Rate of ``rest`` if it is a name. None keeps the default ratio to
             ``learning_rate``. A number beside a schedule is the peak of the rest's. The schedule's
             own peak must be known then: ours and a ``Schedule`` say it, and mlx's are evaluated
@@ -112,22 +120,38 @@ def create_optimizer(
         raise ValueError(f"rest_options must map names to values, got {shown(rest_options)}")
     if odd := [key for key in rest_options or {} if not isinstance(key, str)]:
         raise ValueError(f"rest_options must map names to values, got the key {odd[0]!r}")
-    parts = (
-        Part("hidden", hidden, learning_rate, hidden_options),
-        Part("rest", rest, rest_learning_rate, dict(rest_options or {})),
-    )
-    for part, other in (parts, parts[::-1]):
+    hidden_part = Part("hidden", hidden, learning_rate, hidden_options)
+    rest_part = Part("rest", rest, rest_learning_rate, dict(rest_options or {}))
+    for part, other in ((hidden_part, rest_part), (rest_part, hidden_part)):
         part.check_options(signature(create_optimizer).parameters, other)
-    shared = {"rounding": rounding, "seed": seed}
-    lora = any(p.role in LORA_ROLES and p.path in trained for p in parameters)
-    roster = Roster(*parts, shared, pretrained=pretrained, lora=lora)
+    _check_total_steps(total_steps, hidden_part, rest_part)
+
     hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
-    routes = {}
-    for p in parameters:
-        choice = exceptions.get(p.path, "hidden" if p.role in hidden_roles else "rest")
-        routes[p.path] = roster.index_of(
-            choice, decays=p.role not in UNDECAYED_ROLES, lora=p.role in LORA_ROLES
+    choices = {
+        p.path: exceptions.get(p.path, "hidden" if p.role in hidden_roles else "rest")
+        for p in parameters
+    }
+    own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
+    if not own:
+        rest_part = _without_hidden(hidden_part, rest_part)
+    roster = Roster(
+        hidden_part,
+        rest_part,
+        {"rounding": rounding, "seed": seed},
+        pretrained=pretrained,
+        lora=any(p.role in LORA_ROLES and p.path in trained for p in parameters),
+        leader=hidden_part if own else rest_part,
+        total_steps=total_steps,
+        width=_width(own or parameters),
+    )
+    routes = {
+        p.path: roster.index_of(
+            choices[p.path],
+            decays=p.role not in UNDECAYED_ROLES,
+            lora=p.role in LORA_ROLES,
         )
+        for p in parameters
+    }
     arguments = (model, parameters, roster.members, routes)
     guards = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite}
     if group is not None and group.size() > 1:
@@ -239,6 +263,38 @@ def _find_trained(model: nn.Module) -> set[str]:
             "before the optimizer is made"
         )
     return trained
+
+
+def _check_total_steps(total_steps: Any, *parts: Part) -> None:
+    if total_steps is None:
+        return
+    check_integer("total_steps", total_steps, 1)
+    for part in parts:
+        if callable(part.rate):
+            raise ValueError(
+                f"{part.rate_name} is a schedule, and total_steps makes one: give "
+                f"{part.rate_name} as a number, its peak, or leave total_steps out"
+            )
+
+
+def _without_hidden(hidden: Part, rest: Part) -> Part:
+    """The rest, where no hidden matrix is trained: ``learning_rate`` is its own."""
+    if hidden.rate is None:
+        return rest
+    if rest.rate is not None or isinstance(rest.choice, Optimizer):
+        warnings.warn(
+            "learning_rate has no effect: no trainable parameter goes to hidden, and rest has a "
+            "rate of its own; see print(optimizer.plan)",
+            stacklevel=3,
+        )
+        return rest
+    return replace(rest, rate=hidden.rate)
+
+
+def _width(parameters: Sequence[Parameter]) -> float:
+    """Shorter side of a typical matrix."""
+    sides = [min(p.shape[-2:]) for p in parameters if len(p.shape) > 1]
+    return median(sides) if sides else WIDTH
 
 
 def _is_puzzle(path: str) -> bool:

@@ -8,16 +8,27 @@ from typing import Any, Literal, cast
 from mlx.optimizers import Optimizer
 
 from ._validate import LARGEST_SEED, Rate, check_rate, got, hint
-from .optimizers import Adafactor, AdamW, MaxFactor, Muon, SignSGD
+from .optimizers import Adafactor, AdamW, MaxFactor, Muon, OrthoMaxFactor, SignSGD
 from .optimizers._base import Float32Optimizer
 from .optimizers.adafactor import relative_step_of
+from .optimizers.maxfactor import STEP_MOVED
+from .rates import (
+    FROM_SCRATCH,
+    LORA,
+    PRETRAINED,
+    Use,
+    peak_rates,
+    schedule_of,
+    with_steps,
+)
 from .routing import Member, set_rate
 from .schedules import Schedule, scaled, with_peak
 
-OptimizerName = Literal["maxfactor", "adafactor", "signsgd", "muon", "adamw"]
+OptimizerName = Literal["orthomaxfactor", "maxfactor", "adafactor", "signsgd", "muon", "adamw"]
 """What a type checker takes for a name; a ``str`` from a file is cast to it, and checked there."""
 
 OPTIMIZERS: dict[OptimizerName, type[Float32Optimizer]] = {
+    "orthomaxfactor": OrthoMaxFactor,
     "maxfactor": MaxFactor,
     "adafactor": Adafactor,
     "signsgd": SignSGD,
@@ -26,48 +37,11 @@ OPTIMIZERS: dict[OptimizerName, type[Float32Optimizer]] = {
 }
 """Every optimizer that a name stands for."""
 
-DEFAULT_RATES = {"maxfactor": 5e-2, "adafactor": 1e-2, "signsgd": 1e-2, "muon": 2e-2, "adamw": 1e-3}
-"""Rates of the members. A rate given for the hidden matrices moves the others in proportion."""
-
 HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
 """What the name of the hidden optimizer is called elsewhere."""
 
 RATE_WORDS = ("lr", "rest_lr", "rate", "eta", "learning_rate", "rest_learning_rate")
 """What a rate is called elsewhere, or in the other place."""
-
-HIDDEN_OPTIONS: dict[str, dict[str, Any]] = {"maxfactor": {"step": "orthogonal"}}
-"""Options, where they are not the constructor's own, of a member that was asked for by name.
-
-They are what won in NOTES.md's comparison on hidden matrices; the rest keeps the constructor's.
-"""
-
-
-@dataclass(frozen=True)
-class Use:
-    """What members are used for: their default rates, and options of the hidden one, by name."""
-
-    rates: dict[str, float]
-    options: dict[str, dict[str, Any]]
-
-
-FROM_SCRATCH = Use(DEFAULT_RATES, HIDDEN_OPTIONS)
-"""Weights that start at random."""
-
-PRETRAINED = Use(
-    {"maxfactor": 2e-2, "adafactor": 1e-2, "signsgd": 1e-3, "muon": 1e-2, "adamw": 1e-3},
-    HIDDEN_OPTIONS,
-)
-"""Weights that are trained already, which higher rates ruin before they improve them."""
-
-LORA = Use(
-    {"maxfactor": 1e-3, "adafactor": 1e-3, "signsgd": 3e-4, "muon": 3e-3, "adamw": 1e-3},
-    {
-        "maxfactor": {"step": "orthogonal", "min_rms": 1.0},
-        "muon": {"scale": "rms", "momentum": 0.8},
-    },
-)
-"""LoRA's A and B. B starts at zero, where a rate relative to its size moves nothing, so that here
-every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +84,8 @@ class Part:
             if option in known:
                 continue
             problem = f"{self.choice} has no option {option!r}"
+            if option == "step":
+                raise ValueError(f"{problem}: {STEP_MOVED}")
             if option in RATE_WORDS:
                 raise ValueError(f"{problem}: its rate is {self.rate_name}")
             if option in HIDDEN_WORDS:
@@ -130,17 +106,44 @@ class Part:
 class Roster:
     """The members, each made when a parameter first needs it, each at its own rate.
 
-    The rate given for the hidden matrices moves every member that was asked for by name: a number
-    in proportion to the default rates, a schedule as a multiple of itself. It is the rate of LoRA's
+    The rate of the part that leads scales every member that was asked for by name: a number in
+    proportion to the default rates, a schedule as a multiple of itself. It is the rate of LoRA's
     matrices where there are any.
+
+    Args:
+        hidden: What was asked for hidden matrices.
+        rest: And for the rest.
+        shared: Options that every member gets which is made from a name.
+        pretrained: The weights are trained already.
+        lora: There are LoRA matrices to train.
+        leader: The part that leads: ``rest`` where no hidden matrix is trained.
+        total_steps: Length of the run: rates follow its law and its schedule. None: it is unknown.
+        width: Shorter side of a typical hidden matrix.
     """
 
     def __init__(
-        self, hidden: Part, rest: Part, shared: dict[str, Any], *, pretrained: bool, lora: bool
+        self,
+        hidden: Part,
+        rest: Part,
+        shared: dict[str, Any],
+        *,
+        pretrained: bool,
+        lora: bool,
+        leader: Part,
+        total_steps: int | None,
+        width: float,
     ):
-        self.hidden, self.rest, self.shared = hidden, rest, shared
-        self.use = PRETRAINED if pretrained or lora else FROM_SCRATCH
-        self.lead = LORA if lora else self.use
+        self.hidden, self.rest, self.shared, self.leader = hidden, rest, shared, leader
+        self.use, self.rest_rates = PRETRAINED if pretrained or lora else FROM_SCRATCH, {}
+        if total_steps is not None:
+            peaks = peak_rates(total_steps, width, _has_momentum(hidden))
+            self.use, self.rest_rates = with_steps(self.use, peaks), {"adamw": peaks["rest"]}
+        self.lead_use = LORA if lora and leader is hidden else self.use
+        self.unit = self._default_rate(leader, self.lead_use)
+        self.lead: Rate | None = leader.rate
+        if total_steps is not None:
+            peak = self.unit if leader.rate is None else leader.rate
+            self.lead = schedule_of(float(cast(float, peak)), total_steps)
         self.members: list[Member] = []
         self._index: dict[Any, int] = {}
         self.index_of("hidden", decays=True, lora=lora)
@@ -179,44 +182,53 @@ class Roster:
         if not decays:
             options["weight_decay"] = 0.0
         label = part.choice if decays else f"{part.choice}, no decay"
-        make, default = OPTIMIZERS[part.choice], use.rates[part.choice]
-        given = None if part is self.hidden and use is not self.lead else part.rate
-        if part.choice == "adafactor" and given is None and use is not LORA:
+        default = self._default_rate(part, use)
+        leads = part is self.leader and use is self.lead_use
+        if part.choice == "adafactor" and not leads and part.rate is None and use is not LORA:
             optimizer = Adafactor(**options)  # at its relative step
             rate = self._in_proportion(relative_step_of, default)
             if rate is not relative_step_of:
                 optimizer.learning_rate = rate
         else:
-            optimizer = make(self._rate_of(part, given, default), **options)
+            rate = self.lead if leads else self._rate_of(part, default)
+            make = OPTIMIZERS[part.choice]
+            optimizer = make(default if rate is None else rate, **options)
         return Member(label, optimizer, _nominal(optimizer) or default)
 
-    def _rate_of(self, part: Part, given: Rate | None, default: float) -> Rate:
-        """The rate of a member that was asked for by name."""
-        if given is None:
+    def _default_rate(self, part: Part, use: Use) -> float:
+        if isinstance(part.choice, Optimizer):
+            return _nominal(part.choice)
+        of_rest = self.rest_rates if part is self.rest else {}
+        return of_rest.get(part.choice, use.rates[part.choice])
+
+    def _rate_of(self, part: Part, default: float) -> Rate:
+        """The rate of a member that was asked for by name and does not lead."""
+        if part.rate is None or part is self.leader:
             return self._in_proportion(default, default)
-        if part is not self.hidden and not callable(given) and callable(self.hidden.rate):
-            peak = _known_peak(self.hidden.rate, f"{part.place}_learning_rate")
-            return scaled(self.hidden.rate, float(given) / peak)
-        return given
+        if not callable(part.rate) and callable(self.lead):
+            return scaled(self.lead, float(part.rate) / _known_peak(self.lead, part.rate_name))
+        return part.rate
 
     def _in_proportion(self, rate: Rate, default: float) -> Any:
-        """A default rate, times what was given for the hidden matrices over their default."""
-        lead = self.hidden.rate
-        if lead is None or not isinstance(self.hidden.choice, str):
+        """A default rate, times what the leading part was given over its own default."""
+        lead = self.lead
+        if lead is None or not self.unit:
             return rate
-        unit = self.lead.rates[self.hidden.choice]
         if callable(rate):
-            shape = lead if callable(lead) else lambda _: lead
+            shape, unit = lead if callable(lead) else lambda _: lead, self.unit
             return Schedule(lambda step: rate(step) * shape(step) / unit, "relative step", default)
-        ratio = float(rate) / unit
+        ratio = float(rate) / self.unit
         return scaled(lead, ratio) if callable(lead) else lead * ratio
 
     def _follow_lead(self, optimizer: Optimizer) -> None:
-        """Let the schedule given for the hidden matrices shape an optimizer at a constant rate."""
-        lead = self.hidden.rate
-        if callable(lead) and "learning_rate" not in optimizer._schedulers:
-            peak = _known_peak(lead, f"the rate of {type(optimizer).__name__}")
-            set_rate(optimizer, scaled(lead, float(optimizer.learning_rate) / peak))
+        """Let a schedule that leads shape an optimizer at a constant rate."""
+        if callable(self.lead) and "learning_rate" not in optimizer._schedulers:
+            peak = _known_peak(self.lead, f"the rate of {type(optimizer).__name__}")
+            set_rate(optimizer, scaled(self.lead, float(optimizer.learning_rate) / peak))
+
+
+def _has_momentum(part: Part) -> bool:
+    return bool(part.options.get("momentum", True))
 
 
 def _nominal(optimizer: Optimizer) -> float:

@@ -26,6 +26,7 @@ class PlanEntry:
         shape: Its shape.
         role: One of ``roles.ROLES``.
         optimizer: Label of the member that updates it.
+        rate: That member's rate, or the peak of its schedule where it is known, when it was made.
         layout: How it holds matrices, see ``functional.LAYOUTS``.
         state_bytes: Bytes of optimizer state that it costs.
         note: "guessed" for a head that was found last of all, "unexplained" for an array that
@@ -36,6 +37,7 @@ class PlanEntry:
     shape: tuple[int, ...]
     role: str
     optimizer: str
+    rate: float
     layout: str
     state_bytes: int
     note: str
@@ -62,18 +64,19 @@ class Plan(Sequence[PlanEntry]):
         return sum(entry.state_bytes for entry in self)
 
     def __str__(self) -> str:
-        header = ("path", "shape", "role", "optimizer", "state bytes")
+        header = ("path", "shape", "role", "optimizer", "rate", "state bytes")
         rows = [
             (
                 e.path,
                 str(e.shape),
                 f"{e.role} ({e.note})" if e.note else e.role,
                 e.optimizer,
+                f"{e.rate:.2g}",
                 f"{e.state_bytes:,}",
             )
             for e in self
         ]
-        total = (f"{len(self)} parameters", "", "", "total", f"{self.state_bytes:,}")
+        total = (f"{len(self)} parameters", "", "", "total", "", f"{self.state_bytes:,}")
         widths = [max(map(len, column)) for column in zip(header, *rows, total, strict=True)]
         rule = tuple("-" * width for width in widths)
 
@@ -155,8 +158,19 @@ class RoutedOptimizer(GuardedOptimizer):
         for p in self._parameters.values():
             if p.path in self._prepared:
                 index = self._routes[p.path]
-                label, size = self._members[index].label, sizes[index, p.path]
-                entries.append(PlanEntry(p.path, p.shape, p.role, label, p.layout, size, p.note))
+                member, size = self._members[index], sizes[index, p.path]
+                entries.append(
+                    PlanEntry(
+                        p.path,
+                        p.shape,
+                        p.role,
+                        member.label,
+                        member.nominal,
+                        p.layout,
+                        size,
+                        p.note,
+                    )
+                )
         return Plan(entries)
 
     def __repr__(self) -> str:

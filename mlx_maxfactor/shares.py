@@ -6,9 +6,6 @@ from typing import NamedTuple
 WHOLE = 1 / 16
 """Share of a rank's load below which a parameter is not worth a cut."""
 
-WORTH = 0.9
-"""Share of the highest load that cuts must reach for ranks to wait for one another meanwhile."""
-
 
 class Item(NamedTuple):
     """A parameter to give to a rank.
@@ -18,14 +15,12 @@ class Item(NamedTuple):
         rows: Length of its first axis.
         cuts: Of how many rows a multiple may be updated by itself; 0: only the whole.
         loads: Operations of its update, bytes of its state, bytes of itself.
-        waits: Whether ranks that update parts of it wait for one another meanwhile.
     """
 
     path: str
     rows: int
     cuts: int
     loads: tuple[float, float, float]
-    waits: bool = False
 
 
 class Piece(NamedTuple):
@@ -40,9 +35,8 @@ class Shares:
     """Each parameter's pieces, given out once; a later parameter finds the earlier ones in place.
 
     Whole parameters first, the heaviest first, each to the rank where the highest of its three
-    loads stays lowest; then those that can be cut in rows level what is uneven, of those for whose
-    parts ranks would wait only where little else does. The same parameters give the same shares on
-    every rank: nothing is agreed upon.
+    loads stays lowest; then those that can be cut in rows level what is uneven. The same parameters
+    give the same shares on every rank: nothing is agreed upon.
 
     Args:
         ranks: How many there are.
@@ -69,14 +63,6 @@ class Shares:
         items = [item for item in items if item.path not in self.pieces]
         given = [sum(rank[i] for rank in self.loads) for i in range(3)]
         totals = [given[i] + sum(item.loads[i] for item in items) or 1.0 for i in range(3)]
-        whole, cut = (self._with(items, totals, waits) for waits in (False, True))
-        best = cut if cut._highest(totals) < WORTH * whole._highest(totals) else whole
-        self.pieces, self.loads = best.pieces, best.loads
-
-    def _with(self, items: Sequence[Item], totals: Sequence[float], waits: bool) -> "Shares":
-        """Shares in which more are given out, and those that wait are cut or not."""
-        shares = Shares(self.ranks)
-        shares.pieces, shares.loads = dict(self.pieces), [list(rank) for rank in self.loads]
 
         def parts(item: Item) -> list[float]:
             return [load / total for load, total in zip(item.loads, totals, strict=True)]
@@ -86,19 +72,13 @@ class Shares:
 
         least = WHOLE / self.ranks
         divided = [
-            item
-            for item in items
-            if 0 < 2 * item.cuts <= item.rows and weight(item) > least and (waits or not item.waits)
+            item for item in items if 0 < 2 * item.cuts <= item.rows and weight(item) > least
         ]
         given_whole = [item for item in items if item not in divided]
         for item in sorted(given_whole, key=weight, reverse=True):
-            shares._give_whole(item, totals)
+            self._give_whole(item, totals)
         for item in sorted(divided, key=weight, reverse=True):
-            shares._give_rows(item, parts(item).index(weight(item)))
-        return shares
-
-    def _highest(self, totals: Sequence[float]) -> float:
-        return max(rank[i] / totals[i] for rank in self.loads for i in range(3))
+            self._give_rows(item, parts(item).index(weight(item)))
 
     def _give_whole(self, item: Item, totals: Sequence[float]) -> None:
         def highest(rank: int) -> tuple[float, float]:

@@ -6,7 +6,14 @@ knows a class.
 """
 
 from .layouts import LAYOUTS, Layout, as_matrices, from_matrices, input_axis_shape, norm_axes
-from .moments import factored_root, factored_second_moment, gathered_weight, second_moment_weight
+from .moments import (
+    divided_by_root,
+    factored_root,
+    factored_second_moment,
+    gathered_weight,
+    largest_moment,
+    second_moment_weight,
+)
 from .momentum import band_damping, band_momentum, band_shares
 from .norms import (
     clamp,
@@ -32,15 +39,17 @@ from .orthogonalization import (
     polar_express,
     rows_apart,
 )
-from .quantization import dequantize, quantize, rows_of_blocks, scales
+from .quantization import LEVELS, Bits, dequantize, groups_of, quantize, rows_of_groups
 from .rounding import Part, stochastic_round
 from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms, update_scale
 
 __all__ = [
     "LAYOUTS",
+    "LEVELS",
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
+    "Bits",
     "Layout",
     "Method",
     "Part",
@@ -56,12 +65,15 @@ __all__ = [
     "clamped_magnitude",
     "clamped_square",
     "dequantize",
+    "divided_by_root",
     "factored_root",
     "factored_second_moment",
     "from_matrices",
     "gathered_weight",
+    "groups_of",
     "hoist",
     "input_axis_shape",
+    "largest_moment",
     "muon_scale",
     "newton_schulz",
     "norm_axes",
@@ -73,9 +85,8 @@ __all__ = [
     "row_max",
     "row_sum",
     "rows_apart",
-    "rows_of_blocks",
+    "rows_of_groups",
     "scaled_global_norm",
-    "scales",
     "second_moment_weight",
     "stochastic_round",
     "unit_frobenius",

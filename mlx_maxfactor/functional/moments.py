@@ -48,7 +48,26 @@ def factored_root(
     return rows, mx.maximum(hoist(mx.sqrt(column)), hoist(floor / rows))
 
 
+def divided_by_root(h: mx.array, row: mx.array, column: mx.array, floor: float) -> mx.array:
+    """``h / (√R √C)`` up to a common factor, with a floor under ``√(R C / max R)``."""
+    largest = mx.maximum(mx.max(row, axis=-2, keepdims=True), floor)
+    rows, root = factored_root(row, column, largest, floor)
+    return h / root / rows
+
+
 def gathered_weight(beta: float, t: mx.array) -> mx.array:
     """``1 - β^t``, the weight that a moving average started at zero has gathered."""
     # Through expm1: in float32 the difference 1 - 0.999 is off by 6e-5 of itself.
     return -mx.expm1(t * math.log(beta)) if beta else mx.ones_like(t)
+
+
+def largest_moment(beta1: float, beta2: float, t: mx.array) -> mx.array:
+    r"""Largest :math:`|m| / \sqrt v` that ``t`` gradients of any sizes can give in Adam.
+
+    By Cauchy and Schwarz it is :math:`\tfrac{1-\beta_1}{\sqrt{1-\beta_2}}
+    \sqrt{\sum_{i<t} \rho^i}` with :math:`\rho = \beta_1^2 / \beta_2`.
+    """
+    rho = beta1**2 / max(beta2, 1e-30)
+    powers = mx.expm1(t * math.log(rho)) / (rho - 1) if rho not in (0.0, 1.0) else t
+    total = mx.ones_like(t) if rho == 0 else powers
+    return (1 - beta1) / math.sqrt(1 - beta2) * mx.sqrt(total)

@@ -1,7 +1,5 @@
 """From an update to a step: MaxFactor's normalizations, row maxima, caution."""
 
-from collections.abc import Callable
-
 import mlx.core as mx
 
 from .norms import hoist, rms
@@ -13,13 +11,9 @@ LEAST_SHARE = 1e-3
 """Least share of kept elements that a cautious step divides by (as its authors' code does)."""
 
 
-def unit_rms(x: mx.array, whole: Callable[[mx.array], mx.array] | None = None) -> mx.array:
-    """Divide each matrix by its root mean square; a zero matrix stays zero.
-
-    Of some rows of a matrix, ``whole`` makes theirs that of all rows.
-    """
+def unit_rms(x: mx.array) -> mx.array:
+    """Divide each matrix by its root mean square; a zero matrix stays zero."""
     size = rms(x, (-2, -1))
-    size = whole(size) if whole else size
     return x / hoist(mx.where(size > 0, size, 1.0))
 
 

@@ -5,7 +5,7 @@ from .adamw import AdamW
 from .maxfactor import MaxFactor
 from .momentum import FrequencyAdaptiveMomentum
 from .muon import Muon
-from .orthogonal import Orthogonal
+from .orthomaxfactor import OrthoMaxFactor
 from .signsgd import SignSGD
 
 __all__ = [
@@ -14,6 +14,6 @@ __all__ = [
     "FrequencyAdaptiveMomentum",
     "MaxFactor",
     "Muon",
-    "Orthogonal",
+    "OrthoMaxFactor",
     "SignSGD",
 ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import signature
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,22 +35,6 @@ ELEMENTWISE_WORK = 300.0
 """Operations of a matrix product in the time that ten passes over an element take."""
 
 
-class Whole(NamedTuple):
-    """The parameter of which some rows are updated, for what a step takes from all of them.
-
-    Attributes:
-        gradient: That of all rows.
-        parameter: All rows.
-        rows: Those that are updated.
-        rms: Makes the root mean square of these rows that of all, by asking who has the others.
-    """
-
-    gradient: mx.array
-    parameter: mx.array
-    rows: slice
-    rms: Callable[[mx.array], mx.array]
-
-
 class Float32Optimizer(Optimizer):
     """An MLX optimizer whose arithmetic and state are float32, whatever the parameter's dtype.
 
@@ -76,7 +60,6 @@ class Float32Optimizer(Optimizer):
         built_rate: The constant rate it was built with, or set to before its first update and
             before any load. None under a schedule.
         part: What :meth:`apply_single` is given if not a whole parameter: a part of its rows.
-        whole: The whole of it, if the update spans rows (see :meth:`spanning`).
     """
 
     def __init__(
@@ -97,7 +80,6 @@ class Float32Optimizer(Optimizer):
         self.built_rate: mx.array | None = None
         self._first_step = self.step
         self.part: f.Part | None = None
-        self.whole: Whole | None = None
         self.learning_rate = learning_rate
 
     # Rates
@@ -279,13 +261,6 @@ class Float32Optimizer(Optimizer):
         """
         return 0
 
-    def spanning(self, shape: tuple[int, ...], layout: str) -> tuple[str, ...]:
-        """What of the state of a parameter that is cut is of all its rows, and so kept whole.
-
-        If there is any, an update has :attr:`whole`, and asks it once for a root mean square.
-        """
-        return ()
-
     def work(self, shape: tuple[int, ...], layout: str) -> float:
         """About how many operations an update takes, in those of a matrix product."""
         return ELEMENTWISE_WORK * math.prod(shape)
@@ -295,12 +270,7 @@ class Float32Optimizer(Optimizer):
 
         Here the key of its stochastic rounding; a subclass adds its statistics.
         """
-        if self.rounding == "stochastic":
-            self.add_key(state)
-
-    def add_key(self, state: dict) -> None:
-        """Give a parameter a random key of its own, unless it has one."""
-        if "key" not in state:
+        if self.rounding == "stochastic" and "key" not in state:
             state["key"] = mx.random.key(self.seed << 32 | self._keys)
             self._keys += 1
 
@@ -330,20 +300,15 @@ class Float32Optimizer(Optimizer):
     def __repr__(self) -> str:
         """The class, its rate, and the options that are not the class's own defaults."""
         options = [f"learning_rate={self._shown_rate()}"]
-        draws = self.rounding == "stochastic" or getattr(self, "state_dtype", mx.float32) == mx.int8
         for name, default in _defaults(type(self)).items():
-            value = self._option(name)
+            value = getattr(self, name, MISSING)
             if name == "learning_rate" or value is MISSING:
                 continue
-            if value == default and name != "step":  # of MaxFactor the router has another default
+            if value == default:
                 continue
-            if name != "seed" or draws:
+            if name != "seed" or self.rounding == "stochastic":
                 options.append(f"{name}={_shown_option(value)}")
         return f"{type(self).__name__}({', '.join(options)})"
-
-    def _option(self, name: str) -> Any:
-        """The value of an option of the constructor."""
-        return getattr(self, name, MISSING)
 
     def _shown_rate(self) -> str:
         schedule = self._schedulers.get("learning_rate")

@@ -33,8 +33,8 @@ class Adafactor(Float32Optimizer):
         clip_threshold: Largest RMS of an update. Default 1.
         decay_rate: Exponent of the weight of the newest squared gradient. Default -0.8.
         weight_decay: λ, decoupled: each update multiplies p by 1 - αλ. Default 0.
-        layout: How arrays of more than two axes hold matrices, as for ``MaxFactor``.
-        rounding, seed: As for ``MaxFactor``.
+        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``.
+        rounding, seed: As for ``OrthoMaxFactor``.
 
     Raises:
         ValueError: An option outside its range.

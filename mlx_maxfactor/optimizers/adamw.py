@@ -3,13 +3,15 @@
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import Rate, check_flags, check_number, check_pair
+from .._validate import Rate, check_flag, check_number, check_pair
 from ._base import Float32Optimizer, Rounding
 from .first_moment import (
+    BITS,
+    StateDtype,
     check_state_dtype,
-    cuts_beside_momentum,
     init_momentum,
     read_momentum,
+    rows_beside_momentum,
     write_momentum,
 )
 
@@ -31,7 +33,9 @@ class AdamW(Float32Optimizer):
         eps: ε, above 0. Default 1e-8.
         weight_decay: λ, decoupled. Default 0.1.
         bias_correction: Divide the moments by the weight they have gathered. Default True.
-        rounding, seed, state_dtype: As for ``MaxFactor``; v stays float32.
+        rounding, seed: As for ``OrthoMaxFactor``.
+        state_dtype: Of m, as for ``OrthoMaxFactor``; v stays float32. In few bits m is bounded by
+            what it can be in float32 beside this v, so that no element leaps. Default float32.
 
     Raises:
         ValueError: An option outside its range.
@@ -57,27 +61,25 @@ class AdamW(Float32Optimizer):
         bias_correction: bool = True,
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: mx.Dtype = mx.float32,
+        state_dtype: StateDtype = "float32",
     ):
         super().__init__(learning_rate, rounding=rounding, seed=seed)
         self.state_dtype = check_state_dtype(state_dtype)
-        check_flags(bias_correction=bias_correction)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
         self.eps = check_number("eps", eps, 0.0, ends="()")
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
-        self.bias_correction = bias_correction
+        self.bias_correction = check_flag("bias_correction", bias_correction)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Two moments, and a count of the parameter's own updates."""
         super().init_single(parameter, state)
-        init_momentum(self, state, parameter.shape, self.state_dtype)
+        init_momentum(state, parameter.shape, self.state_dtype)
         state["v"] = mx.zeros(parameter.shape)
-        if self.bias_correction:
-            state["count"] = mx.array(0, mx.uint32)
+        state["count"] = mx.array(0, mx.uint32)
 
     def cuts(self, shape: tuple[int, ...], layout: str) -> int:
-        """Anywhere; momentum in 8 bits between two of its blocks."""
-        return cuts_beside_momentum(1, shape, self.state_dtype)
+        """Anywhere; in few bits between two groups of the momentum."""
+        return rows_beside_momentum(1, shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -86,13 +88,18 @@ class AdamW(Float32Optimizer):
         p, g = parameter.astype(mx.float32), f.clamp_gradient(gradient.astype(mx.float32))
         eta, (beta1, beta2) = self.learning_rate, self.betas
 
-        m = write_momentum(beta1 * read_momentum(state) + (1 - beta1) * g, state, self.part)
+        state["count"] = state["count"] + 1
+        t = state["count"].astype(mx.float32)
         state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
+        m = beta1 * read_momentum(state, g.shape) + (1 - beta1) * g
+        if self.state_dtype in BITS:
+            # A code is coarse for an element far below its group's largest: no leaps.
+            bound = f.hoist(f.largest_moment(beta1, beta2, t)) * mx.sqrt(state["v"])
+            m = mx.maximum(-bound, mx.minimum(bound, m))
+        m = write_momentum(m, state, beta1)
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
             # m/c₁ / (√(v/c₂) + ε), with both corrections in numbers apart from what is full-size.
-            state["count"] = state["count"] + 1
-            t = state["count"].astype(mx.float32)
             root = mx.sqrt(f.gathered_weight(beta2, t))
             rate, eps = eta * root / f.gathered_weight(beta1, t), eps * root
         decay = f.hoist(1 - eta * self.weight_decay)

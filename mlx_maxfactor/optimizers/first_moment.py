@@ -1,58 +1,60 @@
-"""The first moment ``m``, in float32, bf16 or 8 bits, of every optimizer that keeps one."""
+"""The first moment ``m``, in float32, bf16, 8 or 4 bits, of every optimizer that keeps one."""
 
 import math
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import check_choice
-from ._base import Float32Optimizer
+from .._validate import got
 
-STATE_DTYPES = (mx.float32, mx.bfloat16, mx.int8)
+StateDtype = Literal["float32", "bfloat16", "int8", "int4"] | mx.Dtype
+"""What the option ``state_dtype`` takes: a name, or a dtype of MLX with that name."""
 
-
-def check_state_dtype(state_dtype: mx.Dtype, momentum: object = True) -> mx.Dtype:
-    """The dtype, if it is one that a buffer may have and there is a buffer."""
-    check_choice("state_dtype", state_dtype, STATE_DTYPES)
-    if state_dtype != mx.float32 and not momentum:
-        raise ValueError(
-            f"state_dtype={state_dtype} is of the momentum buffer, and there is none: give "
-            f"momentum in (0, 1), got momentum={momentum!r}"
-        )
-    return state_dtype
+STATE_DTYPES = ("float32", "bfloat16", "int8", "int4")
+BITS: dict[str, f.Bits] = {"int8": 8, "int4": 4}
 
 
-def init_momentum(
-    optimizer: Float32Optimizer, state: dict, shape: tuple[int, ...], dtype: mx.Dtype
-) -> None:
-    """Give a parameter a buffer of zeros: ``m``, and in 8 bits scales and a key to round with."""
-    state["m"] = mx.zeros(shape, dtype)
-    if dtype == mx.int8:
-        state["m_scale"] = mx.zeros(f.scales(state["m"].size))
-        optimizer.add_key(state)
+def check_state_dtype(state_dtype: Any) -> str:
+    """The name of the dtype, if a buffer may have it."""
+    name = state_dtype
+    if isinstance(state_dtype, mx.Dtype):
+        name = str(state_dtype).rpartition(".")[2]
+    if not isinstance(name, str) or name not in STATE_DTYPES:
+        listed = ", ".join(map(repr, STATE_DTYPES))
+        raise ValueError(f"state_dtype must be one of {listed}, {got(name, STATE_DTYPES)}")
+    return name
 
 
-def cuts_beside_momentum(cuts: int, shape: tuple[int, ...], dtype: mx.Dtype) -> int:
-    """Rows after which a parameter can be cut, and its buffer: in 8 bits between two blocks."""
-    return math.lcm(cuts, f.rows_of_blocks(shape)) if dtype == mx.int8 else cuts
+def init_momentum(state: dict, shape: tuple[int, ...], dtype: str) -> None:
+    """Give a parameter a buffer of zeros: ``m``, and in few bits ``m_scale``."""
+    if dtype in BITS:
+        state["m"], state["m_scale"] = f.quantize(mx.zeros(shape), BITS[dtype])
+    else:
+        state["m"] = mx.zeros(shape, getattr(mx, dtype))
 
 
-def read_momentum(state: dict) -> mx.array:
+def rows_beside_momentum(rows: int, shape: tuple[int, ...], dtype: str) -> int:
+    """Rows after which a parameter can be cut, and its buffer too: in few bits between groups."""
+    return math.lcm(rows, f.rows_of_groups(shape)) if dtype in BITS else rows
+
+
+def read_momentum(state: dict, shape: tuple[int, ...]) -> mx.array:
     """The buffer in float32."""
     if "m_scale" in state:
-        return f.dequantize(state["m"], state["m_scale"])
+        return f.dequantize(state["m"], state["m_scale"], shape)
     return state["m"].astype(mx.float32)
 
 
-def write_momentum(m: mx.array, state: dict, part: f.Part | None = None) -> mx.array:
-    """Keep a float32 buffer; 8 bits are rounded by chance, with the parameter's own key.
+def write_momentum(m: mx.array, state: dict, decay: float) -> mx.array:
+    """Keep a float32 buffer, which is ``decay`` times the one that was read, and a gradient.
 
     Returns:
         The buffer to go on with, not yet rounded.
     """
     if "m_scale" in state:
-        state["key"], key = mx.random.split(state["key"])
-        state["m"], state["m_scale"] = f.quantize(m, key, part)
+        bits = 4 if state["m"].dtype == mx.uint8 else 8
+        state["m"], state["m_scale"] = f.quantize(m, bits, decay)
     else:
         state["m"] = m.astype(state["m"].dtype)
     return state["m"] if state["m"].dtype == mx.float32 else m

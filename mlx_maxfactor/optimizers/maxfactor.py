@@ -1,30 +1,37 @@
 """MaxFactor: factored second moments, infinity norm, sign times row maximum."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import Rate, check_choice, check_flags, check_number, check_pair, got, hint
+from .._validate import (
+    Rate,
+    check_choice,
+    check_flag,
+    check_number,
+    check_pair,
+    check_rising,
+    shown,
+)
 from ._base import Float32Optimizer, Rounding
 from .first_moment import (
+    StateDtype,
     check_state_dtype,
-    cuts_beside_momentum,
     init_momentum,
     read_momentum,
+    rows_beside_momentum,
     write_momentum,
 )
 from .momentum import FrequencyAdaptiveMomentum
-from .orthogonal import Orthogonal
 
+STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
 FLOAT32_EPS = 2.0**-23
 
 Reader = Callable[[mx.array], mx.array]
 """Reads an array once another is there: fused kernels then share no float32 copy of it."""
 
-StepName = Literal["row_max", "orthogonal"]
 Preset = Literal["early", "hub", "speech"]
 
 PRESETS: dict[Preset, dict[str, Any]] = {
@@ -77,10 +84,6 @@ class MaxFactor(Float32Optimizer):
 
     Args:
         learning_rate: η, a number or a function of the step. Default 0.01.
-        step: "row_max", the published step above, or the orthogonal step: an ``Orthogonal``, its
-            options as a dictionary, or "orthogonal" for its defaults. It takes no ``d``,
-            ``clip_threshold``, ``max_norm=False``, ``cautious`` or ``FrequencyAdaptiveMomentum``;
-            vectors and single numbers step as ever. Default "row_max".
         beta2_decay: Exponent of the weight of the newest squared gradient. Default -0.8.
         beta2_bounds: Bounds of that weight. Default (0.001, 0.999).
         eps: (ε₁, ε₂): floor of divisors, at least 1e-15; floor of RMS(p). Default (1e-10, 1e-4).
@@ -106,14 +109,10 @@ class MaxFactor(Float32Optimizer):
             kept (Liang et al. 2024, arXiv 2411.16085). Needs momentum. Default False.
         eps_rms: Added to ε₁ where it floors max R and ‖u‖_∞. Default 0.
         min_rms: RMS(p) counts as at least this much in α. Default 0.
-        layout: How arrays of more than two axes hold matrices: "batched" (last two axes, norms span
-            the array), "experts" (norms of each matrix), "conv" (as ``(out, -1)``). The router
-            knows it from the module. Default "batched".
-        rounding: Of bf16 and fp16 parameters: "nearest", or "stochastic", which lets updates below
-            their spacing count on average. Default "nearest".
-        seed: Of stochastic rounding. Default 0.
-        state_dtype: Of the momentum buffer: float32, bfloat16, or int8, in blocks of 256 with a
-            scale each, rounded by chance and so without bias. Default float32.
+        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``; norms of
+            "batched" ones span the whole array. Default "batched".
+        rounding, seed: As for ``OrthoMaxFactor``.
+        state_dtype: Of the momentum, as for ``OrthoMaxFactor``. Default float32.
 
     Raises:
         ValueError: An option outside its range; the message names it, its range and the value.
@@ -135,7 +134,6 @@ class MaxFactor(Float32Optimizer):
         self,
         learning_rate: Rate = 0.01,
         *,
-        step: StepName | Mapping[str, Any] | Orthogonal = "row_max",
         beta2_decay: float = -0.8,
         beta2_bounds: tuple[float, float] = (0.001, 0.999),
         eps: tuple[float, float] = (1e-10, 1e-4),
@@ -158,55 +156,38 @@ class MaxFactor(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: mx.Dtype = mx.float32,
+        state_dtype: StateDtype = "float32",
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_state_dtype(state_dtype, momentum)
-        self.orthogonal = orthogonal_step_of(step)
-        check_flags(
-            max_norm=max_norm,
-            full_matrix=full_matrix,
-            relative_step=relative_step,
-            vector_sign=vector_sign,
-            maximize=maximize,
-            nesterov=nesterov,
-            cautious=cautious,
-        )
+        self.state_dtype = check_state_dtype(state_dtype)
         self.beta2_decay = check_number("beta2_decay", beta2_decay, -1.0, 0.0)
-        self.beta2_bounds = check_pair("beta2_bounds", beta2_bounds, 0.0, 1.0, "[]")
-        if self.beta2_bounds[0] > self.beta2_bounds[1]:
-            raise ValueError(f"beta2_bounds must rise, got {beta2_bounds!r}")
+        self.beta2_bounds = check_rising("beta2_bounds", beta2_bounds, 0.0, 1.0)
         eps1, eps2 = check_pair("eps", eps, 0.0)
         self.eps = (check_number("eps[0]", eps1, 1e-15), eps2)
         self.d = check_number("d", d, 0.0, ends="()")
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.gamma = check_number("gamma", gamma, 0.0, 1.0)
-        self.max_norm = max_norm
+        self.max_norm = check_flag("max_norm", max_norm)
         self.min_lr = check_number("min_lr", min_lr, 0.0)
-        self.scalar_boost = scalar_boost
-        if scalar_boost is not None:
-            self.scalar_boost = check_number("scalar_boost", scalar_boost, 0.0, ends="()")
-        self.clip_threshold = clip_threshold
-        if clip_threshold is not None:
-            self.clip_threshold = check_number("clip_threshold", clip_threshold, 0.0, ends="()")
-        self.full_matrix = full_matrix
-        self.relative_step = relative_step
-        self.vector_sign = vector_sign
-        self.maximize = maximize
-        self.momentum = (
-            momentum
-            if isinstance(momentum, FrequencyAdaptiveMomentum)
-            else check_number("momentum", momentum, 0.0, 1.0)
-        )
-        self.nesterov = nesterov
-        self.cautious = cautious
-        for name in ("nesterov", "cautious"):
-            if getattr(self, name) and not momentum:
-                raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum!r}")
+        self.scalar_boost = check_optional("scalar_boost", scalar_boost)
+        self.clip_threshold = check_optional("clip_threshold", clip_threshold)
+        self.full_matrix = check_flag("full_matrix", full_matrix)
+        self.relative_step = check_flag("relative_step", relative_step)
+        self.vector_sign = check_flag("vector_sign", vector_sign)
+        self.maximize = check_flag("maximize", maximize)
+        adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
+        self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
+        self.nesterov = check_flag("nesterov", nesterov)
+        self.cautious = check_flag("cautious", cautious)
+        check_momentum_is_there(momentum, nesterov=nesterov, cautious=cautious)
         self.eps_rms = check_number("eps_rms", eps_rms, 0.0)
         self.min_rms = check_number("min_rms", min_rms, 0.0)
-        if self.orthogonal:
-            self._refuse_options_of_the_row_max_step()
+
+    def __new__(cls, *_: Any, **options: Any) -> "MaxFactor":
+        """Say where the orthogonal step of version 0.1.0 has gone."""
+        if "step" in options:
+            raise ValueError(f"MaxFactor has no option 'step': {STEP_MOVED}")
+        return super().__new__(cls)
 
     @classmethod
     def preset(cls, name: Preset, **overrides: Any) -> "MaxFactor":
@@ -221,34 +202,13 @@ class MaxFactor(Float32Optimizer):
         """
         return cls(**{**PRESETS[check_choice("preset", name, PRESETS)], **overrides})
 
-    def _option(self, name: str) -> Any:
-        return self.orthogonal or "row_max" if name == "step" else super()._option(name)
-
-    def work(self, shape: tuple[int, ...], layout: str) -> float:
-        """That of the orthogonalization beside the elements'."""
-        matrices = f.as_matrices(mx.zeros(shape), layout).shape
-        work, step = super().work(shape, layout), self._orthogonal_step(matrices)
-        return work + f.orthogonalization_work(matrices, step.block) if step else work
-
     def cuts(self, shape: tuple[int, ...], layout: str) -> int:
-        """Between experts; between blocks of the rows of a matrix.
-
-        Without momentum a matrix stays whole: its state is little beside what all would keep.
-        """
-        matrices, rows = f.as_matrices(mx.zeros(shape), layout).shape, 0
-        step = self._orthogonal_step(matrices)
-        if f.norm_axes(len(shape), layout):
-            # A number is updated in another way, and bands are those of the whole stack.
-            plain = not isinstance(self.momentum, FrequencyAdaptiveMomentum)
-            rows = int(plain and not self._is_scalar(shape[1:]))
-        elif type(step) is Orthogonal and self.momentum and len(matrices) == 2:
-            may = layout != "transposed" and self._is_factored(matrices)
-            rows = f.rows_apart(matrices, step.block) if may else 0
-        return cuts_beside_momentum(rows, shape, self.state_dtype)
-
-    def spanning(self, shape: tuple[int, ...], layout: str) -> tuple[str, ...]:
-        """The statistics of a matrix: a block of rows is divided by those of all."""
-        return ("row", "column") if len(f.as_matrices(mx.zeros(shape), layout).shape) == 2 else ()
+        """Between experts; a matrix stays whole, as its norms are of all rows."""
+        # A number is updated in another way, and bands are those of the whole stack.
+        plain = not isinstance(self.momentum, FrequencyAdaptiveMomentum)
+        apart = f.norm_axes(len(shape), layout) and plain and not self._is_scalar(shape[1:])
+        dtype = self.state_dtype if self.momentum else "float32"
+        return rows_beside_momentum(int(bool(apart)), shape, dtype)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
@@ -261,7 +221,7 @@ class MaxFactor(Float32Optimizer):
         else:
             state["v"] = mx.zeros(shape)
         if self.momentum:
-            init_momentum(self, state, shape, self.state_dtype)
+            init_momentum(state, shape, self.state_dtype)
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
             state.update(self.momentum.init(f.input_axis_shape(parameter.shape, layout)))
 
@@ -270,28 +230,20 @@ class MaxFactor(Float32Optimizer):
     ) -> mx.array:
         """One update of one parameter."""
         layout = layout or self.layout
-        whole, all_g, all_p = self.whole, gradient, parameter
-        if whole:
-            all_g, all_p = (self.late(x, gradient) for x in (whole.gradient, whole.parameter))
-        p = self.load(all_p, layout)
+        p = self.load(parameter, layout)
         axes = f.norm_axes(p.ndim, layout)
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
 
-        def read(after: mx.array, gradient: mx.array = gradient) -> mx.array:
+        def read(after: mx.array) -> mx.array:
             g = self.load(gradient, layout, after)
             return -g if self.maximize else g
 
         smooth = self._momentum(read, state, f.input_axis_shape(parameter.shape, layout))
-        rows, root = self._second_moment_root(read(alpha, all_g), state)
-        if orthogonal := self._orthogonal_step(p.shape):
-            u = f.clamp_gradient(smooth(rows)) / root / rows
-            direction = orthogonal.direction(u, *([whole.rms] if whole else []))
-            smooth, step_of, scale = (lambda _: direction), mx.multiply, f.hoist(alpha)
-        else:
-            step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
+        rows, root = self._second_moment_root(read(alpha), state)
+        step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
         if self.cautious:
-            # A step has the signs of what it is of. A product: a NaN must not pass for a 0.
+            # The step has the same signs as the update. A product: a NaN must not pass for a 0.
             agrees = f.agreement(smooth(rows), read(rows))
             scale = f.hoist(scale * f.cautious_scale(agrees, axes))
             step = step_of(smooth(scale), scale) * agrees
@@ -307,13 +259,8 @@ class MaxFactor(Float32Optimizer):
         size = mx.maximum(size, max(self.eps[1], self.min_rms))
         if self.relative_step:
             return mx.minimum(rate, size * mx.minimum(1e-6 * t, mx.rsqrt(t)))
-        orthogonal = self._orthogonal_step(parameter.shape)
-        if orthogonal and not orthogonal.capped:
-            return size * rate
-        return size * mx.maximum(mx.minimum(rate, mx.rsqrt(t)), self.min_lr)
-
-    def _orthogonal_step(self, shape: tuple[int, ...]) -> Orthogonal | None:
-        return self.orthogonal if len(shape) > 1 and not self._is_scalar(shape) else None
+        floor = mx.where(rate > 0, self.min_lr, 0.0)  # a rate of 0 moves nothing
+        return size * mx.maximum(mx.minimum(rate, mx.rsqrt(t)), floor)
 
     def _elementwise_step(
         self,
@@ -349,22 +296,6 @@ class MaxFactor(Float32Optimizer):
     def _is_factored(self, shape: tuple[int, ...]) -> bool:
         return len(shape) > 1 and not self.full_matrix and not self._is_scalar(shape)
 
-    def _refuse_options_of_the_row_max_step(self) -> None:
-        given = {
-            "d": self.d != 1,
-            "clip_threshold": self.clip_threshold is not None,
-            "max_norm": not self.max_norm,
-            "cautious": self.cautious,
-            "momentum=FrequencyAdaptiveMomentum": isinstance(
-                self.momentum, FrequencyAdaptiveMomentum
-            ),
-        }
-        if named := [name for name, is_given in given.items() if is_given]:
-            raise ValueError(
-                f"{', '.join(named)} cannot go with the orthogonal step, {self.orthogonal}: "
-                'leave it out, or use step="row_max"'
-            )
-
     def _steps_by_row_max(self, ndim: int) -> bool:
         return self.max_norm if ndim > 1 else self.vector_sign
 
@@ -372,17 +303,18 @@ class MaxFactor(Float32Optimizer):
         """What stands for the gradient in the update. In ``shape`` the input's axis is the last."""
         if not self.momentum:
             return read
-        m, g = read_momentum(state), f.clamp_gradient(read(self.step))
+        g = f.clamp_gradient(read(self.step))
+        m = read_momentum(state, g.shape)
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
             view, beta = g.shape, self.momentum.alpha
             g, m = g.reshape(shape), m.reshape(shape)
             m = self.momentum.update(g, m, state)
-            write_momentum(m.reshape(view), state)
+            write_momentum(m.reshape(view), state, beta)
             ahead = beta * m + (1 - beta) * g if self.nesterov else m
             blended = self.momentum.blended(g, ahead, state).reshape(view)
             return lambda after: self.late(blended, after)
         beta = self.momentum
-        m = write_momentum(beta * m + (1 - beta) * g, state, self.part)
+        m = write_momentum(beta * m + (1 - beta) * g, state, beta)
         ahead = beta * m + (1 - beta) * g if self.nesterov else m
         return lambda after: self.late(ahead, after)
 
@@ -400,23 +332,18 @@ class MaxFactor(Float32Optimizer):
         if self.max_norm:
             largest = mx.max(row, axis=-2, keepdims=True)
             divisor = mx.maximum(largest, self.eps[0] + self.eps_rms)
-        row = row[self.whole.rows] if self.whole else row
         return f.factored_root(row, column, divisor, self.eps[0])
 
 
-def orthogonal_step_of(step: Any) -> Orthogonal | None:
-    """What the option ``step`` stands for; None for the row-max step."""
-    if isinstance(step, Orthogonal):
-        return step
-    if isinstance(step, Mapping):
-        known = [field.name for field in fields(Orthogonal)]
-        if unknown := [key for key in step if key not in known]:
-            near = hint(unknown[0], known)
-            raise ValueError(f"step has no option {unknown[0]!r}{near}; it has {', '.join(known)}")
-        return Orthogonal(**step)
-    if not isinstance(step, str) or step not in get_args(StepName):
-        raise ValueError(
-            "step must be 'row_max', 'orthogonal', options of Orthogonal or an Orthogonal, "
-            f"{got(step, get_args(StepName))}"
-        )
-    return Orthogonal() if step == "orthogonal" else None
+def check_optional(name: str, value: Any) -> float | None:
+    """None, or a number above 0."""
+    return None if value is None else check_number(name, value, 0.0, ends="()")
+
+
+def check_momentum_is_there(momentum: Any, **flags: bool) -> None:
+    """Raise for a flag that needs momentum where there is none."""
+    for name, flag in flags.items():
+        if flag and not momentum:
+            raise ValueError(
+                f"{name}=True needs momentum in (0, 1), got momentum={shown(momentum)}"
+            )

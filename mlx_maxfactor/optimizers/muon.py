@@ -5,13 +5,14 @@ from typing import Literal, get_args
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import Rate, check_choice, check_flags, check_integer, check_number
+from .._validate import Rate, check_choice, check_flag, check_integer, check_number
 from ._base import Float32Optimizer, Rounding
 from .first_moment import (
+    StateDtype,
     check_state_dtype,
-    cuts_beside_momentum,
     init_momentum,
     read_momentum,
+    rows_beside_momentum,
     write_momentum,
 )
 
@@ -37,11 +38,12 @@ class Muon(Float32Optimizer):
             (Moonshot), so that a rate and a decay found for AdamW carry over. Default None.
         method: "newton_schulz" or "polar_express". Default "newton_schulz".
         steps: Iterations of the method. Default 5.
-        layout: How arrays of more than two axes hold matrices, as for ``MaxFactor``; each matrix is
-            orthogonalized by itself.
-        rounding, seed, state_dtype: As for ``MaxFactor``.
-        block: Rows that are orthogonalized at a time, as for ``Orthogonal``; ``scale`` stays that
-            of the whole matrix. Default None: all.
+        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``; each
+            matrix is orthogonalized by itself.
+        rounding, seed: As for ``OrthoMaxFactor``.
+        state_dtype: Of the momentum, as for ``OrthoMaxFactor``. Default float32.
+        block: Rows that are orthogonalized at a time, as for ``OrthoMaxFactor``; ``scale`` stays
+            that of the whole matrix. Default None: all.
 
     Raises:
         ValueError: An option outside its range; or, from ``init_single``, a parameter with fewer
@@ -73,14 +75,13 @@ class Muon(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: mx.Dtype = mx.float32,
+        state_dtype: StateDtype = "float32",
         block: int | None = None,
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_state_dtype(state_dtype, momentum)
-        check_flags(nesterov=nesterov)
+        self.state_dtype = check_state_dtype(state_dtype)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
-        self.nesterov = nesterov
+        self.nesterov = check_flag("nesterov", nesterov)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.scale = check_choice("scale", scale, (None, *get_args(Scale)))
         self.method = check_choice("method", method, f.METHODS)
@@ -96,7 +97,7 @@ class Muon(Float32Optimizer):
         """A stack between its matrices, a matrix between blocks of its rows."""
         rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
         rows = 0 if layout == "transposed" else rows
-        return cuts_beside_momentum(rows, shape, self.state_dtype)
+        return rows_beside_momentum(rows, shape, self.state_dtype if self.momentum else "float32")
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """The momentum buffer; nothing without momentum."""
@@ -108,7 +109,7 @@ class Muon(Float32Optimizer):
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         if self.momentum:
-            init_momentum(self, state, shape, self.state_dtype)
+            init_momentum(state, shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -119,8 +120,9 @@ class Muon(Float32Optimizer):
 
         u = g
         if self.momentum:
-            m = write_momentum(self.momentum * read_momentum(state) + g, state, self.part)
-            u = g + self.momentum * m if self.nesterov else m
+            beta = self.momentum
+            m = write_momentum(beta * read_momentum(state, g.shape) + g, state, beta)
+            u = g + beta * m if self.nesterov else m
 
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         p = p * (1 - self.learning_rate * self.weight_decay) - alpha * self.direction(u, state)

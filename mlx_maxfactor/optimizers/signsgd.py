@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .._validate import Rate, check_flags, check_number
+from .._validate import Rate, check_flag, check_number
 from ._base import Float32Optimizer, Rounding
 
 
@@ -17,7 +17,7 @@ class SignSGD(Float32Optimizer):
         weight_decay: λ. Default 0.1.
         sparse_rows: Leave a row (last axis) whose gradient is all zero as it is, decay too: for
             embeddings of which a batch touches a few rows. Default False.
-        rounding, seed: As for ``MaxFactor``; stochastic rounding keeps a key per parameter.
+        rounding, seed: As for ``OrthoMaxFactor``; stochastic rounding keeps a key per parameter.
 
     Raises:
         ValueError: An option outside its range.
@@ -43,9 +43,8 @@ class SignSGD(Float32Optimizer):
         seed: int = 0,
     ):
         super().__init__(learning_rate, rounding=rounding, seed=seed)
-        check_flags(sparse_rows=sparse_rows)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
-        self.sparse_rows = sparse_rows
+        self.sparse_rows = check_flag("sparse_rows", sparse_rows)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Nothing of its own."""

@@ -1,0 +1,172 @@
+"""OrthoMaxFactor: MaxFactor's statistics and relative rate, with an orthogonalized step."""
+
+from typing import Literal
+
+import mlx.core as mx
+
+from .. import functional as f
+from .._validate import Rate, check_choice, check_flag, check_integer, check_number, check_rising
+from ._base import Float32Optimizer, Rounding
+from .first_moment import (
+    StateDtype,
+    check_state_dtype,
+    init_momentum,
+    read_momentum,
+    rows_beside_momentum,
+    write_momentum,
+)
+
+
+class OrthoMaxFactor(Float32Optimizer):
+    r"""OrthoMaxFactor, for hidden matrices: half a byte of state for each weight.
+
+    With :math:`b_t = \mathrm{clip}(t^{\text{beta2\_decay}}, \text{beta2\_bounds})`, for each matrix
+
+    .. math::
+
+        R_i &\leftarrow R_i + b_t (\mathrm{mean}_j\, g_{ij}^2 - R_i), \qquad
+        C_j \leftarrow C_j + b_t (\mathrm{mean}_i\, g_{ij}^2 - C_j) \\
+        m &\leftarrow \beta m + (1-\beta) g, \qquad
+        h = \beta m + (1-\beta) g \ \text{(Nesterov) or}\ m \\
+        u_{ij} &= h_{ij} / \sqrt{R_i C_j}, \qquad O = \mathrm{orthogonalize}(u) \\
+        p &\leftarrow p (1 - \eta\lambda)
+            - \eta \max(\text{floor}, \mathrm{RMS}(p))\, O / \mathrm{RMS}(O)
+
+    The rate is relative: with ``learning_rate`` 0.02 the RMS of a step is 2 % of the matrix's RMS.
+    What is best shrinks as runs get longer, about as :math:`0.8/\sqrt{\text{steps}}`;
+    ``create_optimizer(model, total_steps=...)`` picks it.
+
+    The state of an ``m × n`` matrix is ``m + n`` floats, and the momentum: in 4 bits 0.53 bytes
+    a weight, where AdamW keeps 8.
+
+    Args:
+        learning_rate: η, the RMS of a step over that of the matrix; a number or a function of the
+            step. Default 0.02.
+        momentum: β, in [0, 1); 0 keeps no buffer, whatever ``state_dtype`` says. Default 0.8.
+        nesterov: Look ahead by one step of momentum. Default True.
+        state_dtype: Of the momentum: "int4", "int8", "bfloat16" or "float32". In few bits, groups
+            of 64 weights share a scale, and the step is made from the momentum before it is
+            rounded. Default "int4".
+        block: Rows that are orthogonalized at a time, along the shorter side (columns of a tall
+            matrix); the last block may be smaller. It costs about ``10 · block`` operations a
+            weight, where training costs 6 a token. None: the whole matrix. Default 128.
+        method: "newton_schulz" or "polar_express". Default "newton_schulz".
+        steps: Iterations of the method. Default 5.
+        weight_decay: λ, decoupled. Default 0.01.
+        min_rms: RMS(p) counts as at least this much, so that matrices that start at zero learn.
+            "init": :math:`1/\sqrt{3 \cdot \text{inputs}}`, the RMS of ``nn.Linear``'s own initial
+            weights. A number sets it, 0 turns it off. Default "init".
+        beta2_decay: Exponent of the weight of the newest squared gradient. Default -0.8.
+        beta2_bounds: Bounds of that weight. Default (0.001, 0.999).
+        eps: Floor of :math:`\sqrt{R_i C_j / \max R}`, at least 1e-15. Default 1e-10.
+        layout: How arrays of more than two axes hold matrices: "batched" and "experts" (each
+            matrix of the last two axes by itself), "conv" (as ``(out, -1)``). The router knows it
+            from the module. Default "batched".
+        rounding: Of bf16 and fp16 parameters: "nearest", or "stochastic", which lets updates below
+            their spacing count on average. Default "nearest".
+        seed: Of stochastic rounding. Default 0.
+
+    Raises:
+        ValueError: An option outside its range; or, from ``init_single``, a parameter with fewer
+            than two axes, which belongs to another optimizer.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import OrthoMaxFactor
+        >>> optimizer = OrthoMaxFactor(0.01, method="polar_express", steps=8, weight_decay=0.0)
+        >>> g = mx.array([[3.0, 0.0], [0.0, -0.1]])
+        >>> p = optimizer.apply_gradients({"w": g}, {"w": mx.ones((2, 2))})["w"]
+        >>> [round(x, 4) for x in mx.diag(p).tolist()]  # RMS 1 of a diagonal: √2 on it
+        [0.9859, 1.0141]
+
+    Reference:
+        Jordan et al., *Muon*, 2024, for the orthogonalization; Ma et al., *SWAN*, 2025, arXiv
+        2412.13148, for normalizing before it; Khaled et al., *MuonBP*, 2025, arXiv 2510.16981, for
+        blocks. See also SinkGD, arXiv 2502.06742, and NorMuon, arXiv 2510.05491.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Rate = 0.02,
+        *,
+        momentum: float = 0.8,
+        nesterov: bool = True,
+        state_dtype: StateDtype = "int4",
+        block: int | None = 128,
+        method: f.Method = "newton_schulz",
+        steps: int = 5,
+        weight_decay: float = 0.01,
+        min_rms: float | Literal["init"] = "init",
+        beta2_decay: float = -0.8,
+        beta2_bounds: tuple[float, float] = (0.001, 0.999),
+        eps: float = 1e-10,
+        layout: f.Layout = "batched",
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+    ):
+        super().__init__(learning_rate, layout, rounding, seed)
+        self.momentum = check_number("momentum", momentum, 0.0, 1.0)
+        self.nesterov = check_flag("nesterov", nesterov)
+        self.state_dtype = check_state_dtype(state_dtype)
+        self.block = None if block is None else check_integer("block", block, 1)
+        self.method: str = check_choice("method", method, f.METHODS)
+        self.steps = check_integer("steps", steps, 1)
+        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
+        self.min_rms = min_rms if min_rms == "init" else check_number("min_rms", min_rms, 0.0)
+        self.beta2_decay = check_number("beta2_decay", beta2_decay, -1.0, 0.0)
+        self.beta2_bounds = check_rising("beta2_bounds", beta2_bounds, 0.0, 1.0)
+        self.eps = check_number("eps", eps, 1e-15)
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """Row and column statistics, and the momentum."""
+        if parameter.ndim < 2:
+            raise ValueError(
+                f"OrthoMaxFactor orthogonalizes matrices and cannot take shape {parameter.shape}; "
+                "route it to another optimizer, as create_optimizer(model) does"
+            )
+        super().init_single(parameter, state)
+        shape = f.as_matrices(parameter, layout or self.layout).shape
+        state["row"] = mx.zeros((*shape[:-1], 1))
+        state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+        if self.momentum:
+            init_momentum(state, shape, self.state_dtype)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """One update of one parameter."""
+        layout = layout or self.layout
+        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
+
+        b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
+        row, column = f.factored_second_moment(g, state["row"], state["column"], b)
+        state["row"], state["column"] = row, column
+        h, beta = g, self.momentum
+        if beta:
+            m = write_momentum(beta * read_momentum(state, g.shape) + (1 - beta) * g, state, beta)
+            h = beta * m + (1 - beta) * g if self.nesterov else m
+
+        u = f.divided_by_root(h, row, column, self.eps)
+        step = f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
+
+        alpha = self.step_size(p, self.step, self.learning_rate, layout)
+        decay = 1 - self.learning_rate * self.weight_decay
+        return self.store(p * f.hoist(decay) - f.hoist(alpha) * step, parameter, state, layout)
+
+    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+        """η times RMS(p) of each matrix, or its floor."""
+        floor = self.min_rms
+        if floor == "init":
+            floor = (3 * parameter.shape[-1]) ** -0.5
+        return rate * mx.maximum(f.rms(parameter, (-2, -1)), floor)
+
+    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+        """A stack between its matrices; a matrix not at all, as RMS(O) is of all its rows."""
+        stack = len(f.as_matrices(mx.zeros(shape), layout).shape) > 2
+        dtype = self.state_dtype if self.momentum else "float32"
+        return rows_beside_momentum(int(stack), shape, dtype)
+
+    def work(self, shape: tuple[int, ...], layout: str) -> float:
+        """The orthogonalization, and what every optimizer does for each weight."""
+        matrices = f.as_matrices(mx.zeros(shape), layout).shape
+        return super().work(shape, layout) + f.orthogonalization_work(matrices, self.block)
