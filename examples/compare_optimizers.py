@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from configurations import CONFIGURATIONS, LADDER, TRAININGS, WHICH
+from configurations import CONFIGURATIONS, LADDER, REST_RATES, TRAININGS, WHICH
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -56,7 +56,7 @@ class Record:
     """One run: what was run, where, and what came of it."""
 
     configuration: str
-    rate: float
+    rate: float  # 0: the library picked it
     seed: int
     command: str
     platform: str
@@ -137,6 +137,8 @@ def next_runs(
     configuration, of = CONFIGURATIONS[name], TRAININGS[training]
     seeds = range(1, (count or of.seeds) + 1)
     losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
+    if not configuration.searched:
+        return [(0.0, seed) for seed in seeds if (0.0, seed) not in losses]
     if of.rates:
         given = of.rates.get(name)
         return [(given, seed) for seed in seeds if given and (given, seed) not in losses]
@@ -177,7 +179,11 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
     if configuration.searched != "--learning-rate" and configuration.rate_of:
         hidden = best_rate(configuration.rate_of, training, read(file_of(training, arguments)))
         options.append(f"--learning-rate={hidden:g}")
-    options += [f"{configuration.searched}={rate:g}", f"--seed={seed}", *arguments.others]
+    if configuration.searched:
+        options.append(f"{configuration.searched}={rate:g}")
+        if configuration.searched != "--rest-learning-rate":
+            options.append(f"--rest-learning-rate={REST_RATES[of.task]:g}")
+    options += [f"--seed={seed}", *arguments.others]
     with tempfile.TemporaryDirectory() as folder:
         run = run_example(script, options, folder)
     return Record(
@@ -290,7 +296,7 @@ def table(names: Sequence[str], records: Sequence[Record], training: str) -> str
         rows.append(
             [
                 f"{name} (unfinished)" if next_runs(name, training, records) else name,
-                f"{group[0].rate:g}{searched}",
+                f"{group[0].rate:g}{searched}" if group[0].rate else "picked",
                 *(spread([r.final(measure) for r in group]) for measure in measures),
                 f"{group[0].state_bytes:,}",
                 f"{group[0].hidden_state_bytes:,}",

@@ -88,20 +88,34 @@ TRAININGS = {
     "speech_1600": Training("speech", ("--steps=1600",), "speech, 1,600 steps", -1),
 }
 EVERYWHERE = tuple(TRAININGS)
+BEFORE = (
+    "language_model",
+    "language_model_1500",
+    "language_model_6000",
+    "language_model_wide",
+    "language_model_small_batch",
+    "language_model_large_batch",
+    "speech",
+    "speech_1600",
+)
 SIZES = ("language_model", "language_model_wide", "language_model_256", "language_model_512")
 DEPTHS = ("language_model_wide", "language_model_depth_4", "language_model_depth_8")
 MAIN = ("language_model", "language_model_1500", "speech")
 SHORT = ("language_model", "speech")
-LANGUAGE = ("language_model", "language_model_1500", "language_model_6000")
 FIRST = ("language_model",)
+FEW = ("language_model", "language_model_1500", "speech", "speech_1600")
+BLOCKED = ("language_model_256", "language_model_512")
 
 
 WHICH = "Which optimizer, at how much state"
 MOMENTUM = "How much momentum"
 BITS = "How many bits of momentum"
-COST = "What makes orthogonalization cheaper, and what it may have beside it"
-REST = "Which optimizer for the rest"
+BLOCKS = "How many rows are orthogonalized at a time"
+LAW = "What the rates cost that the library picks"
 BANDS = "Frequency-adaptive momentum"
+
+REST_RATES = {"language_model": 0.01, "speech": 0.02}
+"""Peak of AdamW on the rest while the rate of the hidden matrices is searched: its own best."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ class Configuration:
         arguments: Of the example.
         first_rates: Lowest of the first four rates to try, by task.
         trainings: Where it is measured.
-        searched: The argument that the search sets.
+        searched: The argument that the search sets; empty: the library picks all rates.
         rate_of: A configuration whose best rate on the hidden matrices it takes; if that is what
             would be searched, there is no search.
     """
@@ -141,27 +155,14 @@ def rates(language_model: float, speech: float) -> dict[str, float]:
     return {"language_model": language_model, "speech": speech}
 
 
-def orthogonal(
-    question: str,
-    first_rates: Mapping[str, float],
-    trainings: tuple[str, ...] = SHORT,
-    step: object = "orthogonal",
-    **given: object,
-) -> Configuration:
-    """MaxFactor's orthogonal step; Nesterov's momentum where there is momentum."""
-    nesterov = {"nesterov": True} if given.get("momentum") else {}
-    return Configuration(question, options(step=step, **given, **nesterov), first_rates, trainings)
-
-
 def row_max(
     question: str,
     trainings: tuple[str, ...] = SHORT,
     first_rates: Mapping[str, float] | None = None,
     **given: object,
 ) -> Configuration:
-    """MaxFactor's published step."""
-    first_rates = first_rates or rates(0.02, 0.01)
-    return Configuration(question, options(step="row_max", **given), first_rates, trainings)
+    """MaxFactor as published."""
+    return named(question, "maxfactor", first_rates or rates(0.02, 0.01), trainings, **given)
 
 
 def named(
@@ -176,39 +177,35 @@ def named(
     return Configuration(question, arguments, first_rates, trainings)
 
 
-def stored(
-    other: str, trainings: tuple[str, ...], dtype: str, question: str = BITS
+def variant(
+    other: str, question: str, trainings: tuple[str, ...], *arguments: str, **given: object
 ) -> Configuration:
-    """The same with its momentum in fewer bits, at the same rate."""
+    """The same with other arguments and options, at the same rate."""
     base = CONFIGURATIONS[other]
-    arguments = (*base.arguments, *options(state_dtype=dtype))
+    arguments = (*base.arguments, *arguments, *options(**given))
     return replace(base, question=question, arguments=arguments, trainings=trainings, rate_of=other)
-
-
-def rest(optimizer: str, first_rates: Mapping[str, float], **given: object) -> Configuration:
-    """The orthogonal step at its best rate, and something else than AdamW on the rest."""
-    base = CONFIGURATIONS["orthogonal"]
-    arguments = (*base.arguments, f"--rest={optimizer}", *options("--rest-option", **given))
-    return Configuration(REST, arguments, first_rates, MAIN, "--rest-learning-rate", "orthogonal")
 
 
 def mel_axis(**given: object) -> Configuration:
     """The row-max step on the hidden matrices, and one with these options on the first layer."""
-    hidden = (*options(step="row_max", momentum=0.9, cautious=True), "--learning-rate=0.015")
+    hidden = ("--optimizer=maxfactor", *options(momentum=0.9, cautious=True))
+    hidden = (*hidden, "--learning-rate=0.015")
     first = options("--convolution-option", **given)
     return Configuration(
         BANDS, (*hidden, *first), {"speech": 0.01}, ("speech",), "--convolution-learning-rate"
     )
 
 
-ORTHOGONAL, HALF, MUON = rates(0.05, 0.02), rates(0.03, 0.015), rates(0.02, 0.015)
+MUON = rates(0.02, 0.015)
 
 CONFIGURATIONS: dict[str, Configuration] = {
-    "orthogonal": orthogonal(WHICH, ORTHOGONAL, EVERYWHERE),
-    "orthogonal, momentum 0.8": orthogonal(WHICH, HALF, EVERYWHERE, momentum=0.8),
+    "OrthoMaxFactor": named(WHICH, "orthomaxfactor", rates(0.03, 0.015), EVERYWHERE),
+    "OrthoMaxFactor, no momentum": named(
+        WHICH, "orthomaxfactor", rates(0.05, 0.02), EVERYWHERE, momentum=0
+    ),
     "Muon 0.8": named(WHICH, "muon", MUON, EVERYWHERE, momentum=0.8),
     "AdamW": named(WHICH, "adamw", rates(2e-3, 1e-3), EVERYWHERE),
-    "row-max, cautious": row_max(WHICH, EVERYWHERE, momentum=0.9, cautious=True),
+    "row-max, cautious": row_max(WHICH, BEFORE, momentum=0.9, cautious=True),
     "row-max": row_max(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
     "Muon 0": named(WHICH, "muon", rates(0.03, 0.015), MAIN, momentum=0),
     "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), SHORT, momentum=0.8),
@@ -222,47 +219,12 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "mlx Adafactor, beta_1 0.9": named(
         WHICH, "mlx_adafactor", rates(0.02, 0.01), FIRST, beta_1=0.9
     ),
-    "orthogonal, momentum 0.5": orthogonal(MOMENTUM, HALF, SHORT, momentum=0.5),
-    "orthogonal, momentum 0.95": orthogonal(MOMENTUM, rates(0.01, 5e-3), SHORT, momentum=0.95),
     "Muon 0.5": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.5),
     "Muon 0.9": named(MOMENTUM, "muon", MUON, (*MAIN, "language_model_6000"), momentum=0.9),
     "Muon": named(MOMENTUM, "muon", MUON, MAIN),
     "row-max, momentum": row_max(MOMENTUM, momentum=0.9, cautious=False),
     "row-max, Nesterov": row_max(MOMENTUM, momentum=0.9, cautious=False, nesterov=True),
     "row-max, cautious, bf16": row_max(BITS, momentum=0.9, cautious=True, state_dtype="bfloat16"),
-    "orthogonal, blocks of 1/2": orthogonal(COST, ORTHOGONAL, FIRST, step={"block": 32}),
-    "orthogonal, blocks of 1/4": orthogonal(COST, ORTHOGONAL, SHORT, step={"block": 16}),
-    "orthogonal, blocks of 1/8": orthogonal(COST, ORTHOGONAL, FIRST, step={"block": 8}),
-    "orthogonal, 3 steps": orthogonal(COST, ORTHOGONAL, FIRST, step={"steps": 3}),
-    "orthogonal, Polar Express": orthogonal(
-        COST, ORTHOGONAL, FIRST, step={"method": "polar_express"}
-    ),
-    "orthogonal, Polar Express, 3 steps": orthogonal(
-        COST, ORTHOGONAL, FIRST, step={"method": "polar_express", "steps": 3}
-    ),
-    "orthogonal, not capped": orthogonal(COST, ORTHOGONAL, LANGUAGE, step={"capped": False}),
-    "orthogonal, momentum 0.8, cautious": named(
-        COST,
-        "unrefused_maxfactor",
-        HALF,
-        FIRST,
-        step="orthogonal",
-        momentum=0.8,
-        nesterov=True,
-        cautious=True,
-    ),
-    "orthogonal, FAM": named(
-        COST, "unrefused_maxfactor", HALF, FIRST, step="orthogonal", momentum={"alpha": 0.8}
-    ),
-    "Muon, rest MaxFactor": Configuration(
-        REST,
-        (
-            "--optimizer=muon",
-            "--rest=maxfactor",
-            *options("--rest-option", momentum=0.9, cautious=True, min_rms=1),
-        ),
-        MUON,
-    ),
     "row-max, FAM": row_max(BANDS, momentum={"bands": 10}, cautious=False),
     "row-max, cautious FAM": row_max(BANDS, momentum={"bands": 10}, cautious=True),
     # Where frequency-adaptive momentum (FAM) could be true, and other rules for it.
@@ -278,12 +240,16 @@ CONFIGURATIONS: dict[str, Configuration] = {
     },
 }
 CONFIGURATIONS |= {
-    "orthogonal, momentum 0.8, 8 bits": stored(
-        "orthogonal, momentum 0.8", EVERYWHERE, "int8", WHICH
+    "OrthoMaxFactor, total_steps alone": replace(
+        CONFIGURATIONS["OrthoMaxFactor"], question=LAW, searched=""
     ),
-    "orthogonal, momentum 0.8, bf16": stored("orthogonal, momentum 0.8", FIRST, "bfloat16"),
-    "orthogonal, momentum 0.95, 8 bits": stored("orthogonal, momentum 0.95", FIRST, "int8"),
-    "Muon 0.8, 8 bits": stored("Muon 0.8", FIRST, "int8"),
-    "rest Adafactor": rest("adafactor", rates(7e-3, 0.01)),
-    "rest MaxFactor": rest("maxfactor", rates(7e-3, 0.01), momentum=0, min_rms=1),
+    "OrthoMaxFactor, momentum in float32": variant(
+        "OrthoMaxFactor", BITS, FEW, state_dtype="float32"
+    ),
+    "OrthoMaxFactor, momentum in 8 bits": variant("OrthoMaxFactor", BITS, FEW, state_dtype="int8"),
+    "Muon 0.8, 4 bits": variant("Muon 0.8", BITS, FEW, state_dtype="int4"),
+    **{
+        f"OrthoMaxFactor, block={block}": variant("OrthoMaxFactor", BLOCKS, BLOCKED, block=block)
+        for block in (32, 64, 256, None)
+    },
 }

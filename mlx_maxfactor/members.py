@@ -250,5 +250,6 @@ def _known_peak(schedule: Any, beside: str) -> float:
 
 def options_of(name: OptimizerName) -> dict[str, Any]:
     """Options of the optimizer of that name, with their defaults."""
-    parameters = signature(OPTIMIZERS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("learning_rate", "layout")}
+    parameters = signature(OPTIMIZERS[name].__init__).parameters.values()
+    others = ("self", "learning_rate", "layout")
+    return {p.name: p.default for p in parameters if p.name not in others}
