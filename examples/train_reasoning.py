@@ -35,6 +35,7 @@ from training import (
     NAMES,
     Arguments,
     Parser,
+    Probe,
     integer,
     make_optimizer,
     option,
@@ -558,14 +559,6 @@ def parse_arguments() -> ReasoningArguments:
         parser.error(f"--puzzle-option or --option: {problem}")
     parser.open_output(arguments, "curves.json", "curves.png", "solving.png")
     return arguments
-
-
-class Probe(nn.Module):
-    """The least model that every optimizer takes, to see their options before any work."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.puzzles, self.hidden = nn.Embedding(8, 8), nn.Linear(8, 8)
 
 
 if __name__ == "__main__":

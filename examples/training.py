@@ -550,7 +550,7 @@ class Parser(OneLineParser):
         self.parse_args(namespace=arguments)
         for name in {*(arguments.compare or [arguments.optimizer])} & {*NAMES}:
             try:
-                make_optimizer(name, nn.Linear(8, 8), {}, {name: 1.0}, arguments)
+                make_optimizer(name, Probe(), {}, {name: 1.0}, arguments)
             except (TypeError, ValueError) as problem:
                 self.error(f"--option or --rest-option: {problem}")
 
@@ -562,6 +562,14 @@ class Parser(OneLineParser):
                 (arguments.output / name).open("ab").close()
         except OSError as problem:
             self.error(f"--output {arguments.output}: {problem.strerror}")
+
+
+class Probe(nn.Module):
+    """The least model that every optimizer takes, to see their options before any work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.puzzles, self.hidden, self.head = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
 
 
 def integer(argument: str, least: int = 1) -> int:

@@ -33,6 +33,8 @@ class AdamW(Float32Optimizer):
         eps: ε, above 0. Default 1e-8.
         weight_decay: λ, decoupled. Default 0.1.
         bias_correction: Divide the moments by the weight they have gathered. Default True.
+        factored: Keep the row and column means of v for arrays with two axes and more, as Adafactor
+            does, and :math:`R_i C_j / \\mathrm{mean}(R)` stands for v. Default False.
         rounding, seed: As for ``OrthoMaxFactor``.
         state_dtype: Of m, as for ``OrthoMaxFactor``; v stays float32. In few bits m is bounded by
             what it can be in float32 beside this v, so that no element leaps. Default float32.
@@ -59,49 +61,79 @@ class AdamW(Float32Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         bias_correction: bool = True,
+        factored: bool = False,
+        layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
         state_dtype: StateDtype = "float32",
     ):
-        super().__init__(learning_rate, rounding=rounding, seed=seed)
+        super().__init__(learning_rate, layout, rounding, seed)
         self.state_dtype = check_state_dtype(state_dtype)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
         self.eps = check_number("eps", eps, 0.0, ends="()")
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.bias_correction = check_flag("bias_correction", bias_correction)
+        self.factored = check_flag("factored", factored)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Two moments, and a count of the parameter's own updates."""
         super().init_single(parameter, state)
-        init_momentum(state, parameter.shape, self.state_dtype)
-        state["v"] = mx.zeros(parameter.shape)
+        shape = f.as_matrices(parameter, self._layout(layout)).shape
+        init_momentum(state, shape, self.state_dtype)
+        if self.factored and len(shape) > 1:
+            state["row"] = mx.zeros((*shape[:-1], 1))
+            state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+        else:
+            state["v"] = mx.zeros(shape)
         state["count"] = mx.array(0, mx.uint32)
-
-    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
-        """Anywhere; in few bits between two groups of the momentum."""
-        return rows_beside_momentum(1, shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
         """One update of one parameter."""
-        p, g = parameter.astype(mx.float32), f.clamp_gradient(gradient.astype(mx.float32))
+        layout = self._layout(layout)
+        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
         eta, (beta1, beta2) = self.learning_rate, self.betas
 
         state["count"] = state["count"] + 1
         t = state["count"].astype(mx.float32)
-        state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
+        root = self._second_moment_root(g, state)
         m = beta1 * read_momentum(state, g.shape) + (1 - beta1) * g
         if self.state_dtype in BITS:
             # A code is coarse for an element far below its group's largest: no leaps.
-            bound = f.hoist(f.largest_moment(beta1, beta2, t)) * mx.sqrt(state["v"])
+            bound = f.hoist(f.largest_moment(beta1, beta2, t)) * root
             m = mx.maximum(-bound, mx.minimum(bound, m))
         m = write_momentum(m, state, beta1)
+
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
             # m/c₁ / (√(v/c₂) + ε), with both corrections in numbers apart from what is full-size.
-            root = mx.sqrt(f.gathered_weight(beta2, t))
-            rate, eps = eta * root / f.gathered_weight(beta1, t), eps * root
+            correction = mx.sqrt(f.gathered_weight(beta2, t))
+            rate, eps = eta * correction / f.gathered_weight(beta1, t), eps * correction
         decay = f.hoist(1 - eta * self.weight_decay)
-        new = p * decay - f.hoist(rate) * m / (mx.sqrt(state["v"]) + f.hoist(eps))
-        return self.store(new, parameter, state, "batched")
+        new = p * decay - f.hoist(rate) * m / (root + f.hoist(eps))
+        return self.store(new, parameter, state, layout)
+
+    def _layout(self, layout: str | None) -> str:
+        # Element by element it does not matter, and the state has the shapes of MLX's own.
+        return layout or self.layout if self.factored else "batched"
+
+    def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
+        """√v, or its factored estimate."""
+        beta2 = self.betas[1]
+        if "v" in state:
+            state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
+            return mx.sqrt(state["v"])
+        row, column = f.factored_second_moment(
+            g, state["row"], state["column"], mx.array(1 - beta2)
+        )
+        state["row"], state["column"] = row, column
+        rows, root = f.factored_root(
+            row, column, mx.mean(row, axis=-2, keepdims=True), f.ROOT_FLOOR
+        )
+        return rows * root
+
+    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+        """Anywhere; in few bits between two groups of the momentum; factored not at all."""
+        rows = 0 if self.factored and len(shape) > 1 else 1
+        return rows_beside_momentum(rows, shape, self.state_dtype)
