@@ -32,7 +32,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from configurations import CONFIGURATIONS, LADDER, REST_RATES, TRAININGS, WHICH
+from configurations import (
+    CONFIGURATIONS,
+    DEPTHS,
+    LADDER,
+    REST_RATES,
+    SIZES,
+    TRAININGS,
+    WHICH,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -43,6 +51,7 @@ SEEDS = (1, 2, 3)
 DRAWN = [name for name in CONFIGURATIONS if CONFIGURATIONS[name].question == WHICH]
 COLOURS = dict(zip(DRAWN, [*(f"C{i}" for i in range(10)), "black", "navy"], strict=False))
 PICTURED = ("language_model_1500", "speech")
+TRANSFERRED = ("OrthoMaxFactor", "OrthoMaxFactor, no momentum", "Muon 0.8", "AdamW")
 COSTS = {
     "state": "optimizer state of the hidden matrices, over AdamW's",
     "seconds": "seconds a step, training and all",
@@ -94,7 +103,11 @@ def main() -> None:
     for cost in COSTS:
         drawn = timed or pictured if cost == "seconds" else pictured
         draw(drawn, cost).savefig(folder / f"loss_by_{cost}.png")
-    print(f"{folder / 'tables.md'}, {', '.join(f'loss_by_{cost}.png' for cost in COSTS)}")
+    drawn = [*COSTS]
+    if sizes := {name: kept for name, kept in records.items() if name in (*SIZES, *DEPTHS)}:
+        draw_transfer(sizes).savefig(folder / "loss_by_rate.png")
+        drawn.append("rate")
+    print(f"{folder / 'tables.md'}, {', '.join(f'loss_by_{name}.png' for name in drawn)}")
 
 
 # Runs
@@ -364,6 +377,29 @@ def draw(records: Mapping[str, Sequence[Record]], cost: str) -> Figure:
             ylabel="validation loss, nats per character",
         )
         draw_front(axes, costs, losses)
+    return figure
+
+
+def draw_transfer(records: Mapping[str, Sequence[Record]]) -> Figure:
+    """Loss against the rate, a panel for each optimizer and a curve for each size of the model."""
+    figure = Figure(figsize=(5 * len(TRANSFERRED), 5), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(TRANSFERRED), sharey=True)
+    for axes, name in zip(panels, TRANSFERRED, strict=True):
+        for place, (training, kept) in enumerate(records.items()):
+            losses = {
+                r.rate: r.final("loss")
+                for r in kept
+                if r.configuration == name and r.seed == SEEDS[0]
+            }
+            if losses:
+                rates = sorted(losses)
+                style = f"C{place}o-" if training in SIZES else f"C{place}s--"
+                label = TRAININGS[training].title.removeprefix("language model, ")
+                axes.plot(rates, [losses[rate] for rate in rates], style, label=label)
+        axes.set(title=name, xscale="log", xlabel="peak rate of the hidden matrices")
+        axes.grid(color="lightgray", linewidth=0.5)
+    panels[0].set_ylabel("validation loss after 300 steps, nats per character")
+    panels[0].legend(fontsize="small")
     return figure
 
 

@@ -24,16 +24,8 @@ LEVELS = (0.0, 0.2739, 0.5548, 0.8511, 1.1749, 1.5461, 2.0065, 2.6809)
 The Lloyd–Max quantizer (Max 1960), mean squared error 0.0107; tests/reference.py derives it.
 """
 
-THROUGH_LEVELS = (
-    0.2767140476190476,
-    -0.009856944444444444,
-    0.010468055555555555,
-    -0.004402777777777778,
-    0.0011105555555555556,
-    -0.00014027777777777777,
-    7.3412698412698415e-06,
-)
-"""Coefficients of k, k², ... of the polynomial that gives ``LEVELS[k]``."""
+UNIT = 1e-4
+"""The levels are whole multiples of it: a fused kernel makes them of small integers, exactly."""
 
 HALF = GROUP // 2
 LARGEST = 127
@@ -84,33 +76,31 @@ def rows_of_groups(shape: tuple[int, ...]) -> int:
 
 
 def _quantize_4(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
-    peak = mx.max(mx.abs(x), axis=-1, keepdims=True)  # the square of 1e-25 is not a float32
-    peak = hoist(mx.where(peak > 0, peak, 1.0))
-    rms = peak * mx.sqrt(mx.mean(mx.square(x / peak), axis=-1, keepdims=True))
-    scale = rms.astype(mx.bfloat16)
-    y = x / _divisor(scale)
+    # Below 1e-19 squares vanish, and so does the momentum; the step is made of it unrounded.
+    scale = mx.sqrt(mx.mean(mx.square(x), axis=-1, keepdims=True)).astype(mx.bfloat16)
+    # A product by itself: fused with what follows, a broadcast keeps it from being vectorized.
+    y = hoist(x * _inverse(scale))
     code = (y < 0).astype(mx.uint8) * 8
     for low, high in pairwise(LEVELS):
         threshold = max((low + high) / 2, decay * FALL * high)
         code = code + (mx.abs(y) >= threshold).astype(mx.uint8)
-    halves = code.reshape(-1, 2, HALF)
-    return halves[:, 0] + 16 * halves[:, 1], scale[:, 0]
+    return code[:, :HALF] + 16 * code[:, HALF:], scale[:, 0]
 
 
 def _dequantize_4(codes: mx.array, scale: mx.array) -> mx.array:
-    code = mx.right_shift(codes[:, None], mx.array([[0], [4]], mx.uint8)) & 15
-    k = (code & 7).astype(mx.float32)
-    # A polynomial through the levels: a fused kernel reads no table.
-    magnitude = 0.0
-    for coefficient in reversed(THROUGH_LEVELS):
-        magnitude = (magnitude + coefficient) * k
-    sign = 1 - 2 * mx.right_shift(code, 3).astype(mx.float32)
-    return sign * magnitude * scale[:, None, None]
+    halves = [codes & 15, mx.right_shift(codes, mx.array(4, mx.uint8))]
+    code = mx.concatenate(halves, axis=1).astype(mx.int16)
+    bits = [mx.right_shift(code, place) & 1 for place in range(3)]
+    units = [round(level / UNIT) for level in LEVELS]
+    for bit in bits:  # the eight levels, then four, two, one of them, as each bit says
+        units = [low + bit * (high - low) for low, high in zip(*[iter(units)] * 2, strict=True)]
+    sign = 1 - 2 * mx.right_shift(code, 3)
+    return hoist((sign * units[0]).astype(mx.float32)) * (UNIT * scale)[:, None]
 
 
 def _quantize_8(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
     scale = mx.max(mx.abs(x), axis=-1, keepdims=True).astype(mx.bfloat16)
-    root = LARGEST * mx.sqrt(mx.abs(x) / _divisor(scale))
+    root = LARGEST * mx.sqrt(mx.abs(hoist(x * _inverse(scale))))
     code = mx.minimum(LARGEST, mx.floor(root + 0.5))
     code = code - (root <= math.sqrt(decay) * FALL * code).astype(mx.float32)
     return (mx.sign(x) * mx.maximum(code, 0.0)).astype(mx.int8), scale[:, 0]
@@ -118,9 +108,10 @@ def _quantize_8(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
 
 def _dequantize_8(codes: mx.array, scale: mx.array) -> mx.array:
     x = codes.astype(mx.float32) / LARGEST
-    return x * mx.abs(x) * scale[:, None]
+    return hoist(x * mx.abs(x)) * scale[:, None]
 
 
-def _divisor(scale: mx.array) -> mx.array:
-    """The scale as it will be read, and 1 where it is zero."""
-    return hoist(mx.where(scale > 0, scale, 1.0).astype(mx.float32))
+def _inverse(scale: mx.array) -> mx.array:
+    """One over the scale as it will be read, and 0 where that is zero."""
+    scale = scale.astype(mx.float32)
+    return hoist(mx.where(scale > 0, 1 / scale, 0.0))
