@@ -1,17 +1,16 @@
-"""Measure every optimizer beside mlx's own: time, memory, bandwidth and Python, in one process.
+"""Measure what a user waits for: whole training steps, compiled, compared with mlx's AdamW.
 
     python examples/benchmark_optimizers.py
-    python examples/benchmark_optimizers.py --width 512 --layers 8 --only default --only adamw
+    python examples/benchmark_optimizers.py --shapes 1.5b --tokens 4096 --only default --only muon
 
-Every round times each optimizer once, in turn, so that a change of the machine's speed touches all
-of them; what counts are ratios within a round: median, and the least and greatest. Peaks are the
-median of three calls under a memory limit that they all exceed: MLX then waits for what runs before
-it allocates, as it does where memory is short, and a peak is what a call needs, not how far
-allocation ran ahead of it.
+A step is forward, backward and update of transformer blocks with the shapes of Qwen2.5. Every round
+times each optimizer once, in turn, so that a change of the machine's speed touches all of them;
+what counts are ratios within a round: median, least and greatest. Peaks are measured one optimizer
+at a time, under a memory limit that every step exceeds: MLX then waits for what runs before it
+allocates, as it does where memory is short.
 
-The transformer of `trials.py` has a width of 128 by default: on a CPU MLX multiplies bf16 matrices,
-as its own Muon asks, twenty times slower than float32. There the first run also compiles kernels,
-for minutes. `runs/benchmark` keeps every round's numbers, and a picture of time against memory.
+float32 everywhere, and bf16 where the device is a GPU: MLX's CPU multiplies bf16 matrices twenty
+times slower. mlx's Muon multiplies in bf16 by itself, so on a CPU it takes most of the time here.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,167 +29,209 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-from matplotlib.axes import Axes
+import mlx.nn as nn
+import mlx.optimizers as mlx_optimizers
 from matplotlib.figure import Figure
+from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 from training import integer
-from trials import BASE, ENTRIES, MLX, ROUTED, SPLIT, Trial
 
-from mlx_maxfactor import MaxFactor, Orthogonal
+from mlx_maxfactor import create_optimizer
 
+BASE = "mlx AdamW"
 DTYPES = {"float32": mx.float32, "bf16": mx.bfloat16}
-MODES = ("eager", "compiled")
-COPY, WHOLE = "plain copy", "whole"
-SHORTEST = 0.02  # seconds a round: what is faster is called again, and counts by its median
-PEAKS = 3
-PARAMETERS = (50, 298, 1298)  # 2, and 8 a block
-IN_PYTHON = (BASE, "mlx AdamW, routed", SPLIT, "adamw", "row_max", "default", "default, guards")
-DRAWN = [*ROUTED, *MLX]
-OWN = [f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # C7 is gray
-TONES = ["teal", "black", "gray", "navy", "darkgreen", "maroon", "indigo"]
-COLOURS = dict(zip(DRAWN, [*OWN, *TONES], strict=True))
-
-Seconds = dict[str, list[float]]  # by name, round by round
+SEQUENCE = 512  # tokens of a sequence at most
 
 
-@dataclass
-class Measured:
-    """All optimizers on weights of one dtype, eager or compiled.
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a transformer's block: Qwen2.5's of so many parameters."""
 
-    Bytes are those of the weights and the state, the least that an update moves (it reads
-    gradients, and reads and writes weights and state), and peaks of an update and of a step.
-    """
-
-    seconds: Seconds
-    bytes: dict[str, dict[str, list[int]]]
-
-    def ratios(self, name: str, other: str = BASE) -> list[float]:
-        """Time of an update over another's."""
-        return divided(self.seconds[name], self.seconds[other])
-
-    def speed(self, name: str) -> list[float]:
-        """GB/s of an update."""
-        return [self.size(name, "least") / seconds / 1e9 for seconds in self.seconds[name]]
-
-    def size(self, name: str, of: str) -> float:
-        """Bytes, median of what was measured."""
-        return median(self.bytes[name][of])
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
 
 
-Results = Mapping[str, Mapping[str, Measured]]  # by dtype and mode
+SHAPES = {"0.5b": Shape(896, 4864, 14, 2), "1.5b": Shape(1536, 8960, 12, 2)}
+
+
+def mlx_split(_: nn.Module) -> Optimizer:
+    """Hidden matrices to Muon and the rest to AdamW, as the router does it."""
+    members = [mlx_optimizers.Muon(0.02), mlx_optimizers.AdamW(1e-3)]
+    return mlx_optimizers.MultiOptimizer(members, [lambda path, p: "blocks" in path and p.ndim > 1])
+
+
+ENTRIES: dict[str, Callable[[nn.Module], Optimizer]] = {
+    BASE: lambda _: mlx_optimizers.AdamW(1e-3),
+    "default": create_optimizer,
+    "default, no momentum": partial(create_optimizer, momentum=0),
+    "default, block=64": partial(create_optimizer, block=64),
+    "default, block=None": partial(create_optimizer, block=None),
+    "default, rest adafactor": partial(create_optimizer, rest="adafactor"),
+    "default, both guards": partial(create_optimizer, max_grad_norm=1.0, skip_nonfinite=True),
+    "maxfactor": partial(create_optimizer, hidden="maxfactor"),
+    "muon": partial(create_optimizer, hidden="muon"),
+    "adamw": partial(create_optimizer, hidden="adamw"),
+    "mlx Adafactor": lambda _: mlx_optimizers.Adafactor(),
+    "mlx Muon": mlx_split,
+}
+
+
+class Block(nn.Module):
+    """Causal attention with grouped heads, and a gated MLP."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.shape = shape
+        width, side = shape.width, shape.width // shape.heads
+        linear = partial(nn.Linear, bias=False)
+        self.q, self.o = linear(width, width), linear(width, width)
+        self.k, self.v = (linear(width, shape.kv_heads * side) for _ in range(2))
+        self.gate, self.up = linear(width, shape.inner), linear(width, shape.inner)
+        self.down = linear(shape.inner, width)
+        self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Update a stream of ``(batch, time, width)``."""
+        y = self.norm_1(x)
+        batch, length, width = x.shape
+        side = width // self.shape.heads
+        q, k, v = (
+            layer(y).reshape(batch, length, -1, side).swapaxes(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=side**-0.5, mask="causal")
+        x = x + self.o(y.swapaxes(1, 2).reshape(x.shape))
+        y = self.norm_2(x)
+        return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+
+
+class Transformer(nn.Module):
+    """A language model with a tied embedding."""
+
+    def __init__(self, shape: Shape, layers: int, vocabulary: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, shape.width)
+        self.blocks = [Block(shape) for _ in range(layers)]
+        self.norm = nn.RMSNorm(shape.width)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Logits of the next token."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.embedding.as_linear(self.norm(x))
+
+
+def loss_of(model: nn.Module, tokens: mx.array) -> mx.array:
+    logits = model(tokens[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
+
+
+class Trial:
+    """A transformer and its optimizer, as one compiled training step."""
+
+    def __init__(self, name: str, shape: Shape, dtype: mx.Dtype, given: Arguments):
+        self.others = mx.get_active_memory()
+        self.model = model = Transformer(shape, given.layers, given.vocabulary)
+        model.set_dtype(dtype)
+        self.optimizer = optimizer = ENTRIES[name](model)
+        optimizer.init(model.trainable_parameters())
+        self.state = state = [model.state, optimizer.state]
+        mx.eval(state)
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def step(tokens: mx.array) -> mx.array:
+            loss, gradients = nn.value_and_grad(model, loss_of)(model, tokens)
+            optimizer.update(model, gradients)
+            return loss
+
+        self.step = step
+
+    def seconds(self, tokens: mx.array) -> float:
+        """Of a step."""
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(self.step(tokens), self.state)
+        mx.synchronize()
+        return time.perf_counter() - start
+
+    def peak(self, tokens: mx.array) -> int:
+        """Bytes at most of all that is this trial's, where memory is short."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        limit = mx.set_memory_limit(1)
+        mx.eval(self.step(tokens), self.state)
+        mx.set_memory_limit(limit)
+        return mx.get_peak_memory() - self.others
 
 
 def main() -> None:
     given = parse_arguments()
-    names = chosen(given.only)
-    results = {
-        dtype: {mode: measure(names, dtype, mode, given) for mode in MODES} for dtype in DTYPES
-    }
-    python = {str(n): time_python(names, n, given.rounds) for n in PARAMETERS}
-    blocks = time_blocks(given.rows, given.rounds)
-    machine = {
-        "MLX": f"{version('mlx')} on {mx.default_device()}, {mx.device_info()['device_name']}",
-        "platform": f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-    }
-    weights = results["float32"][MODES[0]].size(BASE, "weights")
-    print(*machine.values(), f"{weights / 4e6:.2f} M parameters, {given.rounds} rounds", sep="; ")
-    for dtype, measured in results.items():
-        print_table(f"{dtype}: time of an update over {BASE}'s; bandwidth", time_rows(measured))
-        print_table(f"{dtype}: time of an update over its nearest", nearest_rows(measured))
-        print_table(f"{dtype}: state and peaks over the weights ({BASE} = 1)", byte_rows(measured))
-    print_table(f"Python of an eager update over {BASE}'s", python_rows(python))
-    title = f"orthogonal step of a {given.rows} × {4 * given.rows} matrix, compiled"
-    rows = [[name, spread(divided(times, blocks[WHOLE]))] for name, times in blocks.items()]
-    print_table(title, [["", "over the whole"], *rows[1:]])
-
+    names = [name for name in ENTRIES if name in {BASE, *(given.only or ENTRIES)}]
+    machine = [
+        f"MLX {version('mlx')} on {mx.default_device()}, {mx.device_info()['device_name']}",
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"{given.layers} layers, {given.rounds} rounds",
+    ]
+    print(*machine, sep="; ", flush=True)
+    dtypes = given.dtype or ["float32", *["bf16"] * (mx.default_device() != mx.cpu)]
+    results = {}
+    for shape in given.shapes:
+        for dtype in dtypes:
+            measured = measure(names, SHAPES[shape], DTYPES[dtype], given)
+            results[f"{shape}, {dtype}"] = measured
+            print_table(f"{shape}, {dtype}: a training step over {BASE}'s", rows_of(measured))
     given.output.mkdir(parents=True, exist_ok=True)
-    kept = {d: {m: asdict(each) for m, each in modes.items()} for d, modes in results.items()}
-    whole = {"machine": machine, "updates": kept, "python": python, "blocks": blocks}
-    (given.output / "benchmark.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    kept = json.dumps({"machine": machine, "results": results}, indent=1)
+    (given.output / "benchmark.json").write_text(kept, encoding="utf-8")
     draw(results).savefig(given.output / "benchmark.png")
     print(f"\n{given.output / 'benchmark.json'}, {given.output / 'benchmark.png'}")
 
 
-# Measuring
-
-
-def measure(names: Sequence[str], dtype: str, mode: str, given: Arguments) -> Measured:
-    """All in turn for their times, then each alone for its memory."""
-    options = {"width": given.width, "layers": given.layers, "compiled": mode == "compiled"}
-    make = partial(Trial, dtype=DTYPES[dtype], **options)
-    label = f"{dtype}, {mode}"
-    measured = Measured(time_updates(names, make, label, given.rounds), {})
-    for name in tqdm(names, f"{label}, memory", leave=False):
+def measure(
+    names: Sequence[str], shape: Shape, dtype: mx.Dtype, given: Arguments
+) -> dict[str, dict[str, Any]]:
+    """Seconds of every round by number of tokens, then bytes, of each optimizer."""
+    seconds = time_steps(names, shape, dtype, given)
+    measured = {}
+    for name in tqdm(names, "memory", leave=False):
         gc.collect()
-        measured.bytes[name] = measure_bytes(make(name))
-    measured.bytes[COPY] = {"least": [2 * size for size in measured.bytes[BASE]["weights"]]}
+        state, peak = measure_bytes(name, shape, dtype, given)
+        measured[name] = {"seconds": seconds[name], "state": state, "peak": peak}
     return measured
 
 
-def time_updates(
-    names: Iterable[str], make: Callable[[str], Trial], label: str, rounds: int
-) -> Seconds:
-    trials = {name: make(name) for name in names}
-    source = mx.zeros(size_of(trials[BASE].model.parameters()) // 4)
-    # MLX may hand back the array itself where a copy is asked for; a negative it must write.
-    copy = timed(lambda: mx.eval(-source))
-    return in_turn({**{name: t.seconds for name, t in trials.items()}, COPY: copy}, rounds, label)
-
-
-def measure_bytes(trial: Trial) -> dict[str, list[int]]:
-    state, trained = size_of(trial.optimizer.state), size_of(trial.model.trainable_parameters())
-    return {
-        "weights": [size_of(trial.model.parameters())],
-        "state": [state],
-        "least": [3 * trained + 2 * state],
-        "update": [trial.peak(trial.update, [trial.gradients()]) for _ in range(PEAKS)],
-        "step": [trial.peak(trial.step, [trial.tokens]) for _ in range(PEAKS)],
-    }
-
-
-def time_python(names: Sequence[str], parameters: int, rounds: int) -> Seconds:
-    """Seconds that build the graph of an update of so many small parameters."""
-    make = partial(Trial, dtype=mx.float32, width=4, layers=(parameters - 2) // 8)
-    steps = {name: make(name).seconds_of_python for name in IN_PYTHON if name in names}
-    return in_turn(steps, rounds, f"Python, {parameters} parameters")
-
-
-def time_blocks(rows: int, rounds: int) -> Seconds:
-    """Seconds of the orthogonal step of one large matrix, whole and in blocks of its rows."""
-    p = {"w": mx.random.normal((rows, 4 * rows))}
-
-    def step_of(block: int | None) -> Callable[[], float]:
-        optimizer = MaxFactor(step=Orthogonal(block))
-        optimizer.init(p)
-        state = optimizer.state
-        update = mx.compile(optimizer.apply_gradients, inputs=state, outputs=state)
-        return timed(lambda: mx.eval(update(p, p), state))
-
-    steps = {f"blocks of {rows // part}": step_of(rows // part) for part in (2, 4, 8)}
-    return in_turn({WHOLE: step_of(None), **steps}, rounds, "blocks")
-
-
-def timed(call: Callable[[], Any]) -> Callable[[], float]:
-    def seconds() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
+def time_steps(
+    names: Sequence[str], shape: Shape, dtype: mx.Dtype, given: Arguments
+) -> dict[str, dict[str, list[float]]]:
+    trials = {name: Trial(name, shape, dtype, given) for name in names}
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for count in given.tokens:
+        batch = batch_of(count, given.vocabulary)
+        for i in tqdm(range(given.rounds + 1), f"{count} tokens", leave=False):
+            for name, trial in trials.items():
+                taken = trial.seconds(batch)
+                if i:  # the first round compiles
+                    seconds[name].setdefault(str(count), []).append(taken)
     return seconds
 
 
-def in_turn(steps: Mapping[str, Callable[[], float]], rounds: int, label: str) -> Seconds:
-    """What each step says that it took, round by round, after one round to warm up."""
-    seconds: Seconds = {name: [] for name in steps}
-    for i in tqdm(range(rounds + 1), label, leave=False):
-        for name, step in steps.items():
-            calls = [step()]
-            while i and sum(calls) < SHORTEST:
-                calls.append(step())
-            if i:
-                seconds[name].append(median(calls))
-    return seconds
+def measure_bytes(name: str, shape: Shape, dtype: mx.Dtype, given: Arguments) -> tuple[int, int]:
+    """Of the state, and the peak of a step of few tokens: activations are not what is compared."""
+    batch = batch_of(min(SEQUENCE, *given.tokens), given.vocabulary)
+    trial = Trial(name, shape, dtype, given)
+    trial.seconds(batch)
+    return size_of(trial.optimizer.state), trial.peak(batch)
+
+
+def batch_of(tokens: int, vocabulary: int) -> mx.array:
+    length = min(SEQUENCE, tokens)
+    batch = mx.random.randint(0, vocabulary, (tokens // length, length + 1))
+    mx.eval(batch)
+    return batch
 
 
 def size_of(tree: Any) -> int:
@@ -198,144 +239,98 @@ def size_of(tree: Any) -> int:
     return sum(array.nbytes for _, array in arrays)
 
 
-# Tables and picture: the first row is the head
+# Table and picture
 
 
-def time_rows(measured: Mapping[str, Measured]) -> list[list[str]]:
-    last = measured[MODES[-1]]
-    rows = [["", *MODES, "GB/s, compiled", "over a plain copy's"]]
-    for name in last.seconds:
-        times = [spread(each.ratios(name)) for each in measured.values()]
-        share = spread(divided(last.speed(name), last.speed(COPY)), 3)
-        rows.append([name, *times, f"{median(last.speed(name)):.1f}", share])
-    base = [f"{1e3 * median(each.seconds[BASE]):.1f} ms" for each in measured.values()]
-    return [*rows, [f"{BASE}, for orientation", *base, "", ""]]
+def ratios(measured: Mapping[str, Any], name: str, count: str) -> list[float]:
+    """Seconds of a step over mlx AdamW's, round by round."""
+    pairs = zip(measured[name]["seconds"][count], measured[BASE]["seconds"][count], strict=True)
+    return [ours / theirs for ours, theirs in pairs]
 
 
-def nearest_rows(measured: Mapping[str, Measured]) -> list[list[str]]:
-    others = {name: ENTRIES[name].over for name in measured[MODES[0]].seconds if name in ENTRIES}
-    rows = [
-        [name, over, *(spread(each.ratios(name, over)) for each in measured.values())]
-        for name, over in others.items()
-        if over != BASE
-    ]
-    return [["", "over", *MODES], *rows]
-
-
-def byte_rows(measured: Mapping[str, Measured]) -> list[list[str]]:
-    columns = [("state", MODES[0]), *((of, mode) for of in ("update", "step") for mode in MODES)]
-    rows = [["", "state", *(f"{of}, {mode}" for of, mode in columns[1:])]]
-    for name in measured[MODES[0]].seconds:
-        if name in ENTRIES:
-            rows.append([name, *(in_weights(measured[mode], name, of) for of, mode in columns)])
-    return rows
-
-
-def in_weights(measured: Measured, name: str, of: str) -> str:
-    """Bytes over the weights', and over mlx AdamW's."""
-    size = measured.size(name, of)
-    return f"{size / measured.size(name, 'weights'):.3f} ({size / measured.size(BASE, of):.3f})"
-
-
-def python_rows(python: Mapping[str, Seconds]) -> list[list[str]]:
-    rows = [["", *(f"{n} parameters" for n in python)]]
-    for name in python[str(PARAMETERS[0])]:
-        rows.append([name, *(spread(divided(s[name], s[BASE])) for s in python.values())])
-    base = [f"{1e3 * median(seconds[BASE]):.2f} ms" for seconds in python.values()]
-    return [*rows, [f"{BASE}, for orientation", *base]]
+def rows_of(measured: Mapping[str, Any]) -> list[list[str]]:
+    """The first row is the head."""
+    counts = list(measured[BASE]["seconds"])
+    rows = [["", *(f"{count} tokens" for count in counts), "state", "peak"]]
+    for name, of in measured.items():
+        times = [spread(ratios(measured, name, count)) for count in counts]
+        sizes = [f"{of[key] / measured[BASE][key]:.3f}" for key in ("state", "peak")]
+        rows.append([name, *times, *sizes])
+    base = [f"{median(measured[BASE]['seconds'][count]):.2f} s" for count in counts]
+    megabytes = [f"{measured[BASE][key] / 1e6:,.0f} MB" for key in ("state", "peak")]
+    return [*rows, [f"{BASE}, for orientation", *base, *megabytes]]
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Names stand left and numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"\n{title}")
-    for row in rows:
-        cells = zip(row, widths, rows[1], strict=True)
-        aligned = (c.rjust(w) if first[:1].isdigit() else c.ljust(w) for c, w, first in cells)
-        print("  ".join(aligned).rstrip())
+    for name, *cells in rows:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([name.ljust(widths[0]), *right]), flush=True)
 
 
-def divided(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(ours, theirs, strict=True)]
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float]) -> str:
     """Median (least to greatest)."""
-    middle, least, greatest = (f"{f(values):.{digits}f}" for f in (median, min, max))
-    return f"{middle} ({least} to {greatest})"
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def draw(results: Results) -> Figure:
-    """Time of an update against peak of a training step, compiled: a panel for each dtype."""
+def draw(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """How much slower a step is against how much memory it needs, at the most tokens."""
     figure = Figure(figsize=(9 * len(results), 6), dpi=100, layout="constrained")
-    panels = figure.subplots(1, len(results))
-    for axes, (dtype, modes) in zip(panels, results.items(), strict=True):
-        measured = modes[MODES[-1]]
-        draw_points(axes, measured)
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (title, measured) in zip(panels, results.items(), strict=True):
+        count = list(measured[BASE]["seconds"])[-1]
+        peaks = {name: of["peak"] / measured[BASE]["peak"] for name, of in measured.items()}
+        axes.axhline(1, color="lightgray", zorder=0)
+        axes.axvline(1, color="lightgray", zorder=0)
+        for place, name in enumerate(sorted(peaks, key=lambda name: peaks[name])):
+            at = (median(ratios(measured, name, count)), peaks[name])
+            axes.plot(*at, "s" if name.startswith("mlx") else "o", color=f"C{place}", markersize=9)
+            axes.annotate(
+                f"{name}: time {at[0]:.2f}, peak {at[1]:.2f}",
+                at,
+                xytext=(1.02, (place + 0.5) / len(peaks)),
+                textcoords="axes fraction",
+                color=f"C{place}",
+                verticalalignment="center",
+                arrowprops={"arrowstyle": "-", "color": f"C{place}", "alpha": 0.3},
+            )
         axes.set(
-            title=f"{dtype} weights, compiled (squares: mlx's own)",
+            title=f"{title}, {count} tokens a step (squares: mlx's own)",
             xscale="log",
-            xlabel=f"time of an update, {BASE} = 1",
+            xlabel=f"time of a training step, {BASE} = 1",
             ylabel=f"peak memory of a training step, {BASE} = 1",
         )
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     return figure
-
-
-def draw_points(axes: Axes, measured: Measured) -> None:
-    """Labels stand beside the panel, in the order of their points."""
-    axes.axhline(1, color="lightgray", zorder=0)
-    axes.axvline(1, color="lightgray", zorder=0)
-    peaks = {name: measured.size(name, "step") for name in measured.seconds if name in DRAWN}
-    for place, name in enumerate(sorted(peaks, key=lambda name: peaks[name])):
-        times, colour = measured.ratios(name), COLOURS[name]
-        at = (median(times), peaks[name] / peaks[BASE])
-        axes.plot([min(times), max(times)], [at[1]] * 2, color=colour)
-        axes.plot(*at, "s" if name in MLX else "o", color=colour, markersize=9)
-        axes.annotate(
-            f"{name}: time {at[0]:.2g}, peak {at[1]:.2f}",
-            at,
-            xytext=(1.02, (place + 0.5) / len(peaks)),
-            textcoords="axes fraction",
-            color=colour,
-            verticalalignment="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.3, "relpos": (0, 0.5)},
-        )
 
 
 class Arguments(argparse.Namespace):
     """The command line, typed."""
 
-    width: int
+    shapes: list[str]
+    dtype: list[str] | None
+    tokens: list[int]
     layers: int
+    vocabulary: int
     rounds: int
-    rows: int
     only: list[str] | None
     output: Path
 
 
 def parse_arguments() -> Arguments:
-    parser = argparse.ArgumentParser(description="Measure every optimizer beside mlx's own.")
+    parser = argparse.ArgumentParser(description="Measure training steps beside mlx's AdamW.")
     add = parser.add_argument
-    add("--width", type=integer, default=128, help="channels (default 128)")
-    add("--layers", type=integer, default=4, help="blocks (default 4)")
-    add("--rounds", type=integer, default=9, help="timed rounds (default 9)")
-    add(
-        "--rows",
-        type=partial(integer, least=8),
-        default=1024,
-        help="of the large matrix (default 1024)",
-    )
+    add("--shapes", nargs="+", choices=SHAPES, default=["0.5b"], help="of blocks (0.5b)")
+    add("--dtype", nargs="+", choices=DTYPES, help="of the weights")
+    add("--tokens", nargs="+", type=integer, default=[1024, 2048], help="of a step (1024 2048)")
+    add("--layers", type=integer, default=1, help="blocks (1)")
+    add("--vocabulary", type=integer, default=1024, help="tokens there are (1024)")
+    add("--rounds", type=integer, default=5, help="timed rounds (5)")
     add("--only", action="append", choices=ENTRIES, metavar="NAME", help="of these alone")
     add("--output", type=Path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
     return parser.parse_args(namespace=Arguments())
-
-
-def chosen(only: Iterable[str] | None) -> list[str]:
-    """These, and what they are compared with."""
-    wanted = set(only or ENTRIES)
-    wanted |= {ENTRIES[name].over for name in wanted} | {BASE}
-    return [name for name in ENTRIES if name in wanted]
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ class Turns:
             # One by one: what is given together is held together, and nothing is updated in place.
             arrays = [mx.depends(x, self._before) for x in arrays]
         gradient, parameter, *old = arrays
+        # A Linear's gradient comes transposed: every pass that reads it so takes twice as long.
+        gradient = f.hoist(gradient)
         state.update(zip(kept, old, strict=True))
         # Through a dictionary that keeps: a formula that reads back what it wrote then needs no
         # second copy of its state beside the one that stays.
