@@ -259,8 +259,8 @@ def _find_trained(model: nn.Module) -> set[str]:
     trained = {path for path, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
     if not trained:
         raise ValueError(
-            "model has no trainable parameters: unfreeze what shall learn, or add its LoRA layers, "
-            "before the optimizer is made"
+            "model has no trainable parameters: unfreeze the layers to train, or add LoRA layers, "
+            "before you create the optimizer"
         )
     return trained
 

@@ -25,7 +25,6 @@ from mlx_maxfactor import (
     create_optimizer,
     load_checkpoint,
     save_checkpoint,
-    shares,
     warmup_cosine,
 )
 from mlx_maxfactor.collectives import Line
@@ -115,14 +114,13 @@ def data_parallel(group):
 
 def sharded(
     group,
-    hidden="maxfactor",
+    hidden="orthomaxfactor",
     dtype=mx.float32,
     compiled=False,
     poison=None,
     average=None,
     thaw=None,
     message=collectives.MESSAGE_BYTES,
-    worth=shares.WORTH,
     rest=lambda: "adamw",
     experts=0,
     left="nothing",
@@ -131,7 +129,7 @@ def sharded(
     """The same steps with shares and without, of the same gradients."""
     options = {"learning_rate": warmup_cosine(0.02, 20, 2, start_ratio=0.5), **options}
     average, runs = average or averaged, []
-    collectives.MESSAGE_BYTES, shares.WORTH = message, worth
+    collectives.MESSAGE_BYTES = message
     for ranks in (None, group):
         model = build(dtype, experts)
         if thaw is not None:
@@ -219,43 +217,36 @@ def random_states(group):
 
 
 SHARDED = {
-    "maxfactor": {},
+    "orthomaxfactor": {},
     "muon": {"hidden": "muon"},
     "adamw": {"hidden": "adamw"},
     "adafactor": {"hidden": "adafactor"},
     "signsgd": {"hidden": "signsgd"},
-    "row max": {"step": "row_max", "momentum": 0.9, "cautious": True},
-    "momentum, 8 bits": {"momentum": 0.8, "nesterov": True, "state_dtype": mx.int8},
-    "blocks": {"step": {"block": 8}, "momentum": 0.5, "worth": 9.0},
-    "blocks, one left as it is": {
-        "step": {"block": 16},
-        "momentum": 0.8,
-        "worth": 9.0,
-        "left": "down.0",
-    },
+    "maxfactor": {"hidden": "maxfactor", "momentum": 0.9, "cautious": True},
+    "8 bits": {"state_dtype": "int8"},
+    "blocks": {"block": 8, "momentum": 0},
+    "blocks, one left as it is": {"block": 16, "left": "down.0"},
     "muon, blocks": {"hidden": "muon", "block": 8},
+    "muon, blocks, 4 bits": {"hidden": "muon", "block": 8, "state_dtype": "int4"},
     "blocks, bf16": {
-        "step": {"block": 12},
-        "momentum": 0.8,
-        "worth": 9.0,
-        "state_dtype": mx.int8,
+        "hidden": "muon",
+        "block": 12,
+        "state_dtype": "int8",
         "dtype": mx.bfloat16,
         "rounding": "stochastic",
         "max_grad_norm": 0.1,
         "skip_nonfinite": True,
         "compiled": True,
     },
-    "experts": {"experts": 5, "momentum": 0.8, "state_dtype": mx.int8},
-    "experts, row max": {"experts": 5, "step": "row_max", "momentum": 0.9, "nesterov": True},
-    "experts, muon": {"experts": 5, "hidden": "muon", "state_dtype": mx.int8},
-    "adamw, 8 bits": {"hidden": "adamw", "state_dtype": mx.int8},
+    "experts": {"experts": 5},
+    "experts, row max": {"experts": 5, "hidden": "maxfactor", "momentum": 0.9, "nesterov": True},
+    "experts, muon": {"experts": 5, "hidden": "muon", "state_dtype": "int8"},
+    "adamw, 4 bits": {"hidden": "adamw", "state_dtype": "int4"},
     "bf16": {"dtype": mx.bfloat16},
     "bf16, stochastic": {
         "dtype": mx.bfloat16,
         "rounding": "stochastic",
-        "momentum": 0.8,
-        "state_dtype": mx.int8,
-        "rest_options": {"state_dtype": mx.int8},
+        "rest_options": {"state_dtype": "int8"},
     },
     "average_gradients": {"average": nn.average_gradients},
     "many messages": {"message": 10_000},

@@ -26,7 +26,7 @@ from mlx_maxfactor import (
 EIGHT_BITS = {"momentum": 0.8, "state_dtype": mx.int8}
 
 
-def build(hidden="maxfactor", steps=40, **options):
+def build(hidden="orthomaxfactor", steps=40, **options):
     """A small bf16 model, an optimizer with all that has state, a step that draws its data."""
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 3))

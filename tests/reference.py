@@ -5,6 +5,7 @@ holds the state of ONE parameter: `twin.update(p, g)` returns the new p, and `tw
 float64 has the range that float32 lacks, so no guard against overflow appears here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
@@ -117,7 +118,6 @@ class MaxFactor(Twin):
     cautious: bool = False
     eps_rms: float = 0.0
     min_rms: float = 0.0
-    step: str | dict[str, Any] = "row_max"  # or "orthogonal", or its options by name
     layout: str = "batched"
 
     @classmethod
@@ -132,15 +132,11 @@ class MaxFactor(Twin):
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         g = -g if self.maximize else g
         boost = self.scalar_boost if p.size == 1 else None
-        matrices = p.ndim >= 2 and boost is None
-        polar = self.orthogonal if matrices and self.step != "row_max" else None
-        alpha, decay = self.rates(p, eta, span, polar is None or polar["capped"])
+        alpha, decay = self.rates(p, eta, span)
         full = p.ndim < 2 or self.full_matrix or boost is not None
         V = self.second_moment(g, full)
         if boost is not None:
             step = boost * self.averaged(g) / (np.sqrt(V) + self.eps[0])
-        elif polar is not None:
-            step = self.polar_direction(self.averaged(g), V, polar)
         else:
             step = self.direction(self.averaged(g), V, span)
         if self.cautious:  # Liang et al. 2024
@@ -148,20 +144,13 @@ class MaxFactor(Twin):
             step = step * mask / np.maximum(np.mean(mask, axis=span, keepdims=True), 1e-3)
         return p * (1 - decay) - alpha * step
 
-    @property
-    def orthogonal(self) -> dict[str, Any]:
-        """The options of the orthogonal step, the defaults filled in."""
-        options = {"block": None, "method": "newton_schulz", "steps": 5, "capped": True}
-        given = self.step if isinstance(self.step, dict) else {}
-        return options | given
-
-    def rates(self, p: Array, eta: float, span: Span, capped: bool = True) -> tuple[Array, Any]:
-        """alpha and the decay; rho_t is eta itself where it is not capped."""
+    def rates(self, p: Array, eta: float, span: Span) -> tuple[Array, Any]:
+        """alpha and the decay."""
         scale = np.maximum(max(self.eps[1], self.min_rms), rms(p, span))
         if self.relative_step:
             alpha = np.minimum(eta, scale * min(1e-6 * self.t, 1 / np.sqrt(self.t)))
             return alpha, alpha * self.weight_decay
-        rho_t = max(self.min_lr, min(eta, 1 / np.sqrt(self.t))) if capped else eta
+        rho_t = max(self.min_lr, min(eta, 1 / np.sqrt(self.t))) if eta > 0 else 0.0
         return scale * rho_t, eta * self.weight_decay
 
     def second_moment(self, g: Array, full: bool) -> Array:
@@ -204,12 +193,87 @@ class MaxFactor(Twin):
             u = np.sign(u) * np.max(np.abs(u), axis=row, keepdims=True)
         return u / D
 
-    def polar_direction(self, g: Array, V: Array, polar: dict[str, Any]) -> Array:
-        """X / RMS(X) of each matrix by itself, X the orthogonalized u; 0 where X is zero."""
-        u = g / np.sqrt(np.maximum(V, self.eps[0] ** 2))
-        X = orthogonalize_blocks(u, polar["method"], polar["steps"], polar["block"])
-        size = rms(X, (-2, -1))  # (..., 1, 1)
-        return X / np.where(size > 0, size, 1)
+
+@dataclass
+class OrthoMaxFactor(Twin):
+    """SPEC: MaxFactor's R and C, momentum, an orthogonalized step, a relative rate."""
+
+    learning_rate: float | Schedule = 0.02
+    _: KW_ONLY
+    momentum: float = 0.8
+    nesterov: bool = True
+    block: int | None = 128
+    method: str = "newton_schulz"
+    steps: int = 5
+    weight_decay: float = 0.01
+    min_rms: float | str = "init"
+    beta2_decay: float = -0.8
+    beta2_bounds: tuple[float, float] = (0.001, 0.999)
+    eps: float = 1e-10
+    layout: str = "batched"
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        b_t = np.clip(float(self.t) ** self.beta2_decay, *self.beta2_bounds)
+        self.R = self.R + b_t * (np.mean(g**2, axis=-1, keepdims=True) - self.R)
+        self.C = self.C + b_t * (np.mean(g**2, axis=-2, keepdims=True) - self.C)
+        beta = self.momentum
+        self.m = beta * self.m + (1 - beta) * g
+        h = beta * self.m + (1 - beta) * g if self.nesterov and beta else self.m
+        top = np.maximum(np.max(self.R, axis=-2, keepdims=True), self.eps)
+        u = h / np.maximum(np.sqrt(self.R / top * self.C), self.eps)
+        X = orthogonalize_blocks(u, self.method, self.steps, self.block)
+        size = rms(X, (-2, -1))  # of each matrix
+        fan_in = p.shape[-1]
+        floor = 1 / np.sqrt(3 * fan_in) if self.min_rms == "init" else self.min_rms
+        alpha = eta * np.maximum(floor, rms(p, (-2, -1)))
+        return p * (1 - eta * self.weight_decay) - alpha * X / np.where(size > 0, size, 1)
+
+
+@cache
+def lloyd_max(levels: int = 15) -> tuple[Array, float]:
+    """The best levels >= 0 for a unit normal, zero among them, and their mean squared error.
+
+    Each level is the mean of its cell, and each edge of a cell is halfway between two levels.
+    """
+    density = lambda x: np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)  # noqa: E731
+    below = np.vectorize(lambda x: (1 + math.erf(x / np.sqrt(2))) / 2)
+    level = np.linspace(0, 3, levels // 2 + 1)
+    for _ in range(5000):
+        edges = np.append((level[1:] + level[:-1]) / 2, 40.0)
+        mass = below(edges[1:]) - below(edges[:-1])
+        level = np.append(0.0, (density(edges[:-1]) - density(edges[1:])) / mass)
+    # The mean squared error of levels that are means of their cells: 1 - sum of mass level^2.
+    return level, float(1 - 2 * np.sum(mass * level[1:] ** 2))
+
+
+def quantized(x: Array, bits: int, decay: float = 0.0, scale: Array | None = None) -> Array:
+    """What is read back: groups of 64 share a scale, each element takes its nearest level.
+
+    Halfway between two levels is away from zero; at most `decay` times a level is the one below.
+    """
+    flat = np.pad(np.float64(x).reshape(-1), (0, -x.size % 64)).reshape(-1, 64)
+    if bits == 4:
+        level = np.round(lloyd_max(15)[0], 4)
+        size = np.sqrt(np.mean(flat**2, axis=1))
+    else:
+        level = (np.arange(128) / 127) ** 2
+        size = np.max(np.abs(flat), axis=1)
+    size = size if scale is None else np.float64(scale)
+    size = np.where(size > 0, size, 1)[:, None]
+    y = np.abs(flat) / size
+    halfway = (level[1:] + level[:-1]) / 2  # in 8 bits halfway between the square roots
+    edges = halfway if bits == 4 else ((np.arange(127) + 0.5) / 127) ** 2
+    code = np.searchsorted(edges, y, side="right")
+    code = np.where((code > 0) & (y <= decay * level[code] * (1 + 1e-6)), code - 1, code)
+    return (np.sign(flat) * level[code] * size).reshape(-1)[: x.size].reshape(x.shape)
+
+
+def largest_moment(beta1: float, beta2: float, t: int) -> float:
+    """max |m| / sqrt(v) over all g_1 ... g_t: m is linear in g and v quadratic, so Lagrange."""
+    age = np.arange(t)
+    a, b = (1 - beta1) * beta1**age, (1 - beta2) * beta2**age  # weights of the gradients
+    g = a / b  # the stationary point of a.g at fixed sum of b g^2
+    return float(a @ g / np.sqrt(b @ g**2))
 
 
 @dataclass

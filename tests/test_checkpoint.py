@@ -378,12 +378,16 @@ def test_members_of_one_class_are_told_apart_and_unused_ones_not_told(path):
     save_checkpoint(path, *trained(model, create_optimizer(model, learning_rate=0.02)))
     other = create_optimizer(model, learning_rate=0.04)
     lines = load_checkpoint(path, model, other).differences
-    assert [line.partition(":")[0] for line in lines] == ["maxfactor", "adamw", "adamw, no decay"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "orthomaxfactor",
+        "adamw",
+        "adamw, no decay",
+    ]
     model = adapted(llama())
     save_checkpoint(path, model, create_optimizer(model, learning_rate=0.02))
     other = create_optimizer(model, learning_rate=0.04)
     lines = load_checkpoint(path, model, other).differences
-    assert [line.partition(":")[0] for line in lines] == ["maxfactor"]
+    assert [line.partition(":")[0] for line in lines] == ["orthomaxfactor"]
     first, second = (
         mlx_optimizers.MultiOptimizer(list(map(AdamW, rates)), [lambda *_: True])
         for rates in ([0.1, 0.2], [0.3, 0.4])
@@ -548,7 +552,7 @@ MISFITS = {
     "another optimizer": (
         Table,
         lambda m: create_optimizer(m, "muon"),
-        "MaxFactor in the file, Muon",
+        "OrthoMaxFactor in the file, Muon",
     ),
     "one member more": (
         Table,
@@ -578,7 +582,11 @@ MISFITS = {
     ),
     "another model": (llama, create_optimizer, "lm_head.weight: missing in the file"),
     "a bare optimizer": (Table, lambda m: MaxFactor(), "AdamW in the file, none here"),
-    "mlx's own": (Table, lambda m: mlx_optimizers.Adam(1e-3), "MaxFactor in the file, Adam here"),
+    "mlx's own": (
+        Table,
+        lambda m: mlx_optimizers.Adam(1e-3),
+        "OrthoMaxFactor in the file, Adam here",
+    ),
 }
 
 

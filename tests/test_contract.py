@@ -29,16 +29,15 @@ VARIANTS = {
     "maxfactor speech": (MaxFactor.preset, {"name": "speech"}),
     "maxfactor plain": (MaxFactor, {"max_norm": False, "full_matrix": True, "clip_threshold": 1.0}),
     "adafactor rate": (OPTIMIZERS["adafactor"], {"learning_rate": 0.01, "weight_decay": 0.1}),
-    "maxfactor orthogonal": (MaxFactor, {"step": "orthogonal"}),
-    "maxfactor blocks": (
-        MaxFactor,
-        {"step": {"block": 3}, "momentum": 0.8, "nesterov": True},
-    ),
+    "orthomaxfactor no momentum": (OPTIMIZERS["orthomaxfactor"], {"momentum": 0}),
+    "orthomaxfactor blocks": (OPTIMIZERS["orthomaxfactor"], {"block": 3, "state_dtype": "float32"}),
     "maxfactor 8 bits": (MaxFactor, {"momentum": 0.8, "state_dtype": mx.int8}),
+    "maxfactor 4 bits": (MaxFactor, {"momentum": 0.8, "state_dtype": "int4"}),
     "muon no momentum": (OPTIMIZERS["muon"], {"momentum": 0.0}),
     "muon 8 bits": (OPTIMIZERS["muon"], {"block": 3, "state_dtype": mx.int8}),
     "muon polar": (OPTIMIZERS["muon"], {"method": "polar_express", "scale": "rms"}),
     "adamw 8 bits": (OPTIMIZERS["adamw"], {"learning_rate": 1e-3, "state_dtype": mx.int8}),
+    "adamw factored": (OPTIMIZERS["adamw"], {"factored": True, "state_dtype": "int4"}),
     "signsgd sparse": (OPTIMIZERS["signsgd"], {"sparse_rows": True}),
 }
 
@@ -51,7 +50,7 @@ def make(request):
 
 
 def takes(optimizer, shape):
-    return len(shape) > 1 or "Muon" not in type(optimizer).__name__
+    return len(shape) > 1 or type(optimizer).__name__ not in ("Muon", "OrthoMaxFactor")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -327,7 +326,14 @@ def test_a_state_that_is_assigned_reaches_a_compiled_step(build):
 def test_it_converges(make):
     model, loss = regression()
     optimizer = make()
-    rate = {"MaxFactor": 0.03, "Adafactor": 0.03, "SignSGD": 0.003, "Muon": 0.02, "AdamW": 0.01}
+    rate = {
+        "OrthoMaxFactor": 0.03,
+        "MaxFactor": 0.03,
+        "Adafactor": 0.03,
+        "SignSGD": 0.003,
+        "Muon": 0.02,
+        "AdamW": 0.01,
+    }
     optimizer = make(learning_rate=warmup_cosine(rate[type(optimizer).__name__], 300, 10))
     if getattr(optimizer, "relative_step", False) and isinstance(optimizer, MaxFactor):
         # α = min(η, 1e-6 · t · RMS(p)): the published warm-up takes 10^4 steps to leave the ground.

@@ -237,7 +237,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     points = []
     for resume in (False, True):
         model, optimizer, step = build(
-            step="row_max", momentum=FrequencyAdaptiveMomentum(blend_steps=9)
+            "maxfactor", momentum=FrequencyAdaptiveMomentum(blend_steps=9)
         )
         if resume:
             load_checkpoint(tmp_path / "run", model, optimizer)
@@ -255,11 +255,9 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
 @pytest.mark.parametrize("other", [{"bands": 4}, {"beta": 0.99}, {"alpha": 0.5}], ids=str)
 def test_a_file_of_another_momentum_is_refused(other, tmp_path):
     model = Table()
-    optimizer = create_optimizer(
-        model, step="row_max", momentum=FrequencyAdaptiveMomentum(bands=10)
-    )
+    optimizer = create_optimizer(model, "maxfactor", momentum=FrequencyAdaptiveMomentum(bands=10))
     save_checkpoint(tmp_path / "run", model, optimizer)
-    optimizer = create_optimizer(model, step="row_max", momentum=FrequencyAdaptiveMomentum(**other))
+    optimizer = create_optimizer(model, "maxfactor", momentum=FrequencyAdaptiveMomentum(**other))
     with pytest.raises(CheckpointError, match=r"momentum is .*bands=10.* in the file, "):
         load_checkpoint(tmp_path / "run", model, optimizer)
 

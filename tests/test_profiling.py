@@ -43,9 +43,9 @@ MAKE = {
     "mlx split": lambda model: split(),
 }
 PARTS = {
-    "routed": ["guard", "maxfactor", "adamw", "adamw, no decay"],
+    "routed": ["guard", "orthomaxfactor", "adamw", "adamw, no decay"],
     "8-bit momentum": ["guard", "muon", "adafactor"],
-    "not guarded": ["maxfactor", "adamw", "adamw, no decay"],
+    "not guarded": ["orthomaxfactor", "adamw", "adamw, no decay"],
     "guarded": ["guard", "AdamW"],
     "guarded split": ["guard", "MultiOptimizer"],
     "bare": ["MaxFactor"],

@@ -1,7 +1,5 @@
 """The routed optimizer and its factories: members, rates, rules, freezing, mlx's own optimizers."""
 
-from functools import partial
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
@@ -29,7 +27,6 @@ from mlx_maxfactor import (
     AdamW,
     MaxFactor,
     Muon,
-    Orthogonal,
     RoutedOptimizer,
     SignSGD,
     create_optimizer,
@@ -116,30 +113,16 @@ def test_mlx_optimizers_may_be_members():
     assert optimizer.effective_learning_rates(model)["linear1.weight"] == pytest.approx(0.04)
 
 
-def test_the_default_is_the_orthogonal_step_at_the_smallest_state():
+def test_the_default_keeps_half_a_byte_for_each_hidden_weight():
     def hidden_bytes(**options):
         plan = create_optimizer(Table(), **options).plan
         return sum(entry.state_bytes for entry in plan if entry.role == "hidden")
 
     shapes = [entry.shape for entry in create_optimizer(Table()).plan if entry.role == "hidden"]
     smallest = sum(4 * (m + n) for m, n in shapes)
-    assert hidden_bytes() == smallest
-    assert hidden_bytes(momentum=0.8) == smallest + sum(4 * m * n for m, n in shapes)
-
-    published = {"step": "row_max", "momentum": 0.9, "cautious": True}
-    for options, expected in [
-        ({}, (Orthogonal(), 0, False)),
-        ({"momentum": 0.5}, (Orthogonal(), 0.5, False)),
-        ({"step": "row_max"}, (None, 0, False)),
-        (published, (None, 0.9, True)),
-        ({"hidden": "muon", "rules": {"linear1.weight": "maxfactor"}}, (Orthogonal(), 0, False)),
-        # On the rest, where embeddings and the head are, the constructor's own.
-        ({"hidden": "muon", "rest": "maxfactor"}, (None, 0, False)),
-        ({"hidden": "muon", "rest": "maxfactor", "rest_options": published}, (None, 0.9, True)),
-    ]:
-        members = create_optimizer(Table(), **options).optimizers
-        member = next(m for m in members if isinstance(m, MaxFactor))
-        assert (member.orthogonal, member.momentum, member.cautious) == expected
+    weights = sum(m * n for m, n in shapes)
+    assert hidden_bytes(momentum=0) == smallest
+    assert hidden_bytes() == smallest + weights // 2 + weights // 64 * 2
 
 
 @pytest.mark.parametrize(("rest", "most"), [("adamw", 0.6), ("adafactor", 0.01)])
@@ -167,7 +150,12 @@ def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
     ("hidden", "rate", "options", "twin"),
     [
         # LoRA has defaults of its own: these are those of other matrices.
-        ("maxfactor", 0.05, {"min_rms": 0.0}, partial(reference.MaxFactor, step="orthogonal")),
+        (
+            "orthomaxfactor",
+            0.05,
+            {"min_rms": "init", "state_dtype": "float32"},
+            reference.OrthoMaxFactor,
+        ),
         ("adafactor", 0.01, {}, reference.Adafactor),
         ("muon", 0.02, {"scale": None, "momentum": 0.95}, reference.Muon),
     ],
@@ -361,7 +349,7 @@ def test_a_rule_may_say_what_an_array_is():
 def test_a_kernel_that_a_rule_calls_hidden_stays_a_kernel():
     plan = create_optimizer(Whisper(), rules={"*conv1.weight": "hidden"}).plan
     (entry,) = [entry for entry in plan if entry.path.endswith("conv1.weight")]
-    assert (entry.optimizer, entry.layout) == ("maxfactor", "conv")
+    assert (entry.optimizer, entry.layout) == ("orthomaxfactor", "conv")
 
 
 def test_all_wrong_rules_are_named_at_once():
@@ -384,10 +372,10 @@ def test_a_member_that_cannot_take_its_parameters_names_them():
 
 def test_the_first_layer_can_be_excluded():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 3))
-    assert owners(create_optimizer(model))["layers.0.weight"] == "maxfactor"
+    assert owners(create_optimizer(model))["layers.0.weight"] == "orthomaxfactor"
     excluded = owners(create_optimizer(model, exclude_first=True))
     assert excluded["layers.0.weight"] == "adamw"
-    assert excluded["layers.2.weight"] == "maxfactor"
+    assert excluded["layers.2.weight"] == "orthomaxfactor"
 
 
 @pytest.mark.parametrize(
@@ -543,7 +531,7 @@ def test_gradients_and_parameters_are_split_alike():
     for member in optimizer.optimizers:
         paths = {path.rpartition(".")[0] for path, _ in tree_flatten(member.state)} - {""}
         index = optimizer.optimizers.index(member)
-        label = ("maxfactor", "adamw", "adamw, no decay")[index]
+        label = ("orthomaxfactor", "adamw", "adamw, no decay")[index]
         assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
 
 
@@ -561,7 +549,7 @@ def test_a_state_for_other_members_is_refused():
 # In mlx_lm's trainer, and for hierarchical reasoning models
 
 
-@pytest.mark.parametrize("hidden", ["maxfactor", "muon"])
+@pytest.mark.parametrize("hidden", ["orthomaxfactor", "muon"])
 def test_it_works_in_the_trainer_of_mlx_lm(hidden, tmp_path):
     from mlx_lm.tuner.trainer import TrainingArgs, train
 

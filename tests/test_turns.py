@@ -67,7 +67,7 @@ def test_the_first_weights_are_released_without_a_collection():
     gc.disable()
     try:
         model = nn.Sequential(*[nn.Linear(SIDE, SIDE, bias=False) for _ in range(8)])
-        optimizer = create_optimizer(model, step="row_max")
+        optimizer = create_optimizer(model, "maxfactor")
         mx.eval(model.parameters(), optimizer.state)
         before = mx.get_active_memory()
         optimizer.update(model, model.trainable_parameters())

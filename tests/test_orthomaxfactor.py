@@ -1,0 +1,421 @@
+"""OrthoMaxFactor against its twin; blocks; zeros that learn; what it refuses; by name."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import reference
+from mlx.utils import tree_flatten
+from models import CASES, Table
+from trajectories import SHAPES, assert_follows, parameter, trajectory
+
+from mlx_maxfactor import (
+    CheckpointError,
+    MaxFactor,
+    Muon,
+    OrthoMaxFactor,
+    create_optimizer,
+    load_checkpoint,
+    newton_schulz,
+    save_checkpoint,
+)
+from mlx_maxfactor import functional as f
+
+Float32Momentum = partial(OrthoMaxFactor, state_dtype="float32")
+MATRICES = [shape for shape in SHAPES if len(shape) > 1]
+
+VARIANTS = [
+    {},
+    {"momentum": 0},
+    {"block": 4},
+    {"block": 1, "momentum": 0.5},
+    {"block": None, "nesterov": False},
+    {"method": "polar_express", "learning_rate": 0.1},
+    {"steps": 3, "weight_decay": 0.5},
+    {"min_rms": 0.1},
+    {"min_rms": 0},
+    {"beta2_decay": -0.5, "beta2_bounds": (0.01, 0.9)},
+    {"eps": 1e-3, "learning_rate": lambda step: 0.05 / (step + 1)},
+]
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
+@pytest.mark.parametrize("shape", [*MATRICES, (17, 32), (1, 1)], ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_it_follows_the_twin(options, shape, zero):
+    if zero and options.get("min_rms") == 0:
+        pytest.skip("without a floor zeros stay zeros")
+    ours, twin = Float32Momentum(**options), reference.OrthoMaxFactor(**options)
+    assert_follows(ours, twin, shape, zero=zero)
+
+
+@pytest.mark.parametrize("layout", ["batched", "experts", "conv", "transposed"])
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize("shape", [(6, 3, 3, 4), (3, 4, 5), (8, 5)], ids=str)
+def test_layouts_follow_the_twin(shape, block, layout):
+    options = {"block": block, "momentum": 0.5}
+    ours, twin = Float32Momentum(**options), reference.OrthoMaxFactor(**options)
+    assert_follows(ours, twin, shape, layout)
+    assert_follows(Muon(block=block), reference.Muon(block=block), shape, layout)
+
+
+@pytest.mark.parametrize("layout", ["experts", "batched", "conv", "transposed"])
+def test_a_step_has_the_size_that_the_rate_says(layout):
+    # RMS 1 of each matrix, whatever the gradients' scales: each matrix's step is its own.
+    shape = (3, 6, 5)
+    g = parameter(shape) * np.array([1e-3, 1.0, 1e3], np.float32)[:, None, None]
+    p = np.ones(shape, np.float32) * np.array([1.0, 2.0, 4.0], np.float32)[:, None, None]
+    optimizer = OrthoMaxFactor(0.01, weight_decay=0.0)
+    optimizer.layouts["w"] = layout
+    rate = optimizer.effective_learning_rates({"w": mx.array(p)})["w"]
+    moved = np.array(optimizer.apply_gradients({"w": mx.array(g)}, {"w": mx.array(p)})["w"]) - p
+    # Differences of parameters up to 4, each rounded to 2.4e-7, for steps of 0.01.
+    if layout == "conv":
+        assert np.sqrt(np.mean(moved**2)) == pytest.approx(0.01 * np.sqrt(7), rel=1e-4)
+        assert rate == pytest.approx(0.01 * np.sqrt(7), rel=1e-5)
+    else:
+        sizes = np.sqrt(np.mean(moved**2, axis=(1, 2)))
+        assert sizes == pytest.approx([0.01, 0.02, 0.04], rel=1e-4)
+        assert rate == pytest.approx(0.01 * 7 / 3, rel=1e-5)
+
+
+def test_the_rate_is_the_rate_at_any_step():
+    # The published row-max step caps it at 1/√t.
+    optimizer, tree = OrthoMaxFactor(0.5), {"w": mx.array(parameter((4, 4)))}
+    first = optimizer.effective_learning_rates(tree)["w"]
+    optimizer.state["step"] = mx.array(10**6, mx.uint64)
+    assert optimizer.effective_learning_rates(tree)["w"] == first
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_gradient_beyond_the_limit_counts_as_the_limit(momentum):
+    g = np.sign(parameter((6, 5))) * np.logspace(13, 30, 30, dtype=np.float32).reshape(6, 5)
+    p = {"w": mx.array(parameter((6, 5)))}
+    moved = [
+        OrthoMaxFactor(momentum=momentum).apply_gradients({"w": mx.array(x)}, p)["w"]
+        for x in (g, np.clip(g, -1e15, 1e15))
+    ]
+    # In float32 the square of 1e15 is not 1e30: statistics differ by a rounding.
+    assert mx.allclose(*moved, rtol=0, atol=1e-6).item()
+
+
+def test_a_zero_gradient_moves_nothing_but_decay():
+    p = mx.array(parameter((6, 4)))
+    optimizer = OrthoMaxFactor(0.1, weight_decay=0.5)
+    moved = optimizer.apply_gradients({"w": mx.zeros((6, 4))}, {"w": p})["w"]
+    assert mx.array_equal(moved, p * mx.array(1 - 0.1 * 0.5)).item()
+
+
+def test_an_expert_without_gradient_stays_and_the_others_step():
+    p, shares = mx.array(parameter((3, 6, 5))), mx.array([1.0, 0.0, 1.0])[:, None, None]
+    g = shares * mx.array(parameter((3, 6, 5), 1))
+    optimizer = OrthoMaxFactor(0.01, layout="experts", weight_decay=0.0)
+    moved = optimizer.apply_gradients({"w": g}, {"w": p})["w"]
+    sizes = f.rms(moved - p, (-2, -1)) / f.rms(p, (-2, -1))
+    # Differences of parameters of size 1, rounded to 6e-8, for steps of 0.01.
+    assert sizes.flatten().tolist() == pytest.approx([0.01, 0.0, 0.01], rel=1e-4)
+
+
+HARD = {
+    "rank one": np.outer(parameter((6,)), parameter((5,), 1)),
+    "one row": parameter((6, 5)) * (np.arange(6) == 2)[:, None],
+    "one column": parameter((6, 5)) * (np.arange(5) == 2),
+    "1e-37": parameter((6, 5)) * 1e-37,
+    "1e30": parameter((6, 5)) * 1e30,
+    "equal": np.full((6, 5), 3e38),
+}
+
+
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_gradients_give_a_step_of_the_right_size(kind, momentum, block):
+    optimizer = OrthoMaxFactor(0.01, block=block, momentum=momentum, weight_decay=0.0)
+    p = mx.array(parameter((6, 5)))
+    g = mx.array(HARD[kind].astype(np.float32))
+    for sign in (1, -1, 1):
+        rate = optimizer.effective_learning_rates({"w": p})["w"]
+        moved = optimizer.apply_gradients({"w": sign * g}, {"w": p})["w"]
+        # Differences of parameters of size 1, rounded to 6e-8, for steps of 0.01.
+        assert f.rms(moved - p).item() == pytest.approx(rate, rel=1e-4)
+        p = moved
+
+
+def test_without_momentum_the_state_is_rows_and_columns():
+    state = {}
+    OrthoMaxFactor(momentum=0).init_single(mx.zeros((48, 32)), state)
+    assert sum(x.nbytes for x in state.values()) == 4 * (48 + 32)
+    state = {}
+    Muon(momentum=0).init_single(mx.zeros((48, 32)), state)
+    assert state == {}
+
+
+def test_transposed_gradients_give_the_same_step():
+    # A Linear's gradient is a transposed view in memory.
+    g, p = mx.array(parameter((24, 40))), {"w": mx.array(parameter((24, 40), 1))}
+    view = mx.contiguous(g.T).T
+    moved = [OrthoMaxFactor().apply_gradients({"w": x}, p)["w"] for x in (g, view)]
+    assert mx.array_equal(*moved).item()
+
+
+# Zeros that learn
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "inputs"),
+    [
+        ((8, 5), "batched", 5),
+        ((8, 3, 3, 4), "conv", 36),
+        ((3, 8, 5), "experts", 5),
+        ((16, 4), "transposed", 16),  # LoRA's A, stored as (in, r)
+        ((4, 16), "transposed", 4),  # and B, as (r, out)
+    ],
+    ids=str,
+)
+def test_the_floor_is_the_rms_of_a_linears_first_weights(shape, layout, inputs):
+    optimizer = OrthoMaxFactor(0.01)
+    optimizer.layouts["w"] = layout
+    rate = optimizer.effective_learning_rates({"w": mx.zeros(shape)})["w"]
+    assert rate == pytest.approx(0.01 / np.sqrt(3 * inputs), rel=1e-5)
+    for floor in (0, 0.5):
+        optimizer = OrthoMaxFactor(0.01, min_rms=floor)
+        rate = optimizer.effective_learning_rates({"w": mx.zeros(shape)})["w"]
+        assert rate == pytest.approx(0.01 * floor)
+
+
+def test_the_floor_changes_nothing_for_standard_weights():
+    mx.random.seed(0)
+    for inputs, outputs in ((64, 256), (256, 64), (512, 512)):
+        tree = {"w": nn.Linear(inputs, outputs).weight}
+        rates = [
+            OrthoMaxFactor(min_rms=floor).effective_learning_rates(tree)["w"]
+            for floor in ("init", 0)
+        ]
+        assert rates[0] == pytest.approx(rates[1], rel=0.01)
+
+
+class ZeroOutputs(nn.Module):
+    """Residual blocks whose output projections start at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 32)
+        self.up = [nn.Linear(32, 64) for _ in range(2)]
+        self.down = [nn.Linear(64, 32) for _ in range(2)]
+        self.head = nn.Linear(32, 4)
+        for layer in self.down:
+            layer.weight = mx.zeros_like(layer.weight)
+
+    def __call__(self, x):
+        x = self.first(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(nn.relu(up(x)))
+        return self.head(x)
+
+
+class AdaLNZero(nn.Module):
+    """Blocks that a condition shifts, scales and gates; its projection starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 32)
+        self.modulation = [nn.Linear(8, 96) for _ in range(2)]
+        self.mlp = [nn.Linear(32, 32) for _ in range(2)]
+        self.norm = nn.LayerNorm(32, affine=False)
+        self.head = nn.Linear(32, 4)
+        for layer in self.modulation:
+            layer.weight, layer.bias = mx.zeros_like(layer.weight), mx.zeros_like(layer.bias)
+
+    def __call__(self, x):
+        y = self.first(x)
+        for modulation, mlp in zip(self.modulation, self.mlp, strict=True):
+            shift, scale, gate = mx.split(modulation(nn.silu(x)), 3, axis=-1)
+            y = y + gate * nn.gelu(mlp(self.norm(y) * (1 + scale) + shift))
+        return self.head(y)
+
+
+class Adapter(nn.Module):
+    """A frozen layer, and two Linears beside it of which the second starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(32, 32)
+        self.lora_a, self.lora_b = nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=False)
+        self.lora_b.weight = mx.zeros_like(self.lora_b.weight)
+        self.base.freeze()
+
+    def __call__(self, x):
+        return self.base(x) + self.lora_b(self.lora_a(x))
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.layers = [Adapter() for _ in range(2)]
+        self.first.freeze()
+        self.head.freeze()
+
+    def __call__(self, x):
+        x = nn.relu(self.first(x))
+        for layer in self.layers:
+            x = nn.relu(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("build", [ZeroOutputs, AdaLNZero, Adapted])
+def test_matrices_that_start_at_zero_learn(build):
+    def decrease(name):
+        mx.random.seed(0)
+        model, teacher = build(), nn.Sequential(nn.Linear(8, 48), nn.Tanh(), nn.Linear(48, 4))
+        optimizer = create_optimizer(model, name, total_steps=200)
+        losses = []
+        for seed in range(200):
+            x = mx.random.normal((64, 8), key=mx.random.key(seed))
+            y = 3 * teacher(x)
+
+            def loss_of(model, x=x, y=y):
+                return mx.mean(mx.square(model(x) - y))
+
+            loss, gradients = nn.value_and_grad(model, loss_of)(model)
+            optimizer.update(model, gradients)
+            losses.append(loss.item())
+        return np.mean(losses[:3]) - np.mean(losses[-20:])
+
+    ours, adamw = decrease("orthomaxfactor"), decrease("adamw")
+    assert ours >= 0.9 * adamw
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "polar_express"])
+@pytest.mark.parametrize("block", [1, 3, 4, 5, 7, 100])
+@pytest.mark.parametrize("shape", [(10, 23), (23, 10), (3, 7, 7), (2, 2, 4, 9)], ids=str)
+def test_blocks_equal_the_twin(shape, block, method):
+    x = parameter(shape)
+    ours = f.orthogonalize(mx.array(x), method, 5, block)
+    twin = reference.orthogonalize_blocks(np.float64(x), method, 5, block)
+    # As for whole matrices: Gram matrices in float32, amplified by 3.4 to 8 a step.
+    assert np.allclose(np.array(ours), twin, atol=2e-4)
+
+
+def test_a_block_is_rows_of_the_shorter_side():
+    x = mx.array(parameter((10, 23)))
+    blocks = f.orthogonalize(x, block=4)
+    for start in (0, 4, 8):
+        rows = x[start : start + 4]
+        assert mx.allclose(blocks[start : start + 4], newton_schulz(rows), atol=1e-6).item()
+    assert mx.allclose(f.orthogonalize(x.T, block=4), blocks.T, atol=1e-6).item()
+
+
+def test_muon_in_blocks_keeps_the_scale_of_the_whole_matrix():
+    g, p = {"w": mx.array(parameter((64, 16)))}, {"w": mx.zeros((64, 16))}
+    options = {"scale": "spectral", "method": "polar_express", "steps": 8}
+    sizes = [
+        f.rms(Muon(1.0, block=block, **options).apply_gradients(g, p)["w"]).item()
+        for block in (None, 4, 100)
+    ]
+    assert sizes[1:] == pytest.approx([sizes[0]] * 2, rel=1e-3)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": 0}, "block must be a whole number of at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"nesterov": 1}, "nesterov must be True or False, got 1"),
+        ({"method": "svd"}, "method must be one of 'newton_schulz', 'polar_express', got 'svd'"),
+        ({"min_rms": "zero"}, r"min_rms must be in \[0, inf\), got 'zero'"),
+        ({"min_rms": -1}, r"min_rms must be in \[0, inf\), got -1"),
+        ({"beta2_bounds": (0.9, 0.1)}, r"beta2_bounds must rise, got \(0.9, 0.1\)"),
+        ({"eps": 0}, r"eps must be in \[1e-15, inf\), got 0"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_it_is_built(options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        OrthoMaxFactor(**options)
+    with pytest.raises(ValueError, match="block must be a whole number of at least 1, got -1"):
+        Muon(block=-1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,)], ids=str)
+def test_vectors_are_refused(shape):
+    message = "orthogonalizes matrices and cannot take shape .* route it to another optimizer"
+    with pytest.raises(ValueError, match=message):
+        OrthoMaxFactor().init({"w": mx.zeros(shape)})
+
+
+MOVED = "the orthogonal step is OrthoMaxFactor.{5}, and MaxFactor takes the row-max step"
+
+
+def test_the_step_of_the_first_version_says_where_it_went():
+    with pytest.raises(ValueError, match=f"^MaxFactor has no option 'step': {MOVED}$"):
+        MaxFactor(step="orthogonal")
+    for name in ("maxfactor", "orthomaxfactor"):
+        with pytest.raises(ValueError, match=f"^{name} has no option 'step': {MOVED}$"):
+            create_optimizer(Table(), name, step="row_max")
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "cautious": True}], ids=str)
+def test_a_name_is_one_class_with_its_own_defaults(options):
+    members = create_optimizer(Table(), "maxfactor", **options).optimizers
+    assert type(members[0]) is MaxFactor
+    assert type(create_optimizer(Table()).optimizers[0]) is OrthoMaxFactor
+    gradients = [parameter((12, 8), seed) for seed in range(20)]
+    bare = trajectory(MaxFactor(**options), parameter((12, 8)), gradients)
+    model = Table()
+    model.linear1.weight = mx.array(parameter((12, 8)))
+    routed = create_optimizer(model, "maxfactor", **options)
+    for g, p in zip(gradients, bare, strict=True):
+        routed.update(model, {"linear1": {"weight": mx.array(g)}})
+        assert np.array_equal(np.array(model.linear1.weight), p)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_model_steps_by_it(case):
+    mx.random.seed(0)
+    model = case.build()
+    optimizer = create_optimizer(model, block=3, learning_rate=0.01)
+    before = dict(tree_flatten(model.parameters()))
+    tree = model.trainable_parameters()
+    optimizer.update(model, tree)
+    after = dict(tree_flatten(model.parameters()))
+    for entry in optimizer.plan:
+        if entry.optimizer == "orthomaxfactor" and mx.any(before[entry.path] != 0).item():
+            assert mx.all(mx.isfinite(after[entry.path])).item()
+            assert not mx.array_equal(before[entry.path], after[entry.path]).item()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"steps": 3}, "steps is 5 in the file, 3 here"),
+        ({"method": "polar_express"}, "method is 'newton_schulz' in the file, 'polar_express'"),
+        ({"block": None}, "block is 128 in the file, None here"),
+        ({"min_rms": 0.1}, "min_rms is 'init' in the file, 0.1 here"),
+        ({"state_dtype": "int8"}, "state_dtype is 'int4' in the file, 'int8' here"),
+        ({"hidden": "maxfactor"}, "OrthoMaxFactor in the file, MaxFactor here"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_step_is_refused(option, message, tmp_path):
+    model, path = Table(), tmp_path / "run.safetensors"
+    save_checkpoint(path, model, create_optimizer(model))
+    load_checkpoint(path, model, create_optimizer(model))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path, model, create_optimizer(model, **option))
+
+
+def test_a_checkpoint_of_other_blocks_is_refused(tmp_path):
+    model, path = Table(), tmp_path / "run.safetensors"
+    save_checkpoint(path, model, create_optimizer(model, "muon", block=16))
+    with pytest.raises(CheckpointError, match="block is 16 in the file, 8 here"):
+        load_checkpoint(path, model, create_optimizer(model, "muon", block=8))
