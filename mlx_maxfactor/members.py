@@ -137,7 +137,8 @@ class Roster:
         self.use, self.rest_rates = PRETRAINED if pretrained or lora else FROM_SCRATCH, {}
         if total_steps is not None:
             peaks = peak_rates(total_steps, width, _has_momentum(hidden))
-            self.use, self.rest_rates = with_steps(self.use, peaks), {"adamw": peaks["rest"]}
+            self.rest_rates = {"adamw": peaks["rest"]} if self.use is FROM_SCRATCH else {}
+            self.use = with_steps(self.use, peaks)
         self.lead_use = LORA if lora and leader is hidden else self.use
         self.unit = self._default_rate(leader, self.lead_use)
         self.lead: Rate | None = leader.rate

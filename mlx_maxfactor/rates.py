@@ -76,7 +76,7 @@ def peak_rates(total_steps: int, width: float, momentum: bool = True) -> dict[st
     root, narrow = math.sqrt(total_steps), WIDTH / width
     peaks = {
         **DEFAULT_RATES,
-        "orthomaxfactor": (0.8 if momentum else 1.4) / root,
+        "orthomaxfactor": max(1.5e-3, (0.8 if momentum else 1.4) / root),
         "muon": 0.8 / root * math.sqrt(narrow),
         "adamw": 3e-3 * narrow,
         "rest": 1e-2,

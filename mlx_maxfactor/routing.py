@@ -111,7 +111,7 @@ class RoutedOptimizer(GuardedOptimizer):
     Args:
         model: The model; its trainable parameters get their state at once.
         parameters: Every parameter of the model with its role, the frozen ones too.
-        members: The optimizers; the first one's rate stands for all.
+        members: The optimizers; the rate of the first with parameters stands for all.
         routes: Index of the member by path.
         max_grad_norm: As for ``GuardedOptimizer``.
         skip_nonfinite: Likewise; False by default.
@@ -141,6 +141,8 @@ class RoutedOptimizer(GuardedOptimizer):
         for path in routes:
             self._set_layout(path)
         self.init(model.trainable_parameters())
+        used = [self._routes[path] for path in self._prepared]
+        self._lead = min(used, default=0)
 
     def _set_layout(self, path: str) -> None:
         optimizer = self.optimizers[self._routes[path]]
@@ -236,16 +238,18 @@ class RoutedOptimizer(GuardedOptimizer):
 
     @property
     def learning_rate(self) -> mx.array:
-        """The rate of the first member. Setting it keeps the ratios between the members.
+        """The rate of the first member with parameters. Setting it keeps the members' ratios.
 
         A number reaches compiled steps; a schedule set later needs them compiled again.
         """
-        return self.optimizers[0].learning_rate
+        return self.optimizers[self._lead].learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Rate) -> None:
         learning_rate = check_rate("learning_rate", learning_rate, self.step)
-        lead = self._members[0]
+        lead = self._members[self._lead]
+        if isinstance(lead.optimizer, Float32Optimizer):
+            lead.optimizer.warn_if_small(learning_rate)
         first, first_constant = self.learning_rate, _is_constant(lead.optimizer)
         for member in self._members:
             rate = member.optimizer.state.get("learning_rate", first)

@@ -1,5 +1,7 @@
 """The routed optimizer and its factories: members, rates, rules, freezing, mlx's own optimizers."""
 
+import warnings
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
@@ -27,6 +29,7 @@ from mlx_maxfactor import (
     AdamW,
     MaxFactor,
     Muon,
+    OrthoMaxFactor,
     RoutedOptimizer,
     SignSGD,
     create_optimizer,
@@ -34,6 +37,7 @@ from mlx_maxfactor import (
     estimate_state_bytes,
     warmup_cosine,
 )
+from mlx_maxfactor.rates import peak_rates
 
 
 def rates(optimizer):
@@ -125,7 +129,7 @@ def test_the_default_keeps_half_a_byte_for_each_hidden_weight():
     assert hidden_bytes() == smallest + weights // 2 + weights // 64 * 2
 
 
-@pytest.mark.parametrize(("rest", "most"), [("adamw", 0.6), ("adafactor", 0.01)])
+@pytest.mark.parametrize(("rest", "most"), [("adamw", 0.66), ("adafactor", 0.1)])
 def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -186,7 +190,7 @@ def test_every_layout_reaches_the_formula(build, hidden, rate, options, twin):
 
 
 def test_a_rate_for_the_hidden_matrices_moves_the_rest_in_proportion():
-    assert rates(create_optimizer(Table(), learning_rate=0.1)) == pytest.approx([0.1, 2e-3, 2e-3])
+    assert rates(create_optimizer(Table(), learning_rate=0.1)) == pytest.approx([0.1, 5e-3, 5e-3])
     optimizer = create_optimizer(Table(), learning_rate=0.05, rest_learning_rate=2e-3)
     assert rates(optimizer) == pytest.approx([0.05, 2e-3, 2e-3])
     optimizer.learning_rate = 0.1
@@ -237,12 +241,13 @@ def test_a_rate_set_by_hand_keeps_the_ratios_and_ends_the_schedules():
 
 def test_effective_rates_name_every_parameter():
     model = Table()
+    model.linear1.weight = 2 * model.linear1.weight  # above the floor
     optimizer = create_optimizer(model, learning_rate=0.1)
     found = optimizer.effective_learning_rates(model)
     assert list(found) == [entry.path for entry in optimizer.plan]
     rms = np.sqrt(np.mean(np.square(np.array(model.linear1.weight))))
     assert found["linear1.weight"] == pytest.approx(0.1 * rms, rel=1e-5)
-    assert found["embedding.weight"] == pytest.approx(2e-3)
+    assert found["embedding.weight"] == pytest.approx(5e-3)
 
 
 def test_a_rate_set_by_hand_reaches_scheduled_mlx_members():
@@ -260,8 +265,8 @@ def test_a_rate_set_by_hand_reaches_scheduled_mlx_members():
 @pytest.mark.parametrize(
     ("build", "ratio"),
     [
-        (lambda: {"learning_rate": mlx_optimizers.linear_schedule(0.0, 1e-2, 100)}, 0.02),
-        (lambda: {"learning_rate": 0.0}, 0.02),
+        (lambda: {"learning_rate": mlx_optimizers.linear_schedule(0.0, 1e-2, 100)}, 0.05),
+        (lambda: {"learning_rate": 0.0}, 0.05),
         (lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 100, 10))}, 0.05),
         (lambda: {"hidden": "adafactor"}, 0.1),
     ],
@@ -277,13 +282,133 @@ def test_ratios_outlive_rates_of_zero_and_schedules(build, ratio):
 
 def test_adafactor_keeps_its_relative_step_beside_a_rate():
     alphas = []
-    for options in ({}, {"learning_rate": 0.05}, {"learning_rate": warmup_cosine(0.05, 10, 0)}):
+    for options in ({}, {"learning_rate": 0.01}, {"learning_rate": warmup_cosine(0.01, 10, 0)}):
         mx.random.seed(0)
         model = Table()
         optimizer = create_optimizer(model, "maxfactor", "adafactor", **options)
         alphas.append(optimizer.effective_learning_rates(model)["embedding.weight"])
     assert alphas == pytest.approx([alphas[0]] * 3)
     assert alphas[0] < 0.005
+
+
+def test_total_steps_builds_every_schedule_and_picks_the_peaks():
+    optimizer = create_optimizer(Table(), total_steps=400)
+    peaks = peak_rates(400, 64)
+    assert {e.optimizer: e.rate for e in optimizer.plan} == {
+        "orthomaxfactor": peaks["orthomaxfactor"],
+        "adamw": pytest.approx(peaks["rest"]),
+        "adamw, no decay": pytest.approx(peaks["rest"]),
+    }
+    assert "  0.04  " in str(optimizer.plan)
+    schedule = warmup_cosine(peaks["orthomaxfactor"], 400, 40, start_ratio=1 / 41)
+    for t in (0, 39, 200, 400, 1000):
+        for member in optimizer.optimizers:
+            member.state["step"] = mx.array(t, mx.uint64)
+            member.advance()
+        rate, ratio = schedule(t).item(), peaks["rest"] / peaks["orthomaxfactor"]
+        assert rates(optimizer) == pytest.approx([rate, ratio * rate, ratio * rate], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"learning_rate": 0.08}, [0.08, 0.02]),
+        ({"rest_learning_rate": 3e-3}, [0.04, 3e-3]),
+        ({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3]),
+        ({"momentum": 0}, [0.07, 0.01]),
+        ({"hidden": "muon"}, [0.04, 0.01]),
+        ({"hidden": "adamw"}, [3e-3, 0.01]),
+        ({"hidden": Muon(0.3)}, [0.3, 0.01]),
+        ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
+        ({"pretrained": True}, [0.02, 1e-3]),
+    ],
+    ids=str,
+)
+def test_a_rate_beside_total_steps_is_a_peak(options, expected):
+    optimizer = create_optimizer(Table(), total_steps=400, **options)
+    for member in optimizer.optimizers:  # the peak is at the end of the warm-up
+        member.state["step"] = mx.array(40, mx.uint64)
+        member.advance()
+    assert rates(optimizer)[:2] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_law_follows_steps_and_width():
+    assert peak_rates(400, 64)["orthomaxfactor"] == 2 * peak_rates(1600, 512)["orthomaxfactor"]
+    assert peak_rates(400, 64)["muon"] == 2 * peak_rates(400, 256)["muon"]
+    assert peak_rates(400, 64)["adamw"] == 4 * peak_rates(9999, 256)["adamw"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 0}, "^total_steps must be a whole number of at least 1, got 0$"),
+        ({"total_steps": 2.5}, "^total_steps must be a whole number of at least 1, got 2.5$"),
+        (
+            {"total_steps": 9, "learning_rate": warmup_cosine(0.1, 9)},
+            "^learning_rate is a schedule, and total_steps makes one: give learning_rate as a "
+            "number, its peak, or leave total_steps out$",
+        ),
+        (
+            {"total_steps": 9, "rest_learning_rate": warmup_cosine(0.1, 9)},
+            "^rest_learning_rate is a schedule, and total_steps makes one",
+        ),
+    ],
+    ids=str,
+)
+def test_total_steps_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(Table(), **options)
+
+
+def probe():
+    model = Table()
+    model.freeze()
+    model.output.unfreeze()
+    return model
+
+
+def test_where_only_the_rest_is_trained_the_rate_is_its_own():
+    model = probe()
+    optimizer = create_optimizer(model, learning_rate=1e-2)
+    assert optimizer.learning_rate.item() == pytest.approx(1e-2)
+    found = optimizer.effective_learning_rates(model)
+    assert list(found.values()) == pytest.approx([1e-2] * 2)
+    optimizer.learning_rate = 3e-3
+    assert optimizer.learning_rate.item() == pytest.approx(3e-3)
+    assert list(optimizer.effective_learning_rates(model).values()) == pytest.approx([3e-3] * 2)
+    with pytest.warns(UserWarning, match="^learning_rate has no effect: no trainable parameter"):
+        optimizer = create_optimizer(model, learning_rate=0.1, rest_learning_rate=1e-3)
+    assert list(optimizer.effective_learning_rates(model).values()) == pytest.approx([1e-3] * 2)
+    model = probe()
+    optimizer = create_optimizer(model, total_steps=100)
+    optimizer.update(model, random_gradients(model))
+    assert optimizer.learning_rate.item() == pytest.approx(1e-2 / 11)
+
+
+SMALL = (
+    "learning_rate 0.001 is small for OrthoMaxFactor, whose rate is relative to the weights: a "
+    "usual one is 0.02, or what total_steps picks"
+)
+
+
+def test_a_rate_of_adamws_kind_is_noticed_once():
+    with pytest.warns(UserWarning, match=SMALL):
+        optimizer = create_optimizer(Table(), learning_rate=1e-3)
+    with pytest.warns(UserWarning, match=SMALL):
+        OrthoMaxFactor(1e-3)
+    with pytest.warns(UserWarning, match="0.0003 is small for MaxFactor.*usual one is 0.01"):
+        create_optimizer(Table(), "maxfactor", learning_rate=warmup_cosine(3e-4, 100))
+    optimizer = create_optimizer(Table())
+    with pytest.warns(UserWarning, match="learning_rate 0.0003 is small for OrthoMaxFactor"):
+        optimizer.learning_rate = 3e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rate in (3e-4, 1e-4, 0.0):  # said already
+            optimizer.learning_rate = rate
+        create_optimizer(Table(), learning_rate=2e-3)
+        create_optimizer(Table(), learning_rate=0.0)
+        create_optimizer(adapted(qwen2_moe()), learning_rate=1e-3)  # LoRA's rate is absolute
+        create_optimizer(Table(), "muon", learning_rate=1e-4)
 
 
 def test_a_schedule_may_index_by_the_step():
@@ -383,7 +508,7 @@ def test_the_first_layer_can_be_excluded():
     [
         (
             {"hidden": "lion"},
-            "hidden must be one of 'maxfactor', .*'adamw' or an optimizer, got 'lion'",
+            "hidden must be one of 'orthomaxfactor', .*'adamw' or an optimizer, got 'lion'",
         ),
         ({"rest": 3}, "rest must be one of .*, got 3"),
         (

@@ -62,7 +62,8 @@ def ascending(step):
 
 
 CHOICES = (
-    "hidden must be one of 'maxfactor', 'adafactor', 'signsgd', 'muon', 'adamw' or an optimizer"
+    "hidden must be one of 'orthomaxfactor', 'maxfactor', 'adafactor', 'signsgd', 'muon', "
+    "'adamw' or an optimizer"
 )
 NUMBER = "must be a function that returns one number a step, got"
 NEGATIVE = r"must be in \[0, inf\), got -"
@@ -124,7 +125,10 @@ SLIPS = {
         "^orthomaxfactor has no option 'step': the orthogonal",
     ),
     # Options
-    "lr": (lambda: create(lr=0.1), "^maxfactor has no option 'lr': its rate is learning_rate$"),
+    "lr": (
+        lambda: create(lr=0.1),
+        "^orthomaxfactor has no option 'lr': its rate is learning_rate$",
+    ),
     "rest's lr": (
         lambda: create(rest_options={"lr": 0.1}),
         "^adamw has no option 'lr': its rate is rest_learning_rate$",
@@ -135,7 +139,7 @@ SLIPS = {
     ),
     "rest's momentum": (
         lambda: create(rest_options={"momentum": 0.9}),
-        "^adamw has no option 'momentum'; maxfactor has: give momentum=... to create_optimizer$",
+        "^adamw has no option 'momentum'; orthomaxfactor has: give momentum=... to create_",
     ),
     "option's case": (
         lambda: create(Momentum=0.9),

@@ -1,6 +1,7 @@
 """What every optimizer of the suite shares: float32 arithmetic, layouts, rates, state."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import signature
@@ -62,6 +63,9 @@ class Float32Optimizer(Optimizer):
         part: What :meth:`apply_single` is given if not a whole parameter: a part of its rows.
     """
 
+    _usual_rate: float | None = None
+    """A usual rate of an optimizer whose rate is relative to the weights, and so not AdamW's."""
+
     def __init__(
         self,
         learning_rate: Rate,
@@ -79,6 +83,7 @@ class Float32Optimizer(Optimizer):
         self.paths: Callable[[str], bool] | None = None
         self.built_rate: mx.array | None = None
         self._first_step = self.step
+        self._has_warned = False
         self.part: f.Part | None = None
         self.learning_rate = learning_rate
 
@@ -95,6 +100,23 @@ class Float32Optimizer(Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate: Rate) -> None:
         self.set_rate(check_rate("learning_rate", learning_rate, self.step))
+        self.warn_if_small(learning_rate)
+
+    def warn_if_small(self, rate: Any) -> None:
+        """Warn once of a rate that would suit AdamW, where a rate is relative to the weights.
+
+        An array is not looked at: that would wait for its value.
+        """
+        rate = getattr(rate, "peak", rate)
+        usual = None if self._has_warned else self._usual_rate
+        if usual and isinstance(rate, (int, float)) and 0 < rate <= usual / 20:
+            self._has_warned = True
+            warnings.warn(
+                f"learning_rate {rate:g} is small for {type(self).__name__}, whose rate is "
+                f"relative to the weights: a usual one is {usual:g}, or what total_steps picks "
+                "in create_optimizer",
+                stacklevel=3,
+            )
 
     def set_rate(self, learning_rate: Rate) -> None:
         """Set a rate that was checked; unlike the property it never waits for an array's value."""

@@ -158,6 +158,7 @@ class MaxFactor(Float32Optimizer):
         seed: int = 0,
         state_dtype: StateDtype = "float32",
     ):
+        self._usual_rate = None if min_rms or relative_step else 0.01
         super().__init__(learning_rate, layout, rounding, seed)
         self.state_dtype = check_state_dtype(state_dtype)
         self.beta2_decay = check_number("beta2_decay", beta2_decay, -1.0, 0.0)

@@ -104,6 +104,7 @@ class OrthoMaxFactor(Float32Optimizer):
         rounding: Rounding = "nearest",
         seed: int = 0,
     ):
+        self._usual_rate = 0.02 if min_rms in ("init", 0) else None
         super().__init__(learning_rate, layout, rounding, seed)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = check_flag("nesterov", nesterov)
