@@ -136,7 +136,9 @@ class Roster:
         self.hidden, self.rest, self.shared, self.leader = hidden, rest, shared, leader
         self.use, self.rest_rates = PRETRAINED if pretrained or lora else FROM_SCRATCH, {}
         if total_steps is not None:
-            peaks = peak_rates(total_steps, width, _has_momentum(hidden))
+            options = hidden.options
+            momentum, block = options.get("momentum", True), options.get("block", 128)
+            peaks = peak_rates(total_steps, width, bool(momentum), block)
             self.rest_rates = {"adamw": peaks["rest"]} if self.use is FROM_SCRATCH else {}
             self.use = with_steps(self.use, peaks)
         self.lead_use = LORA if lora and leader is hidden else self.use
@@ -226,10 +228,6 @@ class Roster:
         if callable(self.lead) and "learning_rate" not in optimizer._schedulers:
             peak = _known_peak(self.lead, f"the rate of {type(optimizer).__name__}")
             set_rate(optimizer, scaled(self.lead, float(optimizer.learning_rate) / peak))
-
-
-def _has_momentum(part: Part) -> bool:
-    return bool(part.options.get("momentum", True))
 
 
 def _nominal(optimizer: Optimizer) -> float:

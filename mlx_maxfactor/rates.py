@@ -57,26 +57,32 @@ LORA = Use(
 every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is."""
 
 
-def peak_rates(total_steps: int, width: float, momentum: bool = True) -> dict[str, float]:
+def peak_rates(
+    total_steps: int, width: float, momentum: bool = True, block: int | None = 128
+) -> dict[str, float]:
     r"""The best peak of warm-up and cosine, from scratch, as a law of steps and width.
 
-    What an orthogonalized step moves a matrix in all stays the same, relative to its size: the peak
-    falls as :math:`1/\sqrt{\text{steps}}`. AdamW's hardly depends on the steps, and falls with the
-    width.
+    What orthogonalized steps move a matrix in all stays the same, relative to its size: the peak of
+    ``OrthoMaxFactor`` is :math:`0.8 / \sqrt{\text{steps}}`. In blocks of b rows the largest
+    singular value of a step grows with the number of blocks, so that wider matrices take
+    :math:`\sqrt{b / \text{width}}` of it. AdamW's peak hardly depends on the steps, and falls with
+    the width.
 
     Args:
         total_steps: Updates in the run.
         width: Shorter side of a typical hidden matrix.
         momentum: Whether the hidden optimizer has any: without it, steps average less, and the best
             rate is higher.
+        block: Rows that are orthogonalized at a time.
 
     Returns:
         Peak by name, for hidden matrices; ``"rest"`` is AdamW's for everything else.
     """
     root, narrow = math.sqrt(total_steps), WIDTH / width
+    blocks = math.sqrt(min(1.0, block / width)) if block else 1.0
     peaks = {
         **DEFAULT_RATES,
-        "orthomaxfactor": max(1.5e-3, (0.8 if momentum else 1.4) / root),
+        "orthomaxfactor": max(1.5e-3, (0.8 if momentum else 1.4) / root * blocks),
         "muon": 0.8 / root * math.sqrt(narrow),
         "adamw": 3e-3 * narrow,
         "rest": 1e-2,

@@ -237,7 +237,7 @@ def lloyd_max(levels: int = 15) -> tuple[Array, float]:
     """
     density = lambda x: np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)  # noqa: E731
     below = np.vectorize(lambda x: (1 + math.erf(x / np.sqrt(2))) / 2)
-    level = np.linspace(0, 3, levels // 2 + 1)
+    level, mass = np.linspace(0, 3, levels // 2 + 1), np.zeros(levels // 2)
     for _ in range(5000):
         edges = np.append((level[1:] + level[:-1]) / 2, 40.0)
         mass = below(edges[1:]) - below(edges[:-1])

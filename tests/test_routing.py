@@ -333,7 +333,9 @@ def test_a_rate_beside_total_steps_is_a_peak(options, expected):
 
 
 def test_the_law_follows_steps_and_width():
-    assert peak_rates(400, 64)["orthomaxfactor"] == 2 * peak_rates(1600, 512)["orthomaxfactor"]
+    assert peak_rates(400, 64)["orthomaxfactor"] == 2 * peak_rates(1600, 128)["orthomaxfactor"]
+    assert peak_rates(400, 64)["orthomaxfactor"] == 2 * peak_rates(400, 512)["orthomaxfactor"]
+    assert peak_rates(400, 512, block=None) == peak_rates(400, 512, block=1024)
     assert peak_rates(400, 64)["muon"] == 2 * peak_rates(400, 256)["muon"]
     assert peak_rates(400, 64)["adamw"] == 4 * peak_rates(9999, 256)["adamw"]
 

@@ -156,9 +156,8 @@ class OrthoMaxFactor(Float32Optimizer):
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """η times RMS(p) of each matrix, or its floor."""
-        floor = self.min_rms
-        if floor == "init":
-            floor = (3 * parameter.shape[-1]) ** -0.5
+        init = (3 * parameter.shape[-1]) ** -0.5
+        floor = init if isinstance(self.min_rms, str) else self.min_rms
         return rate * mx.maximum(f.rms(parameter, (-2, -1)), floor)
 
     def cuts(self, shape: tuple[int, ...], layout: str) -> int:
