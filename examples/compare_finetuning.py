@@ -54,12 +54,12 @@ LOW, HIGH = (1e-4, 3e-4, 5e-4, 1e-3), (3e-4, 1e-3, 2e-3, 3e-3)
 BASELINE_RATES = {"lora": LOW, "dora": LOW, "qlora": LOW, "full": HIGH, "continued": LOW}
 MODES = tuple(BASELINE_RATES)
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "maxfactor": {},
+    "orthomaxfactor": {},
     "muon": {"hidden": "muon"},
     "adamw": {"hidden": "adamw"},
-    "maxfactor, momentum 0.8": {"momentum": 0.8, "nesterov": True},
+    "orthomaxfactor, no momentum": {"momentum": 0},
+    "orthomaxfactor, floor of full training": {"min_rms": "init"},
     "adafactor": {"hidden": "adafactor"},
-    "maxfactor, row-max": {"step": "row_max"},
 }
 SEEDS = (1, 2, 3)
 FACTORS = (1 / 3, 3)  # of the default rate, on seed 1

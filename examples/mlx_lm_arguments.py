@@ -3,9 +3,9 @@
 The command line beats the file, and the file the defaults. In a file ``optimizer``,
 ``optimizer_config`` and ``lr_schedule`` take our names too:
 
-    optimizer: maxfactor
+    optimizer: orthomaxfactor
     optimizer_config:
-      maxfactor: {momentum: 0.8, state_dtype: int8}
+      orthomaxfactor: {momentum: 0.9, state_dtype: int8}
     lr_schedule: {name: warmup_cosine, arguments: [0.001, 300, 30]}
 
 adamw, muon and adafactor are names of both libraries: here they are ours, and mlx's own are called
@@ -32,7 +32,7 @@ DEFAULTS = {
     **CONFIG_DEFAULTS,
     "model": None,
     "data": None,
-    "optimizer": "maxfactor",
+    "optimizer": "orthomaxfactor",
     "learning_rate": None,
     "num_layers": -1,
     "iters": 300,
@@ -78,7 +78,7 @@ def parse_arguments(description: str) -> tuple[OneLineParser, argparse.Namespace
     parser.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
     add = parser.add_argument
     known = ", ".join([*OPTIMIZERS, *MLX_OPTIMIZERS])
-    add("--optimizer", metavar="NAME", help=f"one of {known}; default maxfactor")
+    add("--optimizer", metavar="NAME", help=f"one of {known}; default orthomaxfactor")
     add("--option", action="append", metavar="NAME=VALUE", help="of the optimizer; JSON")
     add("--quantize", action="store_true", default=None, help="train on a copy in 4 bits")
     add("--resume", action="store_true", default=None, help="go on from the checkpoint")

@@ -138,6 +138,7 @@ class Roster:
         if total_steps is not None:
             options = hidden.options
             momentum, block = options.get("momentum", True), options.get("block", 128)
+            block = block if isinstance(block, int) else None
             peaks = peak_rates(total_steps, width, bool(momentum), block)
             self.rest_rates = {"adamw": peaks["rest"]} if self.use is FROM_SCRATCH else {}
             self.use = with_steps(self.use, peaks)

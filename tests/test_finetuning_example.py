@@ -192,7 +192,7 @@ def loss_of(model, tokenizer, data):
 
 
 KINDS = {
-    "lora": ("--optimizer", "maxfactor", "--option", "min_rms=0.01"),
+    "lora": ("--optimizer", "orthomaxfactor", "--option", "min_rms=0.01"),
     "dora": ("--fine-tune-type", "dora", "--optimizer", "adafactor"),
     "full": ("--fine-tune-type", "full", "--optimizer", "adam", "--learning-rate", "1e-3"),
     "qlora": ("--quantize", "--optimizer", "signsgd", "--learning-rate", "1e-3"),
@@ -291,8 +291,8 @@ def test_a_file_of_mlx_lm_is_read_as_it_is(home, monkeypatch, capsys):
 def test_our_names_and_schedules_stand_in_a_file(home, monkeypatch):
     path = home / "ours.yaml"
     path.write_text(
-        "optimizer: MaxFactor\n"
-        "optimizer_config: {maxfactor: {momentum: 0.8, state_dtype: int8, rest: adafactor}}\n"
+        "optimizer: OrthoMaxFactor\n"
+        "optimizer_config: {orthomaxfactor: {momentum: 0.8, state_dtype: int8, rest: adafactor}}\n"
         "lr_schedule: {name: warmup_cosine, arguments: [0.02, 100, 10]}\n"
     )
     arguments = parsed(monkeypatch, "-c", path, "--option", "nesterov=true")

@@ -209,14 +209,14 @@ def run(*arguments, cwd):
 
 
 def test_rules_are_trained_compared_and_drawn(tmp_path):
-    done = run("rules", "--compare", "maxfactor,hrm", *SMALL, cwd=tmp_path)
+    done = run("rules", "--compare", "orthomaxfactor,hrm", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("puzzles.weight")]
     assert [row.split()[4] for row in rows] == ["SignSGD", "SignSGD"]
     assert re.search(r"^unchanged +0\.\d{3} +0\.\d{3}$", done.stdout, re.MULTILINE)
     folder = tmp_path / "runs" / "reasoning" / "rules"
     curves = json.loads((folder / "curves.json").read_text())
-    assert [run["optimizer"] for run in curves["runs"]] == ["maxfactor", "hrm"]
+    assert [run["optimizer"] for run in curves["runs"]] == ["orthomaxfactor", "hrm"]
     assert len({run["training_loss"][-1] for run in curves["runs"]}) == 2
     assert set(curves["runs"][0]["validation"]) == {"loss", "exact match", "cells"}
     for picture in ("curves.png", "solving.png"):
