@@ -36,15 +36,12 @@ SHAPES = {
 
 def main() -> None:
     argparse.ArgumentParser(description="What fits on which Mac, from shapes alone.").parse_args()
+    few_bits = {"state_dtype": "int4", "factored": True}
     ours = {
-        "default": {},
+        "`create_optimizer(model)`": {},
+        "embedding in 4 bits": {"rest_options": few_bits},
         '`rest="adafactor"`': {"rest": "adafactor"},
-        "and momentum in 8 bits": {
-            "rest": "adafactor",
-            "momentum": 0.8,
-            "nesterov": True,
-            "state_dtype": mx.int8,
-        },
+        "and `momentum=0`": {"rest": "adafactor", "momentum": 0},
     }
     print("| GB, bf16 | weights | `mlx.optimizers.AdamW` |", " | ".join(ours), "|")
     print("|---" * (3 + len(ours)) + "|")

@@ -18,7 +18,7 @@ from .optimizers._base import flatten
 from .roles import find_aliases
 from .sealed import CheckpointError, Kind, Sealed, kind_of
 
-FORMATS = ("1", "2")
+FORMATS = ("3",)
 """Versions of the layout that are read; the last one is written."""
 
 STATE = "_run.optimizer."
@@ -135,8 +135,9 @@ def save_checkpoint(
     _check_arguments(path, model, optimizer)
     check_choice("weights", weights, ("all", "trainable"))
     for name, value in extra.items():
-        try:  # what is nested too deep to be read must not be written
-            json.loads(json.dumps({name: value}, default=_scalar))
+        try:  # what cannot be read back must not be written: too deep, or with keys 1 and "1"
+            text = json.dumps({name: value}, default=_scalar)
+            json.loads(text, object_pairs_hook=sealed.table)
         except (TypeError, ValueError, RecursionError) as problem:
             message = f"extra must be JSON values, and {name!r} is not: {problem}"
             raise CheckpointError(message) from problem
@@ -228,14 +229,13 @@ class _Loading:
         self, file: Sealed, model: nn.Module, optimizer: Optimizer, *, cast: bool, rates: str
     ):
         self.cast, self.rates = cast, rates
-        version = file.metadata["format"]
-        self.saved = run.parse(file.metadata.get("run", ""), version)
+        self.saved = run.parse(file.metadata.get("run", ""))
         self.extra = Extra(_parse_extra(file.metadata.get("extra", "")))
-        self.arrays = _by_todays_names(file.arrays, version)
+        self.arrays = dict(file.arrays)
         self.key = self.arrays.pop(KEY, None)
         self.rank_and_size = optimizer.rank_and_size if isinstance(optimizer, Spread) else (0, 1)
         if self.key is None or not _is_random_key(kind_of(self.key)):
-            raise CheckpointError("is damaged or forged: its random key is none")
+            raise CheckpointError("is damaged or forged: its random key is missing")
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
         optimizer.init(model.trainable_parameters())
         self.weights = _find_weights(model)
@@ -461,20 +461,6 @@ def _split(
 
     kept = {path: place for path, place in places.items() if is_kept(path)}
     return kept, {path: place.array for path, place in places.items() if path not in kept}
-
-
-def _by_todays_names(arrays: Mapping[str, mx.array], version: str) -> dict[str, mx.array]:
-    """Arrays by their names in format 2."""
-    if version != "1":
-        return dict(arrays)
-    prefixes = {"model": "", "optimizer": STATE, "random": KEY.removesuffix("random")}
-    named = {}
-    for name, array in arrays.items():
-        part, _, path = name.partition(".")
-        if part not in prefixes:
-            raise CheckpointError(f"is damaged or forged: it holds an array {name[:100]!r}")
-        named[KEY if name == "random.key" else prefixes[part] + path] = array
-    return named
 
 
 def _parse_extra(text: str) -> dict[str, Any]:

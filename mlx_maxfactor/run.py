@@ -39,8 +39,6 @@ FORM = {
 }
 """The form of a description: a type, alternatives, a list of one form, a table by name."""
 
-FORM_1 = {"library": str, "optimizers": [{str: object}], "plan": [[object]]}
-
 
 def describe(
     optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array], made: int = 0
@@ -75,15 +73,14 @@ def describe(
     return json.loads(json.dumps(description))
 
 
-def parse(text: str, version: str) -> dict[str, Any]:
-    """The description that a file holds, whatever its format, if it has the form of one.
+def parse(text: str) -> dict[str, Any]:
+    """The description that a file holds, if it has the form of one.
 
     Raises:
         CheckpointError: It has not.
     """
     try:
         run = json.loads(text)
-        run = run if version != "1" else _from_format_1(run)
     except (ValueError, RecursionError):
         run = None
     if run is None or not _has_form(run, FORM) or run["weights"] not in ("all", "trainable"):
@@ -215,31 +212,6 @@ def _has_form(value: Any, form: Any) -> bool:
     return type(value) is form
 
 
-def _from_format_1(run: Any) -> Any:
-    """A description of format 1 in the form of today's; None if it is none."""
-    if not _has_form(run, FORM_1) or not all(row and type(row[0]) is str for row in run["plan"]):
-        return None
-    suffix, optimizers = " schedule", []
-    for member in run["optimizers"]:
-        schedules = {
-            key.removesuffix(suffix): {"name": name, "values": []}
-            for key, name in member.items()
-            if key.endswith(suffix)
-        }
-        options = {k: v for k, v in member.items() if k != "class" and not k.endswith(suffix)}
-        optimizers.append(
-            {"class": member.get("class"), "options": options, "built rate": None}
-            | {"schedules": schedules}
-        )
-    plan = {row[0]: row[1:] for row in run["plan"]}
-    # An empty `around` is compared with nothing.
-    return {"library": run["library"], "weights": "all", "optimizers": optimizers} | {
-        "around": [],
-        "plan": plan,
-        "frozen": {},
-    }
-
-
 # What does not fit
 
 
@@ -255,7 +227,7 @@ def find_differences(
         yield from _different_optimizers(place, old, new)
         if i in schedules and same_class(old, new):
             yield from _different_schedules(place, old, new)
-    for old, new in zip_longest(saved["around"], live["around"]) if saved["around"] else ():
+    for old, new in zip_longest(saved["around"], live["around"]):
         yield from _different_optimizers("around the optimizers", old, new)
     frozen = {**saved["frozen"], **live["frozen"]}
     others = [path for path in frozen if saved["frozen"].get(path) != live["frozen"].get(path)]
@@ -316,9 +288,6 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
     if old is None or new is None:
         names = [schedule and schedule["name"] for schedule in (old, new)]
         return f"is {names[0]} in the file, {names[1]} here"
-    if not old["values"]:  # format 1 kept the name alone
-        same = old["name"] == new["name"]
-        return None if same else f"is {old['name']} in the file, {new['name']} here"
     largest = max((abs(v) for v in old["values"] + new["values"] if v is not None), default=0.0)
     for step, a, b in zip(STEPS, old["values"], new["values"], strict=False):
         # Another device rounds a cosine otherwise: a hundred thousandth is no difference.

@@ -1,14 +1,17 @@
 """A safetensors file under a checksum of its bytes: written whole or not at all, read warily."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import mlx.core as mx
@@ -16,6 +19,15 @@ import mlx.core as mx
 CHECKSUM = b'"checksum":"%s"'
 BLANK = b"0" * 64
 """What stands in place of the checksum while it is computed."""
+
+LARGEST_HEADER = 100_000_000 - 1
+"""Bytes of a header that MLX still reads."""
+
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+"""What a file system answers that cannot sync."""
+
+_WRITING = Lock()
+"""Two threads that write to one path would share its second file."""
 
 DTYPES = {
     **{"BOOL": mx.bool_, "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32},
@@ -68,19 +80,40 @@ class Sealed:
 
 
 def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write beside the place, sync, rename: a reader finds the old file or the new one, whole."""
-    # One name, so that what a killed process left is written over, not gathered.
-    beside = path.with_name(f".{path.name}.partial.safetensors")
+    """Write to a second file, sync, rename: a reader finds the old file or the new one, whole.
+
+    A link is followed, and the mode of an older file is kept. Threads write one after the other.
+    """
+    with _WRITING:
+        try:
+            if path.name in ("", "..") or path.is_dir():
+                raise CheckpointError(f"{path} is a folder: name a file in it")
+            _write(Path(os.path.realpath(path)), arrays, metadata)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, RuntimeError) as problem:
+            raise CheckpointError(f"{path} was not written: {problem}") from problem
+
+
+def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> None:
+    # One name for each target, so that what a killed process left is written over; and a short
+    # one, as file systems limit names to 255 bytes.
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    beside = path.with_name(f".{name}.partial.safetensors")
+    if not path.parent.exists():
+        raise FileNotFoundError(f"folder {path.parent} does not exist")
+    mode = path.stat().st_mode if path.exists() else None
     try:
-        if not path.parent.exists():
-            raise FileNotFoundError(f"folder {path.parent} does not exist")
         mx.save_safetensors(str(beside), arrays, {**metadata, "checksum": BLANK.decode()})
         _seal(beside)
+        if mode is not None:
+            beside.chmod(stat.S_IMODE(mode))
         os.replace(beside, path)
-        _sync_folder(path.parent)
-    except (OSError, ValueError, RuntimeError) as problem:
-        beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} was not written: {problem}") from problem
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to report
+            beside.unlink()
+        raise
+    _sync_folder(path.parent)
 
 
 def read(path: Path, formats: tuple[str, ...]) -> Sealed:
@@ -92,7 +125,7 @@ def read(path: Path, formats: tuple[str, ...]) -> Sealed:
     try:
         with path.open("rb") as file:
             header = _header(file)
-            entries = json.loads(header.decode(), object_pairs_hook=_table)
+            entries = json.loads(header.decode(), object_pairs_hook=table)
             if not isinstance(entries, dict):
                 raise ValueError("its header is no table")
             metadata = _metadata(path, entries.pop("__metadata__", None), formats)
@@ -108,17 +141,21 @@ def read(path: Path, formats: tuple[str, ...]) -> Sealed:
         raise CheckpointError(f"{path} does not exist") from None
     except CheckpointError:
         raise
-    except (OSError, ValueError, AttributeError, RuntimeError, MemoryError) as problem:
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from problem
+    except (ValueError, AttributeError, RuntimeError, MemoryError) as problem:
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({problem}): load an older one"
         ) from problem
     return Sealed(metadata, kinds, arrays)
 
 
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(table := dict(pairs)) < len(pairs):
-        raise ValueError("its header says something twice")
-    return table
+def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, if no key of it comes twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"it says {twice[:100]!r} twice")
+    return found
 
 
 def _metadata(path: Path, metadata: Any, formats: tuple[str, ...]) -> dict[str, str]:
@@ -133,7 +170,7 @@ def _metadata(path: Path, metadata: Any, formats: tuple[str, ...]) -> dict[str, 
     if (number := metadata.get("format", "none")) not in formats:
         raise CheckpointError(
             f"{path} is a checkpoint of format {number[:20]!r}, and this version reads "
-            f"{' and '.join(formats)}: load it with the version that wrote it"
+            f"{' and '.join(formats)}: load it with the version of mlx_maxfactor that wrote it"
         )
     if "checksum" not in metadata:
         raise ValueError("it has no checksum")
@@ -192,15 +229,38 @@ def _seal(path: Path) -> None:
     """Write the checksum into its blanks, and everything to the disk."""
     with path.open("r+b") as file:
         header = _header(file)
+        if len(header) > LARGEST_HEADER:
+            raise ValueError(
+                f"extra, names and the description of the run take {len(header) / 1e6:.0f} MB, and "
+                f"MLX reads at most {LARGEST_HEADER / 1e6:.0f}: keep what is large in another file"
+            )
         checksum = _checksum(file, header, BLANK.decode())
         file.seek(8 + header.index(CHECKSUM % BLANK))
         file.write(CHECKSUM % checksum.encode())
         file.flush()
-        # On macOS fsync leaves the data in the drive's cache; F_FULLFSYNC does not.
-        if full_sync := getattr(fcntl, "F_FULLFSYNC", None):
-            fcntl.fcntl(file.fileno(), full_sync)
-        else:
-            os.fsync(file.fileno())
+        _sync(file.fileno())
+
+
+def _sync(descriptor: int) -> None:
+    """Write a file through to the disk, as far as its file system can."""
+    # On macOS fsync leaves the data in the drive's cache. F_FULLFSYNC does not, and SMB, NTFS and
+    # WebDAV refuse it.
+    if full_sync := getattr(fcntl, "F_FULLFSYNC", None):
+        with _unless_unsupported():
+            fcntl.fcntl(descriptor, full_sync)
+            return
+    with _unless_unsupported():
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _unless_unsupported() -> Iterator[None]:
+    """Go on where a file system does not know the call; any other error is one."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in UNSUPPORTED:
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

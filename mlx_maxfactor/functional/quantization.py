@@ -84,7 +84,12 @@ def _quantize_4(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
     for low, high in pairwise(LEVELS):
         threshold = max((low + high) / 2, decay * FALL * high)
         code = code + (mx.abs(y) >= threshold).astype(mx.uint8)
-    return code[:, :HALF] + 16 * code[:, HALF:], scale[:, 0]
+    return _half(code, 0) + 16 * _half(code, HALF), scale.squeeze(1)
+
+
+def _half(code: mx.array, start: int) -> mx.array:
+    # By a start that is an array: one that is a number cannot be compiled shapeless.
+    return mx.slice(code, mx.array([start]), [1], [code.shape[0], HALF])
 
 
 def _dequantize_4(codes: mx.array, scale: mx.array) -> mx.array:
@@ -103,7 +108,7 @@ def _quantize_8(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
     root = LARGEST * mx.sqrt(mx.abs(hoist(x * _inverse(scale))))
     code = mx.minimum(LARGEST, mx.floor(root + 0.5))
     code = code - (root <= math.sqrt(decay) * FALL * code).astype(mx.float32)
-    return (mx.sign(x) * mx.maximum(code, 0.0)).astype(mx.int8), scale[:, 0]
+    return (mx.sign(x) * mx.maximum(code, 0.0)).astype(mx.int8), scale.squeeze(1)
 
 
 def _dequantize_8(codes: mx.array, scale: mx.array) -> mx.array:
