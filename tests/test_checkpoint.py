@@ -1010,7 +1010,7 @@ def test_a_header_that_says_something_twice_is_refused(path):
     RAW["<twice>"] = '"layers.0.weight"'
     forge(path, header, data)
     del RAW["<twice>"]
-    with pytest.raises(CheckpointError, match="it says 'layers.0.weight' twice"):
+    with pytest.raises(CheckpointError, match=r"it says 'layers.0.weight' twice"):
         load_checkpoint(path, *tiny())
 
 
@@ -1032,9 +1032,7 @@ def test_arrays_that_are_not_where_they_are_said_to_be_are_refused(name, path):
     change, more, message = LAYOUTS[name]
     change = change and dict(change)
     if name == "overlap":
-        change["data_offsets"] = header["_run.optimizer.states.0.layers.0.weight.row"][
-            "data_offsets"
-        ]
+        change["data_offsets"] = header["_run.optimizer.states.0.layers.0.weight.m"]["data_offsets"]
     header["layers.0.weight"] = change if change is None else header["layers.0.weight"] | change
     forge(path, header, data + more)
     with pytest.raises(CheckpointError, match=message):
@@ -1144,7 +1142,10 @@ def test_forged_headers_load_what_they_say_or_change_nothing(path):
             live |= {f"_run.optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
         for name, array in said_by(changed, data):
             here = live.get(name)
-            if here is not None and (strict or here.shape == array.shape) and "rate" not in name:
+            if here is None or "rate" in name:
+                continue
+            fits = (here.shape, np.array(here).dtype) == (array.shape, array.dtype)
+            if strict or fits:  # what does not fit stays as it was
                 np.testing.assert_array_equal(np.array(here), array, err_msg=name)
         model, optimizer = tiny()
         mx.random.seed(0)

@@ -48,9 +48,8 @@ FEW = [
 ]
 ON_FOUR = [*CASES] if KILLS >= 20 else FEW
 CASES_ON = {2: [*CASES], 4: ON_FOUR}
-ROUNDS_APART = {"average_gradients": 2e-6, "blocks, bf16": 2.0**-8}
-ROUNDS_APART |= dict.fromkeys(["blocks", "blocks, one left as it is"], 2e-6)
-"""What is summed in another order: gradients in other messages, squares rank by rank."""
+ROUNDS_APART = {"average_gradients": 2e-6, "blocks, bf16": 2.0**-7}
+"""Sums in another order: gradients in other messages; products of fewer blocks, by a bf16 ulp."""
 
 
 @pytest.fixture(scope="module", params=CASES_ON, ids="{} ranks".format)
@@ -151,17 +150,6 @@ def test_a_parameter_that_hardly_can_be_cut_belongs_to_one_rank():
     shares.add(items([300] * 16, cuts=160))
     assert all(len(pieces) == 1 for pieces in shares.pieces.values())
     assert len({tuple(load) for load in shares.loads}) == 1
-
-
-def test_ranks_wait_for_one_another_only_for_what_one_alone_would_take_long_for():
-    waiting = [item._replace(waits=True) for item in items([100] * 8, cuts=4)]
-    shares = Shares(4)
-    shares.add(waiting)
-    assert all(len(pieces) == 1 for pieces in shares.pieces.values())
-    shares = Shares(4)
-    shares.add(waiting[:3])  # a rank would have nothing to do
-    assert sum(len(pieces) for pieces in shares.pieces.values()) > 3
-    assert max(load[0] for load in shares.loads) == pytest.approx(75, abs=4)
 
 
 def test_rows_level_the_load_that_they_are_the_most_of():

@@ -22,10 +22,20 @@ OPTIONS = {
         {"relative_step": True, "vector_sign": True, "scalar_boost": None},
         {"eps": (1e-15, 0.0), "gamma": 0.0, "beta2_bounds": (0.0, 1.0)},
     ],
+    "orthomaxfactor": [
+        {},
+        {"block": 2, "state_dtype": "float32"},
+        {"momentum": 0.0, "min_rms": 0},
+        {"state_dtype": "int8", "nesterov": False, "eps": 1e-15},
+    ],
     "adafactor": [{}, {"learning_rate": 0.1, "weight_decay": 0.1, "clip_threshold": 10.0}],
     "signsgd": [{}, {"sparse_rows": True}],
     "muon": [{}, {"method": "polar_express", "scale": "rms"}, {"nesterov": False, "momentum": 0.0}],
-    "adamw": [{}, {"betas": (0.0, 0.0), "bias_correction": False}],
+    "adamw": [
+        {},
+        {"betas": (0.0, 0.0), "bias_correction": False},
+        {"state_dtype": "int4", "factored": True},
+    ],
 }
 layouts = st.sampled_from(["batched", "experts", "conv", "transposed"])
 
@@ -33,7 +43,7 @@ layouts = st.sampled_from(["batched", "experts", "conv", "transposed"])
 @st.composite
 def cases(draw):
     name = draw(st.sampled_from(sorted(OPTIMIZERS)))
-    shape = draw(shapes.filter(lambda s: name != "muon" or len(s) > 1))
+    shape = draw(shapes.filter(lambda s: name not in ("muon", "orthomaxfactor") or len(s) > 1))
     options = dict(draw(st.sampled_from(OPTIONS[name])))
     options["rounding"] = draw(st.sampled_from(["nearest", "stochastic"]))
     dtype = draw(st.sampled_from(list(LIMITS)))
