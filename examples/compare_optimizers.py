@@ -100,10 +100,11 @@ def main() -> None:
     (folder / "tables.md").write_text(report(records), encoding="utf-8")
     pictured = {name: kept for name, kept in records.items() if name in PICTURED} or records
     timed = {name: kept for name, kept in pictured.items() if timings_of(name).exists()}
-    for cost in COSTS:
-        drawn = timed or pictured if cost == "seconds" else pictured
-        draw(drawn, cost).savefig(folder / f"loss_by_{cost}.png")
-    drawn = [*COSTS]
+    drawn = []
+    for cost, of in (("state", pictured), ("seconds", timed)):
+        if of:  # seconds of runs side by side say little
+            draw(of, cost).savefig(folder / f"loss_by_{cost}.png")
+            drawn.append(cost)
     if sizes := {name: kept for name, kept in records.items() if name in (*SIZES, *DEPTHS)}:
         draw_transfer(sizes).savefig(folder / "loss_by_rate.png")
         drawn.append("rate")

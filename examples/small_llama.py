@@ -130,7 +130,12 @@ def train_model(tokens: np.ndarray, seed: int, steps: int) -> Model:
     warmup = max(1, steps // 10)
     schedule = warmup_cosine(0.1, steps, warmup, min_ratio=0.0, start_ratio=1 / warmup)
     optimizer = create_optimizer(
-        model, learning_rate=schedule, rest_learning_rate=1e-2, max_grad_norm=1.0
+        model,
+        learning_rate=schedule,
+        rest_learning_rate=1e-2,
+        max_grad_norm=1.0,
+        momentum=0,  # as the model of the kept records was trained
+        block=None,
     )
     state = [model.state, optimizer.state]
 

@@ -407,7 +407,7 @@ def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
     assert len(records) >= 6
     best = [r for r in records if r.seed == 2]
     assert f"| {best[0].rate:g} (" in done.stdout
-    for picture in ("loss_by_state.png", "loss_by_seconds.png"):
+    for picture in ("loss_by_state.png", "loss_by_rate.png"):
         kept = tmp_path / "runs" / "comparison" / picture
         assert kept.read_bytes().startswith(b"\x89PNG")
     again = run(COMPARE, "language_model", "--records", str(tmp_path / "r.jsonl"), cwd=tmp_path)
