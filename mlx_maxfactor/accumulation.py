@@ -15,8 +15,10 @@ def accumulate_gradients(
     :math:`\sum_i n_i g_i / \sum_i n_i`; the plain mean of the :math:`g_i` is not.
 
     Args:
-        gradients: Of the mean loss of the micro-batch.
-        weight: What the mean was over, the number of tokens that counted.
+        gradients: Of the mean loss of the micro-batch. A leaf that one micro-batch lacks counts as
+            zero there.
+        weight: What the mean was over, the number of tokens that counted. Weight 0 adds nothing,
+            whatever the gradients are: a mean over nothing is a NaN.
         total: What this function returned for the micro-batch before; None for the first.
 
     Returns:
@@ -31,13 +33,25 @@ def accumulate_gradients(
         array([2], dtype=float32)
     """
     weight = mx.array(weight).astype(mx.float32)
-    weighted = tree_map(lambda g: g.astype(mx.float32) * weight, gradients)
+    weighted = tree_map(
+        lambda g: mx.where(weight > 0, g.astype(mx.float32) * weight, 0.0), gradients
+    )
     if total is None:
         return {"gradients": weighted, "weight": weight}
     return {
-        "gradients": tree_map(mx.add, weighted, total["gradients"]),
+        "gradients": _sum(weighted, total["gradients"]),
         "weight": total["weight"] + weight,
     }
+
+
+def _sum(a: Any, b: Any) -> Any:
+    """The sum of two trees, with every leaf that either has."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {k: _sum(a[k], b[k]) if k in a and k in b else a.get(k, b.get(k)) for k in a | b}
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        short, long = sorted((list(a), list(b)), key=len)
+        return [*map(_sum, short, long), *long[len(short) :]]
+    return a + b
 
 
 def averaged_gradients(total: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ from .rules import apply_rules, check_explained
 
 LORA_ROLES = frozenset({"lora_a", "lora_b"})
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
-UNDECAYED_ROLES = frozenset({"norm", "bias", "vector"})
+UNDECAYED_ROLES = frozenset({"norm", "bias", "vector", "unknown"})
 
 
 def create_optimizer(
@@ -51,8 +51,8 @@ def create_optimizer(
     Roles are read from the module tree, see ``print(optimizer.plan)``. Hidden matrices (Linears,
     attention projections, convolutions after the first as ``(out, -1)``, stacked experts each by
     itself, LoRA's A and B) go to ``hidden``; embeddings, the head, convolutions that read the
-    input, expert gates and arrays that belong to no known layer go to ``rest``; norms, biases and
-    vectors go to ``rest`` without weight decay.
+    input and expert gates go to ``rest``; norms, biases, vectors and arrays that belong to no known
+    layer go to ``rest`` without weight decay.
 
     Args:
         model: The complete model, with its layers frozen or LoRA-wrapped already.

@@ -40,7 +40,7 @@ PRETRAINED = Use(DEFAULT_RATES | {"signsgd": 1e-3, "muon": 1e-2}, {})
 
 LORA = Use(
     {
-        "orthomaxfactor": 1e-3,
+        "orthomaxfactor": 5e-4,
         "maxfactor": 1e-3,
         "adafactor": 1e-3,
         "signsgd": 3e-4,

@@ -227,6 +227,8 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
         for path, shape in node.shapes:
             key = path[len(node.path) + 1 if node.path else 0 :].partition(".")[0]
             role, note = _role(node, key, len(shape)), ""
+            if role == "unknown" and sum(n > 1 for n in shape) < 2:
+                role = "vector"  # a class token (1, 1, n), the gains (n, 1, 1) of weight norm
             if path in declared:
                 # A kernel that goes with the hidden matrices still is one: `(out, k..., in)`.
                 kernel = role == "conv" and declared[path] == "hidden"

@@ -575,7 +575,7 @@ CASES = [
         ViT,
         {
             "patches.weight": CONV_INPUT,
-            "class_token": UNKNOWN,
+            "class_token": VECTOR,
             "position": UNKNOWN,
             "head.weight": HEAD,
         }

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten, tree_map
 from models import llama
 
@@ -52,3 +53,27 @@ def test_the_sum_is_float32_and_nothing_gives_zero():
     assert averaged_gradients(total)["w"].tolist() == [1.0, 1.0]
     empty = accumulate_gradients({"w": mx.zeros(2)}, 0)
     assert averaged_gradients(empty)["w"].tolist() == [0.0, 0.0]
+
+
+def test_a_micro_batch_of_no_tokens_adds_nothing_and_a_nan_with_weight_stays():
+    nan = {"b": mx.array([float("nan"), 1.0])}
+    total = accumulate_gradients({"b": mx.array([1.0, 2.0])}, 3)
+    assert averaged_gradients(accumulate_gradients(nan, 0, total))["b"].tolist() == [1.0, 2.0]
+    assert averaged_gradients(accumulate_gradients(nan, 0))["b"].tolist() == [0.0, 0.0]
+    spoiled = averaged_gradients(accumulate_gradients(nan, 1, total))["b"]
+    assert mx.isnan(spoiled).tolist() == [True, False]
+
+
+def test_micro_batches_may_have_different_leaves():
+    one, two = mx.array([1.0]), mx.array([2.0])
+    both = {"a": one, "l": [{"w": one}, {"w": one}]}
+    less = {"a": two, "l": [{"w": two}]}
+    other = {"c": {"d": two}}
+    for order in ((both, less, other), (other, less, both), (less, other, both)):
+        total = None
+        for gradients in order:
+            total = accumulate_gradients(gradients, 2, total)
+        mean = averaged_gradients(total)
+        assert mean["a"].item() == mean["l"][0]["w"].item() == 1.0
+        assert mean["l"][1]["w"].item() == pytest.approx(1 / 3)
+        assert mean["c"]["d"].item() == pytest.approx(2 / 3)

@@ -106,12 +106,26 @@ def test_the_plan_is_a_table_with_a_total():
 
 
 def test_strict_names_all_that_the_module_tree_does_not_explain():
-    with pytest.raises(
-        ValueError, match=r"2 parameters .*class_token .*position .*give each a rule"
-    ):
+    with pytest.raises(ValueError, match=r"1 parameters .*: position .*give each a rule"):
         create_optimizer(ViT(), strict=True)
-    rules = {"class_token": "adamw", "position": "embedding"}
-    create_optimizer(ViT(), strict=True, rules=rules)
+    create_optimizer(ViT(), strict=True, rules={"position": "embedding"})
+
+
+def test_what_is_not_explained_is_not_decayed():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A_log = mx.ones((6, 4))
+            self.weight_g, self.alpha = mx.ones((6, 1, 1)), mx.ones((1, 1, 6))
+            self.layer = nn.Linear(4, 6)
+
+    plan = {entry.path: entry for entry in create_optimizer(Own()).plan}
+    assert plan["A_log"].role == "unknown"
+    assert plan["weight_g"].role == plan["alpha"].role == "vector"
+    for path in ("A_log", "weight_g", "alpha"):
+        assert plan[path].optimizer == "adamw, no decay"
+    explained = create_optimizer(Own(), rules={"A_log": "embedding"}).plan
+    assert {e.path: e.optimizer for e in explained}["A_log"] == "adamw"
 
 
 class Part(nn.Module):
