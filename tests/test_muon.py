@@ -1,10 +1,10 @@
-"""Muon against its twin, against torch, and what mlx's own gets wrong."""
+"""Muon against its twin, and what mlx's own gets wrong."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import reference
-from trajectories import assert_follows, parameter, trajectory
+from trajectories import assert_follows, parameter
 
 from mlx_maxfactor import Muon
 
@@ -90,22 +90,6 @@ def test_everything_refused_is_named_at_once():
     with pytest.raises(ValueError, match=r"norm.weight: (.|\n)*b: "):
         optimizer.init(tree)
     assert set(optimizer.state) == {"step", "learning_rate"}, "a refused tree leaves no state"
-
-
-def test_agrees_with_torch():
-    torch = pytest.importorskip("torch")
-    start = parameter((12, 7))
-    gradients = [parameter((12, 7), seed) for seed in range(30)]
-    theirs = torch.nn.Parameter(torch.tensor(start))
-    peer = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1, nesterov=True)
-    ours = trajectory(Muon(scale="spectral", weight_decay=0.1), start, gradients)
-    for g in gradients:
-        theirs.grad = torch.tensor(g)
-        peer.step()
-    # torch keeps m as a moving average, which orthogonalization cannot tell from our sum, and
-    # orthogonalizes in bf16: 30 steps of 0.02, each off by up to 2^-7 of itself.
-    moved, difference = ours[-1] - start, ours[-1] - theirs.detach().numpy()
-    assert np.linalg.norm(difference) < 2**-7 * np.linalg.norm(moved)
 
 
 @pytest.mark.parametrize(

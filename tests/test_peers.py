@@ -1,0 +1,425 @@
+"""AdamW, Muon, Adafactor and SignSGD against torch.optim and mlx.optimizers.
+
+The torch cases are those that its own suite runs on a CPU, ``optim_inputs_func_*`` of
+``torch.testing._internal.common_optimizers``, and more options where that list is short. They are
+copied, because that module needs packages that are not installed. Both sides get the same
+gradients. torch in float64 is the exact answer: a float64 twin must equal it to float64 rounding,
+and the optimizer must follow it to float32 rounding.
+"""
+
+import mlx.core as mx
+import mlx.optimizers as peers
+import numpy as np
+import pytest
+import reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from trajectories import BOUND, distance, hard_gradients, parameter, trajectory, twin_trajectory
+
+from mlx_maxfactor import Adafactor, AdamW, Muon, SignSGD
+
+STEPS = 30
+SHAPES = [(10, 5), (3, 4, 5), (1, 7), (7, 1), (10,), (1,), ()]
+"""torch's suite has (10, 5) and (10,)."""
+
+MATRICES = [(10, 5), (5, 10), (32, 32), (1, 7), (7, 1)]
+
+TWIN_BOUND = 1e-12
+"""On ``distance`` of two float64 trajectories: 30 roundings of p are 3e-15, and Newton–Schulz
+multiplies the rounding of small singular values by up to 3.4445^6 = 1700."""
+
+ADAMW = [  # amsgrad is left out: ours has none.
+    {},
+    {"lr": 0.01},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "maximize": True},
+    {"betas": (0.9, 0.99)},
+    {"betas": (0.0, 0.999), "eps": 1e-3},
+    {"betas": (0.95, 0.0), "eps": 1e-6, "weight_decay": 0.0},
+]
+
+MUON = [  # ns_coefficients is left out: ours has two named methods. torch has no maximize here.
+    {},
+    {"lr": 0.01},
+    {"weight_decay": 0.2},
+    {"momentum": 0.8},
+    {"ns_steps": 6},
+    {"momentum": 0.0, "weight_decay": 0.0},
+    {"nesterov": False},
+    {"lr": 0.01, "adjust_lr_fn": "match_rms_adamw"},
+]
+
+ADAFACTOR = [
+    {},
+    {"lr": 0.01, "weight_decay": 0.1},
+    {"weight_decay": 0.1, "maximize": True},
+    {"beta2_decay": -1.0},
+    {"d": 1.5},
+    {"lr": 0.5},  # above 1/√t from the fifth step on
+    {"lr": 1e-3, "eps": (1e-30, 0.5), "beta2_decay": -0.3},
+]
+
+
+# torch's options and defaults, as ours
+
+
+def as_adamw(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, maximize=False):
+    return {"learning_rate": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+
+
+def as_muon(
+    lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5, adjust_lr_fn="original"
+):
+    return {
+        "learning_rate": lr,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "steps": ns_steps,
+        "scale": {"original": "spectral", "match_rms_adamw": "rms"}[adjust_lr_fn],
+    }
+
+
+def as_adafactor(eps=(1e-30, 1e-3), d=1.0, beta2_decay=-0.8, weight_decay=0.0, **_):
+    return {
+        "eps": eps,
+        "clip_threshold": d,
+        "decay_rate": beta2_decay,
+        "weight_decay": weight_decay,
+    }
+
+
+def relative_adafactor(lr=1e-2, **case):
+    """Its rate is relative, and at most 1/√t, as torch's always is."""
+    optimizer = Adafactor(**as_adafactor(**case))
+    if lr != 1e-2:
+        optimizer.learning_rate = lambda step: mx.minimum(lr, mx.rsqrt(step.astype(mx.float32) + 1))
+    return optimizer
+
+
+# The loops
+
+
+@pytest.fixture(scope="session")
+def torch():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # two threads take longer for matrices this small
+    return torch
+
+
+def signed(gradients, case):
+    """What a user of ours does to maximize: negate the gradient."""
+    return [-g for g in gradients] if case.get("maximize") else gradients
+
+
+def torch_trajectory(torch, build, start, gradients, bits=64, before=None):
+    """``before(group, p)`` changes the options of one step."""
+    dtype = {32: torch.float32, 64: torch.float64}[bits]
+    p, points = torch.nn.Parameter(torch.tensor(start, dtype=dtype)), []
+    peer = build([p])
+    for g in gradients:
+        if before:
+            before(peer.param_groups[0], p)
+        p.grad = torch.tensor(g, dtype=dtype)
+        peer.step()
+        points.append(p.detach().numpy().copy())
+    return np.stack(points)
+
+
+def mlx_trajectory(peer, start, gradients):
+    tree, points = {"p": mx.array(start)}, []
+    for g in gradients:
+        tree = peer.apply_gradients({"p": mx.array(g)}, tree)
+        points.append(np.array(tree["p"]))
+    return np.stack(points)
+
+
+def plain_gradients(shape, steps=STEPS, seed=1):
+    """From 1e-2 to 1e2, without zeros: above every eps of a peer."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(steps, *shape))
+    noise = np.sign(noise) * np.maximum(np.abs(noise), 0.1)
+    size = 10.0 ** rng.uniform(-1, 2, steps)
+    return list((noise * size.reshape(-1, *[1] * len(shape))).astype(np.float32))
+
+
+def follows(ours, exact, start, bound):
+    assert np.max(np.abs(exact[-1] - start)) > 0, "the peer does not move: the test cannot fail"
+    assert distance(ours, exact) < bound
+
+
+# AdamW
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", ADAMW, ids=str)
+def test_adamw_follows_torch(torch, case, shape):
+    start, gradients = parameter(shape), hard_gradients(shape, STEPS)
+    options, ascent = as_adamw(**case), signed(gradients, case)
+    ours = trajectory(AdamW(**options), start, ascent)
+    twin = twin_trajectory(reference.AdamW(**options), start, ascent)
+
+    def build(parameters):
+        return torch.optim.AdamW(parameters, **case)
+
+    exact = torch_trajectory(torch, build, start, gradients)
+    follows(twin, exact, start, TWIN_BOUND)
+    follows(ours, exact, start, BOUND)
+    # In float32 both round.
+    follows(ours, torch_trajectory(torch, build, start, gradients, bits=32), start, 2 * BOUND)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("case", ADAMW, ids=str)
+def test_adamw_follows_mlx(case, bias_correction, shape):
+    start, gradients = parameter(shape), signed(hard_gradients(shape, STEPS), case)
+    options = {**as_adamw(**case), "bias_correction": bias_correction}
+    # Both round. mlx's 1 - 0.999^t is also off by 6e-5 of itself at the first step, less later:
+    # with rates up to 0.01 that is 3e-7 of a parameter near 1.
+    theirs = mlx_trajectory(peers.AdamW(**options), start, gradients)
+    follows(trajectory(AdamW(**options), start, gradients), theirs, start, 2 * BOUND)
+
+
+# Muon
+
+
+def without_bf16(torch, patch):
+    """torch orthogonalizes a bf16 copy; here a copy in the gradient's own float64."""
+    patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+@pytest.mark.parametrize("case", MUON, ids=str)
+def test_muon_follows_torch(torch, monkeypatch, case, shape):
+    # torch keeps m as a moving average and ours as a sum: orthogonalization removes the factor.
+    start, gradients = parameter(shape), plain_gradients(shape)
+    ours = trajectory(Muon(**as_muon(**case)), start, gradients)
+    twin = twin_trajectory(reference.Muon(**as_muon(**case)), start, gradients)
+
+    def build(parameters):
+        return torch.optim.Muon(parameters, **case)
+
+    rounded = torch_trajectory(torch, build, start, gradients, bits=32)
+    # Each iteration rounds to bf16, 2^-9 of itself, and those after it multiply that by up to 1.7
+    # (the slope of the quintic): 2^-4 where all roundings add up, which they do not.
+    off = np.linalg.norm(ours[-1] - rounded[-1])
+    assert off < 2**-5 * np.linalg.norm(ours[-1] - start)
+
+    without_bf16(torch, monkeypatch)
+    exact = torch_trajectory(torch, build, start, gradients)
+    follows(twin, exact, start, TWIN_BOUND)
+    follows(ours, exact, start, BOUND)
+
+
+def test_a_rate_may_be_an_array_as_in_torch(torch, monkeypatch):
+    start, gradients = parameter((10, 5)), plain_gradients((10, 5))
+    without_bf16(torch, monkeypatch)
+    exact = torch_trajectory(
+        torch, lambda p: torch.optim.Muon(p, lr=torch.tensor(0.001)), start, gradients
+    )
+    ours = trajectory(Muon(**as_muon(lr=mx.array(0.001))), start, gradients)
+    follows(ours, exact, start, BOUND)
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_follows_mlx(nesterov, shape):
+    # Without decay: mlx adds it to the gradient, where orthogonalization removes its strength.
+    start, gradients = parameter(shape), plain_gradients(shape)
+    options = {"learning_rate": 0.02, "momentum": 0.9, "nesterov": nesterov}
+    theirs = mlx_trajectory(peers.Muon(weight_decay=0.0, **options), start, gradients)
+    ours = trajectory(Muon(scale="spectral", **options), start, gradients)
+    follows(ours, theirs, start, 2 * BOUND)  # both round
+
+
+def test_muon_steps_as_far_for_a_tiny_gradient(torch):
+    # torch divides by max(norm, 1e-7); ours scales any gradient to norm 1.
+    start, g = parameter((10, 5)), parameter((10, 5), seed=1) * np.float32(1e-12)
+    theirs = torch_trajectory(
+        torch, lambda p: torch.optim.Muon(p, lr=0.02, weight_decay=0.0), start, [g]
+    )
+    ours = trajectory(Muon(0.02, scale="spectral"), start, [g])
+    assert np.linalg.norm(ours - start) > 100 * np.linalg.norm(theirs - start) > 0
+
+
+# Adafactor
+
+
+def decay_as_ours(case):
+    """torch decays by lr·λ, ours by α·λ with α the relative rate: give torch that λ."""
+    lr, decay, (_, floor) = case["lr"], case.get("weight_decay", 0.0), case["eps"]
+    step = 0
+
+    def before(group, p):
+        nonlocal step
+        step += 1
+        size = max(floor, p.detach().square().mean().sqrt().item())
+        group["weight_decay"] = decay * size * min(lr, step**-0.5) / lr
+
+    return before
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", ADAFACTOR, ids=str)
+def test_adafactor_follows_torch(torch, case, shape):
+    case = {"lr": 1e-2, "eps": (1e-30, 1e-3), **case}
+    start, gradients = parameter(shape), hard_gradients(shape, STEPS)
+    ascent = signed(gradients, case)
+    # Only in float64: where a row is dead, torch in float32 makes 0 · inf.
+    exact = torch_trajectory(
+        torch,
+        lambda p: torch.optim.Adafactor(p, **case),
+        start,
+        gradients,
+        before=decay_as_ours(case),
+    )
+    follows(trajectory(relative_adafactor(**case), start, ascent), exact, start, BOUND)
+    if case["lr"] == 1e-2:  # the twin's own relative rate
+        twin = twin_trajectory(reference.Adafactor(**as_adafactor(**case)), start, ascent)
+        # torch has max(V, ε₁²) where ours has g² + ε₁: 1e-30 beside the 1e-24 of the smallest g².
+        follows(twin, exact, start, 1e-6)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_adafactor_follows_torch_with_its_own_eps(torch, shape, bits):
+    # torch's ε₁ is the machine epsilon of the dtype: these gradients are above it.
+    start, gradients = parameter(shape), plain_gradients(shape)
+    theirs = torch_trajectory(torch, torch.optim.Adafactor, start, gradients, bits)
+    follows(trajectory(Adafactor(), start, gradients), theirs, start, 2 * BOUND)
+
+
+def test_adafactor_decays_in_proportion_to_its_step(torch):
+    # torch: p(1 - lr·λ). Ours: p(1 - α·λ) with α = lr·RMS(p), less for small parameters.
+    start, zero = np.full((4, 3), 0.1, np.float32), np.zeros((4, 3), np.float32)
+    theirs = torch_trajectory(
+        torch, lambda p: torch.optim.Adafactor(p, weight_decay=0.5), start, [zero]
+    )
+    ours = trajectory(Adafactor(weight_decay=0.5), start, [zero])
+    assert np.allclose(theirs, 0.1 * (1 - 1e-2 * 0.5), rtol=1e-6)
+    assert np.allclose(ours, 0.1 * (1 - 1e-2 * 0.1 * 0.5), rtol=1e-6)
+
+
+def test_adafactor_steps_as_far_for_a_tiny_gradient(torch):
+    # torch divides by at least its float32 ε₁, 1.2e-7; ours adds 1e-30 to the square.
+    start, g = parameter((10, 5)), parameter((10, 5), seed=1) * np.float32(1e-10)
+    theirs = torch_trajectory(torch, torch.optim.Adafactor, start, [g], bits=32)
+    ours = trajectory(Adafactor(), start, [g])
+    assert np.linalg.norm(ours - start) > 100 * np.linalg.norm(theirs - start) > 0
+
+
+def warmed_up(step):
+    return mx.minimum(1e-6 * (step + 1), mx.rsqrt(step.astype(mx.float32) + 1))
+
+
+def of_relative_step(rate):
+    """Built without a rate, so that the one set here is multiplied by max(ε₂, RMS(p))."""
+    optimizer = Adafactor(weight_decay=0.1)
+    optimizer.learning_rate = rate
+    return optimizer
+
+
+ADAFACTOR_OF_MLX = [  # beta_1 is left out: ours has no first moment.
+    ({}, lambda: Adafactor(weight_decay=0.1)),
+    (
+        {"relative_step": False, "scale_parameter": False, "learning_rate": 0.01},
+        lambda: Adafactor(0.01, weight_decay=0.1),
+    ),
+    ({"relative_step": False, "learning_rate": 0.02}, lambda: of_relative_step(0.02)),
+    ({"warmup_init": True}, lambda: of_relative_step(warmed_up)),
+    (
+        {"scale_parameter": False, "warmup_init": True},
+        lambda: Adafactor(warmed_up, weight_decay=0.1),
+    ),
+    (
+        {"clip_threshold": 0.5, "decay_rate": -0.5},
+        lambda: Adafactor(clip_threshold=0.5, decay_rate=-0.5, weight_decay=0.1),
+    ),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "build"), ADAFACTOR_OF_MLX, ids=[str(case) for case, _ in ADAFACTOR_OF_MLX]
+)
+def test_adafactor_follows_mlx(case, build, shape):
+    start, gradients = parameter(shape), hard_gradients(shape, STEPS)
+    theirs = mlx_trajectory(peers.Adafactor(weight_decay=0.1, **case), start, gradients)
+    follows(trajectory(build(), start, gradients), theirs, start, 2 * BOUND)  # both round
+
+
+# SignSGD
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_signsgd_is_mlx_lion_without_averages(decay, shape):
+    start, gradients = parameter(shape), hard_gradients(shape, STEPS)
+    lion = peers.Lion(0.01, betas=[0.0, 0.0], weight_decay=decay)
+    theirs = mlx_trajectory(lion, start, gradients)
+    ours = trajectory(SignSGD(0.01, weight_decay=decay), start, gradients)
+    assert np.array_equal(ours, theirs)  # the same float32 operations in the same order
+
+
+# Options found by hypothesis
+
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+rates, decays, seeds = st.floats(1e-5, 0.05), st.floats(0, 1), st.integers(0, 2**32 - 1)
+axes = st.integers(1, 9)
+
+
+@QUICK
+@given(
+    shape=st.lists(axes, max_size=4).map(tuple),
+    lr=rates,
+    betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.9999)),
+    eps=st.floats(1e-10, 1e-2),
+    weight_decay=decays,
+    seed=seeds,
+)
+def test_adamw_follows_torch_with_any_options(torch, shape, seed, **case):
+    start, gradients = parameter(shape, seed), plain_gradients(shape, 20, seed)
+    exact = torch_trajectory(torch, lambda p: torch.optim.AdamW(p, **case), start, gradients)
+    follows(trajectory(AdamW(**as_adamw(**case)), start, gradients), exact, start, BOUND)
+
+
+@QUICK
+@given(
+    shape=st.tuples(axes, axes),
+    lr=rates,
+    momentum=st.floats(0, 0.99),
+    nesterov=st.booleans(),
+    weight_decay=decays,
+    ns_steps=st.integers(1, 6),
+    adjust_lr_fn=st.sampled_from(["original", "match_rms_adamw"]),
+    seed=seeds,
+)
+def test_muon_follows_torch_with_any_options(torch, shape, seed, **case):
+    start, gradients = parameter(shape, seed), plain_gradients(shape, 20, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        without_bf16(torch, patch)
+        exact = torch_trajectory(torch, lambda p: torch.optim.Muon(p, **case), start, gradients)
+    follows(trajectory(Muon(**as_muon(**case)), start, gradients), exact, start, BOUND)
+
+
+@QUICK
+@given(
+    shape=st.lists(axes, max_size=4).map(tuple),
+    lr=rates,
+    d=st.floats(1.0, 4.0),
+    beta2_decay=st.floats(-1.0, -0.1),
+    eps=st.tuples(st.just(1e-30), st.floats(1e-4, 1.0)),
+    weight_decay=decays,
+    seed=seeds,
+)
+def test_adafactor_follows_torch_with_any_options(torch, shape, seed, **case):
+    start, gradients = parameter(shape, seed), plain_gradients(shape, 20, seed)
+    exact = torch_trajectory(
+        torch,
+        lambda p: torch.optim.Adafactor(p, **case),
+        start,
+        gradients,
+        before=decay_as_ours(case),
+    )
+    follows(trajectory(relative_adafactor(**case), start, gradients), exact, start, BOUND)
