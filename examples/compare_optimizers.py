@@ -398,9 +398,14 @@ def draw_transfer(records: Mapping[str, Sequence[Record]]) -> Figure:
                 label = TRAININGS[training].title.removeprefix("language model, ")
                 axes.plot(rates, [losses[rate] for rate in rates], style, label=label)
         axes.set(title=name, xscale="log", xlabel="peak rate of the hidden matrices")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.grid(color="lightgray", linewidth=0.5)
     panels[0].set_ylabel("validation loss after 300 steps, nats per character")
-    panels[0].legend(fontsize="small")
+    for axes in panels:
+        if axes.lines:
+            axes.legend(fontsize="small")
+            break
     return figure
 
 
