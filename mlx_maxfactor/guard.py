@@ -61,6 +61,7 @@ class GuardedOptimizer(MultiOptimizer):
         check_flags(skip_nonfinite=skip_nonfinite)
         if max_grad_norm is not None:
             max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0.0, ends="()")
+        self.filters = []  # `_index_of` splits trees here, and lambdas could not be pickled
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self._guard = {"skipped": mx.array(0, mx.uint32)} if skip_nonfinite else {}

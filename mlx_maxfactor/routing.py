@@ -130,8 +130,8 @@ class RoutedOptimizer(GuardedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ):
-        filters = [lambda path, *_, i=i: routes.get(path) == i for i in range(len(members) - 1)]
-        MultiOptimizer.__init__(self, [member.optimizer for member in members], filters)
+        nothing = [lambda *_: False] * (len(members) - 1)
+        MultiOptimizer.__init__(self, [member.optimizer for member in members], nothing)
         self._set_guard(max_grad_norm, skip_nonfinite)
         self._members = tuple(members)
         self._parameters = {p.path: p for p in parameters}

@@ -149,17 +149,29 @@ def warmup_cosine(
             f"warmup_steps must be at most total_steps ({total_steps}), got {warmup_steps}"
         )
 
-    def rate(step: mx.array) -> mx.array:
-        step = step.astype(mx.float32)
-        warm = start_ratio + (1 - start_ratio) * step / max(1, warmup_steps)
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        cosine = 0.5 * (1 + mx.cos(mx.pi * mx.minimum(progress, 1.0)))
-        decayed = min_ratio + (1 - min_ratio) * cosine
-        return learning_rate * mx.where(step < warmup_steps, warm, decayed)
-
+    rate = _WarmupCosine(learning_rate, total_steps, warmup_steps, min_ratio, start_ratio)
     text = f"warmup_cosine({learning_rate:g}, {total_steps}, {warmup_steps}, {min_ratio:g}"
     text += f", start_ratio={start_ratio:g})" if start_ratio else ")"
     return Schedule(rate, text, peak=learning_rate)
+
+
+@dataclass(frozen=True)
+class _WarmupCosine:
+    """The function of :func:`warmup_cosine`; not a closure, which could not be pickled."""
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int
+    min_ratio: float
+    start_ratio: float
+
+    def __call__(self, step: mx.array) -> mx.array:
+        step = step.astype(mx.float32)
+        warm = self.start_ratio + (1 - self.start_ratio) * step / max(1, self.warmup_steps)
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + mx.cos(mx.pi * mx.minimum(progress, 1.0)))
+        decayed = self.min_ratio + (1 - self.min_ratio) * cosine
+        return self.learning_rate * mx.where(step < self.warmup_steps, warm, decayed)
 
 
 def adaptive_schedule(

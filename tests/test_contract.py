@@ -1,6 +1,7 @@
 """What every optimizer that the factory knows must keep, bare and routed."""
 
 import copy
+import pickle
 from typing import Any
 
 import mlx.core as mx
@@ -8,12 +9,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from models import CASES
+from models import CASES, Table
 from trajectories import parameter
 
 from mlx_maxfactor import (
     OPTIMIZERS,
     FrequencyAdaptiveMomentum,
+    GuardedOptimizer,
     MaxFactor,
     create_optimizer,
     warmup_cosine,
@@ -359,3 +361,38 @@ def test_real_shapes_compile_once_and_equal_eager(name, hidden):
         results.append(losses)
     # Losses near 4 after three steps; sign-like steps amplify the last bit of a gradient near 0.
     assert np.allclose(*results, rtol=1e-3)
+
+
+def unpickled(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+@pytest.mark.parametrize("around", ["bare", "guarded", "routed", "scheduled"])
+def test_a_copy_trains_like_the_original_and_shares_nothing(make, around, copied):
+    def built():
+        if around == "bare":
+            return make()
+        if around == "guarded":
+            return GuardedOptimizer(make(), max_grad_norm=1.0)
+        steps = 50 if around == "scheduled" else None
+        return create_optimizer(
+            Table(), make(), total_steps=steps, rounding="stochastic", skip_nonfinite=True
+        )
+
+    optimizer = built()
+    tree = {"linear1": {"weight": mx.array(parameter((128, 64)))}}
+    steps = [{"linear1": {"weight": mx.array(parameter((128, 64), seed))}} for seed in range(6)]
+    for g in steps[:3]:
+        tree = optimizer.apply_gradients(g, tree)
+    other, trees = copied(optimizer), [tree, tree]
+    for g in steps[3:]:
+        trees[0] = optimizer.apply_gradients(g, trees[0])
+    for g in steps[3:]:
+        trees[1] = other.apply_gradients(g, trees[1])
+    assert mx.array_equal(*(tree["linear1"]["weight"] for tree in trees)).item()
+    ours, theirs = (dict(tree_flatten(o.state)) for o in (optimizer, other))
+    assert ours.keys() == theirs.keys()
+    for key, array in ours.items():
+        assert mx.array_equal(array, theirs[key]).item()
+        assert array is not theirs[key]
