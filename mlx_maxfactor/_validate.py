@@ -96,7 +96,7 @@ def check_rate(name: str, value: Any, step: Any = 0) -> Rate:
     if callable(value):
         _check_schedule(name, value, step)
         return value
-    if isinstance(value, mx.array) and value.ndim == 0:
+    if isinstance(value, mx.array) and value.size == 1:
         if (number := known(value)) is not None:
             check_number(name, number, 0.0)
         return value
@@ -152,6 +152,8 @@ def known(value: Any) -> Any:
 
 def check_update(model: Any, gradients: Any) -> None:
     """Raise unless these are what ``optimizer.update`` takes."""
+    if model == {} == gradients:  # moves a schedule, and nothing else
+        return
     if not isinstance(model, nn.Module):
         raise ValueError(f"update takes the model, then its gradients; the model is {_kind(model)}")
     if not isinstance(gradients, dict):

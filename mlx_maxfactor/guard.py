@@ -195,13 +195,18 @@ class GuardedOptimizer(MultiOptimizer):
 
     @property
     def state(self) -> dict:
-        """The members' live states and the guard's own. Assigning copies into them."""
-        states = [optimizer.state for optimizer in self.optimizers]
-        return {"states": states, "guard": self._guard} if self._guard else {"states": states}
+        """The members' live states and the guard's own. Assigning copies into them.
+
+        ``state["step"]`` and ``state["learning_rate"]`` are those of the optimizer as a whole.
+        """
+        state = _State(self, states=[optimizer.state for optimizer in self.optimizers])
+        if self._guard:
+            state["guard"] = self._guard
+        return state
 
     @state.setter
     def state(self, state: dict) -> None:
-        states = state.get("states", ())
+        states = state.get("states", ()) if isinstance(state, dict) else ()
         if len(states) != len(self.optimizers):
             raise ValueError(
                 f"state must hold {len(self.optimizers)} states, one a member, got {len(states)}"
@@ -214,6 +219,22 @@ class GuardedOptimizer(MultiOptimizer):
                 optimizer.state.clear()
                 optimizer.state.update(new)
         self._guard.update(state.get("guard", {}))
+
+
+class _State(dict):
+    """A state that also answers for the whole, where public trainers look for it.
+
+    Not as items: a compiled step and a checkpoint would take them for arrays of their own.
+    """
+
+    def __init__(self, optimizer: MultiOptimizer, **items: Any):
+        super().__init__(**items)
+        self._optimizer = optimizer
+
+    def __missing__(self, key: str) -> Any:
+        if key in ("step", "learning_rate"):
+            return getattr(self._optimizer, key)
+        raise KeyError(key)
 
 
 def shown_optimizer(optimizer: Optimizer) -> str:

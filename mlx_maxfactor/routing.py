@@ -210,8 +210,9 @@ class RoutedOptimizer(GuardedOptimizer):
                 self._set_layout(path)
         if unknown := [path for path in new if path not in self._routes]:
             raise ValueError(
-                f"the model did not have these parameters when create_optimizer was called: "
-                f"{', '.join(unknown)}; call it after the model is complete"
+                f"create_optimizer was called with a model that has no {', '.join(unknown)}: "
+                "update that whole model, or pass trees with its own paths; if it has grown, call "
+                "create_optimizer again"
             )
         super().init(parameters)
         self._prepared.update(new)

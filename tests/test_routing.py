@@ -642,7 +642,7 @@ def test_parameters_that_came_after_the_optimizer_are_named():
     optimizer = create_optimizer(model)
     model.late = nn.Linear(3, 3)
     before = model.linear1.weight
-    with pytest.raises(ValueError, match=r"late.weight, late.bias; call it after"):
+    with pytest.raises(ValueError, match=r"has no late.weight, late.bias: update that"):
         optimizer.update(model, random_gradients(model))
     assert model.linear1.weight is before
     assert optimizer.step.item() == 0

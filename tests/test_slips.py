@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from models import Table
 
 from mlx_maxfactor import (
@@ -605,3 +605,96 @@ def test_what_else_goes_wrong_is_one_line(slip):
     call, message = ODD[slip]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# What an update is given
+
+FLAWS = {
+    "one that broadcasts": (
+        {"linear1": {"weight": mx.ones((1, 64))}},
+        r"^linear1.weight: the gradient has shape \(1, 64\), and the parameter \(128, 64\)$",
+    ),
+    "a number": (
+        {"linear1": {"bias": mx.array(1.0)}},
+        r"^linear1.bias: the gradient has shape \(\), and the parameter \(128,\)$",
+    ),
+    "nothing": (
+        {"linear1": {"weight": None}},
+        "^linear1.weight: the gradient must be an array, got NoneType$",
+    ),
+    "of nothing": (
+        {"extra": mx.ones(2)},
+        "^extra: there is a gradient, and no such parameter$",
+    ),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+@pytest.mark.parametrize("make", [create, lambda: AdamW(), lambda: GuardedOptimizer(AdamW())])
+def test_a_gradient_that_does_not_fit_is_named_and_nothing_moves(make, flaw):
+    model, optimizer = Table(), make()
+    random_step(model, optimizer)
+    gradients, message = FLAWS[flaw]
+    fine = {"embedding": {"weight": mx.ones((100, 64))}, "output": {"bias": mx.ones(10)}}
+    before = [
+        (k, np.array(x.astype(mx.float32))) for k, x in tree_flatten([model.state, optimizer.state])
+    ]
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(model, fine | gradients)
+    after = [
+        (k, np.array(x.astype(mx.float32))) for k, x in tree_flatten([model.state, optimizer.state])
+    ]
+    assert [k for k, _ in before] == [k for k, _ in after]
+    assert all(np.array_equal(x, y) for (_, x), (_, y) in zip(before, after, strict=True))
+
+
+def test_a_part_of_the_model_is_not_the_model():
+    model = Table()
+    optimizer = create_optimizer(model)
+    message = (
+        "^create_optimizer was called with a model that has no weight: update that whole model"
+    )
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(model.linear1, {"weight": mx.ones((128, 64))})
+
+
+@pytest.mark.parametrize("make", [create, lambda: AdamW(), lambda: GuardedOptimizer(AdamW())])
+def test_an_update_of_nothing_moves_the_schedule(make):
+    optimizer = make()
+    optimizer.update({}, {})
+    optimizer.update(nn.Module(), {})
+    assert optimizer.step.item() == 2
+
+
+def test_a_rate_may_be_an_array_of_one_element():
+    assert AdamW(mx.array([1e-3])).learning_rate.shape == ()
+    optimizer = create()
+    optimizer.learning_rate = mx.array([0.05])
+    assert optimizer.learning_rate.item() == pytest.approx(0.05)
+
+
+def test_the_rate_and_the_step_are_readable_in_the_state_of_a_router():
+    model, optimizer = Table(), create(learning_rate=warmup_cosine(0.1, 10, 2))
+    state = [model.state, optimizer.state]
+    assert optimizer.state["step"].item() == 0
+
+    def step():
+        random_step(model, optimizer)
+        return optimizer.state["learning_rate"]
+
+    run = mx.compile(step, inputs=state, outputs=state)
+    for t in range(3):
+        assert run().item() == pytest.approx(warmup_cosine(0.1, 10, 2)(t).item())
+        assert optimizer.state["step"].item() == state[1]["step"].item() == t + 1
+    with pytest.raises(KeyError, match="rate"):
+        optimizer.state["rate"]
+
+
+@pytest.mark.parametrize("state", [[], None, {}, 3])
+@pytest.mark.parametrize("make", [create, AdamW, lambda: GuardedOptimizer(AdamW())])
+def test_what_is_no_state_is_one_clear_error(make, state):
+    optimizer = make()
+    before = tree_flatten(optimizer.state)
+    with pytest.raises(ValueError, match=r"^state must (hold|be)"):
+        optimizer.state = state
+    assert tree_flatten(optimizer.state) == before

@@ -309,7 +309,8 @@ class Float32Optimizer(Optimizer):
 
     @state.setter
     def state(self, state: dict) -> None:
-        if missing := [key for key in ("step", "learning_rate") if key not in state]:
+        given = state if isinstance(state, dict) else {}
+        if missing := [key for key in ("step", "learning_rate") if key not in given]:
             raise ValueError(f"state must hold {' and '.join(missing)}")
         state = tree_map(lambda array: array, state)
         if "learning_rate" in self._schedulers:

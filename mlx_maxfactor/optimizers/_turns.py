@@ -38,13 +38,27 @@ def _visit(path: str, gradient: Any, parameter: Any, states: Any, leaves: list[L
     if isinstance(gradient, dict):
         for key, child in gradient.items():
             below = [state.get(key) if isinstance(state, dict) else None for state in states]
+            if not isinstance(parameter, dict) or key not in parameter:
+                raise ValueError(f"{prefix}{key}: there is a gradient, and no such parameter")
             _visit(f"{prefix}{key}", child, parameter[key], below, leaves)
     elif isinstance(gradient, (list, tuple)):
         for i, child in enumerate(gradient):
             below = [state[i] if _reaches(state, i) else None for state in states]
             _visit(f"{prefix}{i}", child, parameter[i], below, leaves)
     else:
+        _check_leaf(path, gradient, parameter)
         leaves.append(Leaf(path, gradient, parameter, tuple(states)))
+
+
+def _check_leaf(path: str, gradient: Any, parameter: Any) -> None:
+    """Raise before anything is changed: MLX would broadcast in silence, or stop half-way."""
+    for name, x in (("gradient", gradient), ("parameter", parameter)):
+        if not isinstance(x, mx.array):
+            raise ValueError(f"{path}: the {name} must be an array, got {type(x).__name__}")
+    if gradient.shape != parameter.shape:
+        raise ValueError(
+            f"{path}: the gradient has shape {gradient.shape}, and the parameter {parameter.shape}"
+        )
 
 
 def _reaches(state: Any, index: int) -> bool:
