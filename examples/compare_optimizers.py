@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import mlx.core as mx
 from configurations import (
     CONFIGURATIONS,
     DEPTHS,
@@ -205,13 +206,18 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
         rate,
         seed,
         shlex.join(["python", f"examples/{script}", *options]),
-        f"MLX {version('mlx')}, {platform.system()} {platform.machine()}",
+        f"MLX {version('mlx')}, {platform.system()} {platform.machine()}{gpu()}",
         arguments.workers,
         run["state_bytes"],
         run["hidden_state_bytes"],
         round(median(run["seconds_per_step"]), 4),
         {measure: values[-1] for measure, values in run["validation"].items()},
     )
+
+
+def gpu() -> str:
+    """Its name, if there is one."""
+    return "" if mx.default_device() == mx.cpu else f", {mx.device_info()['device_name']}"
 
 
 def run_example(script: str, options: Sequence[str], folder: str) -> dict[str, Any]:

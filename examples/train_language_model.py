@@ -34,7 +34,8 @@ RATES |= {"mlx_adamw": 7e-4, "mlx_adafactor": 0.05, "normuon": 0.03}
 
 def main() -> None:
     arguments, text = parse_arguments()
-    train_all(LanguageModel(text, arguments), RATES, "Python's standard library", arguments)
+    title = str(arguments.source or "Python's standard library")
+    train_all(LanguageModel(text, arguments), RATES, title, arguments)
 
 
 class LanguageModel:
@@ -154,9 +155,8 @@ class Text:
     validation: np.ndarray
 
     @classmethod
-    def of_standard_library(cls) -> Text:
-        """Read every module; each eighth is for validation."""
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))
+    def of(cls, files: list[Path]) -> Text:
+        """Read every file; each eighth is for validation."""
         return cls(read([f for i, f in enumerate(files) if i % 8]), read(files[::8]))
 
     @property
@@ -187,9 +187,11 @@ class Text:
 
 
 def read(files: list[Path]) -> np.ndarray:
-    index = {character: i for i, character in enumerate(CHARACTERS)}
+    places = np.full(256, -1, dtype=np.int32)
+    places[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
     text = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
-    return np.array([index[character] for character in text if character in index], dtype=np.int32)
+    found = places[np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)]
+    return found[found >= 0]
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> mx.array:
@@ -197,8 +199,9 @@ def windows(text: np.ndarray, starts: np.ndarray, length: int) -> mx.array:
 
 
 class LanguageArguments(Arguments):
-    """And the length of a window, and how output projections start."""
+    """And the text, the length of a window, and how output projections start."""
 
+    source: Path | None
     context: int
     zero_outputs: bool
 
@@ -212,6 +215,8 @@ def parse_arguments() -> tuple[LanguageArguments, Text]:
         eval_every=50,
         output=Path("runs/language_model"),
     )
+    source = "Python files in this folder and below, in place of the standard library"
+    parser.add_argument("--source", type=Path, metavar="FOLDER", help=source)
     parser.add_argument("--context", type=integer, default=64, help="characters in a window")
     zeros = "start the output projections of attention and MLP at zero"
     parser.add_argument("--zero-outputs", action="store_true", help=zeros)
@@ -219,7 +224,11 @@ def parse_arguments() -> tuple[LanguageArguments, Text]:
     parser.parse(arguments)
     if arguments.width % (2 * arguments.heads):
         parser.error("--width must be divisible by twice --heads (rotary positions take pairs)")
-    text = Text.of_standard_library()
+    standard_library = Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")
+    files = sorted(arguments.source.rglob("*.py") if arguments.source else standard_library)
+    if not files:
+        parser.error(f"--source {arguments.source} holds no Python files")
+    text = Text.of(files)
     shortest = min(len(text.training), len(text.validation))
     if arguments.context >= shortest:
         parser.error(f"--context must be below {shortest}, the length of the shorter text")
