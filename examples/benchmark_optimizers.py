@@ -171,8 +171,9 @@ class Trial:
 def main() -> None:
     given = parse_arguments()
     names = [name for name in ENTRIES if name in {BASE, *(given.only or ENTRIES)}]
+    device = mx.device_info().get("device_name", "unknown")
     machine = [
-        f"MLX {version('mlx')} on {mx.default_device()}, {mx.device_info()['device_name']}",
+        f"MLX {version('mlx')} on {mx.default_device()}, {device}",
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"{given.layers} layers, {given.rounds} rounds",
     ]

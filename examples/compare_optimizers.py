@@ -154,9 +154,6 @@ def next_runs(
     losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
     if not configuration.searched:
         return [(0.0, seed) for seed in seeds if (0.0, seed) not in losses]
-    if of.rates:
-        given = of.rates.get(name)
-        return [(given, seed) for seed in seeds if given and (given, seed) not in losses]
     if configuration.rate_of:
         other = best_rate(configuration.rate_of, training, records)
         if other is None:
@@ -217,7 +214,9 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
 
 def gpu() -> str:
     """Its name, if there is one."""
-    return "" if mx.default_device() == mx.cpu else f", {mx.device_info()['device_name']}"
+    return (
+        "" if mx.default_device() == mx.cpu else f", {mx.device_info().get('device_name', 'GPU')}"
+    )
 
 
 def run_example(script: str, options: Sequence[str], folder: str) -> dict[str, Any]:

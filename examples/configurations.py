@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from variants import VARIANTS
 
@@ -22,7 +22,6 @@ class Training:
         shift: Places on the ladder from the task's own first rates to this training's.
         first_rates: How many neighbouring rates a search begins with.
         seeds: How many seeds run at the best rate.
-        rates: The rate of each configuration where a search would take too long.
     """
 
     task: str
@@ -31,7 +30,6 @@ class Training:
     shift: int = 0
     first_rates: int = 4
     seeds: int = 3
-    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 TRAININGS = {
@@ -75,14 +73,9 @@ TRAININGS = {
         "language_model",
         ("--width=256", "--layers=4", "--steps=3000"),
         "language model, width 256, 4 layers, 3,000 steps",
-        seeds=2,
-        rates={
-            "OrthoMaxFactor": 0.015,
-            "OrthoMaxFactor, no momentum": 0.03,
-            "Muon 0.8": 0.015,
-            "AdamW": 1e-3,
-            "mlx AdamW": 1e-3,
-        },
+        -4,
+        3,
+        2,
     ),
     "speech": Training("speech", (), "speech, 400 steps"),
     "speech_1600": Training("speech", ("--steps=1600",), "speech, 1,600 steps", -1),

@@ -5,8 +5,9 @@ experts. The module that holds it can, together with where that module stands.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from weakref import ref
 
@@ -46,35 +47,32 @@ RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 # mlx_lm's stacks of matrices: one per expert, and one per head (latent attention).
 STACKED = ("SwitchLinear", "QuantizedSwitchLinear", "MultiLinear")
 
+LORA = (("lora_a", "lora_b"), ("lora_A", "lora_B"), ("A", "B"), ("lora_down", "lora_up"))
+
 BIASES = ("bias", "b", "bhn")
 WEIGHTS = ("weight", "Wx", "Wh", "Wxh", "Whh")
 
 HEAD_NAME = re.compile(
     r"(?!multi_head)(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
-    r"|embed_out|fc_out|proj_out|score"
+    r"|embed_out|fc_out|proj_out|conv_out|final_layer|score"
 )
+TOWER_NAME = re.compile(r"(text|visual|vision|image|audio)_proj(ection)?")
+MODULATION_NAME = re.compile(r"ada_?ln.*|.*modulation", re.IGNORECASE)
 GATE_NAME = re.compile(r"(.*_)?gate")
 ROUTER_NAME = re.compile(r"(.*_)?router")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of a model: where it is, its shape, what it is, what is odd about it."""
+    """One array of a model: where it is, its shape, what it is, what is odd about it, and how it
+    holds matrices (see ``functional.LAYOUTS``).
+    """
 
     path: str
     shape: tuple[int, ...]
     role: str
     note: str = ""
-
-    @property
-    def layout(self) -> str:
-        """How the array holds matrices, see ``functional.LAYOUTS``."""
-        stacked = len(self.shape) > 2
-        if self.role in ("conv", "conv_input"):
-            return "conv"
-        if self.role in ("lora_a", "lora_b"):
-            return "experts" if stacked else "transposed"
-        return "experts" if self.role == "experts" else "batched"
+    layout: str = "batched"
 
 
 @dataclass(eq=False)
@@ -125,13 +123,11 @@ class Node:
 
     @property
     def is_norm(self) -> bool:
-        """Whether the layer normalizes; by name, as decoders bring norms of their own."""
-        return "Norm" in type(self.module).__name__ and not self.is_layer
-
-    @property
-    def has_lora(self) -> bool:
-        """Whether the module wraps a layer with low-rank matrices."""
-        return "lora_a" in self.module and "lora_b" in self.module
+        """Whether the layer normalizes; by name, as decoders bring norms of their own. What holds
+        matrices (weight norm) does not.
+        """
+        matrices = any(sum(n > 1 for n in shape) > 1 for _, shape in self.shapes)
+        return "Norm" in type(self.module).__name__ and not self.is_layer and not matrices
 
     @property
     def is_layer(self) -> bool:
@@ -218,7 +214,8 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
     tops = _tops(root)
     readers = _find_readers(tops, nodes)
     gates = _find_gates(nodes)
-    heads = {} if "head" in declared.values() else _find_heads(tops, nodes, gates)
+    heads = {} if "head" in declared.values() else _find_heads(tops, nodes, gates, readers)
+    lora = _find_lora(nodes)
 
     found = []
     for node in nodes:
@@ -226,14 +223,15 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
             continue
         for path, shape in node.shapes:
             key = path[len(node.path) + 1 if node.path else 0 :].partition(".")[0]
-            role, note = _role(node, key, len(shape)), ""
+            role, layout = lora.get(path) or (_role(node, key, len(shape)), "")
+            note = ""
             if role == "unknown" and sum(n > 1 for n in shape) < 2:
                 role = "vector"  # a class token (1, 1, n), the gains (n, 1, 1) of weight norm
             if path in declared:
                 # A kernel that goes with the hidden matrices still is one: `(out, k..., in)`.
                 kernel = role == "conv" and declared[path] == "hidden"
                 role = "conv" if kernel else declared[path]
-            elif role == "hidden" and node in heads:
+            elif role in ("hidden", "conv") and node in heads:
                 role, note = "head", heads[node]
             elif node in gates and role in ("hidden", "unknown"):
                 role = "router"
@@ -243,7 +241,7 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
                     role = "hidden"
             elif role == "unknown":
                 note = "unexplained"
-            found.append(Parameter(path, shape, role, note))
+            found.append(Parameter(path, shape, role, note, layout or _layout(role, node)))
     return found
 
 
@@ -261,9 +259,6 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
 
 def _role(node: Node, key: str, axes: int) -> str:
     """What a module says about an array of its own, wherever the module stands."""
-    if node.has_lora and key in ("lora_a", "lora_b"):
-        # An embedding's A is looked up by token, not multiplied.
-        return "embedding" if key == "lora_a" and "embedding" in node.module else key
     if node.is_norm:
         return "norm"
     if (key in BIASES and node.is_layer) or (axes < 2 and key.endswith("bias")):
@@ -281,6 +276,55 @@ def _role(node: Node, key: str, axes: int) -> str:
     return "experts" if node.is_stacked else "unknown"
 
 
+def _layout(role: str, node: Node) -> str:
+    """How an array of that role holds matrices."""
+    if role in ("conv", "conv_input") or (role == "head" and node.is_a(*CONVOLUTION)):
+        return "conv"
+    return "experts" if role == "experts" else "batched"
+
+
+def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
+    """Role and layout of the low-rank matrices, by path: arrays of a module, or Linears of it."""
+    found = {}
+    for node in nodes:
+        own = {path.removeprefix(f"{node.path}."): (path, shape) for path, shape in node.shapes}
+        children = {child.name: child for child in node.children if child.is_a(*LINEAR)}
+        for a, b in LORA:
+            if a in children and b in children:
+                for role, name in (("lora_a", a), ("lora_b", b)):
+                    found[f"{children[name].path}.weight"] = (role, "batched")
+            elif a in own and b in own:
+                (path_a, shape_a), (path_b, shape_b) = own[a], own[b]
+                layout = _lora_layout(shape_a, shape_b)
+                is_named = a != "A" or (children and _is_low_rank(shape_a, shape_b))
+                if layout and is_named:
+                    # An embedding's A is looked up by token, not multiplied.
+                    of_table = "embedding" in node.module
+                    found[path_a] = ("embedding", "batched") if of_table else ("lora_a", layout)
+                    found[path_b] = ("lora_b", layout)
+    return found
+
+
+def _lora_layout(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    """How A and B hold matrices; empty if no product of the two is meant.
+
+    ``(in, r)`` and ``(r, out)``, as in mlx_lm, or as of Linears ``(r, in)`` and ``(out, r)``; where
+    both fit, the rank is the smaller number.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        return ""
+    if len(a) > 2:
+        return "experts"
+    if a[1] == b[0] and (a[0] != b[1] or a[1] <= a[0]):
+        return "transposed"
+    return "batched" if a[0] == b[1] else ""
+
+
+def _is_low_rank(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether the rank of A and B is below what they take and what they give."""
+    return min(a) < max(a) and min(a) == min(b) < max(b)
+
+
 def _tops(root: Node) -> list[Node]:
     """The model, without wrappers of one child, and its named parts: encoder, decoder, tower."""
     tops = [root]
@@ -296,7 +340,8 @@ def _tops(root: Node) -> list[Node]:
 
 def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
     """Layers that read the model's input: the first of all, and the first of a part if nothing
-    outside the part makes features of the width that it takes.
+    outside the part makes features of the width that it takes. And the first convolution: layers
+    that embed the time of a diffusion model may be defined before it.
     """
     readers = set()
     for top in tops:
@@ -306,31 +351,84 @@ def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
             outside = [node for node in nodes if node not in inside]
             if top is tops[0] or all(node.makes != first.reads for node in outside):
                 readers.add(first)
+    convolution = next((node for node in nodes if node.is_a(*CONVOLUTION)), None)
+    if convolution is not None and not convolution.in_list:
+        before = nodes[: nodes.index(convolution)]
+        if all(node.makes != convolution.reads for node in before):
+            readers.add(convolution)
     return readers
 
 
-def _find_heads(tops: list[Node], nodes: list[Node], gates: set[Node]) -> dict[Node, str]:
-    """The Linears that make the model's output, with a note on how sure that is."""
-    linears = [n for n in nodes if n.is_a(*LINEAR) and n not in gates]
+def _find_heads(
+    tops: list[Node], nodes: list[Node], gates: set[Node], readers: set[Node]
+) -> dict[Node, str]:
+    """The layers that make the model's output, with a note on how sure that is."""
+    linears = [n for n in nodes if n.is_a(*LINEAR) and n not in gates and not _is_modulation(n)]
+    takers = [n for n in nodes if n not in readers]  # of what other layers make
 
-    read = {n.reads for n in nodes}
-    named = [n for n in nodes if n.parent in tops and _is_named_head(n)]
-    inside = [(n, [m for m in n.walk() if m in linears]) for n in named]
+    def is_read(node: Node) -> bool:
+        return any(n.reads == node.makes for n in takers if n is not node)
+
+    heads = _named_heads(tops, [*linears, *(n for n in nodes if n.is_a(*CONVOLUTION))], is_read)
+    tables = {n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)}
+    shaped = [n for n in linears if not n.in_list and n.module["weight"].shape in tables]
+    if not heads and shaped:
+        heads = {shaped[-1]: ""}
+    if not heads and linears and not is_read(linears[-1]):
+        heads = {linears[-1]: "guessed"}
+    for head, note in list(heads.items()):
+        heads |= {n: note for n in _beside(head, linears, is_read) if n not in heads}
+    return heads
+
+
+def _named_heads(
+    tops: list[Node], layers: list[Node], is_read: Callable[[Node], bool]
+) -> dict[Node, str]:
+    """The last layer of each module that is called a head, and projections of two towers."""
+    named = [n for top in tops for n in top.children if _is_named_head(n)]
+    inside = [(n, [m for m in n.walk() if m in layers]) for n in named]
     last = {n: found[-1] for n, found in inside if found}
     # A part may call a projection of its own so: then something reads what it makes.
     at_top = {head: "" for n, head in last.items() if n.parent and not n.parent.is_part}
-    in_parts = {head: "" for head in last.values() if head.makes not in read}
-    if heads := at_top or in_parts:
-        return heads
+    in_parts = {head: "" for head in last.values() if not is_read(head)}
+    towers = [n for n in layers if n.parent in tops and TOWER_NAME.fullmatch(n.name)]
+    if not at_top and len(towers) > 1 and len({n.makes for n in towers}) == 1:
+        return dict.fromkeys(towers, "")
+    return at_top or in_parts
 
-    tables = {n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)}
-    shaped = [n for n in linears if not n.in_list and n.module["weight"].shape in tables]
-    if shaped:
-        return {shaped[-1]: ""}
 
-    if linears and all(linears[-1].makes != n.reads for n in nodes if n is not linears[-1]):
-        return {linears[-1]: "guessed"}
-    return {}
+def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) -> Iterator[Node]:
+    """Output layers beside one: of modules next to it that read the same width, where nothing
+    reads what they make; and all items of a list whose items all read the same.
+    """
+    branch = head
+    while branch.parent is not None:
+        inside = {n: [m for m in n.walk() if m.reads] for n in branch.parent.children}
+        branches = [n for n, layers in inside.items() if layers]
+        width = inside[branch][0].reads
+        items = [n for n in branches if n.path.rpartition(".")[0] == branch.path.rpartition(".")[0]]
+        if branch.listed and branch is head and _are_parallel(items):
+            yield from items
+        place, halved = branches.index(branch), {2 * (n.reads or 0) for n in linears}  # by a GLU
+        for run in (reversed(branches[:place]), branches[place + 1 :]):
+            for neighbour in run:
+                outlets = [n for n in inside[neighbour] if n in linears]
+                alike = outlets and inside[neighbour][0].reads == width
+                if not alike or is_read(outlets[-1]) or outlets[-1].makes in halved:
+                    break
+                yield outlets[-1]
+        branch = branch.parent
+
+
+def _are_parallel(items: list[Node]) -> bool:
+    """Whether they are Linears that read one width, and no chain."""
+    chain = all(a.makes == b.reads for a, b in pairwise(items))
+    return not chain and all(n.is_a(*LINEAR) and n.reads == items[0].reads for n in items)
+
+
+def _is_modulation(node: Node) -> bool:
+    """Whether the layer makes gains and shifts for a norm (adaLN)."""
+    return any(MODULATION_NAME.fullmatch(part) for part in node.path.split("."))
 
 
 def _is_named_head(node: Node) -> bool:

@@ -29,7 +29,7 @@ class Case:
     build: Callable[[], Any]
     roles: dict[str, tuple[str, str]]
     forward: Callable[[Any], mx.array]
-    guessed: str = ""  # the path of a head that the plan marks "guessed"
+    guessed: tuple[str, ...] = ()  # paths of heads that the plan marks "guessed"
     absent: tuple[str, ...] = ()  # paths that the model reports and the plan must not list
 
     def expected(self, path: str) -> tuple[str, str]:
@@ -454,6 +454,246 @@ class Bert(nn.Module):
         return self.classifier(mx.tanh(self.pooler(x[:, 0])))
 
 
+class ActorCritic(nn.Module):
+    """Three outputs of one trunk, none of them called a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = mlp(12, INNER, DIMS)
+        self.actor, self.log_std = nn.Linear(DIMS, 4), nn.Linear(DIMS, 4)
+        self.critic = nn.Linear(DIMS, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = nn.relu(self.trunk(x))
+        return mx.concatenate([self.actor(x), self.log_std(x), self.critic(x)], axis=-1)
+
+
+class TwoNetworks(nn.Module):
+    """An actor and a critic that share nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = mlp(12, DIMS, 4), mlp(12, INNER, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([self.actor(x), self.critic(x)], axis=-1)
+
+
+class TwinHeads(nn.Module):
+    """A head by name, and its twin that is called otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(12, DIMS)
+        self.policy_head, self.spread = nn.Linear(DIMS, 4), nn.Linear(DIMS, 4)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = nn.relu(self.hidden(x))
+        return mx.concatenate([self.policy_head(x), self.spread(x)], axis=-1)
+
+
+class Branches(nn.Module):
+    """A list of outputs, one as wide as what all of them read."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(12, DIMS)
+        self.branches = [nn.Linear(DIMS, 4), nn.Linear(DIMS, DIMS), nn.Linear(DIMS, 1)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = nn.relu(self.hidden(x))
+        return mx.concatenate([branch(x) for branch in self.branches], axis=-1)
+
+
+class DQN(nn.Module):
+    """As many actions as frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 12, 3)
+        self.fc1, self.fc2 = nn.Linear(12 * 16, DIMS), nn.Linear(DIMS, 4)
+
+    def __call__(self, frames: mx.array) -> mx.array:
+        x = nn.relu(self.conv2(nn.relu(self.conv1(frames))))
+        return self.fc2(nn.relu(self.fc1(x.flatten(1))))
+
+
+class VAE(nn.Module):
+    """mlx-examples' way: two layers beside each other make the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(20, DIMS)
+        self.fc_mean, self.fc_spread = nn.Linear(DIMS, 6), nn.Linear(DIMS, 6)
+        self.fc3, self.fc4 = nn.Linear(6, DIMS), nn.Linear(DIMS, 20)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = nn.relu(self.fc1(x))
+        code = self.fc_mean(x) + mx.exp(0.5 * self.fc_spread(x)) * 0.1
+        return self.fc4(nn.relu(self.fc3(code)))
+
+
+class TimedBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.norm, self.conv = (
+            nn.GroupNorm(2, channels_in),
+            nn.Conv2d(channels_in, channels, 3, 1, 1),
+        )
+        self.time = nn.Linear(DIMS, channels)
+
+    def __call__(self, x: mx.array, time: mx.array) -> mx.array:
+        return self.conv(nn.silu(self.norm(x))) + self.time(time)[:, None, None]
+
+
+class UNet(nn.Module):
+    """The layers that embed the time are defined before the convolution that reads the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.time_embed = mlp(10, DIMS, DIMS)
+        self.conv_in = nn.Conv2d(3, 8, 3, padding=1)
+        self.down, self.up = [TimedBlock(8, 12)], [TimedBlock(12, 8)]
+        self.norm_out = nn.GroupNorm(2, 8)
+        self.conv_out = nn.Conv2d(8, 3, 3, padding=1)
+
+    def __call__(self, images: mx.array) -> mx.array:
+        time, x = self.time_embed(noise(2, 10)), self.conv_in(images)
+        for block in [*self.down, *self.up]:
+            x = block(x, time)
+        return self.conv_out(nn.silu(self.norm_out(x)))
+
+
+class WeightNorm(nn.Module):
+    """Directions and lengths apart, as torch's weight_norm stores them."""
+
+    def __init__(self, dims_in: int, dims: int):
+        super().__init__()
+        self.weight_v, self.weight_g = noise(dims, dims_in), mx.ones((dims, 1))
+        self.bias = mx.zeros(dims)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        length = mx.linalg.norm(self.weight_v, axis=1, keepdims=True)
+        return x @ (self.weight_g * self.weight_v / length).T + self.bias
+
+
+class ZeroBlock(nn.Module):
+    """adaLN-zero: the condition makes gains and shifts, from weights that start at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention(DIMS)
+        self.mlp1, self.mlp2 = nn.Linear(DIMS, INNER), nn.Linear(INNER, DIMS)
+        self.norm = nn.LayerNorm(DIMS, affine=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(DIMS, 2 * DIMS))
+        layer = self.adaLN_modulation.layers[1]
+        layer.weight = mx.zeros_like(layer.weight)
+
+    def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
+        gain, shift = mx.split(self.adaLN_modulation(condition)[:, None], 2, axis=-1)
+        y = (1 + gain) * self.norm(x) + shift
+        return x + self.attention(y, y) + self.mlp2(nn.gelu(self.mlp1(y)))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIMS, 12)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(DIMS, 2 * DIMS))
+
+    def __call__(self, x: mx.array, condition: mx.array) -> mx.array:
+        gain, shift = mx.split(self.adaLN_modulation(condition)[:, None], 2, axis=-1)
+        return self.linear((1 + gain) * x + shift)
+
+
+class DiT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x_embedder = nn.Linear(12, DIMS)
+        self.t_embedder = mlp(10, DIMS, DIMS)
+        self.y_embedder = nn.Embedding(7, DIMS)
+        self.blocks = [ZeroBlock() for _ in range(2)]
+        self.final_layer = FinalLayer()
+
+    def __call__(self, patches: mx.array) -> mx.array:
+        condition = self.t_embedder(noise(2, 10)) + self.y_embedder(mx.array([1, 3]))
+        x = self.x_embedder(patches)
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.final_layer(x, condition)
+
+
+class Tower(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, dims)
+        self.blocks = [Block(dims)]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.blocks[0](self.embed(tokens)).mean(axis=1)
+
+
+class Clip(nn.Module):
+    """Two towers of different widths, projected into one space as wide as the text's."""
+
+    def __init__(self):
+        super().__init__()
+        self.text_model, self.vision_model = Tower(DIMS), Tower(2 * DIMS)
+        self.visual_projection = nn.Linear(2 * DIMS, DIMS, bias=False)
+        self.text_projection = nn.Linear(DIMS, DIMS, bias=False)
+        self.logit_scale = mx.array(2.6)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        text = self.text_projection(self.text_model(tokens))
+        image = self.visual_projection(self.vision_model(tokens))
+        return mx.exp(self.logit_scale) * text @ image.T
+
+
+class Adapted(nn.Module):
+    """A Linear and two low-rank arrays, under names and in an orientation of choice."""
+
+    def __init__(self, a: str, b: str, transposed: bool):
+        super().__init__()
+        self.names, self.transposed = (a, b), transposed
+        self.linear = nn.Linear(DIMS, 24)
+        self[a], self[b] = noise(4, DIMS), mx.zeros((24, 4))
+        if transposed:
+            self[a], self[b] = self[a].T, self[b].T
+
+    def __call__(self, x: mx.array) -> mx.array:
+        a, b = (self[name] if self.transposed else self[name].T for name in self.names)
+        return self.linear(x) + x @ a @ b
+
+
+class AdaptedByLinears(nn.Module):
+    def __init__(self, a: str, b: str):
+        super().__init__()
+        self.names = (a, b)
+        self.linear = nn.Linear(DIMS, 24)
+        self[a], self[b] = nn.Linear(DIMS, 4, bias=False), nn.Linear(4, 24, bias=False)
+        self[b].weight = mx.zeros((24, 4))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        a, b = (self[name] for name in self.names)
+        return self.linear(x) + b(a(x))
+
+
+def adapter(layer: nn.Module) -> nn.Module:
+    """A frozen model, save for the adapters of its middle layer."""
+    model = nn.Sequential(nn.Linear(12, DIMS), layer, nn.Linear(24, CLASSES))
+    model.freeze()
+    for name in layer.names:  # type: ignore[attr-defined]
+        layer.unfreeze(keys=[name]) if isinstance(layer[name], mx.array) else layer[name].unfreeze()
+    return model
+
+
+def low_rank(name: str, layer: Callable[[], nn.Module], layout: str) -> Case:
+    roles = {"*[aA]": ("lora_a", layout), "*[bB]": ("lora_b", layout)}
+    roles |= {"*[aA].weight": roles["*[aA]"], "*[bB].weight": roles["*[bB]"]}
+    roles |= {"*down.weight": roles["*[aA]"], "*up.weight": roles["*[bB]"]}
+    return Case(name, lambda: adapter(layer()), roles, loss_on(2, 12))
+
+
 CASES = [
     Case(
         "table",
@@ -476,14 +716,15 @@ CASES = [
             "*.bias": BIAS,
         },
         loss_on(2, 12),
-        guessed="layers.4.weight",
+        guessed=("layers.4.weight",),
     ),
-    # The output is as wide as the first layer's input: a module takes it, so there is no guess.
+    # The output is as wide as the input: the layer that reads the input does not read the output.
     Case(
         "mlp_autoencoder",
         lambda: mlp(12, INNER, 4, INNER, 12),
-        {"layers.0.weight": FIRST, "*.weight": HIDDEN, "*.bias": BIAS},
+        {"layers.0.weight": FIRST, "layers.6.weight": HEAD, "*.weight": HIDDEN, "*.bias": BIAS},
         loss_on(2, 12),
+        guessed=("layers.6.weight",),
     ),
     Case("llama", llama, LLAMA, language_loss),
     # Tied: the last Linear in definition order is layers.1.mlp.up_proj, and no head.
@@ -593,7 +834,7 @@ CASES = [
             "stages.*.weight": CONV,
         },
         loss_on(2, 8, 8, 3),
-        guessed="fc.weight",
+        guessed=("fc.weight",),
     ),
     # What is frozen still reads the input and makes the output: no other layer takes its place.
     Case(
@@ -670,7 +911,7 @@ CASES = [
             "gru.bhn": BIAS,
         },
         loss_on(2, 7, 6),
-        guessed="readout.weight",
+        guessed=("readout.weight",),
     ),
     # A head may be a module: its last Linear makes the output, the one before it is hidden.
     Case(
@@ -723,4 +964,113 @@ CASES = [
         },
         loss_on_tokens,
     ),
+    Case(
+        "actor_critic",
+        ActorCritic,
+        {
+            "trunk.layers.0.weight": FIRST,
+            "trunk.*.weight": HIDDEN,
+            "*.weight": HEAD,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 12),
+        guessed=("actor.weight", "log_std.weight", "critic.weight"),
+    ),
+    Case(
+        "two_networks",
+        TwoNetworks,
+        {"*.layers.0.weight": FIRST, "*.layers.2.weight": HEAD, "*.bias": BIAS},
+        loss_on(2, 12),
+        guessed=("actor.layers.2.weight", "critic.layers.2.weight"),
+    ),
+    Case(
+        "twin_heads",
+        TwinHeads,
+        {"hidden.weight": FIRST, "*.weight": HEAD, "*.bias": BIAS},
+        loss_on(2, 12),
+    ),
+    Case(
+        "branches",
+        Branches,
+        {"hidden.weight": FIRST, "branches.*.weight": HEAD, "*.bias": BIAS},
+        loss_on(2, 12),
+        guessed=("branches.0.weight", "branches.1.weight", "branches.2.weight"),
+    ),
+    Case(
+        "dqn",
+        DQN,
+        {
+            "conv1.weight": CONV_INPUT,
+            "conv2.weight": CONV,
+            "fc1.weight": HIDDEN,
+            "fc2.weight": HEAD,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 8, 8, 4),
+        guessed=("fc2.weight",),
+    ),
+    Case(
+        "vae",
+        VAE,
+        {"fc1.weight": FIRST, "fc4.weight": HEAD, "*.weight": HIDDEN, "*.bias": BIAS},
+        loss_on(2, 20),
+        guessed=("fc4.weight",),
+    ),
+    Case(
+        "unet",
+        UNet,
+        {
+            "time_embed.layers.0.weight": FIRST,
+            "time_embed.*.weight": HIDDEN,
+            "*.time.weight": HIDDEN,
+            "conv_in.weight": CONV_INPUT,
+            "conv_out.weight": ("head", "conv"),
+            "*norm*": NORM,
+            "*.conv.weight": CONV,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 8, 8, 3),
+    ),
+    # weight_v is a matrix to us and an array to MLX; weight_g holds lengths: one long axis.
+    Case(
+        "weight_norm",
+        lambda: nn.Sequential(WeightNorm(12, DIMS), nn.ReLU(), nn.Linear(DIMS, CLASSES)),
+        {
+            "*.weight_v": UNKNOWN,
+            "*.weight_g": VECTOR,
+            "layers.2.weight": HEAD,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 12),
+        guessed=("layers.2.weight",),
+    ),
+    Case(
+        "adaln_zero",
+        DiT,
+        {
+            "x_embedder.weight": FIRST,
+            "t_embedder.layers.0.weight": FIRST,
+            "y_embedder.weight": EMBEDDING,
+            "final_layer.linear.weight": HEAD,
+            "*.weight": HIDDEN,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 4, 12),
+    ),
+    Case(
+        "clip",
+        Clip,
+        {
+            "*.embed.weight": EMBEDDING,
+            "*_projection.weight": HEAD,
+            "logit_scale": VECTOR,
+        }
+        | BLOCK,
+        loss_on_tokens,
+    ),
+    low_rank("lora_arrays", lambda: Adapted("A", "B", transposed=True), "transposed"),
+    low_rank("lora_arrays_of_linears", lambda: Adapted("A", "B", transposed=False), "matrix"),
+    low_rank("lora_capitals", lambda: Adapted("lora_A", "lora_B", transposed=False), "matrix"),
+    low_rank("lora_linears", lambda: AdaptedByLinears("lora_a", "lora_b"), "matrix"),
+    low_rank("lora_down_up", lambda: AdaptedByLinears("lora_down", "lora_up"), "matrix"),
 ]

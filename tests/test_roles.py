@@ -19,7 +19,7 @@ def test_every_parameter_has_the_right_role(name):
     plan = create_optimizer(model).plan
     found = {e.path: (e.role, {"batched": "matrix"}.get(e.layout, e.layout)) for e in plan}
     assert found == {path: case.expected(path) for path in found}
-    assert [e.path for e in plan if e.note == "guessed"] == ([case.guessed] if case.guessed else [])
+    assert [e.path for e in plan if e.note == "guessed"] == list(case.guessed)
     listed = {path for path, _ in tree_flatten(model.trainable_parameters())}
     assert set(found) <= listed
     assert not set(found) & set(case.absent)
