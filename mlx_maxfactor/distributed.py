@@ -41,7 +41,7 @@ class ShardedOptimizer(RoutedOptimizer):
 
     Args:
         group: The ranks, as ``mx.distributed.init()`` gives them.
-        model, parameters, members, routes, max_grad_norm, skip_nonfinite: As for
+        model, parameters, members, routes, max_grad_norm, skip_nonfinite, max_skipped: As for
             ``RoutedOptimizer``.
 
     Attributes:
@@ -62,6 +62,7 @@ class ShardedOptimizer(RoutedOptimizer):
         group: mx.distributed.Group,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        max_skipped: int | None = None,
     ):
         if whole := [member.label for member in members if not is_single(member.optimizer)]:
             raise ValueError(
@@ -80,6 +81,7 @@ class ShardedOptimizer(RoutedOptimizer):
             routes,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
+            max_skipped=max_skipped,
         )
 
     @property

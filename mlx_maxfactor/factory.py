@@ -15,7 +15,7 @@ from ._validate import LARGEST_SEED, Rate, check_choice, check_flags, check_inte
 from .distributed import ShardedOptimizer
 from .members import OptimizerName, Part, Roster
 from .optimizers import AdamW, SignSGD
-from .optimizers._base import Float32Optimizer, Rounding, flatten
+from .optimizers._base import COMPLEX, Float32Optimizer, Rounding, flatten, is_complex
 from .rates import WIDTH
 from .roles import Parameter, find_roles
 from .routing import RoutedOptimizer
@@ -41,6 +41,7 @@ def create_optimizer(
     rest_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
+    max_skipped: int | None = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
     group: mx.distributed.Group | None = None,
@@ -83,6 +84,8 @@ def create_optimizer(
             scaled to it. None: no limit.
         skip_nonfinite: Leave parameters and state as they are where a gradient holds an inf or a
             NaN, and count it in ``.skipped``, all inside the compiled step.
+        max_skipped: So many skipped steps in a row raise a FloatingPointError where ``.skipped`` is
+            read. None: no limit.
         rounding: Of bf16 and fp16 parameters, in every member that is made from a name: "nearest",
             or "stochastic", which lets updates below their spacing count on average.
         seed: Of stochastic rounding, from 0 to 2³² - 1.
@@ -96,8 +99,8 @@ def create_optimizer(
 
     Raises:
         ValueError: An unknown name, option or rule, a number beside a schedule whose peak is not
-            known, a rate below 0, a model that is frozen whole; with ``strict`` every unexplained
-            parameter.
+            known, a rate below 0, a model that is frozen whole or has complex parameters; with
+            ``strict`` every unexplained parameter.
 
     Example:
         >>> import mlx.nn as nn
@@ -153,7 +156,11 @@ def create_optimizer(
         for p in parameters
     }
     arguments = (model, parameters, roster.members, routes)
-    guards = {"max_grad_norm": max_grad_norm, "skip_nonfinite": skip_nonfinite}
+    guards: dict[str, Any] = {
+        "max_grad_norm": max_grad_norm,
+        "skip_nonfinite": skip_nonfinite,
+        "max_skipped": max_skipped,
+    }
     if group is not None and group.size() > 1:
         return ShardedOptimizer(*arguments, group=group, **guards)
     return RoutedOptimizer(*arguments, **guards)
@@ -256,6 +263,8 @@ def _check_model(model: Any) -> None:
 def _find_trained(model: nn.Module) -> set[str]:
     """Paths of what is trained; there must be something."""
     arrays = flatten(model.trainable_parameters())
+    if odd := [f"{path}: {COMPLEX}" for path, x in arrays.items() if is_complex(x)]:
+        raise ValueError("\n".join(odd))
     trained = {path for path, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
     if not trained:
         raise ValueError(

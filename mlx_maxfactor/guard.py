@@ -9,7 +9,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
 from . import functional as f
-from ._validate import Rate, check_flags, check_number, check_update, got
+from ._validate import Rate, check_flags, check_integer, check_number, check_update, got, known
 from .optimizers._base import Float32Optimizer, flatten
 from .optimizers._turns import Leaf, Turns, Update, Way, find_leaves
 
@@ -30,9 +30,13 @@ class GuardedOptimizer(MultiOptimizer):
         max_grad_norm: Largest global norm of the gradients, computed in float32 whatever their
             dtype; larger ones are scaled to it. None: no limit. Default None.
         skip_nonfinite: Skip steps whose gradients are not all finite. Default True.
+        max_skipped: So many skipped steps in a row are an error, a FloatingPointError where the
+            count is looked at: by :attr:`skipped`, and in a loop that is not compiled at every so
+            many updates. No other step waits for the device. None: no limit. Default None.
 
     Raises:
-        ValueError: ``max_grad_norm`` is not above 0.
+        ValueError: ``max_grad_norm`` is not above 0; ``max_skipped`` is below 1, or nothing is
+            skipped.
 
     Example:
         >>> import mlx.core as mx
@@ -51,20 +55,30 @@ class GuardedOptimizer(MultiOptimizer):
         *,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = True,
+        max_skipped: int | None = None,
     ):
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer must be an optimizer, {got(optimizer, ())}")
         super().__init__([optimizer])
-        self._set_guard(max_grad_norm, skip_nonfinite)
+        self._set_guard(max_grad_norm, skip_nonfinite, max_skipped)
 
-    def _set_guard(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
+    def _set_guard(
+        self, max_grad_norm: float | None, skip_nonfinite: bool, max_skipped: int | None
+    ) -> None:
         check_flags(skip_nonfinite=skip_nonfinite)
+        if max_skipped is not None:
+            max_skipped = check_integer("max_skipped", max_skipped, 1)
+            if not skip_nonfinite:
+                raise ValueError("max_skipped is a limit of skipped steps: set skip_nonfinite=True")
         if max_grad_norm is not None:
             max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0.0, ends="()")
         self.filters = []  # `_index_of` splits trees here, and lambdas could not be pickled
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self._guard = {"skipped": mx.array(0, mx.uint32)} if skip_nonfinite else {}
+        self.max_skipped = max_skipped
+        self._updates = 0  # by Python, to look at the count now and then
+        counts = ("skipped", "skipped_in_a_row") if skip_nonfinite else ()
+        self._guard = {name: mx.array(0, mx.uint32) for name in counts}
 
     def __repr__(self) -> str:
         """The optimizer that is guarded, and how."""
@@ -73,7 +87,8 @@ class GuardedOptimizer(MultiOptimizer):
 
     def _shown_guard(self) -> list[str]:
         limit = [] if self.max_grad_norm is None else [f"max_grad_norm={self.max_grad_norm:g}"]
-        return limit + ["skip_nonfinite=True"] * self.skip_nonfinite
+        most = [] if self.max_skipped is None else [f"max_skipped={self.max_skipped}"]
+        return limit + ["skip_nonfinite=True"] * self.skip_nonfinite + most
 
     @property
     def guards(self) -> bool:
@@ -82,8 +97,24 @@ class GuardedOptimizer(MultiOptimizer):
 
     @property
     def skipped(self) -> mx.array:
-        """Number of steps that were skipped."""
+        """Number of steps that were skipped.
+
+        Raises:
+            FloatingPointError: There were ``max_skipped`` in a row.
+        """
+        self._look()
         return self._guard.get("skipped", mx.array(0, mx.uint32))
+
+    def _look(self) -> None:
+        """Raise if there were too many skipped steps in a row. Waits for the device."""
+        if self.max_skipped is None:
+            return
+        count = known(self._guard["skipped_in_a_row"])
+        if count is not None and count >= self.max_skipped:
+            raise FloatingPointError(
+                f"{count} steps in a row were skipped: their gradients held an inf or a NaN; the "
+                f"model is as it was after update {known(self.step)}"
+            )
 
     @property
     def step(self) -> mx.array:
@@ -107,6 +138,9 @@ class GuardedOptimizer(MultiOptimizer):
     def update(self, model: nn.Module, gradients: dict) -> None:
         """Update the model's parameters in place."""
         check_update(model, gradients)
+        self._updates += 1
+        if self._updates % (self.max_skipped or 1) == 0:
+            self._look()
         super().update(model, gradients)
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
@@ -155,8 +189,9 @@ class GuardedOptimizer(MultiOptimizer):
     def _count(self, turns: Turns) -> None:
         """Count the step if it is skipped."""
         if self.skip_nonfinite:
-            skipped = self._guard["skipped"]
+            skipped, in_a_row = self._guard["skipped"], self._guard["skipped_in_a_row"]
             self._guard["skipped"] = turns.kept(skipped, skipped + 1)
+            self._guard["skipped_in_a_row"] = turns.kept(mx.zeros_like(in_a_row), in_a_row + 1)
 
     def _received(self, leaves: list[Leaf]) -> list[Leaf]:
         """The leaves, with the gradients that the step is made of."""
@@ -270,13 +305,15 @@ def _update_whole(
     before = tree_map(lambda array: array, optimizer.state)
     updated = optimizer.apply_gradients(tree_map(turns.scaled, gradients), parameters)
     _keep(before, optimizer.state, turns)
-    return flatten(tree_map(turns.kept, updated, parameters))
+    return flatten(
+        tree_map(lambda new, old: turns.kept(new.astype(old.dtype), old), updated, parameters)
+    )
 
 
 def _keep(before: Any, live: Any, turns: Turns) -> None:
     """Put the arrays from before back into a live state if the step is not made."""
     for key, old in before.items() if isinstance(before, dict) else enumerate(before):
         if isinstance(old, mx.array):
-            live[key] = turns.kept(live[key], old)
+            live[key] = turns.kept(live[key].astype(old.dtype), old)
         else:
             _keep(old, live[key], turns)

@@ -115,6 +115,7 @@ class RoutedOptimizer(GuardedOptimizer):
         routes: Index of the member by path.
         max_grad_norm: As for ``GuardedOptimizer``.
         skip_nonfinite: Likewise; False by default.
+        max_skipped: Likewise.
 
     Raises:
         ValueError: Names every parameter that its member cannot take.
@@ -129,10 +130,11 @@ class RoutedOptimizer(GuardedOptimizer):
         *,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        max_skipped: int | None = None,
     ):
         nothing = [lambda *_: False] * (len(members) - 1)
         MultiOptimizer.__init__(self, [member.optimizer for member in members], nothing)
-        self._set_guard(max_grad_norm, skip_nonfinite)
+        self._set_guard(max_grad_norm, skip_nonfinite, max_skipped)
         self._members = tuple(members)
         self._parameters = {p.path: p for p in parameters}
         self._routes = dict(routes)

@@ -48,8 +48,8 @@ FEW = [
 ]
 ON_FOUR = [*CASES] if KILLS >= 20 else FEW
 CASES_ON = {2: [*CASES], 4: ON_FOUR}
-ROUNDS_APART = {"average_gradients": 2e-6, "blocks, bf16": 2.0**-7}
-"""Sums in another order: gradients in other messages; products of fewer blocks, by a bf16 ulp."""
+ROUNDS_APART = {"average_gradients": 2e-6, "blocks, bf16": 2.0**-6}
+"""Sums in another order: gradients in other messages; products of fewer blocks, two bf16 ulps."""
 
 
 @pytest.fixture(scope="module", params=CASES_ON, ids="{} ranks".format)

@@ -1,5 +1,6 @@
 """The routed optimizer and its factories: members, rates, rules, freezing, mlx's own optimizers."""
 
+import re
 import warnings
 
 import mlx.core as mx
@@ -748,3 +749,22 @@ def test_a_model_in_bf16_stays_in_bf16():
         optimizer = create_optimizer(model, MaxFactor(momentum=0.9))
         optimizer.update(model, random_gradients(model))
         assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}
+
+
+def test_complex_parameters_are_refused_by_name():
+    model = nn.Module()
+    model.layer, model.poles = nn.Linear(4, 4), mx.zeros((4, 4), mx.complex64)
+    message = (
+        "poles: complex numbers are not trained here: keep their real and imaginary parts as two "
+        "arrays, or freeze them"
+    )
+    tree = model.trainable_parameters()
+    for refuse in (
+        lambda: create_optimizer(model),
+        lambda: AdamW(1e-3).init(tree),
+        lambda: AdamW(1e-3).update(model, tree),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+            refuse()
+    model.freeze(recurse=False, keys=["poles"])
+    assert "poles" not in [entry.path for entry in create_optimizer(model).plan]

@@ -86,13 +86,14 @@ def scaled_global_norm(arrays: Sequence[mx.array], waits: bool = True) -> tuple[
     """The norm of all arrays as a product of two numbers, largest magnitude and what remains.
 
     The norm of finite gradients may itself be beyond float32; the second number never is, unless
-    an element is not finite. One array after the other, so that a float32 copy of one is alive,
-    where arrays can wait.
+    an element is not finite. A complex number counts by both its parts. One array after the other,
+    so that a float32 copy of one is alive, where arrays can wait.
     """
     peaks, squares = [], []
-    for x in arrays:
-        if x.size and mx.issubdtype(x.dtype, mx.floating):
-            x = mx.depends(x, squares[-1]) if squares and waits else x
+    for x in (part for array in arrays for part in _real_parts(array)):
+        if x.size:
+            # A transposed view, as of a Linear's gradient, is slow, and sums in another order.
+            x = hoist(mx.depends(x, squares[-1]) if squares and waits else x)
             peaks.append(mx.maximum(mx.max(x), -mx.min(x)).astype(mx.float32))
             scaled = x.astype(mx.float32) / _divisor(peaks[-1])
             squares.append(mx.sum(mx.square(scaled)))
@@ -101,6 +102,12 @@ def scaled_global_norm(arrays: Sequence[mx.array], waits: bool = True) -> tuple[
     each = mx.stack(peaks)
     peak = _divisor(mx.max(each))
     return peak, mx.sqrt(mx.sum(mx.stack(squares) * mx.square(_divisor(each) / peak)))
+
+
+def _real_parts(x: mx.array) -> list[mx.array]:
+    if mx.issubdtype(x.dtype, mx.complexfloating):
+        return [mx.real(x), mx.imag(x)]
+    return [x] if mx.issubdtype(x.dtype, mx.floating) else []
 
 
 def _divisor(peak: mx.array) -> mx.array:

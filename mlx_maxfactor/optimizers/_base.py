@@ -26,6 +26,12 @@ from .._validate import (
 from ..schedules import described
 from ._turns import Turns, Update, find_leaves
 
+COMPLEX = (
+    "complex numbers are not trained here: keep their real and imaginary parts as two arrays, or "
+    "freeze them"
+)
+"""What is wrong with a complex parameter, after its path."""
+
 RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 """Keys of the state beside the parameters'."""
 
@@ -235,7 +241,9 @@ class Float32Optimizer(Optimizer):
         if state is None:
             state = {}
             # Called lazily, `tree` holds gradients: only shapes may be read here.
-            if _is_trained(tree) and self.owns(path):
+            if self.owns(path) and is_complex(tree):
+                problems.append(f"{path}: {COMPLEX}")
+            elif _is_trained(tree) and self.owns(path):
                 try:
                     self.init_single(tree, state, self.layout_of(path))
                 except ValueError as problem:
@@ -372,6 +380,11 @@ def _shown_option(value: Any) -> str:
     each = [(field.name, getattr(value, field.name), field.default) for field in fields(value)]
     given = [f"{name}={shown(value)}" for name, value, default in each if value != default]
     return f"{type(value).__name__}({', '.join(given)})"
+
+
+def is_complex(x: mx.array) -> bool:
+    """Whether its numbers are complex."""
+    return mx.issubdtype(x.dtype, mx.complexfloating)
 
 
 def _is_trained(x: mx.array) -> bool:

@@ -127,16 +127,18 @@ class Turns:
                 f"{leaf.path} {parameter.shape}, gradient {gradient.shape}: {problem}; make the "
                 "optimizer again where the model has changed"
             ) from problem
-        updated = self.kept(new, parameter)
+        if self.factor is not None:
+            # MLX's own answer a float32 gradient with float32 weights and states.
+            new = new.astype(parameter.dtype)
+            live.update({key: live[key].astype(x.dtype) for key, x in zip(kept, old, strict=True)})
         state.update(live)
+        updated = self.kept(new, parameter)
         self._before = [updated, *(state[key] for key in kept)]
         return updated
 
     def scaled(self, gradient: mx.array) -> mx.array:
-        """The gradient times the factor, in its own dtype."""
-        if self.factor is None:
-            return gradient
-        return (gradient.astype(mx.float32) * self.factor).astype(gradient.dtype)
+        """The gradient times the factor, in float32: in fp16 a quiet layer's would be zero."""
+        return gradient if self.factor is None else gradient * self.factor
 
     def kept(self, new: mx.array, old: mx.array) -> mx.array:
         """The new array, or the old one if the step is not made."""
