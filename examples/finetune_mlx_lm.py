@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ from mlx.optimizers import Optimizer, schedulers
 from mlx.utils import tree_flatten
 from mlx_lm import generate, load
 from mlx_lm.convert import convert
-from mlx_lm.lora import CONFIG_DEFAULTS, evaluate_model
+from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
@@ -50,6 +51,7 @@ from training import catching_interrupts, how_to_resume, option
 
 from mlx_maxfactor import (
     CheckpointError,
+    GuardedOptimizer,
     Schedule,
     adaptive_schedule,
     create_optimizer,
@@ -59,6 +61,7 @@ from mlx_maxfactor import (
 )
 
 TOKENS = 16  # of a sample
+GUARD = {"skip_nonfinite": True, "max_skipped": 20}
 SCHEDULES = {"warmup_cosine": warmup_cosine, "adaptive_schedule": adaptive_schedule}
 # A run that goes on with another of these would not be the run that was cut off.
 KEPT = ("batch_size", "grad_accumulation_steps", "mask_prompt", "max_seq_length", "seed")
@@ -80,8 +83,11 @@ def main() -> None:
         loss = tuning.validation_loss()
         print_results(tuning, loss)
         if arguments.test:
-            evaluate_model(arguments, tuning.model, tuning.test_set)
+            test_loss = tuning.loss_on("test", arguments.test_batches)
+            print(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
         save_results(tuning, loss)
+    except FloatingPointError as problem:
+        parser.exit(1, f"\n{parser.prog}: error: {problem}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{tuning.how_to_resume}\n")
     print_what_to_do_next(arguments)
@@ -191,10 +197,11 @@ def make_optimizer(model: nn.Module, arguments: argparse.Namespace) -> Optimizer
         rate = make_schedule(**arguments.lr_schedule)
     if name in MLX_OPTIMIZERS:
         rate = CONFIG_DEFAULTS["learning_rate"] if rate is None else rate
-        optimizer = MLX_OPTIMIZERS[name](rate, **options)
+        optimizer = GuardedOptimizer(MLX_OPTIMIZERS[name](rate, **options), **GUARD)
         optimizer.init(model.trainable_parameters())
         return optimizer
-    return create_optimizer(model, name, learning_rate=rate, **{"pretrained": True, **options})
+    options = {"pretrained": True, **GUARD, **options}
+    return create_optimizer(model, name, learning_rate=rate, **options)
 
 
 def make_schedule(name: str, arguments: list[float], **warmup: Any) -> Schedule:
@@ -232,8 +239,9 @@ class Tuning(TrainingCallback):
     ) -> None:
         self.model, self.optimizer, self.arguments = model, optimizer, arguments
         self.sample = sample
-        self.training_set, self.validation_set, _ = map(CacheDataset, datasets)
-        self.test_set = datasets[2]
+        sets = ("training", "validation", "test")
+        self.sets = {name: CacheDataset(data) for name, data in zip(sets, datasets, strict=True)}
+        self.batches_in = {name: self.count_batches(name) for name in sets}
         self.identity = {name: getattr(arguments, name) for name in KEPT}
         self.identity["training set"] = digest(datasets[0])
         self.folder = Path(arguments.adapter_path)
@@ -248,8 +256,22 @@ class Tuning(TrainingCallback):
         self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
         self.iteration = 0  # the one that is on, of the whole run
         self.saved = 0  # iterations that the checkpoint has
+        self.skipped = 0  # iterations whose gradients were not finite
         self.interrupts: list[int] = []
         self.bar: tqdm[Any] = tqdm(disable=True)
+
+    def count_batches(self, name: str) -> int:
+        """How many batches of a set hold a token to learn or to be measured by."""
+        data, a = self.sets[name], self.arguments
+        if not data:
+            return 0
+        count = sum(1 for _ in full_batches(data, a.batch_size, a.max_seq_length))
+        if not count:
+            raise ValueError(
+                f"the {name} set has no token to learn: within max_seq_length={a.max_seq_length} "
+                "there are only prompts, which mask_prompt leaves out; raise max_seq_length"
+            )
+        return count
 
     def resume(self) -> None:
         """Go back to the checkpoint, if there is one."""
@@ -298,8 +320,8 @@ class Tuning(TrainingCallback):
             train(
                 self.model,
                 self.optimizer,
-                self.training_set,
-                self.validation_set,
+                self.sets["training"],
+                self.sets["validation"],
                 settings,
                 iterate_batches=self.batches,
                 training_callback=self,
@@ -314,11 +336,11 @@ class Tuning(TrainingCallback):
         settings = (dataset, batch_size, max_seq_length)
         seed = self.arguments.seed + 1  # older mlx-lm takes 0 for none
         if not loop:  # a validation: always the same batches
-            yield from iterate_batches(*settings, seed=seed, **others)
+            yield from full_batches(*settings, seed=seed, **others)
             return
-        first, skipped = divmod(self.iteration, len(dataset) // batch_size)
+        first, skipped = divmod(self.iteration, self.batches_in["training"])
         for epoch in count(first):
-            batches = iterate_batches(*settings, seed=seed + epoch, **others)
+            batches = full_batches(*settings, seed=seed + epoch, **others)
             for batch in islice(batches, skipped, None):
                 self.iteration += 1
                 yield batch
@@ -356,9 +378,23 @@ class Tuning(TrainingCallback):
             getattr(self.reporter, report)(dict(info))
 
     def save(self) -> bool:
-        """Write checkpoint and adapters; False while the trainer holds gradients of its own."""
+        """Write checkpoint and adapters; False while the trainer holds gradients of its own.
+
+        Raises:
+            FloatingPointError: A weight is not finite, or too many iterations were skipped; the
+                files stay as they are.
+        """
         if self.iteration % self.arguments.grad_accumulation_steps:
             return False
+        trained = dict(leaves(self.model.trainable_parameters()))
+        if odd := [path for path, x in trained.items() if not mx.all(mx.isfinite(x)).item()]:
+            kept = (
+                f"{self.path} keeps {self.saved} iterations" if self.saved else "nothing is saved"
+            )
+            raise FloatingPointError(
+                f"after iteration {self.iteration} {odd[0]} holds an inf or a NaN: {kept}"
+            )
+        self.skipped = int(getattr(self.optimizer, "skipped", 0))
         save_checkpoint(
             self.path,
             self.model,
@@ -369,7 +405,6 @@ class Tuning(TrainingCallback):
             history=self.history,
         )
         self.saved = self.iteration
-        trained = dict(tree_flatten(self.model.trainable_parameters()))
         mx.save_safetensors(str(self.folder / "adapters.safetensors"), trained)
         return True
 
@@ -384,14 +419,23 @@ class Tuning(TrainingCallback):
 
     def validation_loss(self) -> float | None:
         """Of the model as it is now, on the batches that the trainer's validations had."""
-        if not self.validation_set:
+        return self.loss_on("validation", self.arguments.val_batches)
+
+    def loss_on(self, name: str, count: int) -> Any:
+        """Nats a token on so many batches of a set, all for -1; None if it is empty."""
+        data, a = self.sets[name], self.arguments
+        if not data:
             return None
-        a = self.arguments
-        settings = (a.batch_size, a.val_batches, a.max_seq_length)
-        loss: Any = evaluate(
-            self.model, self.validation_set, *settings, iterate_batches=self.batches
-        )
-        return loss
+        settings = (a.batch_size, count, a.max_seq_length)
+        return evaluate(self.model, data, *settings, iterate_batches=self.batches)
+
+
+def full_batches(*settings: Any, **others: Any) -> Iterator[Any]:
+    """mlx-lm's batches, without those in which no token counts: their mean loss is a NaN."""
+    for tokens, spans in iterate_batches(*settings, **others):
+        last = tokens.shape[1] - 1
+        if any(min(end, last) >= max(start, 1) for start, end in cast(Any, spans.tolist())):
+            yield tokens, spans
 
 
 def kept_run(path: Path) -> str:
@@ -469,6 +513,8 @@ def print_results(tuning: Tuning, loss: float | None) -> None:
             f"{max(info['peak_memory'] for info in history['training']):.2f} GB",
         )
     )
+    if tuning.skipped:
+        print(f"{tuning.skipped} iterations were skipped: their gradients were not finite")
     print()
     tuning.sample.print(tuning.model)
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import small_llama
 import yaml
+from mlx.utils import tree_map
 from mlx_lm import fuse, load
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
@@ -384,3 +386,82 @@ def test_a_new_rate_counts_on_resume_with_mlx_optimizers_too(home):
     run(home, "mlx", *again)
     kept = json.loads((home / "mlx" / "losses.json").read_text())
     assert kept["training"][-1]["learning_rate"] == pytest.approx(0.002)
+
+
+def prompts(home, name, *lengths):
+    """A data set of prompts of so many words, each with a short completion."""
+    (home / name).mkdir()
+    lines = [{"prompt": "def " * n, "completion": "x"} for n in lengths]
+    for part in ("train", "valid", "test"):
+        (home / name / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return home / name
+
+
+def test_batches_without_a_token_to_learn_are_left_out(home):
+    data = prompts(home, "some long", *[3] * 6, *[500] * 4)
+    text = run(home, "some_long", *LORA, "--mask-prompt", "--data", data, "--iters", "12", "--test")
+    assert "nan" not in text
+    weights = mx.load(str(home / "some_long" / "adapters.safetensors"))
+    assert all(mx.all(mx.isfinite(array)).item() for array in weights.values())
+    kept = json.loads((home / "some_long" / "losses.json").read_text())
+    assert all(info["train_loss"] > 0 for info in kept["training"])
+
+
+def test_a_set_without_a_token_to_learn_is_one_error(home):
+    data = prompts(home, "all long", *[500] * 4)
+    child, output = start(home, "all_long", *LORA, "--mask-prompt", "--data", data)
+    child.join()
+    assert child.exitcode == 2
+    message = (
+        "the training set has no token to learn: within max_seq_length=64 there are only prompts, "
+        "which mask_prompt leaves out; raise max_seq_length"
+    )
+    assert output.read_text().splitlines()[-1].endswith(message)
+
+
+def test_weights_that_are_not_finite_are_never_saved(home, monkeypatch, capsys):
+    run(home, "overflow", *LORA, "--iters", "4")
+    good = arrays(home / "overflow" / "checkpoint.safetensors")
+
+    def broken(model, *_, training_callback, **others):
+        model.update(tree_map(lambda p: p / 0, model.trainable_parameters()))
+        training_callback.iteration = 6
+        training_callback.save()
+
+    monkeypatch.setattr(finetune_mlx_lm, "train", broken)
+    monkeypatch.chdir(home)
+    arguments = ["-c", "short.yaml", "--adapter-path", "overflow", *LORA, "--resume"]
+    monkeypatch.setattr(sys, "argv", ["finetune_mlx_lm.py", *arguments, "--iters", "12"])
+    with pytest.raises(SystemExit) as stop:
+        finetune_mlx_lm.main()
+    assert stop.value.code == 1
+    error = "error: after iteration 6 .*lora_[ab] holds an inf or a NaN: overflow/checkpoint"
+    assert re.search(error + ".safetensors keeps 4 iterations", capsys.readouterr().err)
+    for name, array in arrays(home / "overflow" / "checkpoint.safetensors").items():
+        assert np.array_equal(array, good[name])
+
+
+def test_iterations_of_bad_gradients_are_skipped_and_told(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    train, calls = finetune_mlx_lm.train, []
+
+    def spoiled(model, optimizer, *arguments, **others):
+        update = type(optimizer).update
+
+        def poisoned(self, model, gradients):
+            calls.append(1)
+            update(self, model, tree_map(lambda g: g * float("nan"), gradients))
+
+        monkeypatch.setattr(type(optimizer), "update", poisoned)
+        return train(model, optimizer, *arguments, **others)
+
+    monkeypatch.setattr(finetune_mlx_lm, "train", spoiled)
+    short = ["finetune_mlx_lm.py", "-c", "short.yaml", "--adapter-path", "bad", *LORA]
+    monkeypatch.setattr(sys, "argv", [*short, "--iters", "8"])
+    finetune_mlx_lm.main()
+    assert "4 iterations were skipped: their gradients were not finite" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*short, "--iters", "80"])
+    with pytest.raises(SystemExit) as stop:
+        finetune_mlx_lm.main()
+    assert stop.value.code == 1
+    assert "steps in a row were skipped" in capsys.readouterr().err
