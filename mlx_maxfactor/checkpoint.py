@@ -13,7 +13,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
 from . import run, sealed
-from ._validate import check_choice, check_flags
+from ._validate import check_choice, check_flags, got
 from .optimizers._base import flatten
 from .roles import find_aliases
 from .sealed import CheckpointError, Kind, Sealed, kind_of
@@ -95,8 +95,10 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: Optimizer,
+    /,
     *,
     weights: Literal["all", "trainable"] = "all",
+    random_key: mx.array | None = None,
     **extra: Any,
 ) -> None:
     """Write weights, optimizer state, random state and ``extra`` to one ``.safetensors`` file.
@@ -115,10 +117,14 @@ def save_checkpoint(
             trained, the running statistics of BatchNorm, and of each other frozen array a hash of
             some 1,000 elements, by which another base is noticed. Where your model changes other
             frozen arrays, keep "all".
+        random_key: The random state to keep. MLX has one for each thread: where another thread
+            than the one that trains saves, hand it ``mx.array(mx.random.state[0])``, evaluated,
+            from the one that trains. None: this thread's.
         **extra: JSON values to keep beside them: an epoch, the state of a data loader. Scalars of
             NumPy and MLX count as numbers.
 
     Raises:
+        ValueError: ``random_key`` is no key.
         CheckpointError: ``extra`` is not JSON, or the file system refuses; an older file stays.
 
     Example:
@@ -134,6 +140,9 @@ def save_checkpoint(
     """
     _check_arguments(path, model, optimizer)
     check_choice("weights", weights, ("all", "trainable"))
+    is_key = isinstance(random_key, mx.array) and _is_random_key(kind_of(random_key))
+    if random_key is not None and not is_key:
+        raise ValueError(f"random_key must be a key of mx.random, {got(random_key, ())}")
     for name, value in extra.items():
         try:  # what cannot be read back must not be written: too deep, or with keys 1 and "1"
             text = json.dumps({name: value}, default=_scalar)
@@ -146,7 +155,7 @@ def save_checkpoint(
     kept, frozen = _split(_find_weights(model), model, weights)
     description = run.describe(optimizer, weights, frozen)
     arrays = {name: place.array for name, place in kept.items()}
-    arrays[KEY] = mx.array(cast(Any, mx.random.state)[0])
+    arrays[KEY] = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     if isinstance(optimizer, Spread):
         arrays[KEY] = optimizer.of_all(arrays[KEY])
         mx.eval(arrays[KEY])  # by all of them, though one writes it

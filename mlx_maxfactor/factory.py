@@ -1,11 +1,12 @@
 """Names to optimizers: a model, two names, one optimizer."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
+from functools import wraps
+from inspect import signature, unwrap
 from statistics import median
-from typing import Any, get_args
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +27,23 @@ HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
 UNDECAYED_ROLES = frozenset({"norm", "bias", "vector", "unknown"})
 
 
+P = ParamSpec("P")
+Made = TypeVar("Made", bound=Optimizer)
+
+
+def evaluated(create: Callable[P, Made]) -> Callable[P, Made]:
+    """Have the state of what is made: another thread could not evaluate what this one began."""
+
+    @wraps(create)
+    def created(*arguments: P.args, **options: P.kwargs) -> Made:
+        optimizer = create(*arguments, **options)
+        mx.eval(optimizer.state)
+        return optimizer
+
+    return created
+
+
+@evaluated
 def create_optimizer(
     model: nn.Module,
     hidden: OptimizerName | Optimizer = "orthomaxfactor",
@@ -186,7 +204,7 @@ def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> i
         >>> [estimate_state_bytes(model, name, rest="adafactor") for name in ("muon", "maxfactor")]
         [1200000000, 240000]
     """
-    return create_optimizer(model, *arguments, **options).plan.state_bytes
+    return unwrap(create_optimizer)(model, *arguments, **options).plan.state_bytes
 
 
 def create_optimizer_for_hrm(
@@ -235,6 +253,7 @@ def create_optimizer_for_hrm(
     main = AdamW(lr, weight_decay=weight_decay)
     if not use_separate_puzzle_optimizer:
         main.init(model.trainable_parameters())
+        mx.eval(main.state)
         return {"main": main}
     puzzles = {p.path for p in find_roles(model) if _is_puzzle(p.path)}
     if not puzzles:
@@ -246,6 +265,7 @@ def create_optimizer_for_hrm(
     puzzle.paths = _is_puzzle
     for optimizer in (main, puzzle):
         optimizer.init(model.trainable_parameters())
+        mx.eval(optimizer.state)
     return {"main": main, "puzzle": puzzle}
 
 
@@ -294,7 +314,7 @@ def _without_hidden(hidden: Part, rest: Part) -> Part:
         warnings.warn(
             "learning_rate has no effect: no trainable parameter goes to hidden, and rest has a "
             "rate of its own; see print(optimizer.plan)",
-            stacklevel=3,
+            stacklevel=4,
         )
         return rest
     return replace(rest, rate=hidden.rate)

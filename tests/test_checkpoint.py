@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,6 +34,7 @@ from mlx_maxfactor import (
     MaxFactor,
     Muon,
     create_optimizer,
+    create_optimizer_for_hrm,
     load_checkpoint,
     save_checkpoint,
     warmup_cosine,
@@ -1318,3 +1320,51 @@ def test_threads_may_save_to_one_path(path):
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def in_a_thread(function):
+    """What the function returns, or raises, in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_an_optimizer_that_was_just_made_works_in_another_thread(path):
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    mx.eval(model.state)
+    optimizer = create_optimizer(model, rounding="stochastic", skip_nonfinite=True)
+    hrm = create_optimizer_for_hrm(model, use_separate_puzzle_optimizer=False)["main"]
+
+    def step(optimizer):
+        gradients = tree_map(mx.ones_like, model.trainable_parameters())
+        optimizer.update(model, gradients)
+        mx.eval(model.state, optimizer.state)
+        save_checkpoint(path, model, optimizer)
+        return int(optimizer.step)
+
+    assert in_a_thread(lambda: step(optimizer)) == 1
+    assert in_a_thread(lambda: step(hrm)) == 1
+
+
+def test_a_thread_that_saves_keeps_the_random_state_it_is_handed(path):
+    model, optimizer = trained(*tiny())
+    mx.random.seed(7)
+    mx.eval(model.state, optimizer.state, mx.random.state)
+    key = mx.array(mx.random.state[0])
+    mx.eval(key)
+    in_a_thread(lambda: save_checkpoint(path, model, optimizer, random_key=key))
+    drawn = mx.random.normal((3,)).tolist()
+    mx.random.seed(1)
+    load_checkpoint(path, model, optimizer)
+    assert mx.random.normal((3,)).tolist() == drawn
+    in_a_thread(lambda: save_checkpoint(path, model, optimizer))  # its own, as documented
+    load_checkpoint(path, model, optimizer)
+    assert mx.random.normal((3,)).tolist() != drawn
+    for odd in (7, mx.zeros(3), "key"):
+        with pytest.raises(ValueError, match=r"random_key must be a key of mx\.random, got"):
+            save_checkpoint(path, model, optimizer, random_key=odd)
+
+
+def test_extra_may_have_any_name(path):
+    save_checkpoint(path, *trained(*tiny()), model="small", path="here", optimizer="ours")
+    extra = {"model": "small", "path": "here", "optimizer": "ours"}
+    assert load_checkpoint(path, *tiny()) == extra
