@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import CASES, Table
 from trajectories import parameter
 
@@ -363,36 +363,132 @@ def test_real_shapes_compile_once_and_equal_eager(name, hidden):
     assert np.allclose(*results, rtol=1e-3)
 
 
+AROUND = ["bare", "guarded", "routed", "scheduled"]
+
+
+def wrapped(make, around):
+    """An optimizer for `Table`, bare or behind a guard or a router."""
+    if around == "bare":
+        return make()
+    if around == "guarded":
+        return GuardedOptimizer(make(), max_grad_norm=1.0)
+    steps = 50 if around == "scheduled" else None
+    return create_optimizer(
+        Table(), make(), total_steps=steps, rounding="stochastic", skip_nonfinite=True
+    )
+
+
+def matrix(seed=0, dtype=mx.float32):
+    return {"linear1": {"weight": mx.array(parameter((128, 64), seed)).astype(dtype)}}
+
+
+def weight(tree):
+    return tree["linear1"]["weight"]
+
+
+def same_state(a, b):
+    ours, theirs = (dict(tree_flatten(optimizer.state)) for optimizer in (a, b))
+    assert ours.keys() == theirs.keys()
+    return all(mx.array_equal(array, theirs[key]).item() for key, array in ours.items())
+
+
 def unpickled(optimizer):
     return pickle.loads(pickle.dumps(optimizer))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
-@pytest.mark.parametrize("around", ["bare", "guarded", "routed", "scheduled"])
+@pytest.mark.parametrize("around", AROUND)
 def test_a_copy_trains_like_the_original_and_shares_nothing(make, around, copied):
-    def built():
-        if around == "bare":
-            return make()
-        if around == "guarded":
-            return GuardedOptimizer(make(), max_grad_norm=1.0)
-        steps = 50 if around == "scheduled" else None
-        return create_optimizer(
-            Table(), make(), total_steps=steps, rounding="stochastic", skip_nonfinite=True
-        )
-
-    optimizer = built()
-    tree = {"linear1": {"weight": mx.array(parameter((128, 64)))}}
-    steps = [{"linear1": {"weight": mx.array(parameter((128, 64), seed))}} for seed in range(6)]
-    for g in steps[:3]:
-        tree = optimizer.apply_gradients(g, tree)
+    optimizer, tree = wrapped(make, around), matrix()
+    for seed in range(3):
+        tree = optimizer.apply_gradients(matrix(seed), tree)
     other, trees = copied(optimizer), [tree, tree]
-    for g in steps[3:]:
-        trees[0] = optimizer.apply_gradients(g, trees[0])
-    for g in steps[3:]:
-        trees[1] = other.apply_gradients(g, trees[1])
-    assert mx.array_equal(*(tree["linear1"]["weight"] for tree in trees)).item()
-    ours, theirs = (dict(tree_flatten(o.state)) for o in (optimizer, other))
-    assert ours.keys() == theirs.keys()
-    for key, array in ours.items():
-        assert mx.array_equal(array, theirs[key]).item()
-        assert array is not theirs[key]
+    for seed in range(3, 6):
+        trees[0] = optimizer.apply_gradients(matrix(seed), trees[0])
+    for seed in range(3, 6):
+        trees[1] = other.apply_gradients(matrix(seed), trees[1])
+    assert mx.array_equal(*map(weight, trees)).item()
+    assert same_state(optimizer, other)
+    theirs = dict(tree_flatten(other.state))
+    assert all(array is not theirs[key] for key, array in tree_flatten(optimizer.state))
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_mlx_itself_can_keep_the_state(make, around, tmp_path):
+    optimizer, tree = wrapped(make, around), matrix()
+    for seed in range(3):
+        tree = optimizer.apply_gradients(matrix(seed), tree)
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), dict(tree_flatten(optimizer.state)))
+    read = list(mx.load(str(tmp_path / "state.safetensors")).items())
+    other, trees = wrapped(make, around), [tree, tree]
+    other.state = tree_unflatten(read)
+    for seed in range(3, 6):
+        trees[0] = optimizer.apply_gradients(matrix(seed), trees[0])
+        trees[1] = other.apply_gradients(matrix(seed), trees[1])
+    assert mx.array_equal(*map(weight, trees)).item()
+    assert same_state(optimizer, other)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_an_update_of_nothing_moves_the_schedule_alone(make, around):
+    optimizer = wrapped(make, around)
+    optimizer.init(matrix())
+    before = {
+        path: array
+        for path, array in tree_flatten(optimizer.state)
+        if not path.endswith(("step", "learning_rate"))
+    }
+    optimizer.update({}, {})
+    optimizer.update(nn.Module(), {})
+    assert optimizer.step.item() == 2
+    after = dict(tree_flatten(optimizer.state))
+    assert all(mx.array_equal(array, after[path]).item() for path, array in before.items())
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("given", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_a_gradient_may_have_another_dtype(make, around, dtype, given):
+    """Its numbers count, and neither weight nor state takes its dtype."""
+    plain, cast = wrapped(make, around), wrapped(make, around)
+    trees = [matrix(dtype=dtype), matrix(dtype=dtype)]
+    for optimizer in (plain, cast):
+        optimizer.init(trees[0])
+    before = {path: array.dtype for path, array in tree_flatten(plain.state)}
+    for seed in range(1, 4):
+        g = matrix(seed, given)
+        trees[0] = plain.apply_gradients(g, trees[0])
+        trees[1] = cast.apply_gradients(tree_map(lambda g: g.astype(mx.float32), g), trees[1])
+    assert weight(trees[0]).dtype == dtype
+    assert {path: array.dtype for path, array in tree_flatten(plain.state)} == before
+    assert mx.array_equal(*map(weight, trees)).item()
+
+
+def test_one_model_may_mix_dtypes(make):
+    optimizer, alone = make(), {dtype: make() for dtype in DTYPES}
+    tree = {str(dtype): weight(matrix(1, dtype)) for dtype in DTYPES}
+    moved = optimizer.apply_gradients(tree, tree)
+    for dtype, other in alone.items():
+        one = {"p": tree[str(dtype)]}
+        assert moved[str(dtype)].dtype == dtype
+        assert mx.array_equal(moved[str(dtype)], other.apply_gradients(one, one)["p"]).item()
+
+
+VIEWS = {
+    "transposed": lambda x: mx.contiguous(x.T).T,
+    "every other": lambda x: mx.repeat(mx.repeat(x, 2, 0), 2, -1)[::2, ..., 1::2],
+    "reversed": lambda x: mx.contiguous(x[::-1, ..., ::-1])[::-1, ..., ::-1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shape", [(6, 70), (1, 5), (3, 1), (1, 1), (2, 4, 5), (1, 1, 1)], ids=str)
+def test_an_array_may_be_a_view(make, shape, view):
+    plain, viewed = make(), make()
+    p, g = mx.array(parameter(shape)), mx.array(parameter(shape, 1))
+    views = [VIEWS[view](x) for x in (p, g)]
+    trees = [{"p": p}, {"p": views[0]}]
+    for _ in range(3):
+        trees[0] = plain.apply_gradients({"p": g}, trees[0])
+        trees[1] = viewed.apply_gradients({"p": views[1]}, trees[1])
+    assert np.allclose(np.array(trees[0]["p"]), np.array(trees[1]["p"]), rtol=1e-5, atol=1e-6)
