@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 from . import functional as f
 from ._validate import Rate, check_flags, check_integer, check_number, check_update, got, known
 from .optimizers._base import Float32Optimizer, flatten
-from .optimizers._turns import Leaf, Turns, Update, Way, find_leaves
+from .optimizers._turns import Leaf, Turns, Update, Way, find_leaves, numbers_of
 
 
 class GuardedOptimizer(MultiOptimizer):
@@ -152,7 +152,14 @@ class GuardedOptimizer(MultiOptimizer):
             leaves = find_leaves(gradients, parameters, self._states)
         leaves = self._received(leaves)
         turns = self._turns([leaf.gradient for leaf in leaves])
-        updated = self._updated(gradients, parameters, leaves, turns, range(len(self.optimizers)))
+        before = [numbers_of(state) for state in self._states]
+        try:
+            members = range(len(self.optimizers))
+            updated = self._updated(gradients, parameters, leaves, turns, members)
+        except ValueError:
+            for state, numbers in zip(self._states, before, strict=True):
+                state.update(numbers)
+            raise
         self._count(turns)
         return updated
 
@@ -288,7 +295,7 @@ def is_single(optimizer: Optimizer) -> bool:
 
 def _advance(optimizer: Optimizer, turns: Turns) -> None:
     """Count an update and move the schedules, if the step is made."""
-    before = {key: x for key, x in optimizer.state.items() if isinstance(x, mx.array)}
+    before = numbers_of(optimizer.state)
     if isinstance(optimizer, Float32Optimizer):
         optimizer.advance()
     else:

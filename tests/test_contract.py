@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import mlx.core as mx
@@ -492,3 +493,30 @@ def test_an_array_may_be_a_view(make, shape, view):
         trees[0] = plain.apply_gradients({"p": g}, trees[0])
         trees[1] = viewed.apply_gradients({"p": views[1]}, trees[1])
     assert np.allclose(np.array(trees[0]["p"]), np.array(trees[1]["p"]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_an_update_that_fails_changes_nothing(make, around):
+    optimizer = wrapped(make, around)
+    bare = make()
+    bare.init(matrix())
+    if not any(array.size > 2 for _, array in tree_flatten(bare.state)):
+        pytest.skip("it keeps nothing of a matrix")
+    tree = matrix() | {"output": {"weight": mx.array(parameter((10, 64)))}}
+    tree = optimizer.apply_gradients(tree, tree)
+    before = copy.deepcopy(optimizer)
+    grown = {"linear1": {"weight": mx.ones((130, 70))}, "output": tree["output"]}
+    with pytest.raises(ValueError, match=r"linear1\.weight \(130, 70\), gradient \(130, 70\): "):
+        optimizer.apply_gradients(grown, grown)
+    assert same_state(optimizer, before)
+    assert optimizer.step.item() == 1
+
+
+def test_a_layer_of_another_kind_is_named():
+    optimizer = create_optimizer(Table(), "muon")
+    states = optimizer.state["states"]
+    del next(s for s in states if s.get("output", {}).get("weight"))["output"]["weight"]["v"]
+    tree = Table().parameters()
+    message = "output.weight (10, 64), gradient (10, 64): there is no 'row' in its state; make the "
+    with pytest.raises(ValueError, match=re.escape(message + "optimizer again where")):
+        optimizer.apply_gradients(tree, tree)

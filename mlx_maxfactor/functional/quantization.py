@@ -59,7 +59,13 @@ def quantize(x: mx.array, bits: Bits, decay: float = 0.0) -> tuple[mx.array, mx.
 
 
 def dequantize(codes: mx.array, scale: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """The float32 array, of the given shape, that :func:`quantize` coded."""
+    """The float32 array, of the given shape, that :func:`quantize` coded.
+
+    Raises:
+        ValueError: The codes are not of an array of this shape.
+    """
+    if groups_of(math.prod(shape)) != codes.shape[0]:
+        raise ValueError(f"{codes.shape[0]} groups of {GROUP} codes are no array of shape {shape}")
     scale = hoist(scale.astype(mx.float32))
     x = _dequantize_4(codes, scale) if codes.dtype == mx.uint8 else _dequantize_8(codes, scale)
     return cut(x.reshape(-1), 0, math.prod(shape)).reshape(shape)

@@ -24,7 +24,7 @@ from .._validate import (
     shown,
 )
 from ..schedules import described
-from ._turns import Turns, Update, find_leaves
+from ._turns import Turns, Update, find_leaves, numbers_of
 
 COMPLEX = (
     "complex numbers are not trained here: keep their real and imaginary parts as two arrays, or "
@@ -261,10 +261,15 @@ class Float32Optimizer(Optimizer):
         if any(not isinstance(leaf.states[0], dict) for leaf in leaves):
             self.init(gradients)
             leaves = find_leaves(gradients, parameters, [self.state])
+        before = numbers_of(self.state)
         self.advance()
-        return Turns().take_all(
-            gradients, leaves, lambda leaf: (self.update_at(leaf.path), leaf.states[0])
-        )
+        try:
+            return Turns().take_all(
+                gradients, leaves, lambda leaf: (self.update_at(leaf.path), leaf.states[0])
+            )
+        except ValueError:
+            self.state.update(before)
+            raise
 
     def advance(self) -> None:
         """Count an update, and set the rate that it is made at."""

@@ -61,6 +61,11 @@ def _check_leaf(path: str, gradient: Any, parameter: Any) -> None:
         )
 
 
+def numbers_of(state: dict) -> dict[str, mx.array]:
+    """What an optimizer's state holds beside the parameters': its step, its rate."""
+    return {key: x for key, x in state.items() if isinstance(x, mx.array)}
+
+
 def _reaches(state: Any, index: int) -> bool:
     return isinstance(state, (list, tuple)) and index < len(state)
 
@@ -98,11 +103,22 @@ class Turns:
 
         Returns:
             The parameters, in the structure of the gradients.
+
+        Raises:
+            ValueError: What is kept does not fit a parameter; every state is as it was.
         """
-        updated = {}
-        for leaf in reversed(leaves):
-            found = way(leaf)
-            updated[leaf.path] = self.take(leaf, *found) if found else leaf.parameter
+        updated, before = {}, []
+        try:
+            for leaf in reversed(leaves):
+                found = way(leaf)
+                if found:
+                    before.append((found[1], dict(found[1])))
+                updated[leaf.path] = self.take(leaf, *found) if found else leaf.parameter
+        except ValueError:
+            for state, kept in before:
+                state.clear()
+                state.update(kept)
+            raise
         each = (updated[leaf.path] for leaf in leaves)
         return tree_map(lambda _: next(each), gradients)
 
@@ -122,9 +138,11 @@ class Turns:
         live = state if self.finite is None else _Kept(self, state)
         try:
             new = apply_single(self.scaled(gradient), parameter, live)
-        except ValueError as problem:
+        except (KeyError, ValueError) as problem:
+            lacks = isinstance(problem, KeyError)
+            what = f"there is no {problem} in its state" if lacks else problem
             raise ValueError(
-                f"{leaf.path} {parameter.shape}, gradient {gradient.shape}: {problem}; make the "
+                f"{leaf.path} {parameter.shape}, gradient {gradient.shape}: {what}; make the "
                 "optimizer again where the model has changed"
             ) from problem
         if self.factor is not None:
