@@ -5,6 +5,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from ._validate import check_number, got
+
 
 def accumulate_gradients(
     gradients: Any, weight: mx.array | float, total: dict[str, Any] | None = None
@@ -24,6 +26,9 @@ def accumulate_gradients(
     Returns:
         The sum, a tree of arrays: a compiled step may take and return it.
 
+    Raises:
+        ValueError: ``weight`` is no single number, or a Python number below 0 or not finite.
+
     Example:
         >>> import mlx.core as mx
         >>> from mlx_maxfactor import accumulate_gradients, averaged_gradients
@@ -32,7 +37,12 @@ def accumulate_gradients(
         >>> averaged_gradients(total)["b"]
         array([2], dtype=float32)
     """
+    if not isinstance(weight, mx.array):
+        weight = check_number("weight", weight, 0.0)
     weight = mx.array(weight).astype(mx.float32)
+    if weight.size != 1:
+        raise ValueError(f"weight must be one number, got an array of shape {weight.shape}")
+    weight = weight.reshape(())
     weighted = tree_map(
         lambda g: mx.where(weight > 0, g.astype(mx.float32) * weight, 0.0), gradients
     )
@@ -55,6 +65,12 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def averaged_gradients(total: dict[str, Any]) -> Any:
-    """The gradient of the mean over everything that was accumulated; zero if that is nothing."""
+    """The gradient of the mean over everything that was accumulated; zero if that is nothing.
+
+    Raises:
+        ValueError: ``total`` is not what :func:`accumulate_gradients` returns.
+    """
+    if not isinstance(total, dict) or total.keys() != {"gradients", "weight"}:
+        raise ValueError(f"total must be what accumulate_gradients returned, {got(total, ())}")
     weight = mx.maximum(total["weight"], 1e-30)
     return tree_map(lambda g: g / weight, total["gradients"])

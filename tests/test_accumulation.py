@@ -1,5 +1,7 @@
 """Accumulation is exact for unequal micro-batches."""
 
+import re
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -77,3 +79,19 @@ def test_micro_batches_may_have_different_leaves():
         assert mean["a"].item() == mean["l"][0]["w"].item() == 1.0
         assert mean["l"][1]["w"].item() == pytest.approx(1 / 3)
         assert mean["c"]["d"].item() == pytest.approx(2 / 3)
+
+
+def test_what_is_no_weight_is_refused():
+    g = {"b": mx.ones(2)}
+    for weight, message in (
+        (-1, "weight must be in [0, inf), got -1"),
+        (float("nan"), "weight must be in [0, inf), got nan"),
+        (mx.ones(2), "weight must be one number, got an array of shape (2,)"),
+        ("3", "weight must be in [0, inf), got '3'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            accumulate_gradients(g, weight)
+    assert accumulate_gradients(g, mx.array([3.0]))["weight"].tolist() == 3
+    for total in (None, g):
+        with pytest.raises(ValueError, match="total must be what accumulate_gradients returned"):
+            averaged_gradients(total)
