@@ -45,16 +45,19 @@ LORA = Use(
         "adafactor": 1e-3,
         "signsgd": 3e-4,
         "muon": 3e-3,
-        "adamw": 1e-3,
+        "adamw": 3e-4,
     },
     {
         "orthomaxfactor": {"min_rms": 1.0},
         "maxfactor": {"min_rms": 1.0},
         "muon": {"scale": "rms", "momentum": 0.8},
+        "adamw": {"betas": (0.9, 0.999), "bias_correction": False},
     },
 )
 """LoRA's A and B. B starts at zero, where a rate relative to its size moves nothing, so that here
-every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is."""
+every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is. AdamW is mlx's:
+without bias correction its first steps are six times larger, which no constant rate makes up for.
+"""
 
 
 def peak_rates(

@@ -17,7 +17,8 @@ def rms(x):
     return np.sqrt(np.mean(np.square(x)))
 
 
-RMS_OF_AN_UPDATE = dict.fromkeys(OPTIMIZERS, 1.0) | {"muon": 0.2}
+# AdamW without bias correction: 0.1 / √0.001 at first, the mean of three steps.
+RMS_OF_AN_UPDATE = dict.fromkeys(OPTIMIZERS, 1.0) | {"muon": 0.2, "adamw": 4.1}
 
 
 def rates(optimizer):

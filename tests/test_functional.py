@@ -94,9 +94,10 @@ def test_a_gram_matrix_that_is_never_made_anew_is_wrong(name, monkeypatch):
     monkeypatch.setattr(f.orthogonalization, "_grouped", lambda table: [table])
     for spectrum in ("condition 10000", "one large"):
         x = with_singular_values(SPECTRA[spectrum], (64, 256))
-        assert distance_from_twin(name, x, 8) > 48
+        assert distance_from_twin(name, x, 8) > 40
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU multiplies them whole")
 @pytest.mark.parametrize("shape", [(23, 23), (24, 70), (70, 24), (3, 17, 30)], ids=str)
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
 def test_symmetric_products_in_blocks_change_nothing(name, shape, monkeypatch):
