@@ -1,5 +1,7 @@
 """The few checks of options, and the one form of their messages: name, rule, value."""
 
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from ctypes import c_float
 from difflib import get_close_matches
@@ -148,6 +150,14 @@ def known(value: Any) -> Any:
     except ValueError:
         return None
     return float(f"{number:.7g}") if isinstance(number, float) else number  # float32 has no more
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the caller's own code that led here, whatever lies between."""
+    package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def check_update(model: Any, gradients: Any) -> None:

@@ -1,6 +1,5 @@
 """Names to optimizers: a model, two names, one optimizer."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -12,7 +11,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from ._validate import LARGEST_SEED, Rate, check_choice, check_flags, check_integer, got, shown
+from ._validate import (
+    LARGEST_SEED,
+    Rate,
+    check_choice,
+    check_flags,
+    check_integer,
+    got,
+    shown,
+    warn,
+)
 from .distributed import ShardedOptimizer
 from .members import OptimizerName, Part, Roster
 from .optimizers import AdamW, SignSGD
@@ -311,10 +319,9 @@ def _without_hidden(hidden: Part, rest: Part) -> Part:
     if hidden.rate is None:
         return rest
     if rest.rate is not None or isinstance(rest.choice, Optimizer):
-        warnings.warn(
+        warn(
             "learning_rate has no effect: no trainable parameter goes to hidden, and rest has a "
-            "rate of its own; see print(optimizer.plan)",
-            stacklevel=4,
+            "rate of its own; see print(optimizer.plan)"
         )
         return rest
     return replace(rest, rate=hidden.rate)

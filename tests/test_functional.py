@@ -246,3 +246,9 @@ def test_orthogonalizers_refuse_what_is_no_matrix(orthogonalize, x, steps, messa
 def test_products_need_a_float_dtype():
     with pytest.raises(ValueError, match=r"dtype must be a float's, got .*int32"):
         newton_schulz(mx.ones((2, 2)), dtype=mx.int32)
+
+
+@pytest.mark.parametrize("name", ORTHOGONALIZERS)
+def test_what_is_no_array_is_refused(name):
+    with pytest.raises(ValueError, match="x must be an array of MLX, got ndarray"):
+        ORTHOGONALIZERS[name][0](np.eye(3))

@@ -414,6 +414,20 @@ def test_a_rate_of_adamws_kind_is_noticed_once():
         create_optimizer(Table(), "muon", learning_rate=1e-4)
 
 
+def test_warnings_point_to_the_callers_own_line():
+    model = Table()
+    for warns in (
+        lambda: create_optimizer(model, learning_rate=1e-3),
+        lambda: create_optimizer(probe(), learning_rate=1e-3, rest_learning_rate=1e-3),
+        lambda: OrthoMaxFactor(1e-3),
+        lambda: setattr(OrthoMaxFactor(), "learning_rate", 1e-3),
+        lambda: setattr(create_optimizer(model), "learning_rate", 1e-3),
+    ):
+        with pytest.warns(UserWarning, match="learning_rate") as caught:
+            warns()
+        assert caught[0].filename == __file__
+
+
 def test_a_schedule_may_index_by_the_step():
     table = mx.linspace(0.1, 0.01, 100)
     model = Table()

@@ -178,6 +178,8 @@ def orthogonalization_work(shape: tuple[int, ...], block: int | None = None) -> 
 
 
 def _check(x: mx.array, steps: int, dtype: mx.Dtype) -> None:
+    if not isinstance(x, mx.array):
+        raise ValueError(f"x must be an array of MLX, got {type(x).__name__}")
     if x.ndim < 2 or x.size == 0 or not mx.issubdtype(x.dtype, mx.floating):
         raise ValueError(f"x must hold float matrices, got {x.dtype} of shape {x.shape}")
     if steps < 1:

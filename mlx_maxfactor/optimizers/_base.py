@@ -1,7 +1,6 @@
 """What every optimizer of the suite shares: float32 arithmetic, layouts, rates, state."""
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import signature
@@ -22,6 +21,7 @@ from .._validate import (
     check_update,
     known,
     shown,
+    warn,
 )
 from ..schedules import described
 from ._turns import Turns, Update, find_leaves, numbers_of
@@ -117,11 +117,10 @@ class Float32Optimizer(Optimizer):
         usual = None if self._has_warned else self._usual_rate
         if usual and isinstance(rate, (int, float)) and 0 < rate <= usual / 20:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"learning_rate {rate:g} is small for {type(self).__name__}, whose rate is "
                 f"relative to the weights: a usual one is {usual:g}, or what total_steps picks "
-                "in create_optimizer",
-                stacklevel=3,
+                "in create_optimizer"
             )
 
     def set_rate(self, learning_rate: Rate) -> None:
