@@ -782,3 +782,8 @@ def test_complex_parameters_are_refused_by_name():
             refuse()
     model.freeze(recurse=False, keys=["poles"])
     assert "poles" not in [entry.path for entry in create_optimizer(model).plan]
+
+
+def test_the_law_ends_where_nothing_was_measured():
+    assert peak_rates(10**7, 64)["orthomaxfactor"] == 1.5e-3
+    assert peak_rates(10**4, 64)["orthomaxfactor"] == 8e-3
