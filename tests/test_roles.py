@@ -181,3 +181,26 @@ def test_a_gate_is_a_router_only_beside_experts():
     roles = {p.path: p.role for p in find_roles(model_of(embed=nn.Embedding(9, 16), block=block))}
     assert roles["block.gate.weight"] == "hidden"
     assert roles["block.moe.gate.weight"] == "router"
+
+
+def arrays(a, b, **layers):
+    model = model_of(first=nn.Linear(8, 8), **layers)
+    model.part = model_of(**layers)
+    model.part.A, model.part.B = mx.zeros(a), mx.zeros(b)
+    return {p.path: (p.role, p.layout) for p in find_roles(model)}
+
+
+def test_which_way_low_rank_arrays_lie():
+    layer = nn.Linear(32, 32)
+    for a, b, layout in (((32, 4), (4, 32), "transposed"), ((4, 32), (32, 4), "batched")):
+        found = arrays(a, b, layer=layer)
+        assert (found["part.A"], found["part.B"]) == (("lora_a", layout), ("lora_b", layout))
+
+
+def test_a_and_b_of_a_state_space_are_no_lora():
+    layer = nn.Linear(6, 4)
+    for a, b in (((6, 6), (6, 4)), ((6, 4), (4, 4)), ((6, 3), (5, 6))):
+        found = arrays(a, b, layer=layer)
+        assert (found["part.A"][0], found["part.B"][0]) == ("unknown", "unknown")
+    found = arrays((32, 4), (4, 32))  # nothing that they could adapt
+    assert (found["part.A"][0], found["part.B"][0]) == ("unknown", "unknown")
