@@ -35,8 +35,8 @@ class Use:
 FROM_SCRATCH = Use(DEFAULT_RATES, {})
 """Weights that start at random."""
 
-PRETRAINED = Use(DEFAULT_RATES | {"signsgd": 1e-3, "muon": 1e-2}, {})
-"""Weights that are trained already, which higher rates ruin before they improve them."""
+PRETRAINED = Use(DEFAULT_RATES | {"orthomaxfactor": 1e-2, "signsgd": 1e-3, "muon": 1e-2}, {})
+"""Weights that are trained already. Higher rates ruin them before they improve them, and forget."""
 
 LORA = Use(
     {
