@@ -321,7 +321,7 @@ def test_total_steps_builds_every_schedule_and_picks_the_peaks():
         ({"hidden": "adamw"}, [3e-3, 0.01]),
         ({"hidden": Muon(0.3)}, [0.3, 0.01]),
         ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
-        ({"pretrained": True}, [0.02, 1e-3]),
+        ({"pretrained": True}, [0.01, 1e-3]),
     ],
     ids=str,
 )
