@@ -44,6 +44,7 @@ from configurations import (
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 from training import integer
 
@@ -401,8 +402,10 @@ def draw_transfer(records: Mapping[str, Sequence[Record]]) -> Figure:
                 rates = sorted(losses)
                 style = f"C{place}o-" if training in SIZES else f"C{place}s--"
                 label = TRAININGS[training].title.removeprefix("language model, ")
+                label = "width 64" if training == SIZES[0] else label
                 axes.plot(rates, [losses[rate] for rate in rates], style, label=label)
         axes.set(title=name, xscale="log", xlabel="peak rate of the hidden matrices")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(color="lightgray", linewidth=0.5)
