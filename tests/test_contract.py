@@ -520,3 +520,19 @@ def test_a_layer_of_another_kind_is_named():
     message = "output.weight (10, 64), gradient (10, 64): there is no 'row' in its state; make the "
     with pytest.raises(ValueError, match=re.escape(message + "optimizer again where")):
         optimizer.apply_gradients(tree, tree)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_subclass_may_have_the_methods_of_mlx(name):
+    class Doubled(OPTIMIZERS[name]):
+        def init_single(self, parameter, state):
+            super().init_single(parameter, state)
+
+        def apply_single(self, gradient, parameter, state):
+            return parameter + 2 * (super().apply_single(gradient, parameter, state) - parameter)
+
+    plain, doubled = OPTIMIZERS[name](0.1), Doubled(0.1)
+    moved = [weight(o.apply_gradients(matrix(1), matrix())) for o in (plain, doubled)]
+    steps = [np.array(w - weight(matrix())) for w in moved]
+    assert np.allclose(2 * steps[0], steps[1], atol=1e-5)
+    assert np.any(steps[0])

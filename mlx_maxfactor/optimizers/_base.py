@@ -179,6 +179,13 @@ class Float32Optimizer(Optimizer):
         """The layout of the parameter at ``path``."""
         return self.layouts.get(path, self.layout)
 
+    def _layout_argument(self, path: str) -> tuple[str, ...]:
+        """The layout, where it is not the optimizer's own: a subclass may know MLX's methods only,
+        which take none.
+        """
+        layout = self.layout_of(path)
+        return () if layout == self.layout else (layout,)
+
     def load(self, x: mx.array, layout: str, after: mx.array | None = None) -> mx.array:
         """An array in float32, seen as the matrices it holds.
 
@@ -244,7 +251,7 @@ class Float32Optimizer(Optimizer):
                 problems.append(f"{path}: {COMPLEX}")
             elif _is_trained(tree) and self.owns(path):
                 try:
-                    self.init_single(tree, state, self.layout_of(path))
+                    self.init_single(tree, state, *self._layout_argument(path))
                 except ValueError as problem:
                     problems.append(f"{path}: {problem}")
         return state
@@ -278,12 +285,12 @@ class Float32Optimizer(Optimizer):
 
     def update_at(self, path: str) -> Update:
         """``apply_single`` of the parameter at a path; what is not trained stays as it is."""
-        owns, layout = self.owns(path), self.layout_of(path)
+        owns, layout = self.owns(path), self._layout_argument(path)
 
         def update(gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
             if not (owns and _is_trained(parameter)):
                 return parameter
-            return self.apply_single(gradient, parameter, state, layout)
+            return self.apply_single(gradient, parameter, state, *layout)
 
         return update
 
