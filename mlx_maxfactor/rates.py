@@ -55,9 +55,9 @@ LORA = Use(
     },
 )
 """LoRA's A and B. B starts at zero, where a rate relative to its size moves nothing, so that here
-every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is. AdamW is mlx's:
-without bias correction its first steps are six times larger, which no constant rate makes up for.
-"""
+every rate is absolute: the RMS of an update (of Muon's a fifth), as AdamW's is, and suits mlx_lm's
+scale of 20. AdamW is mlx's: without bias correction its first steps are six times larger, which no
+constant rate makes up for."""
 
 
 def peak_rates(

@@ -346,11 +346,9 @@ def test_what_is_only_stored_in_fewer_bits_takes_the_rate_of_the_other():
     assert search(losses, names[1:]) == [], "it waits for the other"
 
 
-def test_rates_that_the_library_picks_or_a_training_gives_are_not_searched():
-    losses = lambda rate, seed: rate + seed  # noqa: E731
-    picked = search(losses, ("OrthoMaxFactor, total_steps alone",))
+def test_rates_that_the_library_picks_are_not_searched():
+    picked = search(lambda rate, seed: rate + seed, ("OrthoMaxFactor, total_steps alone",))
     assert picked == [(0.0, 1), (0.0, 2), (0.0, 3)]
-    assert search(losses, ("AdamW",), "language_model_long") == [(1e-3, 1), (1e-3, 2)]
 
 
 def test_a_run_that_was_lost_is_no_best_rate():

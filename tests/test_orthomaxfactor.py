@@ -239,22 +239,28 @@ class AdaLNZero(nn.Module):
 class Adapter(nn.Module):
     """A frozen layer, and two Linears beside it of which the second starts at zero."""
 
-    def __init__(self):
+    def __init__(self, a, b, scale):
         super().__init__()
+        self.names, self.scale = (a, b), scale
         self.base = nn.Linear(32, 32)
-        self.lora_a, self.lora_b = nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=False)
-        self.lora_b.weight = mx.zeros_like(self.lora_b.weight)
+        self[a], self[b] = nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=False)
+        self[b].weight = mx.zeros_like(self[b].weight)
         self.base.freeze()
 
     def __call__(self, x):
-        return self.base(x) + self.lora_b(self.lora_a(x))
+        a, b = self.names
+        return self.base(x) + self.scale * self[b](self[a](x))
 
 
 class Adapted(nn.Module):
+    """By names that say nothing; the floor on RMS(p) lets the second learn."""
+
+    adapter = ("reduce", "restore", 1.0)
+
     def __init__(self):
         super().__init__()
         self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
-        self.layers = [Adapter() for _ in range(2)]
+        self.layers = [Adapter(*self.adapter) for _ in range(2)]
         self.first.freeze()
         self.head.freeze()
 
@@ -265,7 +271,13 @@ class Adapted(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("build", [ZeroOutputs, AdaLNZero, Adapted])
+class AdaptedByLora(Adapted):
+    """As LoRA, at mlx_lm's scale, for which LoRA's rates were found."""
+
+    adapter = ("lora_a", "lora_b", 20.0)
+
+
+@pytest.mark.parametrize("build", [ZeroOutputs, AdaLNZero, Adapted, AdaptedByLora])
 def test_matrices_that_start_at_zero_learn(build):
     def decrease(name):
         mx.random.seed(0)

@@ -237,7 +237,8 @@ def test_memory_is_told_of_the_part_that_takes_it():
     for way in (profile.eager, profile.compiled):
         # The gradients come beside what is held; the copies that stand in are not counted.
         for name in ("forward and backward", "guard"):
-            assert 0.9 * weights < way.parts[name].peak_bytes - held < 2.5 * weights, profile
+            # The guard also makes a transposed gradient contiguous, one at a time.
+            assert 0.9 * weights < way.parts[name].peak_bytes - held < 3.5 * weights, profile
         assert way.total.peak_bytes == max(cost.peak_bytes for cost in way.parts.values())
         # An eager AdamW's temporaries are allocated ahead: 6.8 to 7.9 here, compiled 3.9 to 5.
         assert way.step.peak_bytes - held < 10 * weights
