@@ -525,10 +525,10 @@ def test_a_layer_of_another_kind_is_named():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_subclass_may_have_the_methods_of_mlx(name):
     class Doubled(OPTIMIZERS[name]):
-        def init_single(self, parameter, state):
+        def init_single(self, parameter, state):  # pyright: ignore[reportIncompatibleMethodOverride]
             super().init_single(parameter, state)
 
-        def apply_single(self, gradient, parameter, state):
+        def apply_single(self, gradient, parameter, state):  # pyright: ignore[reportIncompatibleMethodOverride]
             return parameter + 2 * (super().apply_single(gradient, parameter, state) - parameter)
 
     plain, doubled = OPTIMIZERS[name](0.1), Doubled(0.1)

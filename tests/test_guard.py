@@ -203,8 +203,8 @@ def test_a_quiet_layer_moves_beside_a_loud_one(make, dtype):
     g = {"loud": mx.full(8, 1e3, dtype), "quiet": mx.full(8, 2e-5, dtype)}
     optimizer.init(p)
     before = {path: x.dtype for path, x in tree_flatten(optimizer.state)}
-    for _ in range(3):
-        new = optimizer.apply_gradients(g, p)
+    optimizer.apply_gradients(g, p)
+    new = optimizer.apply_gradients(g, p)
     assert new["quiet"].dtype == dtype
     assert {path: x.dtype for path, x in tree_flatten(optimizer.state)} == before
     assert (new["quiet"] < 1).all().item()
