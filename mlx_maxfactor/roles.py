@@ -58,6 +58,7 @@ HEAD_NAME = re.compile(
 )
 TOWER_NAME = re.compile(r"(text|visual|vision|image|audio)_proj(ection)?")
 MODULATION_NAME = re.compile(r"ada_?ln.*|.*modulation", re.IGNORECASE)
+NORM_NAME = re.compile(r"(?!.*(Weight|Spectral)).*Norm.*")  # those two hold matrices
 GATE_NAME = re.compile(r"(.*_)?gate")
 ROUTER_NAME = re.compile(r"(.*_)?router")
 
@@ -123,11 +124,8 @@ class Node:
 
     @property
     def is_norm(self) -> bool:
-        """Whether the layer normalizes; by name, as decoders bring norms of their own. What holds
-        matrices (weight norm) does not.
-        """
-        matrices = any(sum(n > 1 for n in shape) > 1 for _, shape in self.shapes)
-        return "Norm" in type(self.module).__name__ and not self.is_layer and not matrices
+        """Whether the layer normalizes; by name, as decoders bring norms of their own."""
+        return NORM_NAME.fullmatch(type(self.module).__name__) is not None and not self.is_layer
 
     @property
     def is_layer(self) -> bool:
@@ -214,8 +212,9 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
     tops = _tops(root)
     readers = _find_readers(tops, nodes)
     gates = _find_gates(nodes)
-    heads = {} if "head" in declared.values() else _find_heads(tops, nodes, gates, readers)
     lora = _find_lora(nodes)
+    whole = [node for node in nodes if f"{node.path}.weight" not in lora]
+    heads = {} if "head" in declared.values() else _find_heads(tops, whole, gates, readers)
 
     found = []
     for node in nodes:

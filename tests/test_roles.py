@@ -204,3 +204,28 @@ def test_a_and_b_of_a_state_space_are_no_lora():
         assert (found["part.A"][0], found["part.B"][0]) == ("unknown", "unknown")
     found = arrays((32, 4), (4, 32))  # nothing that they could adapt
     assert (found["part.A"][0], found["part.B"][0]) == ("unknown", "unknown")
+
+
+class GroupNorm(nn.Module):
+    """As in mlx_lm's rwkv7: gains of each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = mx.ones((4, 8)), mx.zeros((4, 8))
+
+
+def test_a_norm_may_hold_gains_of_each_head():
+    model = model_of(first=nn.Linear(8, 32), norm=GroupNorm(), last=nn.Linear(32, 4))
+    roles = {p.path: p.role for p in find_roles(model)}
+    assert (roles["norm.weight"], roles["norm.bias"]) == ("norm", "norm")
+
+
+def test_low_rank_linears_are_no_heads():
+    part = model_of(layer=nn.Linear(8, 24))
+    part.lora_down, part.lora_up = nn.Linear(8, 2), nn.Linear(2, 24)
+    model = model_of(first=nn.Linear(6, 8), head=nn.Linear(24, 3), part=part)
+    assert heads(model) == ["head.weight"]
+    model = model_of(first=nn.Linear(6, 8), last=nn.Linear(24, 3), part=part)
+    roles = {p.path: p.role for p in find_roles(model)}
+    assert roles["part.lora_down.weight"] == "lora_a"
+    assert roles["part.lora_up.weight"] == "lora_b"
