@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import communication
 import compare_optimizers
 import mlx.core as mx
 import numpy as np
@@ -503,3 +504,11 @@ def test_what_readme_shows_runs_and_prints_what_it_shows(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(blocks) == 4
     assert table.group(1) in done.stdout
+
+
+def test_a_plan_of_communication_allocates_nothing():
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    cost = communication.plan_of(communication.Model(*communication.SHAPES["8 B"]), 2)
+    assert cost.largest_state > 1e9
+    assert mx.get_peak_memory() - before < 1e6
