@@ -37,7 +37,7 @@ def accumulate_gradients(
         >>> averaged_gradients(total)["b"]
         array([2], dtype=float32)
     """
-    if not isinstance(weight, mx.array):
+    if not hasattr(weight, "shape"):
         weight = check_number("weight", weight, 0.0)
     weight = mx.array(weight).astype(mx.float32)
     if weight.size != 1:

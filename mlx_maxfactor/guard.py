@@ -156,7 +156,7 @@ class GuardedOptimizer(MultiOptimizer):
         try:
             members = range(len(self.optimizers))
             updated = self._updated(gradients, parameters, leaves, turns, members)
-        except ValueError:
+        except Exception:
             for state, numbers in zip(self._states, before, strict=True):
                 state.update(numbers)
             raise
@@ -260,7 +260,9 @@ class GuardedOptimizer(MultiOptimizer):
                 new = tree_map(lambda array: array, new)
                 optimizer.state.clear()
                 optimizer.state.update(new)
-        self._guard.update(state.get("guard", {}))
+        counts = state.get("guard", {})
+        for name in self._guard:
+            self._guard[name] = counts.get(name, mx.array(0, mx.uint32))
 
 
 class _State(dict):
@@ -310,7 +312,11 @@ def _update_whole(
 ) -> dict[str, mx.array]:
     """The update of an optimizer that has its own way with trees, by path."""
     before = tree_map(lambda array: array, optimizer.state)
-    updated = optimizer.apply_gradients(tree_map(turns.scaled, gradients), parameters)
+    try:
+        updated = optimizer.apply_gradients(tree_map(turns.scaled, gradients), parameters)
+    except Exception:
+        _put_back(before, optimizer.state)
+        raise
     _keep(before, optimizer.state, turns)
     return flatten(
         tree_map(lambda new, old: turns.kept(new.astype(old.dtype), old), updated, parameters)
@@ -324,3 +330,12 @@ def _keep(before: Any, live: Any, turns: Turns) -> None:
             live[key] = turns.kept(live[key].astype(old.dtype), old)
         else:
             _keep(old, live[key], turns)
+
+
+def _put_back(before: Any, live: Any) -> None:
+    """Put the arrays from before back into a live state."""
+    for key, old in before.items() if isinstance(before, dict) else enumerate(before):
+        if isinstance(old, mx.array):
+            live[key] = old
+        else:
+            _put_back(old, live[key])

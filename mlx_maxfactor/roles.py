@@ -54,10 +54,10 @@ WEIGHTS = ("weight", "Wx", "Wh", "Wxh", "Whh")
 
 HEAD_NAME = re.compile(
     r"(?!multi_head)(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
-    r"|embed_out|fc_out|proj_out|conv_out|final_layer|score"
+    r"|embed_out|fc_out|proj_out|conv_?out|out_?conv|outc|final_(layer|conv)|score"
 )
 TOWER_NAME = re.compile(r"(text|visual|vision|image|audio)_proj(ection)?")
-MODULATION_NAME = re.compile(r"ada_?ln.*|.*modulation", re.IGNORECASE)
+MODULATION_NAME = re.compile(r"ada(_?ln.*|_lin)?|(.*_)?mod|.*modulation", re.IGNORECASE)
 NORM_NAME = re.compile(r"(?!.*(Weight|Spectral)).*Norm.*")  # those two hold matrices
 GATE_NAME = re.compile(r"(.*_)?gate")
 ROUTER_NAME = re.compile(r"(.*_)?router")
@@ -114,8 +114,10 @@ class Node:
 
     @property
     def in_list(self) -> bool:
-        """Whether the node or one above it is an item of a list."""
-        return self.listed or (self.parent is not None and self.parent.in_list)
+        """Whether the node or one above it is an item of a list, other than a Sequential's."""
+        above = self.parent
+        listed = self.listed and not (above is not None and above.is_a(nn.Sequential))
+        return listed or (above is not None and above.in_list)
 
     @property
     def is_stacked(self) -> bool:
@@ -290,6 +292,12 @@ def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
         children = {child.name: child for child in node.children if child.is_a(*LINEAR)}
         for a, b in LORA:
             if a in children and b in children:
+                pair = (
+                    (children[a].makes, children[a].reads),
+                    (children[b].makes, children[b].reads),
+                )
+                if a == "A" and not _is_low_rank(*pair):
+                    continue
                 for role, name in (("lora_a", a), ("lora_b", b)):
                     found[f"{children[name].path}.weight"] = (role, "batched")
             elif a in own and b in own:
@@ -319,7 +327,7 @@ def _lora_layout(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     return "batched" if a[0] == b[1] else ""
 
 
-def _is_low_rank(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def _is_low_rank(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Whether the rank of A and B is below what they take and what they give."""
     return min(a) < max(a) and min(a) == min(b) < max(b)
 
@@ -351,7 +359,8 @@ def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
             if top is tops[0] or all(node.makes != first.reads for node in outside):
                 readers.add(first)
     convolution = next((node for node in nodes if node.is_a(*CONVOLUTION)), None)
-    if convolution is not None and not convolution.in_list:
+    transposed = convolution is not None and "Transpose" in type(convolution.module).__name__
+    if convolution is not None and not transposed and not convolution.in_list:
         before = nodes[: nodes.index(convolution)]
         if all(node.makes != convolution.reads for node in before):
             readers.add(convolution)
@@ -411,6 +420,8 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
         place, halved = branches.index(branch), {2 * (n.reads or 0) for n in linears}  # by a GLU
         for run in (reversed(branches[:place]), branches[place + 1 :]):
             for neighbour in run:
+                if neighbour.listed and not (branch is head and neighbour in items):  # a block
+                    break
                 outlets = [n for n in inside[neighbour] if n in linears]
                 alike = outlets and inside[neighbour][0].reads == width
                 if not alike or is_read(outlets[-1]) or outlets[-1].makes in halved:

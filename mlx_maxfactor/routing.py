@@ -11,7 +11,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ._validate import Rate, check_rate
 from .guard import GuardedOptimizer, shown_optimizer
-from .optimizers._base import Float32Optimizer, flatten, trainable
+from .optimizers._base import COMPLEX, Float32Optimizer, flatten, is_complex, trainable
 from .optimizers._turns import Leaf
 from .roles import Parameter, find_aliases
 from .schedules import scaled
@@ -196,6 +196,8 @@ class RoutedOptimizer(GuardedOptimizer):
                 that its member cannot take.
         """
         arrays = flatten(parameters)
+        if odd := [f"{path}: {COMPLEX}" for path, x in arrays.items() if is_complex(x)]:
+            raise ValueError("\n".join(odd))
         new = [
             path
             for path, array in arrays.items()
@@ -224,7 +226,7 @@ class RoutedOptimizer(GuardedOptimizer):
 
     def _is_ready(self, leaf: Leaf) -> bool:
         # Integer arrays belong to nobody.
-        return super()._is_ready(leaf) or not mx.issubdtype(leaf.parameter.dtype, mx.floating)
+        return super()._is_ready(leaf) or not mx.issubdtype(leaf.parameter.dtype, mx.inexact)
 
     def _part(self, tree: Any, index: int, path: str = "") -> Any:
         """The tree without what belongs to other members; lists keep their length."""

@@ -253,3 +253,53 @@ def test_a_run_of_bad_steps_ends_in_one_error(compiled):
     assert "max_skipped=3" in repr(optimizer)
     with pytest.raises(ValueError, match="max_skipped is a limit of skipped steps: set skip_n"):
         create_optimizer(model, max_skipped=3)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize(
+    "make", [lambda: mlx_optimizers.SGD(0.1), lambda: mlx_optimizers.Adam(0.1)]
+)
+def test_a_float32_gradient_changes_no_dtype(make, limit):
+    optimizer = GuardedOptimizer(make(), max_grad_norm=limit)
+    p = {"w": mx.ones(2, mx.bfloat16)}
+    optimizer.init(p)
+    before = {path: x.dtype for path, x in tree_flatten(optimizer.state)}
+    for first in (1.0, float("nan")):
+        p = optimizer.apply_gradients({"w": mx.array([first, 1.0])}, p)
+    assert p["w"].dtype == mx.bfloat16
+    assert {path: x.dtype for path, x in tree_flatten(optimizer.state)} == before
+
+
+class Broken(mlx_optimizers.SGD):
+    on = False
+
+    def apply_single(self, gradient, parameter, state):
+        if Broken.on:
+            raise RuntimeError("broken")
+        return super().apply_single(gradient, parameter, state)
+
+
+def test_whatever_fails_leaves_members_of_members_as_they_were(monkeypatch):
+    p = {"a": mx.ones((2, 2)), "b": mx.ones(2)}
+    members = [mlx_optimizers.Adam(0.1), Broken(0.1)]
+    for inner in (
+        Broken(0.1),
+        mlx_optimizers.MultiOptimizer(members, [lambda path, _: path == "a"]),
+    ):
+        optimizer = GuardedOptimizer(inner, max_grad_norm=1.0)
+        optimizer.apply_gradients(p, p)
+        before = dict(tree_flatten(optimizer.state))
+        monkeypatch.setattr(Broken, "on", True)
+        with pytest.raises(RuntimeError, match="broken"):
+            optimizer.apply_gradients(p, p)
+        monkeypatch.setattr(Broken, "on", False)
+        after = dict(tree_flatten(optimizer.state))
+        assert all(mx.array_equal(x, after[path]).item() for path, x in before.items())
+
+
+def test_a_state_without_counts_counts_from_zero():
+    optimizer = GuardedOptimizer(SignSGD(), max_skipped=2)
+    p = {"b": mx.ones(2)}
+    optimizer.apply_gradients({"b": mx.array([float("nan"), 1.0])}, p)
+    optimizer.state = {"states": optimizer.state["states"]}
+    assert optimizer.skipped.item() == 0

@@ -229,3 +229,45 @@ def test_low_rank_linears_are_no_heads():
     roles = {p.path: p.role for p in find_roles(model)}
     assert roles["part.lora_down.weight"] == "lora_a"
     assert roles["part.lora_up.weight"] == "lora_b"
+
+
+def mlp_of(dims):
+    up = nn.Linear(dims, 4 * dims)
+    return model_of(up_proj=up, down_proj=nn.Linear(4 * dims, dims))
+
+
+def test_what_stands_beside_a_head_is_no_block():
+    blocks = [
+        model_of(mlp=mlp_of(64), attn=model_of(q=nn.Linear(64, 64), kv=nn.Linear(64, 32)))
+        for _ in range(2)
+    ]
+    model = model_of(emb=nn.Embedding(100, 64), blocks=blocks, head=nn.Linear(64, 100))
+    assert heads(model) == ["head.weight"]
+    ada = [model_of(fc=mlp_of(64), ada=nn.Linear(64, 384)) for _ in range(2)]
+    final = model_of(linear=nn.Linear(64, 16), ada=nn.Linear(64, 128))
+    model = model_of(patch=nn.Conv2d(4, 64, 2, 2), blocks=ada, final_layer=final)
+    assert heads(model) == ["final_layer.linear.weight"]
+    gated = [model_of(mlp=mlp_of(64), g_proj=nn.Linear(64, 4)) for _ in range(2)]
+    model = model_of(emb=nn.Embedding(1000, 64), layers=gated, norm=nn.RMSNorm(64))
+    assert "layers.0.g_proj.weight" not in heads(model)
+
+
+def test_linears_called_a_and_b_are_lora_only_at_a_low_rank():
+    wide = {"A": nn.Linear(64, 64), "B": nn.Linear(64, 64)}
+    model = model_of(emb=nn.Embedding(100, 64), part=model_of(**wide), head=nn.Linear(64, 100))
+    roles = {p.path: p.role for p in find_roles(model)}
+    assert roles["part.A.weight"] == roles["part.B.weight"] == "hidden"
+
+
+def test_which_convolution_reads_the_input():
+    def roles(**layers):
+        return {p.path: p.role for p in find_roles(model_of(**layers))}
+
+    found = roles(fc=nn.Linear(100, 128 * 49), up=nn.ConvTranspose2d(128, 64, 4))
+    assert found["up.weight"] == "conv"
+    time = nn.Sequential(nn.Linear(32, 128), nn.SiLU(), nn.Linear(128, 128))
+    first = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    found = roles(time_mlp=time, inc=first, outc=nn.Conv2d(16, 3, 1))
+    assert found["inc.layers.0.weight"] == "conv_input"
+    assert found["inc.layers.2.weight"] == "conv"
+    assert (found["time_mlp.layers.2.weight"], found["outc.weight"]) == ("hidden", "head")

@@ -28,6 +28,7 @@ from mlx_maxfactor import (
     DEFAULT_RATES,
     OPTIMIZERS,
     AdamW,
+    GuardedOptimizer,
     MaxFactor,
     Muon,
     OrthoMaxFactor,
@@ -781,7 +782,17 @@ def test_complex_parameters_are_refused_by_name():
         with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
             refuse()
     model.freeze(recurse=False, keys=["poles"])
-    assert "poles" not in [entry.path for entry in create_optimizer(model).plan]
+    optimizer = create_optimizer(model)
+    assert "poles" not in [entry.path for entry in optimizer.plan]
+    model.unfreeze()
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        optimizer.update(model, tree)
+
+
+def test_a_gradient_beyond_the_parameters_is_named():
+    for optimizer in (AdamW(1e-3), GuardedOptimizer(AdamW(1e-3))):
+        with pytest.raises(ValueError, match=r"^l\.1: there is a gradient, and no such param"):
+            optimizer.apply_gradients({"l": [mx.ones(2)] * 2}, {"l": [mx.ones(2)]})
 
 
 def test_the_law_ends_where_nothing_was_measured():

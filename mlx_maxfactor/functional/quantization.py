@@ -62,7 +62,7 @@ def dequantize(codes: mx.array, scale: mx.array, shape: tuple[int, ...]) -> mx.a
     """The float32 array, of the given shape, that :func:`quantize` coded.
 
     Raises:
-        ValueError: The codes are not of an array of this shape.
+        ValueError: There are more or fewer groups of codes than an array of this shape has.
     """
     if groups_of(math.prod(shape)) != codes.shape[0]:
         raise ValueError(f"{codes.shape[0]} groups of {GROUP} codes are no array of shape {shape}")

@@ -273,7 +273,7 @@ class Float32Optimizer(Optimizer):
             return Turns().take_all(
                 gradients, leaves, lambda leaf: (self.update_at(leaf.path), leaf.states[0])
             )
-        except ValueError:
+        except Exception:
             self.state.update(before)
             raise
 

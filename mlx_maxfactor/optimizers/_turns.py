@@ -44,6 +44,8 @@ def _visit(path: str, gradient: Any, parameter: Any, states: Any, leaves: list[L
     elif isinstance(gradient, (list, tuple)):
         for i, child in enumerate(gradient):
             below = [state[i] if _reaches(state, i) else None for state in states]
+            if not _reaches(parameter, i):
+                raise ValueError(f"{prefix}{i}: there is a gradient, and no such parameter")
             _visit(f"{prefix}{i}", child, parameter[i], below, leaves)
     else:
         _check_leaf(path, gradient, parameter)
@@ -114,7 +116,7 @@ class Turns:
                 if found:
                     before.append((found[1], dict(found[1])))
                 updated[leaf.path] = self.take(leaf, *found) if found else leaf.parameter
-        except ValueError:
+        except Exception:
             for state, kept in before:
                 state.clear()
                 state.update(kept)
@@ -145,7 +147,7 @@ class Turns:
                 f"{leaf.path} {parameter.shape}, gradient {gradient.shape}: {what}; make the "
                 "optimizer again where the model has changed"
             ) from problem
-        if self.factor is not None:
+        if self.factor is not None or self.finite is not None:
             # MLX's own answer a float32 gradient with float32 weights and states.
             new = new.astype(parameter.dtype)
             live.update({key: live[key].astype(x.dtype) for key, x in zip(kept, old, strict=True)})
