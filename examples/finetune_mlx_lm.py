@@ -241,7 +241,9 @@ class Tuning(TrainingCallback):
         self.sample = sample
         sets = ("training", "validation", "test")
         self.sets = {name: CacheDataset(data) for name, data in zip(sets, datasets, strict=True)}
-        self.batches_in = {name: self.count_batches(name) for name in sets}
+        self.epoch = self.count_batches("training")
+        for name in sets[1:]:
+            self.count_batches(name, most=1)
         self.identity = {name: getattr(arguments, name) for name in KEPT}
         self.identity["training set"] = digest(datasets[0])
         self.folder = Path(arguments.adapter_path)
@@ -260,12 +262,16 @@ class Tuning(TrainingCallback):
         self.interrupts: list[int] = []
         self.bar: tqdm[Any] = tqdm(disable=True)
 
-    def count_batches(self, name: str) -> int:
-        """How many batches of a set hold a token to learn or to be measured by."""
+    def count_batches(self, name: str, most: int | None = None) -> int:
+        """How many batches of a set hold a token to learn or to be measured by; there must be one.
+
+        It counts no further than ``most``.
+        """
         data, a = self.sets[name], self.arguments
         if not data:
             return 0
-        count = sum(1 for _ in full_batches(data, a.batch_size, a.max_seq_length))
+        batches = full_batches(data, a.batch_size, a.max_seq_length)
+        count = sum(1 for _ in islice(batches, most))
         if not count:
             raise ValueError(
                 f"the {name} set has no token to learn: within max_seq_length={a.max_seq_length} "
@@ -338,7 +344,7 @@ class Tuning(TrainingCallback):
         if not loop:  # a validation: always the same batches
             yield from full_batches(*settings, seed=seed, **others)
             return
-        first, skipped = divmod(self.iteration, self.batches_in["training"])
+        first, skipped = divmod(self.iteration, self.epoch)
         for epoch in count(first):
             batches = full_batches(*settings, seed=seed + epoch, **others)
             for batch in islice(batches, skipped, None):

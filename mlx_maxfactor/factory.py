@@ -24,7 +24,7 @@ from ._validate import (
 from .distributed import ShardedOptimizer
 from .members import OptimizerName, Part, Roster
 from .optimizers import AdamW, SignSGD
-from .optimizers._base import COMPLEX, Float32Optimizer, Rounding, flatten, is_complex
+from .optimizers._base import Float32Optimizer, Rounding, flatten, refuse_complex
 from .rates import WIDTH
 from .roles import Parameter, find_roles
 from .routing import RoutedOptimizer
@@ -291,8 +291,7 @@ def _check_model(model: Any) -> None:
 def _find_trained(model: nn.Module) -> set[str]:
     """Paths of what is trained; there must be something."""
     arrays = flatten(model.trainable_parameters())
-    if odd := [f"{path}: {COMPLEX}" for path, x in arrays.items() if is_complex(x)]:
-        raise ValueError("\n".join(odd))
+    refuse_complex(arrays)
     trained = {path for path, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
     if not trained:
         raise ValueError(

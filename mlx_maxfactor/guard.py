@@ -1,6 +1,6 @@
 """Bad batches: clipping by the global norm, and steps that are skipped, inside a compiled step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -315,27 +315,18 @@ def _update_whole(
     try:
         updated = optimizer.apply_gradients(tree_map(turns.scaled, gradients), parameters)
     except Exception:
-        _put_back(before, optimizer.state)
+        _settle(before, optimizer.state, lambda _, old: old)
         raise
-    _keep(before, optimizer.state, turns)
+    _settle(before, optimizer.state, lambda new, old: turns.kept(new.astype(old.dtype), old))
     return flatten(
         tree_map(lambda new, old: turns.kept(new.astype(old.dtype), old), updated, parameters)
     )
 
 
-def _keep(before: Any, live: Any, turns: Turns) -> None:
-    """Put the arrays from before back into a live state if the step is not made."""
+def _settle(before: Any, live: Any, settled: Callable[[mx.array, mx.array], mx.array]) -> None:
+    """Put into a live state what ``settled`` makes of each new array and the one from before."""
     for key, old in before.items() if isinstance(before, dict) else enumerate(before):
         if isinstance(old, mx.array):
-            live[key] = turns.kept(live[key].astype(old.dtype), old)
+            live[key] = settled(live[key], old)
         else:
-            _keep(old, live[key], turns)
-
-
-def _put_back(before: Any, live: Any) -> None:
-    """Put the arrays from before back into a live state."""
-    for key, old in before.items() if isinstance(before, dict) else enumerate(before):
-        if isinstance(old, mx.array):
-            live[key] = old
-        else:
-            _put_back(old, live[key])
+            _settle(old, live[key], settled)

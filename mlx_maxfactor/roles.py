@@ -359,8 +359,8 @@ def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
             if top is tops[0] or all(node.makes != first.reads for node in outside):
                 readers.add(first)
     convolution = next((node for node in nodes if node.is_a(*CONVOLUTION)), None)
-    transposed = convolution is not None and "Transpose" in type(convolution.module).__name__
-    if convolution is not None and not transposed and not convolution.in_list:
+    forward = convolution is not None and convolution.is_a(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if convolution is not None and forward and not convolution.in_list:
         before = nodes[: nodes.index(convolution)]
         if all(node.makes != convolution.reads for node in before):
             readers.add(convolution)

@@ -11,7 +11,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ._validate import Rate, check_rate
 from .guard import GuardedOptimizer, shown_optimizer
-from .optimizers._base import COMPLEX, Float32Optimizer, flatten, is_complex, trainable
+from .optimizers._base import Float32Optimizer, flatten, refuse_complex, trainable
 from .optimizers._turns import Leaf
 from .roles import Parameter, find_aliases
 from .schedules import scaled
@@ -196,8 +196,7 @@ class RoutedOptimizer(GuardedOptimizer):
                 that its member cannot take.
         """
         arrays = flatten(parameters)
-        if odd := [f"{path}: {COMPLEX}" for path, x in arrays.items() if is_complex(x)]:
-            raise ValueError("\n".join(odd))
+        refuse_complex(arrays)
         new = [
             path
             for path, array in arrays.items()

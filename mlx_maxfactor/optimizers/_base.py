@@ -1,7 +1,7 @@
 """What every optimizer of the suite shares: float32 arithmetic, layouts, rates, state."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import signature
 from typing import Any, Literal, cast, get_args
@@ -391,6 +391,12 @@ def _shown_option(value: Any) -> str:
     each = [(field.name, getattr(value, field.name), field.default) for field in fields(value)]
     given = [f"{name}={shown(value)}" for name, value, default in each if value != default]
     return f"{type(value).__name__}({', '.join(given)})"
+
+
+def refuse_complex(arrays: Mapping[str, mx.array]) -> None:
+    """Raise if parameters are complex, naming each."""
+    if odd := [f"{path}: {COMPLEX}" for path, x in arrays.items() if is_complex(x)]:
+        raise ValueError("\n".join(odd))
 
 
 def is_complex(x: mx.array) -> bool:
