@@ -87,6 +87,14 @@ GRADIENTS = {
     "huge": lambda shape: np.sign(parameter(shape)) * 3e38,
     "huge and tiny": lambda shape: 10.0 ** np.linspace(-38, 38, np.prod(shape)).reshape(shape),
     "tiny": lambda shape: parameter(shape) * 1e-37,
+    "one square below float32": lambda shape: np.eye(*shape) * (np.arange(shape[1]) == 0) * 3e-22,
+    "row of such squares": lambda shape: (
+        parameter(shape) * (np.arange(shape[0]) == 1)[:, None] * 1e-22
+    ),
+    "column of such squares": lambda shape: parameter(shape) * (np.arange(shape[1]) == 1) * 1e-21,
+    "squares around float32's last": lambda shape: (
+        10.0 ** -np.linspace(18, 24, np.prod(shape)).reshape(shape)
+    ),
     "subnormal": lambda shape: np.full(shape, 1e-42),
     "1e-4": lambda shape: np.full(shape, 1e-4),
 }

@@ -193,6 +193,13 @@ def test_a_root_has_its_floor_in_dead_rows_and_columns():
     assert np.allclose(np.array(rows * root)[0], [1e-3, 1e-3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("divisor", [0.0, 1e-45, 1e-38])
+def test_a_root_of_squares_below_float32_is_its_floor(divisor):
+    row, column = mx.array([[0.0], [1.4e-45]]), mx.array([[1.4e-45, 0.0]])
+    rows, root = f.factored_root(row, column, mx.array(divisor), 1e-8)
+    assert np.allclose(np.array(rows * root), 1e-8, rtol=1e-6)
+
+
 def test_a_cautious_step_keeps_what_agrees_over_its_share():
     def cautious(step, g):
         agrees = f.agreement(step, g)

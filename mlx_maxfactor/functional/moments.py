@@ -6,6 +6,9 @@ import mlx.core as mx
 
 from .norms import clamped_square, hoist, row_sum
 
+SMALLEST_NORMAL = 2.0**-126
+"""Smallest float32 with all its digits."""
+
 
 def second_moment_weight(
     t: mx.array, exponent: float, bounds: tuple[float, float] = (0.0, 1.0)
@@ -43,7 +46,8 @@ def factored_root(
     Returns:
         ``(..., m, 1)`` and ``(..., m, n)``.
     """
-    rows = mx.sqrt(row / divisor)
+    # Where all squares are below float32's range, a divisor of zero would make inf of a row.
+    rows = mx.sqrt(row / mx.maximum(divisor, SMALLEST_NORMAL))
     rows = hoist(mx.where(rows > 0, rows, floor))
     return rows, mx.maximum(hoist(mx.sqrt(column)), hoist(floor / rows))
 
