@@ -23,9 +23,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_maxfactor import ShardedOptimizer, create_optimizer
-from mlx_maxfactor.collectives import MESSAGE_BYTES
-from mlx_maxfactor.shares import Shares
+from mlx_maxfactor import create_optimizer
+from mlx_maxfactor.distributed import Sharding
+from mlx_maxfactor.distributed.assignment import Assignment
+from mlx_maxfactor.distributed.collectives import MESSAGE_BYTES
 
 LINKS = {"Thunderbolt 5": 80e9 / 8, "10 GbE": 10e9 / 8}  # bytes a second, each way
 
@@ -69,14 +70,14 @@ class Cost(NamedTuple):
         return self.sent / rate + self.messages * latency
 
 
-def cost_of(shares: Shares, nbytes: float) -> Cost:
+def cost_of(assignment: Assignment, nbytes: float) -> Cost:
     """What the busiest rank has, of parameters of so many bytes in one dtype.
 
     Gradients are summed around a ring, ``2(N - 1)/N`` of their bytes; then each rank's share of the
     parameters, filled up to the largest, goes to the ``N - 1`` others.
     """
-    ranks = shares.ranks
-    work, state, share = (max(load[i] for load in shares.loads) for i in range(3))
+    ranks = assignment.ranks
+    work, state, share = (max(load[i] for load in assignment.loads) for i in range(3))
     messages = -(-nbytes // MESSAGE_BYTES) * 2 * (ranks - 1)
     messages += -(-share // MESSAGE_BYTES) * (ranks - 1)
     return Cost(
@@ -84,7 +85,7 @@ def cost_of(shares: Shares, nbytes: float) -> Cost:
         int(messages),
         state,
         work,
-        sum(load[0] for load in shares.loads),
+        sum(load[0] for load in assignment.loads),
     )
 
 
@@ -139,8 +140,8 @@ def plan_of(model: nn.Module, ranks: int, *arguments: Any, **options: Any) -> Co
     group = cast(Any, Group(ranks))
     # Unwrapped it allocates nothing: a model of 70 B stays shapes.
     optimizer = unwrap(create_optimizer)(model, *arguments, group=group, **options)
-    assert isinstance(optimizer, ShardedOptimizer)
-    return cost_of(optimizer.shares, nbytes_of(model))
+    assert isinstance(optimizer.strategy, Sharding)
+    return cost_of(optimizer.strategy.assignment, nbytes_of(model))
 
 
 def print_model() -> None:
@@ -168,7 +169,7 @@ def measure(repeats: int) -> None:
     model.set_dtype(mx.float32)
     gradients = model.trainable_parameters()
     shared, alone = (create_optimizer(model, "signsgd", "signsgd", group=g) for g in (group, None))
-    assert isinstance(shared, ShardedOptimizer)
+    assert isinstance(shared.strategy, Sharding)
     message = mx.zeros(min(MESSAGE_BYTES, nbytes_of(model)) // 4)
     share = mx.zeros(message.size // group.size())
 
@@ -196,7 +197,7 @@ def measure(repeats: int) -> None:
             seconds, sent = time.perf_counter() - start, (bytes_sent() or 0) - before
             least[name] = min(least[name], seconds) if repeat else least[name]
 
-    ranks, cost = group.size(), cost_of(shared.shares, nbytes_of(model))
+    ranks, cost = group.size(), cost_of(shared.strategy.assignment, nbytes_of(model))
     latency = least["empty"] / (2 * (ranks - 1))
     seconds = least["message"] + least["gather"] - 2 * least["empty"]
     rate = 3 * (ranks - 1) / ranks * message.nbytes / seconds

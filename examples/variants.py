@@ -80,7 +80,7 @@ class Persistent(FrequencyAdaptiveMomentum):
         """The momentum, filtered."""
         if "kept" not in state:
             return momentum
-        kept = state["kept"] / f.gathered_weight(self.beta, state["count"].astype(mx.float32))
+        kept = state["kept"] / f.bias_correction(self.beta, state["count"].astype(mx.float32))
         noise = (1 - self.alpha) / (1 + self.alpha)
         weight = mx.clip((kept - noise) / (1 - noise), 0.1, 1.0)
         spectrum = mx.fft.rfft(momentum)

@@ -1,17 +1,16 @@
-"""Optimizers for MLX, and a router that gives each parameter the one that fits it."""
+"""Optimizers for MLX, and a router that gives each parameter to the right one."""
 
 from ._version import __version__
 from .accumulation import accumulate_gradients, averaged_gradients
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .collectives import LostRankError, bounded_wait
-from .distributed import ShardedOptimizer
+from .combined import GuardedOptimizer
+from .distributed import LostRankError, bounded_wait
 from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
 from .functional import newton_schulz, polar_express
-from .guard import GuardedOptimizer
-from .members import OPTIMIZERS, OptimizerName
 from .optimizers import (
     Adafactor,
     AdamW,
+    Float32Optimizer,
     FrequencyAdaptiveMomentum,
     MaxFactor,
     Muon,
@@ -19,18 +18,24 @@ from .optimizers import (
     SignSGD,
 )
 from .profiling import Profile, profile_step
-from .rates import DEFAULT_RATES
-from .roles import ROLES
-from .routing import Plan, PlanEntry, RoutedOptimizer
+from .routing import (
+    OPTIMIZERS,
+    ROLES,
+    OptimizerName,
+    Plan,
+    PlanEntry,
+    RoutedOptimizer,
+    register_optimizer,
+)
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
 
 __all__ = [
-    "DEFAULT_RATES",
     "OPTIMIZERS",
     "ROLES",
     "Adafactor",
     "AdamW",
     "CheckpointError",
+    "Float32Optimizer",
     "FrequencyAdaptiveMomentum",
     "GuardedOptimizer",
     "LostRankError",
@@ -43,7 +48,6 @@ __all__ = [
     "Profile",
     "RoutedOptimizer",
     "Schedule",
-    "ShardedOptimizer",
     "SignSGD",
     "__version__",
     "accumulate_gradients",
@@ -57,6 +61,7 @@ __all__ = [
     "newton_schulz",
     "polar_express",
     "profile_step",
+    "register_optimizer",
     "save_checkpoint",
     "warmup_cosine",
 ]

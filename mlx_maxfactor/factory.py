@@ -1,4 +1,4 @@
-"""Names to optimizers: a model, two names, one optimizer."""
+"""``create_optimizer``: from a model and two names to one optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,19 +21,19 @@ from ._validate import (
     shown,
     warn,
 )
-from .distributed import ShardedOptimizer
-from .members import OptimizerName, Part, Roster
+from .distributed.sharding import Sharding
+from .guard import Guard
 from .optimizers import AdamW, SignSGD
-from .optimizers._base import Float32Optimizer, Rounding, flatten, refuse_complex
-from .rates import WIDTH
-from .roles import Parameter, find_roles
-from .routing import RoutedOptimizer
-from .rules import apply_rules, check_explained
+from .optimizers.base import Float32Optimizer, Rounding, flatten, refuse_complex
+from .routing.members import MemberFactory, MemberSpec
+from .routing.rates import WIDTH, OptimizerName, Run
+from .routing.roles import Parameter, find_roles
+from .routing.routed import RoutedOptimizer
+from .routing.rules import apply_rules, check_explained
 
 LORA_ROLES = frozenset({"lora_a", "lora_b"})
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
 UNDECAYED_ROLES = frozenset({"norm", "bias", "vector", "unknown"})
-
 
 P = ParamSpec("P")
 Made = TypeVar("Made", bound=Optimizer)
@@ -145,15 +145,11 @@ def create_optimizer(
     if strict:
         check_explained(model, parameters, exceptions)
 
-    if not isinstance(rest_options or {}, Mapping):
-        raise ValueError(f"rest_options must map names to values, got {shown(rest_options)}")
-    if odd := [key for key in rest_options or {} if not isinstance(key, str)]:
-        raise ValueError(f"rest_options must map names to values, got the key {odd[0]!r}")
-    hidden_part = Part("hidden", hidden, learning_rate, hidden_options)
-    rest_part = Part("rest", rest, rest_learning_rate, dict(rest_options or {}))
-    for part, other in ((hidden_part, rest_part), (rest_part, hidden_part)):
-        part.check_options(signature(create_optimizer).parameters, other)
-    _check_total_steps(total_steps, hidden_part, rest_part)
+    hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
+    rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
+    for spec, other in ((hidden_spec, rest_spec), (rest_spec, hidden_spec)):
+        spec.check_options(signature(create_optimizer).parameters, other)
+    _check_total_steps(total_steps, hidden_spec, rest_spec)
 
     hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
     choices = {
@@ -162,34 +158,27 @@ def create_optimizer(
     }
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
     if not own:
-        rest_part = _without_hidden(hidden_part, rest_part)
-    roster = Roster(
-        hidden_part,
-        rest_part,
+        rest_spec = _without_hidden(hidden_spec, rest_spec)
+    factory = MemberFactory(
+        hidden_spec,
+        rest_spec,
         {"rounding": rounding, "seed": seed},
         pretrained=pretrained,
         lora=any(p.role in LORA_ROLES and p.path in trained for p in parameters),
-        leader=hidden_part if own else rest_part,
-        total_steps=total_steps,
-        width=_width(own or parameters),
+        primary=hidden_spec if own else rest_spec,
+        run=_run(total_steps, own or parameters, hidden_options),
     )
     routes = {
-        p.path: roster.index_of(
+        p.path: factory.index_of(
             choices[p.path],
             decays=p.role not in UNDECAYED_ROLES,
             lora=p.role in LORA_ROLES,
         )
         for p in parameters
     }
-    arguments = (model, parameters, roster.members, routes)
-    guards: dict[str, Any] = {
-        "max_grad_norm": max_grad_norm,
-        "skip_nonfinite": skip_nonfinite,
-        "max_skipped": max_skipped,
-    }
-    if group is not None and group.size() > 1:
-        return ShardedOptimizer(*arguments, group=group, **guards)
-    return RoutedOptimizer(*arguments, **guards)
+    guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
+    strategy = Sharding(group) if group is not None and group.size() > 1 else None
+    return RoutedOptimizer(model, parameters, factory.members, routes, guard, strategy)
 
 
 def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> int:
@@ -301,20 +290,45 @@ def _find_trained(model: nn.Module) -> set[str]:
     return trained
 
 
-def _check_total_steps(total_steps: Any, *parts: Part) -> None:
+def _check_rest_options(options: Any) -> dict[str, Any]:
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise ValueError(f"rest_options must map names to values, got {shown(options)}")
+    if odd := [key for key in options if not isinstance(key, str)]:
+        raise ValueError(f"rest_options must map names to values, got the key {odd[0]!r}")
+    return dict(options)
+
+
+def _check_total_steps(total_steps: Any, *specs: MemberSpec) -> None:
     if total_steps is None:
         return
     check_integer("total_steps", total_steps, 1)
-    for part in parts:
-        if callable(part.rate):
+    for spec in specs:
+        if callable(spec.rate):
             raise ValueError(
-                f"{part.rate_name} is a schedule, and total_steps makes one: give "
-                f"{part.rate_name} as a number, its peak, or leave total_steps out"
+                f"{spec.rate_name} is a schedule, and total_steps makes one: give "
+                f"{spec.rate_name} as a number, its peak, or leave total_steps out"
             )
 
 
-def _without_hidden(hidden: Part, rest: Part) -> Part:
-    """The rest, where no hidden matrix is trained: ``learning_rate`` is its own."""
+def _run(
+    total_steps: int | None, parameters: Sequence[Parameter], options: Mapping[str, Any]
+) -> Run | None:
+    """What the law of the rates needs. The width is the shorter side of a typical matrix."""
+    if total_steps is None:
+        return None
+    sides = [min(p.shape[-2:]) for p in parameters if len(p.shape) > 1]
+    block = options.get("block", 128)
+    return Run(
+        total_steps,
+        median(sides) if sides else WIDTH,
+        bool(options.get("momentum", True)),
+        block if isinstance(block, int) else None,
+    )
+
+
+def _without_hidden(hidden: MemberSpec, rest: MemberSpec) -> MemberSpec:
+    """The rest, where no hidden matrix is trained: then ``learning_rate`` is its rate."""
     if hidden.rate is None:
         return rest
     if rest.rate is not None or isinstance(rest.choice, Optimizer):
@@ -324,12 +338,6 @@ def _without_hidden(hidden: Part, rest: Part) -> Part:
         )
         return rest
     return replace(rest, rate=hidden.rate)
-
-
-def _width(parameters: Sequence[Parameter]) -> float:
-    """Shorter side of a typical matrix."""
-    sides = [min(p.shape[-2:]) for p in parameters if len(p.shape) > 1]
-    return median(sides) if sides else WIDTH
 
 
 def _is_puzzle(path: str) -> bool:

@@ -14,11 +14,11 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
 from ._validate import check_flags, check_integer
-from .distributed import ShardedOptimizer
-from .guard import GuardedOptimizer
-from .optimizers._base import flatten
-from .optimizers._turns import Turns, find_leaves
-from .routing import RoutedOptimizer
+from .combined import CombinedOptimizer, OneMachine
+from .guard import Guard
+from .optimizers.base import flatten, in_order
+from .optimizers.update_loop import UpdateLoop, Verdict, find_slots
+from .routing.routed import RoutedOptimizer
 
 WHOLE, FORWARD, GUARD, WAIT = "whole step", "forward and backward", "guard", "wait"
 
@@ -171,15 +171,15 @@ def profile_step(
     """
     check_integer("rounds", rounds, 1)
     check_flags(compiled=compiled)
-    if isinstance(optimizer, ShardedOptimizer):
+    if not isinstance(getattr(optimizer, "strategy", OneMachine()), OneMachine):
         raise ValueError("a step of several ranks has no profile: give an optimizer without group")
     mx.eval(model.state, optimizer.state, batch)
-    before = _Kept(model, optimizer)
+    before = Snapshot(model, optimizer)
     try:
         optimizer.init(model.trainable_parameters())
         mx.eval(optimizer.state)
         held = mx.get_active_memory()
-        kept = _Kept(model, optimizer)
+        kept = Snapshot(model, optimizer)
         modes = [False, True][: 1 + compiled]
         steps = [_Step(model, optimizer, loss_and_gradients, mode) for mode in modes]
         runs = [partial(run, batch) for step in steps for run in (step.whole, step.apart)]
@@ -212,7 +212,7 @@ Run = Callable[[Measure], dict[str, Any]]
 """Makes a step in one way: what was measured, by the name of each part."""
 
 
-def _times(runs: Sequence[Run], kept: "_Kept", rounds: int) -> list[list[dict[str, _Seconds]]]:
+def _times(runs: Sequence[Run], kept: "Snapshot", rounds: int) -> list[list[dict[str, _Seconds]]]:
     """Of each run its rounds. One goes before, in which functions are compiled."""
     times: list[list[dict[str, _Seconds]]] = [[] for _ in runs]
     for number in range(rounds + 1):
@@ -238,7 +238,7 @@ def _wait(measure: Measure) -> dict[str, Any]:
     return {WAIT: measure(lambda: mx.array(0.0) + 1.0, [])[1]}
 
 
-def _peaks(run: Run, kept: "_Kept") -> dict[str, int]:
+def _peaks(run: Run, kept: "Snapshot") -> dict[str, int]:
     """Bytes at most, without what is set aside for the copies."""
     kept.put_back()
     others = mx.get_active_memory()
@@ -298,8 +298,8 @@ class _Step:
         self.step = function(step, model.state, optimizer.state, mx.random.state)
         self.forward = function(loss_and_gradients, model.state, mx.random.state)
         self.guard = None
-        if isinstance(optimizer, GuardedOptimizer) and optimizer.guards:
-            self.guard = function(partial(_guard, optimizer), optimizer._guard)
+        if isinstance(optimizer, CombinedOptimizer) and optimizer.guard.is_active:
+            self.guard = function(partial(_judge, optimizer.guard), optimizer.guard.counts)
         self.updates = [
             (name, member.state, function(update, member.state))
             for name, member, update in _members(optimizer)
@@ -341,17 +341,17 @@ def _unchanged(gradients: Any, parameters: Any, *_: Any) -> Any:
     return parameters
 
 
-def _guard(optimizer: GuardedOptimizer, gradients: Any) -> tuple[Any, Any]:
-    """What the guard decides from the gradients."""
-    turns = optimizer._turns(list(flatten(gradients).values()))
-    optimizer._count(turns)
-    return turns.factor, turns.finite
+def _judge(guard: Guard, gradients: Any) -> tuple[Any, Any]:
+    """The guard's verdict on the gradients."""
+    verdict = guard.judge(list(flatten(gradients).values()))
+    guard.count(verdict)
+    return verdict.factor, verdict.finite
 
 
 def _shares(optimizer: Optimizer, gradients: Any) -> list[Any]:
     """The gradients of each member."""
-    if isinstance(optimizer, GuardedOptimizer):
-        return [optimizer._part(gradients, i) for i in range(len(optimizer.optimizers))]
+    if isinstance(optimizer, CombinedOptimizer):
+        return [optimizer.split(gradients, i) for i in range(len(optimizer.optimizers))]
     if isinstance(optimizer, MultiOptimizer):
         return optimizer._split_dictionary(gradients)
     return [gradients]
@@ -364,10 +364,10 @@ def _members(optimizer: Optimizer) -> list[tuple[str, Optimizer, Callable[..., A
     members = []
     for i, member in enumerate(optimizer.optimizers):
         routed = isinstance(optimizer, RoutedOptimizer)
-        name = optimizer._members[i].label if routed else type(member).__name__
+        name = optimizer.members[i].label if routed else type(member).__name__
         if name in [taken for taken, *_ in members]:
             name = f"{name} ({i + 1})"
-        guarded = isinstance(optimizer, GuardedOptimizer)
+        guarded = isinstance(optimizer, CombinedOptimizer)
         update = partial(_apply_member, optimizer, i) if guarded else partial(_apply, member)
         members.append((name, member, update))
     return members
@@ -378,22 +378,19 @@ def _apply(optimizer: Optimizer, gradients: Any, parameters: Any, *_: Any) -> An
 
 
 def _apply_member(
-    optimizer: GuardedOptimizer,
-    index: int,
-    gradients: Any,
-    parameters: Any,
-    factor: mx.array | None,
-    finite: mx.array | None,
+    optimizer: CombinedOptimizer, index: int, gradients: Any, parameters: Any, *verdict: Any
 ) -> Any:
-    leaves = find_leaves(gradients, parameters, optimizer._states)
-    return optimizer._updated(gradients, parameters, leaves, Turns(factor, finite), [index])
+    judged = Verdict(*verdict)
+    rule = optimizer.advance([index], gradients, parameters, judged)
+    slots = find_slots(gradients, parameters, [member.state for member in optimizer.optimizers])
+    return in_order(gradients, slots, UpdateLoop(judged).update_all(slots, rule))
 
 
 def _random_key() -> mx.array:
     return cast(Any, mx.random.state)[0]
 
 
-class _Kept:
+class Snapshot:
     """A model, an optimizer and the random state as they are, to be put back.
 
     Containers are filled anew and stay the same objects, as compiled functions hold them.
@@ -408,7 +405,7 @@ class _Kept:
         self._key = cast(list[int], _random_key().tolist())
 
     def _visit(self, node: Any) -> None:
-        if isinstance(node, (nn.Module, Optimizer)):
+        if isinstance(node, (nn.Module, Optimizer, Guard)):
             self._visit(vars(node))
         if isinstance(node, (dict, list, set)):
             if id(node) in self._contents:

@@ -21,13 +21,13 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_maxfactor import (
     CheckpointError,
-    collectives,
     create_optimizer,
     load_checkpoint,
     save_checkpoint,
     warmup_cosine,
 )
-from mlx_maxfactor.collectives import Line
+from mlx_maxfactor.distributed import collectives
+from mlx_maxfactor.distributed.collectives import OrderedCollectives
 
 STEPS = 4
 
@@ -126,7 +126,7 @@ def sharded(
     left="nothing",
     **options,
 ):
-    """The same steps with shares and without, of the same gradients."""
+    """The same steps with assignment and without, of the same gradients."""
     options = {"learning_rate": warmup_cosine(0.02, 20, 2, start_ratio=0.5), **options}
     average, runs = average or averaged, []
     collectives.MESSAGE_BYTES = message
@@ -166,7 +166,7 @@ def sharded(
             tree_flatten(alone.parameters()), tree_flatten(model.parameters()), strict=True
         )
     ]
-    gathered = dict(tree_flatten(optimizer.state)) | optimizer.gather_state()
+    gathered = dict(tree_flatten(optimizer.state)) | optimizer.strategy.gather_state()
     return {
         "difference": max((mx.abs(x - y).max() / mx.abs(x).max()).item() for x, y in pairs),
         "same as alone": bits_of(model.parameters()) == bits_of(alone.parameters()),
@@ -177,14 +177,14 @@ def sharded(
         "skipped": [x.skipped.item() for x in (whole, optimizer)],
         "steps": [x.step.item() for x in (whole, optimizer)],
         "sent": sent[-1],
-        "formula": cost_of(optimizer.shares, nbytes_of(model)).sent,
+        "formula": cost_of(optimizer.strategy.assignment, nbytes_of(model)).sent,
     }
 
 
 def averaged(gradients, group):
     """The mean in the messages of a sharded step: what is summed in another order rounds apart."""
     paths, arrays = zip(*tree_flatten(gradients), strict=True)
-    return tree_unflatten([*zip(paths, Line(group).averaged(arrays), strict=True)])
+    return tree_unflatten([*zip(paths, OrderedCollectives(group).averaged(arrays), strict=True)])
 
 
 def nbytes(tree):
@@ -211,7 +211,7 @@ def random_states(group):
     drawn = mx.random.uniform(shape=(3,)).tolist()
     load_checkpoint(path, model, optimizer)
     again = mx.random.uniform(shape=(3,)).tolist()
-    mx.eval(Line(group).all_sum(mx.zeros(1)))  # all have read it
+    mx.eval(OrderedCollectives(group).all_sum(mx.zeros(1)))  # all have read it
     path.unlink(missing_ok=True)
     return {"drawn": drawn, "again": again}
 

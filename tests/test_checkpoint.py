@@ -39,8 +39,8 @@ from mlx_maxfactor import (
     save_checkpoint,
     warmup_cosine,
 )
-from mlx_maxfactor import sealed as sealed_files
-from mlx_maxfactor.checkpoint import _Loading, _walk
+from mlx_maxfactor.checkpoint import file as sealed_files
+from mlx_maxfactor.checkpoint.checkpoint import _Loading, _walk
 
 
 def snapshot(model, optimizer):
@@ -93,8 +93,8 @@ def test_a_resumed_run_is_bit_identical(name, path):
 MATRICES_ONLY = ("muon", "orthomaxfactor")
 BARE = {
     **{
-        name: (lambda kind=kind: kind())
-        for name, kind in OPTIMIZERS.items()
+        name: (lambda kind=entry.kind: kind())
+        for name, entry in OPTIMIZERS.items()
         if name not in MATRICES_ONLY
     },
     "guarded": lambda: GuardedOptimizer(MaxFactor(momentum=0.9, state_dtype=mx.bfloat16)),
@@ -262,7 +262,7 @@ def test_one_frozen_bias_more_is_noticed(path):
 
 
 def test_every_frozen_array_is_sampled_and_none_is_read_whole():
-    from mlx_maxfactor.run import SAMPLE, _fingerprints, _sample
+    from mlx_maxfactor.checkpoint.description import SAMPLE, _fingerprints, _sample
 
     for shape in [(), (0, 3), (1,), (7, 3), (3, 1), (4096, 512), (512, 4096), (6, 64, 64)]:
         for dtype in (mx.float32, mx.bfloat16, mx.uint32, mx.uint8, mx.bool_):

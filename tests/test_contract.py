@@ -24,24 +24,25 @@ from mlx_maxfactor import (
 
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 SHAPES = [(), (1,), (7,), (1, 1), (1, 7), (8, 5), (5, 8), (3, 4, 5), (4, 3, 3, 2)]
+KINDS = {name: entry.kind for name, entry in OPTIMIZERS.items()}
 VARIANTS = {
-    **{name: (kind, {}) for name, kind in OPTIMIZERS.items()},
+    **{name: (kind, {}) for name, kind in KINDS.items()},
     "maxfactor cautious": (MaxFactor, {"momentum": 0.9, "nesterov": True, "cautious": True}),
     "maxfactor fam": (MaxFactor, {"momentum": FrequencyAdaptiveMomentum(bands=3)}),
     "maxfactor early": (MaxFactor.preset, {"name": "early"}),
     "maxfactor speech": (MaxFactor.preset, {"name": "speech"}),
     "maxfactor plain": (MaxFactor, {"max_norm": False, "full_matrix": True, "clip_threshold": 1.0}),
-    "adafactor rate": (OPTIMIZERS["adafactor"], {"learning_rate": 0.01, "weight_decay": 0.1}),
-    "orthomaxfactor no momentum": (OPTIMIZERS["orthomaxfactor"], {"momentum": 0}),
-    "orthomaxfactor blocks": (OPTIMIZERS["orthomaxfactor"], {"block": 3, "state_dtype": "float32"}),
+    "adafactor rate": (KINDS["adafactor"], {"learning_rate": 0.01, "weight_decay": 0.1}),
+    "orthomaxfactor no momentum": (KINDS["orthomaxfactor"], {"momentum": 0}),
+    "orthomaxfactor blocks": (KINDS["orthomaxfactor"], {"block": 3, "state_dtype": "float32"}),
     "maxfactor 8 bits": (MaxFactor, {"momentum": 0.8, "state_dtype": mx.int8}),
     "maxfactor 4 bits": (MaxFactor, {"momentum": 0.8, "state_dtype": "int4"}),
-    "muon no momentum": (OPTIMIZERS["muon"], {"momentum": 0.0}),
-    "muon 8 bits": (OPTIMIZERS["muon"], {"block": 3, "state_dtype": mx.int8}),
-    "muon polar": (OPTIMIZERS["muon"], {"method": "polar_express", "scale": "rms"}),
-    "adamw 8 bits": (OPTIMIZERS["adamw"], {"learning_rate": 1e-3, "state_dtype": mx.int8}),
-    "adamw factored": (OPTIMIZERS["adamw"], {"factored": True, "state_dtype": "int4"}),
-    "signsgd sparse": (OPTIMIZERS["signsgd"], {"sparse_rows": True}),
+    "muon no momentum": (KINDS["muon"], {"momentum": 0.0}),
+    "muon 8 bits": (KINDS["muon"], {"block": 3, "state_dtype": mx.int8}),
+    "muon polar": (KINDS["muon"], {"method": "polar_express", "scale": "rms"}),
+    "adamw 8 bits": (KINDS["adamw"], {"learning_rate": 1e-3, "state_dtype": mx.int8}),
+    "adamw factored": (KINDS["adamw"], {"factored": True, "state_dtype": "int4"}),
+    "signsgd sparse": (KINDS["signsgd"], {"sparse_rows": True}),
 }
 
 
@@ -151,16 +152,11 @@ def test_unfreezing_after_init(make):
     assert moved["layers"][1] == {}
 
 
-def test_shapeless_compilation(make):
+def test_mlx_refuses_a_shapeless_step(make):
     optimizer, tree = make(), {k: mx.array(parameter((4, 3))) for k in "vw"}
-    optimizer.init(tree)
-    step: Any = mx.compile(
-        optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state, shapeless=True
-    )
-    moved, eager = step(tree, tree), make().apply_gradients(tree, tree)
-    mx.eval(moved, optimizer.state)
-    for key in tree:
-        assert np.allclose(np.array(moved[key]), np.array(eager[key]))
+    step: Any = mx.compile(lambda tree: optimizer.apply_gradients(tree, tree), shapeless=True)
+    with pytest.raises(ValueError, match="cannot infer output shapes"):
+        step(tree)
 
 
 def test_fp16_parameters_stay_finite_at_their_limit(make):
@@ -525,21 +521,21 @@ def test_a_layer_of_another_kind_is_named():
     states = optimizer.state["states"]
     del next(s for s in states if s.get("output", {}).get("weight"))["output"]["weight"]["v"]
     tree = Table().parameters()
-    message = "output.weight (10, 64), gradient (10, 64): there is no 'row' in its state; make the "
-    with pytest.raises(ValueError, match=re.escape(message + "optimizer again where")):
+    message = "output.weight (10, 64), gradient (10, 64): its state has no 'row'; create the "
+    with pytest.raises(ValueError, match=re.escape(message + "optimizer again if")):
         optimizer.apply_gradients(tree, tree)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_subclass_may_have_the_methods_of_mlx(name):
-    class Doubled(OPTIMIZERS[name]):
+    class Doubled(KINDS[name]):
         def init_single(self, parameter, state):  # pyright: ignore[reportIncompatibleMethodOverride]
             super().init_single(parameter, state)
 
         def apply_single(self, gradient, parameter, state):  # pyright: ignore[reportIncompatibleMethodOverride]
             return parameter + 2 * (super().apply_single(gradient, parameter, state) - parameter)
 
-    plain, doubled = OPTIMIZERS[name](0.1), Doubled(0.1)
+    plain, doubled = KINDS[name](0.1), Doubled(0.1)
     moved = [weight(o.apply_gradients(matrix(1), matrix())) for o in (plain, doubled)]
     steps = [np.array(w - weight(matrix())) for w in moved]
     assert np.allclose(2 * steps[0], steps[1], atol=1e-5)

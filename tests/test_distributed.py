@@ -33,9 +33,9 @@ from mlx_maxfactor import (
     profile_step,
     save_checkpoint,
 )
-from mlx_maxfactor.checkpoint import _own_key
-from mlx_maxfactor.collectives import STALLED
-from mlx_maxfactor.shares import Item, Shares
+from mlx_maxfactor.checkpoint.checkpoint import _own_key
+from mlx_maxfactor.distributed.assignment import Assignment, ParameterCost
+from mlx_maxfactor.distributed.collectives import STALLED
 
 pytestmark = pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here")
 
@@ -84,7 +84,7 @@ def test_shares_change_no_bit_of_what_an_optimizer_does(reports):
 
 
 def test_a_rank_keeps_the_state_of_its_share(reports):
-    # Shares that were given out do not move for later layers, and MLX's own optimizers are not cut.
+    # Ranges that were assigned do not move for later layers, and MLX's own optimizers are not cut.
     for name in sharded(reports) - {"late layers", "mlx's own"}:
         ranks = reports[name]
         assert max(rank["state"] for rank in ranks) <= 1.15 / len(ranks), name
@@ -125,46 +125,50 @@ def test_ranks_that_there_were_not_get_random_states_of_their_own(saved):
     assert len(set(found)) == (1 if saved == [(5, 6), (5, 6)] else 4)
 
 
-# Shares
+# Assignment
 
 
 def items(sizes, cuts=0):
-    return [Item(f"{size}.{i}", size, cuts, (size, size, size)) for i, size in enumerate(sizes)]
+    return [
+        ParameterCost(f"{size}.{i}", size, cuts, (size, size, size)) for i, size in enumerate(sizes)
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 def test_what_can_be_cut_levels_what_cannot(ranks):
-    shares = Shares(ranks)
-    shares.add(items([100, 90, 40, 30, 7, 1]) + items([5000], cuts=8))
-    pieces = shares.pieces["5000.0"]
-    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
-    assert (pieces[0].start, pieces[-1].stop) == (0, 5000)
-    assert all(piece.start % 8 == 0 for piece in pieces)
-    state = [load[1] for load in shares.loads]
+    assignment = Assignment(ranks)
+    assignment.add(items([100, 90, 40, 30, 7, 1]) + items([5000], cuts=8))
+    ranges = assignment.ranges["5000.0"]
+    assert [rows.start for rows in ranges[1:]] == [rows.stop for rows in ranges[:-1]]
+    assert (ranges[0].start, ranges[-1].stop) == (0, 5000)
+    assert all(rows.start % 8 == 0 for rows in ranges)
+    state = [load[1] for load in assignment.loads]
     assert sum(state) == pytest.approx(5268)
     assert max(state) - min(state) <= 2 * 8
 
 
 def test_a_parameter_that_hardly_can_be_cut_belongs_to_one_rank():
-    shares = Shares(4)
-    shares.add(items([300] * 16, cuts=160))
-    assert all(len(pieces) == 1 for pieces in shares.pieces.values())
-    assert len({tuple(load) for load in shares.loads}) == 1
+    assignment = Assignment(4)
+    assignment.add(items([300] * 16, cuts=160))
+    assert all(len(ranges) == 1 for ranges in assignment.ranges.values())
+    assert len({tuple(load) for load in assignment.loads}) == 1
 
 
 def test_rows_level_the_load_that_they_are_the_most_of():
-    shares = Shares(2)
-    shares.add([Item("a", 9, 0, (0, 900, 0)), Item("stack", 10, 1, (1000, 1, 1000))])
-    assert [piece.stop - piece.start for piece in shares.pieces["stack"]] == [5, 5]
+    assignment = Assignment(2)
+    assignment.add(
+        [ParameterCost("a", 9, 0, (0, 900, 0)), ParameterCost("stack", 10, 1, (1000, 1, 1000))]
+    )
+    assert [rows.stop - rows.start for rows in assignment.ranges["stack"]] == [5, 5]
 
 
 def test_a_later_parameter_moves_no_earlier_one():
-    shares = Shares(2)
-    shares.add(items([50, 40, 30]))
-    before = dict(shares.pieces)
-    shares.add(items([50, 40, 30, 200]))
-    assert {path: shares.pieces[path] for path in before} == before
-    assert sorted(load[0] for load in shares.loads) == [70, 250]
+    assignment = Assignment(2)
+    assignment.add(items([50, 40, 30]))
+    before = dict(assignment.ranges)
+    assignment.add(items([50, 40, 30, 200]))
+    assert {path: assignment.ranges[path] for path in before} == before
+    assert sorted(load[0] for load in assignment.loads) == [70, 250]
 
 
 class Rank(NamedTuple):
@@ -182,7 +186,7 @@ class Rank(NamedTuple):
 
 def test_what_updates_a_tree_at_once_is_refused():
     model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="MultiOptimizer cannot be shared among ranks"):
+    with pytest.raises(ValueError, match="MultiOptimizer updates all of its parameters at once"):
         create_optimizer(model, MultiOptimizer([Muon()]), group=Rank(0, 2))
 
 
@@ -191,20 +195,20 @@ class ByItself(Muon):
 
 
 class InRows(ByItself):
-    def cuts(self, shape, layout):
-        return super().cuts(shape, layout)
+    def row_granularity(self, shape, layout):
+        return super().row_granularity(shape, layout)
 
 
 @pytest.mark.parametrize(("kind", "count"), [(ByItself, 1), (InRows, 2), (Muon, 2)])
 def test_a_subclass_is_cut_where_it_says_so(kind, count):
     model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 2))
     optimizer = create_optimizer(model, kind(0.02, block=8), group=Rank(0, 2))
-    assert len(optimizer.shares.pieces["layers.1.weight"]) == count
+    assert len(optimizer.strategy.assignment.ranges["layers.1.weight"]) == count
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 1), (5, 3, 4)])
 def test_a_stack_of_numbers_is_not_cut(shape):
-    cuts = MaxFactor(0.02, momentum=0.8).cuts(shape, "experts")
+    cuts = MaxFactor(0.02, momentum=0.8).row_granularity(shape, "experts")
     assert bool(cuts) == (shape[1:] != (1, 1)), "a number by itself is updated in another way"
 
 
@@ -213,14 +217,6 @@ def test_a_profile_of_several_ranks_is_refused():
     optimizer = create_optimizer(model, group=Rank(0, 2))
     with pytest.raises(ValueError, match="without group"):
         profile_step(model, optimizer, nn.value_and_grad(model, lambda: mx.array(0.0)))
-
-
-def test_a_shapeless_step_is_refused():
-    model = nn.Linear(3, 2, bias=False)
-    optimizer = create_optimizer(model, group=Rank(0, 2))
-    step = mx.compile(lambda g: optimizer.apply_gradients(g, g), shapeless=True)
-    with pytest.raises(ValueError, match="shapeless"):
-        step(model.parameters())
 
 
 def test_a_rank_without_a_share_keeps_no_state():

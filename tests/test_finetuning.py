@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_map
 from models import Table, adapted, llama, qwen2_moe
 
 from mlx_maxfactor import OPTIMIZERS, create_optimizer, estimate_state_bytes, warmup_cosine
-from mlx_maxfactor.members import LORA, PRETRAINED
+from mlx_maxfactor.routing.rates import default_rate
 
 
 def rms(x):
@@ -56,7 +56,7 @@ def test_zero_matrices_move_at_the_rate(name, bits):
     )
     for _ in range(3):
         optimizer.update(model, gradients)
-    expected = 3 * LORA.rates[name] * RMS_OF_AN_UPDATE[name]
+    expected = 3 * default_rate(name, "lora") * RMS_OF_AN_UPDATE[name]
     moved = {path: rms(p - before[path]) for path, p in trained(model).items()}
     assert any(path.endswith("lora_b") for path in moved)
     for path, distance in moved.items():
@@ -100,7 +100,7 @@ def test_the_default_learns_a_change_of_rank_four(name):
 
 def test_a_rate_that_is_given_is_the_rate_of_a_and_b_and_moves_the_magnitude():
     model = lora_llama(dora=True)
-    ratio = PRETRAINED.rates["adamw"] / LORA.rates["muon"]
+    ratio = default_rate("adamw", "pretrained") / default_rate("muon", "lora")
     roles = {e.path: e.role for e in create_optimizer(model, "muon").plan}
     for rate in (6e-3, warmup_cosine(6e-3, 10, 0)):
         optimizer = create_optimizer(model, "muon", learning_rate=rate)
@@ -123,7 +123,7 @@ def test_a_rule_gets_the_defaults_for_what_it_names():
     optimizer = create_optimizer(lora_llama(), "muon", rules={"lora_b": "maxfactor"})
     member = next(m for m in optimizer.optimizers if hasattr(m, "min_rms"))
     assert member.min_rms == 1.0
-    assert member.learning_rate.item() == pytest.approx(LORA.rates["maxfactor"])
+    assert member.learning_rate.item() == pytest.approx(default_rate("maxfactor", "lora"))
 
 
 @pytest.mark.parametrize(("options", "lead"), [({}, 3e-3), ({"learning_rate": 0.01}, 0.01)])
@@ -132,13 +132,13 @@ def test_layers_that_are_trained_whole_beside_lora(options, lead):
     model.layers[0].unfreeze()
     optimizer = create_optimizer(model, "muon", **options)
     found = {e.role: rates(optimizer)[optimizer._routes[e.path]] for e in optimizer.plan}
-    unit = lead / LORA.rates["muon"]
+    unit = lead / default_rate("muon", "lora")
     assert found == pytest.approx(
         {
             "lora_a": lead,
             "lora_b": lead,
-            "hidden": unit * PRETRAINED.rates["muon"],
-            "norm": unit * PRETRAINED.rates["adamw"],
+            "hidden": unit * default_rate("muon", "pretrained"),
+            "norm": unit * default_rate("adamw", "pretrained"),
         }
     )
 
@@ -162,11 +162,11 @@ def test_pretrained_weights_get_other_rates_and_nothing_else(name, rest):
     assert options_of(scratch) == options_of(pretrained)
     assert [e.optimizer for e in scratch.plan] == [e.optimizer for e in pretrained.plan]
     if name != "adafactor":
-        assert pretrained.learning_rate.item() == pytest.approx(PRETRAINED.rates[name])
+        assert pretrained.learning_rate.item() == pytest.approx(default_rate(name, "pretrained"))
 
 
 def test_a_rate_that_is_given_is_taken_for_pretrained_weights_too():
-    ratio = PRETRAINED.rates["adamw"] / PRETRAINED.rates["orthomaxfactor"]
+    ratio = default_rate("adamw", "pretrained") / default_rate("orthomaxfactor", "pretrained")
     found = rates(create_optimizer(Table(), learning_rate=0.01, pretrained=True))
     assert found == pytest.approx([0.01, 0.01 * ratio, 0.01 * ratio])
     both = create_optimizer(Table(), learning_rate=0.01, rest_learning_rate=1e-4, pretrained=True)
@@ -205,7 +205,7 @@ def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
         compare_finetuning.Run("qlora", "mlx AdamW", 1e-3, 1),
     ]
     first, second = map(compare_finetuning.fine_tune, runs)
-    assert first.learning_rate == pytest.approx(LORA.rates["muon"])
+    assert first.learning_rate == pytest.approx(default_rate("muon", "lora"))
     assert first.before == second.before
     assert first.loss != second.loss
     assert 0 < first.state_bytes < second.state_bytes
@@ -224,10 +224,12 @@ def test_the_kept_records_of_fine_tuning_make_the_table():
         assert f"| {name} | " in text
     for record in records:
         # What is written as measured at the defaults was: they have not moved since.
-        table = LORA if "lora" in record.run.mode or record.run.mode == "dora" else PRETRAINED
+        is_lora = "lora" in record.run.mode or record.run.mode == "dora"
         if record.run.rate is None:
             name = record.run.optimizer.partition(",")[0]
-            assert record.learning_rate == pytest.approx(table.rates[name]), record.run
+            assert record.learning_rate == pytest.approx(
+                default_rate(name, "lora" if is_lora else "pretrained")
+            ), record.run
 
 
 def test_lora_that_is_frozen_leaves_the_rate_as_it_was_given():

@@ -108,8 +108,6 @@ def test_symmetric_products_in_blocks_change_nothing(name, shape, monkeypatch):
     monkeypatch.setattr(f.orthogonalization, "BLOCK", 8)  # two and three, of unequal length
     assert not mx.array_equal(whole, orthogonalize(x)).item(), "nothing was cut"
     assert mx.allclose(whole, orthogonalize(x), atol=1e-4).item()  # as from their twins
-    compiled = mx.compile(orthogonalize, shapeless=True)
-    assert mx.allclose(whole, compiled(x), atol=1e-4).item()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 256)], ids=str)
@@ -230,8 +228,8 @@ def test_the_scale_of_muon():
 
 def test_gathered_weight_is_exact_where_a_difference_is_not():
     # 1 - 0.999 in float32 is off by 5e-5 of itself.
-    assert f.gathered_weight(0.999, mx.array(1.0)).item() == pytest.approx(1e-3, rel=1e-6)
-    assert f.gathered_weight(0.0, mx.array(3.0)).item() == 1.0
+    assert f.bias_correction(0.999, mx.array(1.0)).item() == pytest.approx(1e-3, rel=1e-6)
+    assert f.bias_correction(0.0, mx.array(3.0)).item() == 1.0
 
 
 @pytest.mark.parametrize("orthogonalize", [newton_schulz, polar_express])

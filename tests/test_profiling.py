@@ -18,7 +18,7 @@ from mlx_maxfactor import (
     profile_step,
     warmup_cosine,
 )
-from mlx_maxfactor.profiling import Breakdown, Cost, _breakdown, _Kept, _Seconds, _seconds, _Step
+from mlx_maxfactor.profiling import Breakdown, Cost, Snapshot, _breakdown, _Seconds, _seconds, _Step
 
 GUARDS = {"max_grad_norm": 0.1, "skip_nonfinite": True}
 SCHEDULE = warmup_cosine(0.02, total_steps=9, warmup_steps=2, start_ratio=0.5)
@@ -161,7 +161,7 @@ def test_the_parts_make_the_step(name, poison, compiled):
     optimizer.init(model.trainable_parameters())
     mx.eval(model.state, optimizer.state)
     before = bits(model, optimizer)
-    kept, step = _Kept(model, optimizer), _Step(model, optimizer, loss_and_gradients, compiled)
+    kept, step = Snapshot(model, optimizer), _Step(model, optimizer, loss_and_gradients, compiled)
     ends = []
     for run in (step.whole, step.apart):
         kept.copy()

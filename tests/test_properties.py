@@ -69,7 +69,7 @@ def cast(x, dtype):
 @given(cases())
 def test_finite_gradients_keep_parameters_and_state_finite(case):
     name, options, dtype, p, gradients, layout = case
-    optimizer = OPTIMIZERS[name](**options)
+    optimizer = OPTIMIZERS[name].kind(**options)
     optimizer.layouts["p"] = layout
     tree = {"p": cast(p, dtype)}
     for g in gradients:
@@ -85,7 +85,7 @@ def test_what_is_not_finite_is_skipped_bit_for_bit(case, poison, where):
     name, options, dtype, p, gradients, layout = case
     if p.size == 0:
         return
-    member = OPTIMIZERS[name](**options)
+    member = OPTIMIZERS[name].kind(**options)
     member.layouts["p"] = layout
     optimizer = GuardedOptimizer(member, max_grad_norm=1.0)
     tree = {"p": cast(p, dtype)}

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from models import CASES, ViT, Whisper, llama, mlp
 
 from mlx_maxfactor import create_optimizer
-from mlx_maxfactor.roles import ROLES, find_roles
+from mlx_maxfactor.routing.roles import ROLES, find_roles
 
 CASES_BY_NAME = {case.name: case for case in CASES}
 

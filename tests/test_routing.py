@@ -25,7 +25,6 @@ from models import (
 from trajectories import distance
 
 from mlx_maxfactor import (
-    DEFAULT_RATES,
     OPTIMIZERS,
     AdamW,
     GuardedOptimizer,
@@ -39,7 +38,7 @@ from mlx_maxfactor import (
     estimate_state_bytes,
     warmup_cosine,
 )
-from mlx_maxfactor.rates import peak_rates
+from mlx_maxfactor.routing.rates import Run
 
 
 def rates(optimizer):
@@ -76,9 +75,9 @@ def test_it_is_a_multi_optimizer_of_the_named_ones(name):
     assert isinstance(optimizer, RoutedOptimizer)
     assert isinstance(optimizer, mlx_optimizers.MultiOptimizer)
     hidden, rest, undecayed = optimizer.optimizers
-    assert type(hidden) is OPTIMIZERS[name]
+    assert type(hidden) is OPTIMIZERS[name].kind
     assert (rest.betas, rest.weight_decay, undecayed.weight_decay) == ((0.9, 0.95), 0.1, 0.0)
-    assert rates(optimizer) == pytest.approx([DEFAULT_RATES[name], 1e-3, 1e-3])
+    assert rates(optimizer) == pytest.approx([OPTIMIZERS[name].learning_rate, 1e-3, 1e-3])
 
 
 def test_members_are_never_shared_between_two_optimizers():
@@ -293,9 +292,16 @@ def test_adafactor_keeps_its_relative_step_beside_a_rate():
     assert alphas[0] < 0.005
 
 
+def peak(name, steps, width, **options):
+    return OPTIMIZERS[name].peak_of(Run(steps, width, **options))
+
+
 def test_total_steps_builds_every_schedule_and_picks_the_peaks():
     optimizer = create_optimizer(Table(), total_steps=400)
-    peaks = peak_rates(400, 64)
+    peaks = {
+        "orthomaxfactor": peak("orthomaxfactor", 400, 64),
+        "rest": OPTIMIZERS["adamw"].rest_peak,
+    }
     assert {e.optimizer: e.rate for e in optimizer.plan} == {
         "orthomaxfactor": peaks["orthomaxfactor"],
         "adamw": pytest.approx(peaks["rest"]),
@@ -335,11 +341,12 @@ def test_a_rate_beside_total_steps_is_a_peak(options, expected):
 
 
 def test_the_law_follows_steps_and_width():
-    assert peak_rates(400, 64)["orthomaxfactor"] == 2 * peak_rates(1600, 128)["orthomaxfactor"]
-    assert peak_rates(400, 64)["orthomaxfactor"] == 2 * peak_rates(400, 512)["orthomaxfactor"]
-    assert peak_rates(400, 512, block=None) == peak_rates(400, 512, block=1024)
-    assert peak_rates(400, 64)["muon"] == 2 * peak_rates(400, 256)["muon"]
-    assert peak_rates(400, 64)["adamw"] == 4 * peak_rates(9999, 256)["adamw"]
+    assert peak("orthomaxfactor", 400, 64) == 2 * peak("orthomaxfactor", 1600, 128)
+    assert peak("orthomaxfactor", 400, 64) == 2 * peak("orthomaxfactor", 400, 512)
+    whole = [peak("orthomaxfactor", 400, 512, block=block) for block in (None, 1024)]
+    assert whole[0] == whole[1]
+    assert peak("muon", 400, 64) == 2 * peak("muon", 400, 256)
+    assert peak("adamw", 400, 64) == 4 * peak("adamw", 9999, 256)
 
 
 @pytest.mark.parametrize(
@@ -685,7 +692,7 @@ def test_a_model_must_be_a_model():
 
 def test_a_state_for_other_members_is_refused():
     optimizer = create_optimizer(Table())
-    with pytest.raises(ValueError, match="must hold 3 states, one a member, got 1"):
+    with pytest.raises(ValueError, match="must hold 3 states, one for each member, got 1"):
         optimizer.state = {"states": [{}]}
 
 
@@ -699,7 +706,7 @@ def test_it_works_in_the_trainer_of_mlx_lm(hidden, tmp_path):
     mx.random.seed(0)
     model = llama()
     before = dict(tree_flatten(model.parameters()))
-    schedule = warmup_cosine(DEFAULT_RATES[hidden], 8, 2, start_ratio=0.5)
+    schedule = warmup_cosine(OPTIMIZERS[hidden].learning_rate, 8, 2, start_ratio=0.5)
     optimizer = create_optimizer(model, hidden, learning_rate=schedule)
     data = [([i % 50 for i in range(k, k + 12)], 0) for k in range(16)]
     arguments = TrainingArgs(
@@ -770,7 +777,7 @@ def test_complex_parameters_are_refused_by_name():
     model = nn.Module()
     model.layer, model.poles = nn.Linear(4, 4), mx.zeros((4, 4), mx.complex64)
     message = (
-        "poles: complex numbers are not trained here: keep their real and imaginary parts as two "
+        "poles: complex parameters are not supported: store the real and imaginary parts as two "
         "arrays, or freeze them"
     )
     tree = model.trainable_parameters()
@@ -791,10 +798,10 @@ def test_complex_parameters_are_refused_by_name():
 
 def test_a_gradient_beyond_the_parameters_is_named():
     for optimizer in (AdamW(1e-3), GuardedOptimizer(AdamW(1e-3))):
-        with pytest.raises(ValueError, match=r"^l\.1: there is a gradient, and no such param"):
+        with pytest.raises(ValueError, match=r"^l\.1: the gradient has no parameter of this name"):
             optimizer.apply_gradients({"l": [mx.ones(2)] * 2}, {"l": [mx.ones(2)]})
 
 
 def test_the_law_ends_where_nothing_was_measured():
-    assert peak_rates(10**7, 64)["orthomaxfactor"] == 1.5e-3
-    assert peak_rates(10**4, 64)["orthomaxfactor"] == 8e-3
+    assert peak("orthomaxfactor", 10**7, 64) == 1.5e-3
+    assert peak("orthomaxfactor", 10**4, 64) == 8e-3

@@ -8,7 +8,7 @@ import mlx.optimizers as mlx_optimizers
 import pytest
 
 from mlx_maxfactor import AdamW, GuardedOptimizer, MaxFactor, create_optimizer
-from mlx_maxfactor.optimizers._turns import find_leaves
+from mlx_maxfactor.optimizers.update_loop import find_slots
 
 COUNT, SIDE = 64, 128
 MATRIX = 4 * SIDE * SIDE  # bytes of one in float32
@@ -81,7 +81,7 @@ def test_leaves_come_with_what_each_optimizer_keeps():
     x, y, z = mx.zeros(1), mx.zeros(2), mx.zeros(3)
     gradients = {"a": [{"w": x}, {"w": y}], "b": {"c": (z,)}}
     states = [{"a": [{"w": {"m": x}}]}, {"step": x, "b": {"c": [{}]}}]
-    leaves = find_leaves(gradients, gradients, states)
+    leaves = find_slots(gradients, gradients, states)
     assert [leaf.path for leaf in leaves] == ["a.0.w", "a.1.w", "b.c.0"]
     assert [leaf.states for leaf in leaves] == [({"m": x}, None), (None, None), (None, {})]
 

@@ -5,42 +5,42 @@ moment, ``u`` update, ``m`` momentum. Nothing here changes an array it was given
 knows a class.
 """
 
+from .frequency_bands import band_damping, band_momentum, band_shares
 from .layouts import LAYOUTS, Layout, as_matrices, from_matrices, input_axis_shape, norm_axes
 from .moments import (
+    bias_correction,
     divided_by_root,
     factored_root,
     factored_second_moment,
-    gathered_weight,
     largest_moment,
     second_moment_weight,
 )
-from .momentum import band_damping, band_momentum, band_shares
 from .norms import (
     clamp,
     clamp_gradient,
     clamped_magnitude,
     clamped_square,
-    hoist,
+    fusion_barrier,
     rms,
     row_max,
     row_sum,
     scaled_global_norm,
     unit_frobenius,
 )
-from .order import can_wait
+from .order import read_after
 from .orthogonalization import (
     METHODS,
     POLAR_EXPRESS,
     Method,
     muon_scale,
     newton_schulz,
-    orthogonalization_work,
+    orthogonalization_flops,
     orthogonalize,
     polar_express,
     rows_apart,
 )
 from .quantization import LEVELS, Bits, dequantize, groups_of, quantize, rows_of_groups
-from .rounding import Part, stochastic_round
+from .rounding import ElementRange, stochastic_round
 from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms, update_scale
 
 __all__ = [
@@ -50,15 +50,15 @@ __all__ = [
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
     "Bits",
+    "ElementRange",
     "Layout",
     "Method",
-    "Part",
     "agreement",
     "as_matrices",
     "band_damping",
     "band_momentum",
     "band_shares",
-    "can_wait",
+    "bias_correction",
     "cautious_scale",
     "clamp",
     "clamp_gradient",
@@ -69,18 +69,18 @@ __all__ = [
     "factored_root",
     "factored_second_moment",
     "from_matrices",
-    "gathered_weight",
+    "fusion_barrier",
     "groups_of",
-    "hoist",
     "input_axis_shape",
     "largest_moment",
     "muon_scale",
     "newton_schulz",
     "norm_axes",
-    "orthogonalization_work",
+    "orthogonalization_flops",
     "orthogonalize",
     "polar_express",
     "quantize",
+    "read_after",
     "rms",
     "row_max",
     "row_sum",

@@ -4,7 +4,7 @@ import math
 
 import mlx.core as mx
 
-from .norms import clamped_square, hoist, row_sum
+from .norms import clamped_square, fusion_barrier, row_sum
 
 SMALLEST_NORMAL = 2.0**-126
 """Smallest float32 with all its digits."""
@@ -48,8 +48,8 @@ def factored_root(
     """
     # Where all squares are below float32's range, a divisor of zero would make inf of a row.
     rows = mx.sqrt(row / mx.maximum(divisor, SMALLEST_NORMAL))
-    rows = hoist(mx.where(rows > 0, rows, floor))
-    return rows, mx.maximum(hoist(mx.sqrt(column)), hoist(floor / rows))
+    rows = fusion_barrier(mx.where(rows > 0, rows, floor))
+    return rows, mx.maximum(fusion_barrier(mx.sqrt(column)), fusion_barrier(floor / rows))
 
 
 def divided_by_root(h: mx.array, row: mx.array, column: mx.array, floor: float) -> mx.array:
@@ -59,7 +59,7 @@ def divided_by_root(h: mx.array, row: mx.array, column: mx.array, floor: float) 
     return h / root / rows
 
 
-def gathered_weight(beta: float, t: mx.array) -> mx.array:
+def bias_correction(beta: float, t: mx.array) -> mx.array:
     """``1 - β^t``, the weight that a moving average started at zero has gathered."""
     # Through expm1: in float32 the difference 1 - 0.999 is off by 6e-5 of itself.
     return -mx.expm1(t * math.log(beta)) if beta else mx.ones_like(t)

@@ -8,7 +8,7 @@ GRADIENT_LIMIT = 1e15
 """Largest magnitude a gradient keeps: its square, 1e30, can still be summed in float32."""
 
 
-def hoist(x: mx.array) -> mx.array:
+def fusion_barrier(x: mx.array) -> mx.array:
     """Compute a number, or one number a row, apart from the full-size array it will meet.
 
     ``mx.compile`` fuses through broadcasts and would compute it again for every element; it does
@@ -93,7 +93,7 @@ def scaled_global_norm(arrays: Sequence[mx.array], waits: bool = True) -> tuple[
     for x in (part for array in arrays for part in _real_parts(array)):
         if x.size:
             # A transposed view, as of a Linear's gradient, is slow, and sums in another order.
-            x = hoist(mx.depends(x, squares[-1]) if squares and waits else x)
+            x = fusion_barrier(mx.depends(x, squares[-1]) if squares and waits else x)
             peaks.append(mx.maximum(mx.max(x), -mx.min(x)).astype(mx.float32))
             scaled = x.astype(mx.float32) / _divisor(peaks[-1])
             squares.append(mx.sum(mx.square(scaled)))
@@ -112,4 +112,4 @@ def _real_parts(x: mx.array) -> list[mx.array]:
 
 def _divisor(peak: mx.array) -> mx.array:
     """A largest magnitude to divide by: 1 in place of zero, inf and NaN."""
-    return hoist(mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0))
+    return fusion_barrier(mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0))

@@ -6,7 +6,7 @@ from typing import Literal
 import mlx.core as mx
 
 from .layouts import cut, filled
-from .norms import hoist, unit_frobenius
+from .norms import fusion_barrier, unit_frobenius
 from .symmetric import Symmetric, applied, gram_matrix, parts, product, quadratic
 
 Quintic = tuple[float, float, float]
@@ -169,7 +169,7 @@ def rows_apart(shape: tuple[int, ...], block: int | None = None) -> int:
     return block if block is not None and block < rows <= columns else 0
 
 
-def orthogonalization_work(shape: tuple[int, ...], block: int | None = None) -> float:
+def orthogonalization_flops(shape: tuple[int, ...], block: int | None = None) -> float:
     """About how many operations five steps take on matrices ``(..., m, n)``: those of products."""
     shorter, longer = sorted(shape[-2:])
     rows = shorter if block is None else min(block, shorter)
@@ -264,7 +264,7 @@ def _peak(x: mx.array) -> mx.array:
     peak = mx.maximum(
         mx.max(x, axis=(-2, -1), keepdims=True), -mx.min(x, axis=(-2, -1), keepdims=True)
     )
-    return hoist(mx.where(peak > 0, peak, 1.0))
+    return fusion_barrier(mx.where(peak > 0, peak, 1.0))
 
 
 def _carried(table: list[Quintic]) -> list[list[Quintic]]:

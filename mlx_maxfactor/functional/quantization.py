@@ -11,7 +11,7 @@ from typing import Literal
 import mlx.core as mx
 
 from .layouts import cut, filled
-from .norms import hoist
+from .norms import fusion_barrier
 
 GROUP = 64
 """Consecutive elements that share a scale in bf16: a quarter of a bit an element."""
@@ -66,7 +66,7 @@ def dequantize(codes: mx.array, scale: mx.array, shape: tuple[int, ...]) -> mx.a
     """
     if groups_of(math.prod(shape)) != codes.shape[0]:
         raise ValueError(f"{codes.shape[0]} groups of {GROUP} codes are no array of shape {shape}")
-    scale = hoist(scale.astype(mx.float32))
+    scale = fusion_barrier(scale.astype(mx.float32))
     x = _dequantize_4(codes, scale) if codes.dtype == mx.uint8 else _dequantize_8(codes, scale)
     return cut(x.reshape(-1), 0, math.prod(shape)).reshape(shape)
 
@@ -85,7 +85,7 @@ def _quantize_4(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
     # Below 1e-19 squares vanish, and so does the momentum; the step is made of it unrounded.
     scale = mx.sqrt(mx.mean(mx.square(x), axis=-1, keepdims=True)).astype(mx.bfloat16)
     # A product by itself: fused with what follows, a broadcast keeps it from being vectorized.
-    y = hoist(x * _inverse(scale))
+    y = fusion_barrier(x * _inverse(scale))
     code = (y < 0).astype(mx.uint8) * 8
     for low, high in pairwise(LEVELS):
         threshold = max((low + high) / 2, decay * FALL * high)
@@ -106,12 +106,12 @@ def _dequantize_4(codes: mx.array, scale: mx.array) -> mx.array:
     for bit in bits:  # the eight levels, then four, two, one of them, as each bit says
         units = [low + bit * (high - low) for low, high in zip(*[iter(units)] * 2, strict=True)]
     sign = 1 - 2 * mx.right_shift(code, 3)
-    return hoist((sign * units[0]).astype(mx.float32)) * (UNIT * scale)[:, None]
+    return fusion_barrier((sign * units[0]).astype(mx.float32)) * (UNIT * scale)[:, None]
 
 
 def _quantize_8(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
     scale = mx.max(mx.abs(x), axis=-1, keepdims=True).astype(mx.bfloat16)
-    root = LARGEST * mx.sqrt(mx.abs(hoist(x * _inverse(scale))))
+    root = LARGEST * mx.sqrt(mx.abs(fusion_barrier(x * _inverse(scale))))
     code = mx.minimum(LARGEST, mx.floor(root + 0.5))
     code = code - (root <= math.sqrt(decay) * FALL * code).astype(mx.float32)
     return (mx.sign(x) * mx.maximum(code, 0.0)).astype(mx.int8), scale.squeeze(1)
@@ -119,10 +119,10 @@ def _quantize_8(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
 
 def _dequantize_8(codes: mx.array, scale: mx.array) -> mx.array:
     x = codes.astype(mx.float32) / LARGEST
-    return hoist(x * mx.abs(x)) * scale[:, None]
+    return fusion_barrier(x * mx.abs(x)) * scale[:, None]
 
 
 def _inverse(scale: mx.array) -> mx.array:
     """One over the scale as it will be read, and 0 where that is zero."""
     scale = scale.astype(mx.float32)
-    return hoist(mx.where(scale > 0, 1 / scale, 0.0))
+    return fusion_barrier(mx.where(scale > 0, 1 / scale, 0.0))

@@ -10,7 +10,7 @@ BITS_DROPPED = {mx.bfloat16: 16, mx.float16: 13}
 """Mantissa bits of float32 that the dtype lacks."""
 
 
-class Part(NamedTuple):
+class ElementRange(NamedTuple):
     """Where the elements of an array stand in a whole one that is cut: first of them, and of all.
 
     A part draws what the whole would have drawn there.
@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 
 def drawn(
-    draw: Callable[[tuple[int, ...]], mx.array], shape: tuple[int, ...], part: Part | None
+    draw: Callable[[tuple[int, ...]], mx.array], shape: tuple[int, ...], part: ElementRange | None
 ) -> mx.array:
     """Random numbers of a shape; of a part, those that the whole array has at its place."""
     if part is None:
@@ -31,7 +31,7 @@ def drawn(
 
 
 def stochastic_round(
-    x: mx.array, dtype: mx.Dtype, key: mx.array, part: Part | None = None
+    x: mx.array, dtype: mx.Dtype, key: mx.array, part: ElementRange | None = None
 ) -> mx.array:
     """Round float32 to bf16 or fp16, up or down with probability by nearness: unbiased.
 

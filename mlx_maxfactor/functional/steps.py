@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .norms import hoist, rms
+from .norms import fusion_barrier, rms
 
 ROOT_FLOOR = 1e-20
 """Least divisor of an update: a gradient at the limit divided by it, 1e35, is still finite."""
@@ -14,7 +14,7 @@ LEAST_SHARE = 1e-3
 def unit_rms(x: mx.array) -> mx.array:
     """Divide each matrix by its root mean square; a zero matrix stays zero."""
     size = rms(x, (-2, -1))
-    return x / hoist(mx.where(size > 0, size, 1.0))
+    return x / fusion_barrier(mx.where(size > 0, size, 1.0))
 
 
 def update_scale(

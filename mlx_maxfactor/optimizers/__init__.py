@@ -1,9 +1,10 @@
-"""One algorithm a file; none imports another."""
+"""One algorithm in each file. None imports another."""
 
 from .adafactor import Adafactor
 from .adamw import AdamW
+from .base import Float32Optimizer
+from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
 from .maxfactor import MaxFactor
-from .momentum import FrequencyAdaptiveMomentum
 from .muon import Muon
 from .orthomaxfactor import OrthoMaxFactor
 from .signsgd import SignSGD
@@ -11,6 +12,7 @@ from .signsgd import SignSGD
 __all__ = [
     "Adafactor",
     "AdamW",
+    "Float32Optimizer",
     "FrequencyAdaptiveMomentum",
     "MaxFactor",
     "Muon",

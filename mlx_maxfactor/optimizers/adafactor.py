@@ -4,7 +4,8 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_number, check_pair
-from ._base import Float32Optimizer, Rounding
+from .base import Float32Optimizer, Rounding
+from .moments import init_factored
 
 
 class Adafactor(Float32Optimizer):
@@ -81,8 +82,7 @@ class Adafactor(Float32Optimizer):
         state["count"] = mx.array(0, mx.uint32)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         if len(shape) > 1:
-            state["row"] = mx.zeros((*shape[:-1], 1))
-            state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+            init_factored(state, shape)
         else:
             state["v"] = mx.zeros(shape)
 
@@ -92,36 +92,36 @@ class Adafactor(Float32Optimizer):
         """One update of one parameter."""
         layout = layout or self.layout
         alpha = self.step_size(self.load(parameter, layout), self.step, self.learning_rate, layout)
-        g = self.load(gradient, layout, alpha)
-        axes = f.norm_axes(g.ndim, layout)
-
-        state["count"] = state["count"] + 1
-        weight = f.second_moment_weight(state["count"], self.decay_rate)
-        if g.ndim > 1:
-            row, column = f.factored_second_moment(
-                g, state["row"], state["column"], weight, self.eps[0]
-            )
-            state["row"], state["column"] = row, column
-            mean = mx.mean(row, axis=-2, keepdims=True)
-            rows, root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
-        else:
-            square = f.clamped_square(g) + self.eps[0]
-            state["v"] = state["v"] + weight * (square - state["v"])
-            rows, root = mx.array(1.0), mx.maximum(f.ROOT_FLOOR, mx.sqrt(state["v"]))
+        g = self.load(f.read_after(gradient, alpha), layout)
+        rows, root = self._second_moment_root(g, state)
 
         def update(after: mx.array) -> mx.array:
-            u = f.clamp_gradient(self.load(gradient, layout, after)) / root / rows
-            # Where a dead row meets a dead column the estimate is 0; and u is squared for its RMS.
+            u = f.clamp_gradient(self.load(f.read_after(gradient, after), layout)) / root / rows
+            # The estimate is 0 where a dead row meets a dead column, and u is squared below.
             return f.clamp_gradient(u)
 
         u = update(rows)
-        clip = mx.maximum(1.0, f.rms(u, axes) / self.clip_threshold)
-        scale = f.hoist(alpha / clip)
+        clip = mx.maximum(1.0, f.rms(u, f.norm_axes(g.ndim, layout)) / self.clip_threshold)
+        scale = f.fusion_barrier(alpha / clip)
         if gradient.dtype != mx.float32:
-            u = update(scale)  # reading half as many bytes anew beats keeping u; in float32 not
-        p = self.load(parameter, layout, scale)
-        p = p * f.hoist(1 - alpha * self.weight_decay) - u * scale
+            u = update(scale)  # to read half as many bytes again is faster than to keep u
+        p = self.load(f.read_after(parameter, scale), layout)
+        p = p * f.fusion_barrier(1 - alpha * self.weight_decay) - u * scale
         return self.store(p, parameter, state, layout)
+
+    def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
+        """√V in two factors, the first one number a row."""
+        state["count"] = state["count"] + 1
+        weight = f.second_moment_weight(state["count"], self.decay_rate)
+        if "v" in state:
+            square = f.clamped_square(g) + self.eps[0]
+            state["v"] = state["v"] + weight * (square - state["v"])
+            return mx.array(1.0), mx.maximum(f.ROOT_FLOOR, mx.sqrt(state["v"]))
+        row, column = f.factored_second_moment(
+            g, state["row"], state["column"], weight, self.eps[0]
+        )
+        state["row"], state["column"] = row, column
+        return f.factored_root(row, column, mx.mean(row, axis=-2, keepdims=True), f.ROOT_FLOOR)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """The rate, times max(ε₂, RMS(p)) in the relative step."""

@@ -4,14 +4,15 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_flag, check_number, check_pair
-from ._base import Float32Optimizer, Rounding
-from .first_moment import (
+from .base import Float32Optimizer, Rounding
+from .moments import (
     BITS,
     StateDtype,
+    aligned_to_groups,
     check_state_dtype,
+    init_factored,
     init_momentum,
     read_momentum,
-    rows_beside_momentum,
     write_momentum,
 )
 
@@ -81,8 +82,7 @@ class AdamW(Float32Optimizer):
         shape = f.as_matrices(parameter, self._layout(layout)).shape
         init_momentum(state, shape, self.state_dtype)
         if self.factored and len(shape) > 1:
-            state["row"] = mx.zeros((*shape[:-1], 1))
-            state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+            init_factored(state, shape)
         else:
             state["v"] = mx.zeros(shape)
         state["count"] = mx.array(0, mx.uint32)
@@ -101,17 +101,17 @@ class AdamW(Float32Optimizer):
         m = beta1 * read_momentum(state, g.shape) + (1 - beta1) * g
         if self.state_dtype in BITS:
             # A code is coarse for an element far below its group's largest: no leaps.
-            bound = f.hoist(f.largest_moment(beta1, beta2, t)) * root
+            bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
             m = mx.maximum(-bound, mx.minimum(bound, m))
         m = write_momentum(m, state, beta1)
 
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
             # m/c₁ / (√(v/c₂) + ε), with both corrections in numbers apart from what is full-size.
-            correction = mx.sqrt(f.gathered_weight(beta2, t))
-            rate, eps = eta * correction / f.gathered_weight(beta1, t), eps * correction
-        decay = f.hoist(1 - eta * self.weight_decay)
-        new = p * decay - f.hoist(rate) * m / (root + f.hoist(eps))
+            correction = mx.sqrt(f.bias_correction(beta2, t))
+            rate, eps = eta * correction / f.bias_correction(beta1, t), eps * correction
+        decay = f.fusion_barrier(1 - eta * self.weight_decay)
+        new = p * decay - f.fusion_barrier(rate) * m / (root + f.fusion_barrier(eps))
         return self.store(new, parameter, state, layout)
 
     def _layout(self, layout: str | None) -> str:
@@ -133,7 +133,7 @@ class AdamW(Float32Optimizer):
         )
         return rows * root
 
-    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """Anywhere; in few bits between two groups of the momentum; factored not at all."""
         rows = 0 if self.factored and len(shape) > 1 else 1
-        return rows_beside_momentum(rows, shape, self.state_dtype)
+        return aligned_to_groups(rows, shape, self.state_dtype)

@@ -15,22 +15,23 @@ from .._validate import (
     check_rising,
     shown,
 )
-from ._base import Float32Optimizer, Rounding
-from .first_moment import (
+from .base import Float32Optimizer, Rounding
+from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
+from .moments import (
     StateDtype,
+    aligned_to_groups,
     check_state_dtype,
+    init_factored,
     init_momentum,
     read_momentum,
-    rows_beside_momentum,
     write_momentum,
 )
-from .momentum import FrequencyAdaptiveMomentum
 
 STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
 FLOAT32_EPS = 2.0**-23
 
 Reader = Callable[[mx.array], mx.array]
-"""Reads an array once another is there: fused kernels then share no float32 copy of it."""
+"""Reads the gradient, or its momentum, after another array: see ``functional.read_after``."""
 
 Preset = Literal["early", "hub", "speech"]
 
@@ -203,13 +204,13 @@ class MaxFactor(Float32Optimizer):
         """
         return cls(**{**PRESETS[check_choice("preset", name, PRESETS)], **overrides})
 
-    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """Between experts; a matrix stays whole, as its norms are of all rows."""
         # A number is updated in another way, and bands are those of the whole stack.
         plain = not isinstance(self.momentum, FrequencyAdaptiveMomentum)
         apart = f.norm_axes(len(shape), layout) and plain and not self._is_scalar(shape[1:])
         dtype = self.state_dtype if self.momentum else "float32"
-        return rows_beside_momentum(int(bool(apart)), shape, dtype)
+        return aligned_to_groups(int(bool(apart)), shape, dtype)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Row and column statistics of a matrix; a second moment for all else."""
@@ -217,8 +218,7 @@ class MaxFactor(Float32Optimizer):
         layout = layout or self.layout
         shape = f.as_matrices(parameter, layout).shape
         if self._is_factored(shape):
-            state["row"] = mx.zeros((*shape[:-1], 1))
-            state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+            init_factored(state, shape)
         else:
             state["v"] = mx.zeros(shape)
         if self.momentum:
@@ -236,22 +236,22 @@ class MaxFactor(Float32Optimizer):
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
 
-        def read(after: mx.array) -> mx.array:
-            g = self.load(gradient, layout, after)
-            return -g if self.maximize else g
+        def g(after: mx.array) -> mx.array:
+            x = self.load(f.read_after(gradient, after), layout)
+            return -x if self.maximize else x
 
-        smooth = self._momentum(read, state, f.input_axis_shape(parameter.shape, layout))
-        rows, root = self._second_moment_root(read(alpha), state)
-        step_of, scale = self._elementwise_step(smooth(rows), rows, root, alpha, axes)
+        h = self._momentum(g, state, f.input_axis_shape(parameter.shape, layout))
+        rows, root = self._second_moment_root(g(alpha), state)
+        scale = self._scale(h(rows), rows, root, alpha, axes)
         if self.cautious:
-            # The step has the same signs as the update. A product: a NaN must not pass for a 0.
-            agrees = f.agreement(smooth(rows), read(rows))
-            scale = f.hoist(scale * f.cautious_scale(agrees, axes))
-            step = step_of(smooth(scale), scale) * agrees
+            # A product, not a selection: a NaN must stay a NaN.
+            agrees = f.agreement(h(rows), g(rows))
+            scale = f.fusion_barrier(scale * f.cautious_scale(agrees, axes))
+            step = self._step(h(scale), rows, root, scale) * agrees
         else:
-            step = step_of(smooth(scale), scale)
-        p = self.load(parameter, layout, alpha)
-        return self.store(p * f.hoist(1 - decay) - step, parameter, state, layout)
+            step = self._step(h(scale), rows, root, scale)
+        p = self.load(f.read_after(parameter, alpha), layout)
+        return self.store(p * f.fusion_barrier(1 - decay) - step, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """α, which is relative to RMS(p): of the whole array, or of each expert's matrix."""
@@ -263,33 +263,37 @@ class MaxFactor(Float32Optimizer):
         floor = mx.where(rate > 0, self.min_lr, 0.0)  # a rate of 0 moves nothing
         return size * mx.maximum(mx.minimum(rate, mx.rsqrt(t)), floor)
 
-    def _elementwise_step(
+    def _scale(
         self,
-        g: mx.array,
+        h: mx.array,
         rows: mx.array,
         root: mx.array,
         alpha: mx.array,
         axes: tuple[int, ...] | None,
-    ) -> tuple[Callable[[mx.array, mx.array], mx.array], mx.array]:
-        """The step as a function of ``g`` and of a factor, and the factor.
+    ) -> mx.array:
+        """What the step is multiplied by: α and the three norms of ``u = h / (rows · root)``.
 
-        It is that of ``u = g / (rows · root)``, an array that is never kept.
+        For the row-max step also the maximum of each row.
         """
-        if self._is_scalar(g.shape):
-            scale = alpha * (self.scalar_boost or 1.0)
-            return lambda g, scale: f.clamp_gradient(g) / (root + self.eps[0]) * scale, scale
-        peaks = f.row_max(f.clamped_magnitude(g) / root) / rows
+        if self._is_scalar(h.shape):
+            return alpha * (self.scalar_boost or 1.0)
+        peaks = f.row_max(f.clamped_magnitude(h) / root) / rows
         scale = alpha * f.update_scale(
-            f.clamp_gradient(g) / root / rows,
+            f.clamp_gradient(h) / root / rows,
             mx.max(peaks, axis=axes, keepdims=True),
             eps=self.eps[0] + self.eps_rms,
             clip_threshold=self.clip_threshold,
             d=self.d,
             axes=axes,
         )
-        if self._steps_by_row_max(g.ndim):
-            return lambda g, scale: mx.sign(g) * scale, f.hoist(scale * peaks)
-        return lambda g, scale: f.clamp_gradient(g) / root / rows * scale, f.hoist(scale)
+        return f.fusion_barrier(scale * peaks if self._steps_by_row_max(h.ndim) else scale)
+
+    def _step(self, h: mx.array, rows: mx.array, root: mx.array, scale: mx.array) -> mx.array:
+        if self._is_scalar(h.shape):
+            return f.clamp_gradient(h) / (root + self.eps[0]) * scale
+        if self._steps_by_row_max(h.ndim):
+            return mx.sign(h) * scale
+        return f.clamp_gradient(h) / root / rows * scale
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
         return self.scalar_boost is not None and all(n == 1 for n in shape)
@@ -301,23 +305,23 @@ class MaxFactor(Float32Optimizer):
         return self.max_norm if ndim > 1 else self.vector_sign
 
     def _momentum(self, read: Reader, state: dict, shape: tuple[int, ...]) -> Reader:
-        """What stands for the gradient in the update. In ``shape`` the input's axis is the last."""
+        """What replaces the gradient in the update. The last axis of ``shape`` is the input's."""
         if not self.momentum:
             return read
         g = f.clamp_gradient(read(self.step))
-        m = read_momentum(state, g.shape)
-        if isinstance(self.momentum, FrequencyAdaptiveMomentum):
-            view, beta = g.shape, self.momentum.alpha
-            g, m = g.reshape(shape), m.reshape(shape)
-            m = self.momentum.update(g, m, state)
+        adaptive, view = self.momentum, g.shape
+        m = read_momentum(state, view)
+        if isinstance(adaptive, FrequencyAdaptiveMomentum):
+            beta, g = adaptive.alpha, g.reshape(shape)
+            m = adaptive.update(g, m.reshape(shape), state)
             write_momentum(m.reshape(view), state, beta)
-            ahead = beta * m + (1 - beta) * g if self.nesterov else m
-            blended = self.momentum.blended(g, ahead, state).reshape(view)
-            return lambda after: self.late(blended, after)
-        beta = self.momentum
-        m = write_momentum(beta * m + (1 - beta) * g, state, beta)
-        ahead = beta * m + (1 - beta) * g if self.nesterov else m
-        return lambda after: self.late(ahead, after)
+        else:
+            beta = adaptive
+            m = write_momentum(beta * m + (1 - beta) * g, state, beta)
+        h = beta * m + (1 - beta) * g if self.nesterov else m
+        if isinstance(adaptive, FrequencyAdaptiveMomentum):
+            h = adaptive.blended(g, h, state).reshape(view)
+        return lambda after: f.read_after(h, after)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
         """``max(√V, ε₁)`` in two factors, the first one number a row; of a number √V itself."""

@@ -6,13 +6,13 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number
-from ._base import Float32Optimizer, Rounding
-from .first_moment import (
+from .base import Float32Optimizer, Rounding
+from .moments import (
     StateDtype,
+    aligned_to_groups,
     check_state_dtype,
     init_momentum,
     read_momentum,
-    rows_beside_momentum,
     write_momentum,
 )
 
@@ -88,16 +88,16 @@ class Muon(Float32Optimizer):
         self.steps = check_integer("steps", steps, 1)
         self.block = None if block is None else check_integer("block", block, 1)
 
-    def work(self, shape: tuple[int, ...], layout: str) -> float:
+    def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """That of the orthogonalization beside the elements'."""
         matrices = f.as_matrices(mx.zeros(shape), layout).shape
-        return super().work(shape, layout) + f.orthogonalization_work(matrices, self.block)
+        return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)
 
-    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """A stack between its matrices, a matrix between blocks of its rows."""
         rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
         rows = 0 if layout == "transposed" else rows
-        return rows_beside_momentum(rows, shape, self.state_dtype if self.momentum else "float32")
+        return aligned_to_groups(rows, shape, self.state_dtype if self.momentum else "float32")
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """The momentum buffer; nothing without momentum."""

@@ -6,13 +6,14 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number, check_rising
-from ._base import Float32Optimizer, Rounding
-from .first_moment import (
+from .base import Float32Optimizer, Rounding
+from .moments import (
     StateDtype,
+    aligned_to_groups,
     check_state_dtype,
+    init_factored,
     init_momentum,
     read_momentum,
-    rows_beside_momentum,
     write_momentum,
 )
 
@@ -127,8 +128,7 @@ class OrthoMaxFactor(Float32Optimizer):
             )
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
-        state["row"] = mx.zeros((*shape[:-1], 1))
-        state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+        init_factored(state, shape)
         if self.momentum:
             init_momentum(state, shape, self.state_dtype)
 
@@ -151,8 +151,9 @@ class OrthoMaxFactor(Float32Optimizer):
         step = f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
 
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
-        decay = 1 - self.learning_rate * self.weight_decay
-        return self.store(p * f.hoist(decay) - f.hoist(alpha) * step, parameter, state, layout)
+        alpha = f.fusion_barrier(alpha)
+        decay = f.fusion_barrier(1 - self.learning_rate * self.weight_decay)
+        return self.store(p * decay - alpha * step, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
         """η times RMS(p) of each matrix, or its floor."""
@@ -160,13 +161,13 @@ class OrthoMaxFactor(Float32Optimizer):
         floor = init if isinstance(self.min_rms, str) else self.min_rms
         return rate * mx.maximum(f.rms(parameter, (-2, -1)), floor)
 
-    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """A stack between its matrices; a matrix not at all, as RMS(O) is of all its rows."""
         stack = len(f.as_matrices(mx.zeros(shape), layout).shape) > 2
         dtype = self.state_dtype if self.momentum else "float32"
-        return rows_beside_momentum(int(stack), shape, dtype)
+        return aligned_to_groups(int(stack), shape, dtype)
 
-    def work(self, shape: tuple[int, ...], layout: str) -> float:
+    def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The orthogonalization, and what every optimizer does for each weight."""
         matrices = f.as_matrices(mx.zeros(shape), layout).shape
-        return super().work(shape, layout) + f.orthogonalization_work(matrices, self.block)
+        return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from .._validate import Rate, check_flag, check_number
-from ._base import Float32Optimizer, Rounding
+from .base import Float32Optimizer, Rounding
 
 
 class SignSGD(Float32Optimizer):
@@ -50,7 +50,7 @@ class SignSGD(Float32Optimizer):
         """Nothing of its own."""
         super().init_single(parameter, state)
 
-    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
+    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """Anywhere; with ``sparse_rows`` a vector is one row."""
         return 0 if self.sparse_rows and len(shape) < 2 else 1
 

@@ -12,11 +12,11 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
-from . import run, sealed
-from ._validate import check_choice, check_flags, got
-from .optimizers._base import flatten
-from .roles import find_aliases
-from .sealed import CheckpointError, Kind, Sealed, kind_of
+from .._validate import check_choice, check_flags, got
+from ..optimizers.base import flatten
+from ..routing.roles import find_aliases
+from . import description, file
+from .file import CheckpointError, File, Kind, kind_of
 
 FORMATS = ("3",)
 """Versions of the layout that are read; the last one is written."""
@@ -146,24 +146,24 @@ def save_checkpoint(
     for name, value in extra.items():
         try:  # what cannot be read back must not be written: too deep, or with keys 1 and "1"
             text = json.dumps({name: value}, default=_scalar)
-            json.loads(text, object_pairs_hook=sealed.table)
+            json.loads(text, object_pairs_hook=file.table)
         except (TypeError, ValueError, RecursionError) as problem:
             message = f"extra must be JSON values, and {name!r} is not: {problem}"
             raise CheckpointError(message) from problem
-    if not all(member._initialized for member in run.find_members(optimizer).values()):
+    if not all(member._initialized for member in description.find_members(optimizer).values()):
         optimizer.init(model.trainable_parameters())
     kept, frozen = _split(_find_weights(model), model, weights)
-    description = run.describe(optimizer, weights, frozen)
+    run = description.describe(optimizer, weights, frozen)
     arrays = {name: place.array for name, place in kept.items()}
     arrays[KEY] = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
-    if isinstance(optimizer, Spread):
-        arrays[KEY] = optimizer.of_all(arrays[KEY])
+    if spread := _spread(optimizer):
+        arrays[KEY] = spread.of_all(arrays[KEY])
         mx.eval(arrays[KEY])  # by all of them, though one writes it
-    metadata = {"format": FORMATS[-1], "run": json.dumps(description)}
+    metadata = {"format": FORMATS[-1], "run": json.dumps(run)}
     metadata["extra"] = json.dumps(extra, default=_scalar)
 
     def write(state: dict[str, mx.array]) -> None:
-        sealed.write(Path(path), arrays | state, metadata)
+        file.write(Path(path), arrays | state, metadata)
 
     _with_whole_state(optimizer, write)
 
@@ -212,10 +212,10 @@ def load_checkpoint(
     check_flags(strict=strict, cast=cast)
     check_choice("rates", rates, ("built", "file", "here"))
     path = Path(path)
-    file = sealed.read(path, FORMATS)
+    saved = file.read(path, FORMATS)
     try:
         with _undone_on_error(optimizer):
-            loading = _Loading(file, model, optimizer, cast=cast, rates=rates)
+            loading = _Loading(saved, model, optimizer, cast=cast, rates=rates)
             loading.check(strict)
     except CheckpointError as problem:
         raise CheckpointError(f"{path} {problem}", problem.differences) from None
@@ -235,29 +235,31 @@ class _Loading:
     """A file beside the live run: what fits, what differs, whose rates stand."""
 
     def __init__(
-        self, file: Sealed, model: nn.Module, optimizer: Optimizer, *, cast: bool, rates: str
+        self, saved: File, model: nn.Module, optimizer: Optimizer, *, cast: bool, rates: str
     ):
         self.cast, self.rates = cast, rates
-        self.saved = run.parse(file.metadata.get("run", ""))
-        self.extra = Extra(_parse_extra(file.metadata.get("extra", "")))
-        self.arrays = dict(file.arrays)
+        self.saved = description.parse(saved.metadata.get("run", ""))
+        self.extra = Extra(_parse_extra(saved.metadata.get("extra", "")))
+        self.arrays = dict(saved.arrays)
         self.key = self.arrays.pop(KEY, None)
-        self.rank_and_size = optimizer.rank_and_size if isinstance(optimizer, Spread) else (0, 1)
+        spread = _spread(optimizer)
+        self.rank_and_size = spread.rank_and_size if spread else (0, 1)
         if self.key is None or not _is_random_key(kind_of(self.key)):
             raise CheckpointError("is damaged or forged: its random key is missing")
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
         optimizer.init(model.trainable_parameters())
         self.weights = _find_weights(model)
         kept, frozen = _split(self.weights, model, self.saved["weights"])
-        self.members = run.find_members(optimizer)
-        self.live = run.describe(optimizer, self.saved["weights"], frozen, self._steps_made())
+        self.members = description.find_members(optimizer)
+        made = self._steps_made()
+        self.live = description.describe(optimizer, self.saved["weights"], frozen, made)
         state = _find_state(optimizer)
         self.spread = _find_spread(optimizer)
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
         self.here |= {name: kind_of(spread.shape) for name, spread in self.spread.items()}
         self.expected = {**kept, **state, **self.spread}.keys()
-        self.used = run.find_used(optimizer)
+        self.used = description.find_used(optimizer)
         self.standing: set[str] = set()
         """Names of state that stays as it is here, whatever the file holds."""
 
@@ -266,7 +268,7 @@ class _Loading:
         notes, problems = self._settle_rates()
         differences = [
             *problems,
-            *run.find_differences(
+            *description.find_differences(
                 self.saved, self.live, schedules=self.used if self.rates != "here" else ()
             ),
             *self._different_arrays(),
@@ -327,7 +329,7 @@ class _Loading:
 
     def _remedy(self) -> str:
         """What to do beside building as it was: keep the rates, if nothing else differs."""
-        others = run.find_differences(self.saved, self.live, schedules=())
+        others = description.find_differences(self.saved, self.live, schedules=())
         rates = {name for prefix in self.members for name in _rate_names(prefix)}
         if any(others) or any(name not in rates for name in self._misfits()):
             return "load what fits with strict=False"
@@ -352,9 +354,11 @@ class _Loading:
         members = zip(self.members.items(), *runs, strict=False)
         for i, ((prefix, member), old, new) in enumerate(members):
             names = _rate_names(prefix)
-            if not run.same_class(old, new):  # nor is its state of use
+            if not description.same_class(old, new):  # nor is its state of use
                 self.standing |= {name for name in self.here if name.startswith(STATE + prefix)}
-            elif self.rates == "here" or (self.rates == "built" and run.schedules_differ(old, new)):
+            elif self.rates == "here" or (
+                self.rates == "built" and description.schedules_differ(old, new)
+            ):
                 self.standing |= names
             elif self.rates == "built":
                 there, here, built = self._constant_rates(prefix, member, old, new)
@@ -388,7 +392,7 @@ def _undone_on_error(optimizer: Optimizer) -> Iterator[None]:
     """Optimizers as they were, if something is raised; their live states stay the same objects."""
     before = [
         (member, dict(vars(member)), tree_map(lambda array: array, member.state))
-        for member in run.find_members(optimizer).values()
+        for member in description.find_members(optimizer).values()
     ]
     try:
         yield
@@ -425,16 +429,23 @@ def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
 
 def _find_spread(optimizer: Optimizer) -> dict[str, SpreadArray]:
     """Arrays of the state of which other ranks have some or all, by their names in the file."""
-    spread = optimizer.spread_state() if isinstance(optimizer, Spread) else {}
-    return {STATE + name: array for name, array in spread.items()}
+    spread = _spread(optimizer)
+    arrays = spread.spread_state() if spread else {}
+    return {STATE + name: array for name, array in arrays.items()}
+
+
+def _spread(optimizer: Optimizer) -> Spread | None:
+    """What spreads the optimizer over several ranks, if anything does."""
+    strategy = getattr(optimizer, "strategy", None)
+    return strategy if isinstance(strategy, Spread) else None
 
 
 def _with_whole_state(optimizer: Optimizer, write: Callable[[dict[str, mx.array]], None]) -> None:
     """Write the state by its names in the file: once, however many ranks there are."""
     here = {name: place.array for name, place in _find_state(optimizer).items()}
-    if isinstance(optimizer, Spread):
-        optimizer.with_whole_state(
-            lambda spread: write(here | {STATE + name: array for name, array in spread.items()})
+    if spread := _spread(optimizer):
+        spread.with_whole_state(
+            lambda whole: write(here | {STATE + name: array for name, array in whole.items()})
         )
     else:
         write(here)

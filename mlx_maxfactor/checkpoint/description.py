@@ -12,9 +12,9 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 
-from ._version import __version__
-from .schedules import Schedule, takes_any_step
-from .sealed import CheckpointError, kind_of
+from .._version import __version__
+from ..schedules import Schedule, takes_any_step
+from .file import CheckpointError, kind_of
 
 STEPS = [0, *sorted({round(10 ** (i / 10)) for i in range(61)})]
 """Where schedules are compared: ten steps a decade, to a million, or as far as they were run."""
@@ -104,9 +104,9 @@ def find_used(optimizer: Optimizer) -> dict[int, str]:
     Returns:
         What to call each: its label or class, with its number where that is not its own.
     """
-    labels = {f"states.{i}.": m.label for i, m in enumerate(getattr(optimizer, "_members", ()))}
+    labels = {f"states.{i}.": m.label for i, m in enumerate(getattr(optimizer, "members", ()))}
     updating = {
-        f"states.{cast(Any, optimizer)._index_of(entry.path)}."
+        f"states.{cast(Any, optimizer).index_of(entry.path)}."
         for entry in getattr(optimizer, "plan", ())
     }
     names = {
@@ -131,8 +131,10 @@ def _class_and_options(optimizer: Optimizer) -> dict[str, Any]:
     options = {k: v for k, v in public.items() if _is_plain(v)}
     named = {k: v for k, v in public.items() if isinstance(v, mx.Dtype) or is_dataclass(v)}
     options |= {k: str(v) for k, v in named.items()}
-    kind = getattr(optimizer, "described_as", type(optimizer))
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "options": options}
+    if guard := public.get("guard"):
+        options |= guard.options
+    kind = type(optimizer)
+    return {"class": _in_package(f"{kind.__module__}.{kind.__qualname__}"), "options": options}
 
 
 def _is_plain(value: Any) -> bool:
@@ -301,9 +303,9 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
 
 
 def _told_apart(old: str, new: str) -> tuple[str, str]:
-    """Names of two classes, with the package or the whole module where they need it."""
-    pairs = [(form(old), form(new)) for form in (_short, _in_package)]
-    return next((pair for pair in pairs if pair[0] != pair[1]), (old, new))
+    """Names of two classes, with the module if they need it."""
+    short = _short(old), _short(new)
+    return short if short[0] != short[1] else (old, new)
 
 
 def _in_package(name: str) -> str:

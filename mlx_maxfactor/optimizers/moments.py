@@ -1,4 +1,4 @@
-"""The first moment ``m``, in float32, bf16, 8 or 4 bits, of every optimizer that keeps one."""
+"""Moments in an optimizer's state: factored statistics, and momentum in few or many bits."""
 
 import math
 from typing import Any, Literal
@@ -26,6 +26,12 @@ def check_state_dtype(state_dtype: Any) -> str:
     return name
 
 
+def init_factored(state: dict, shape: tuple[int, ...]) -> None:
+    """Add row and column statistics of zeros for matrices of this shape."""
+    state["row"] = mx.zeros((*shape[:-1], 1))
+    state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+
+
 def init_momentum(state: dict, shape: tuple[int, ...], dtype: str) -> None:
     """Give a parameter a buffer of zeros: ``m``, and in few bits ``m_scale``."""
     if dtype in BITS:
@@ -34,7 +40,7 @@ def init_momentum(state: dict, shape: tuple[int, ...], dtype: str) -> None:
         state["m"] = mx.zeros(shape, getattr(mx, dtype))
 
 
-def rows_beside_momentum(rows: int, shape: tuple[int, ...], dtype: str) -> int:
+def aligned_to_groups(rows: int, shape: tuple[int, ...], dtype: str) -> int:
     """Rows after which a parameter can be cut, and its buffer too: in few bits between groups."""
     return math.lcm(rows, f.rows_of_groups(shape)) if dtype in BITS else rows
 

@@ -1,9 +1,8 @@
-"""What every optimizer of the suite shares: float32 arithmetic, layouts, rates, state."""
+"""The base class of every optimizer here, and of your own: float32, layouts, rates, state."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from inspect import signature
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
@@ -24,53 +23,75 @@ from .._validate import (
     warn,
 )
 from ..schedules import described
-from ._turns import Turns, Update, find_leaves, numbers_of
+from .update_loop import (
+    LiveState,
+    ParameterSlot,
+    Update,
+    UpdateLoop,
+    find_slots,
+    unchanged_on_error,
+)
 
 COMPLEX = (
-    "complex numbers are not trained here: keep their real and imaginary parts as two arrays, or "
+    "complex parameters are not supported: store the real and imaginary parts as two arrays, or "
     "freeze them"
 )
 """What is wrong with a complex parameter, after its path."""
 
 RESERVED = frozenset({"step", "learning_rate", "scheduled"})
-"""Keys of the state beside the parameters'."""
+"""Keys of the state that belong to no parameter."""
 
 Rounding = Literal["nearest", "stochastic"]
 """How updates of bf16 and fp16 parameters are rounded."""
 
-ELEMENTWISE_WORK = 300.0
-"""Operations of a matrix product in the time that ten passes over an element take."""
+ELEMENTWISE_FLOPS = 300.0
+"""Operations of a matrix product that take as long as ten passes over one element."""
 
 
 class Float32Optimizer(Optimizer):
     """An MLX optimizer whose arithmetic and state are float32, whatever the parameter's dtype.
 
-    A subclass writes ``init_single`` and ``apply_single`` as it would for MLX; both get the
-    parameter's ``layout`` as well. Beyond MLX's own class:
+    To write your own optimizer, subclass it as you would subclass MLX's ``Optimizer``: make state
+    in ``init_single``, and compute the update in ``apply_single`` between :meth:`load` and
+    :meth:`store`. :func:`mlx_maxfactor.register_optimizer` gives it a name in ``create_optimizer``.
+    NOTES.md has a complete example. Beyond MLX's class:
 
-    - a layer that is unfrozen late gets its state when its first gradient comes;
-    - integer arrays and empty arrays are left as they are;
-    - a rate that is set by hand stays: it ends the schedule, inside a compiled step too;
-    - a state that is assigned goes into the live dictionary, where a compiled step sees it.
+    - a layer that is unfrozen late gets its state with its first gradient;
+    - integer arrays and empty arrays stay as they are;
+    - a rate that is set by hand ends the schedule, inside a compiled step too;
+    - a state that is assigned is copied into the live dictionary, where a compiled step sees it.
 
     Args:
         learning_rate: A number of at least 0, or a function of the step (0 at the first update).
-            A function is checked at its first step; one that falls below 0 later counts as 0 there,
-            as a compiled step cannot raise.
-        layout: How arrays of more than two axes hold matrices, see ``functional.LAYOUTS``.
-        rounding: "nearest", or "stochastic" for bf16 and fp16 parameters.
-        seed: Of stochastic rounding, from 0 to 2³² - 1.
+            A function is checked at its first step. If it falls below 0 later, 0 is used, because
+            a compiled step cannot raise.
+        layout: How arrays with more than two axes hold matrices, see ``functional.LAYOUTS``.
+            Default "batched".
+        rounding: "nearest", or "stochastic" for bf16 and fp16 parameters. Default "nearest".
+        seed: Seed of stochastic rounding, from 0 to 2³² - 1. Default 0.
 
     Attributes:
-        layouts: Layouts by path, beating ``layout``. The router fills it.
-        paths: Tells from a path whether this optimizer updates that parameter. None: all of them.
-        built_rate: The constant rate it was built with, or set to before its first update and
-            before any load. None under a schedule.
-        part: What :meth:`apply_single` is given if not a whole parameter: a part of its rows.
+        layouts: Layouts by path; they take precedence over ``layout``. The router sets them.
+        paths: Whether this optimizer updates the parameter at a path. None: it updates all.
+        built_rate: The constant rate that it was built with, or that was set before its first
+            update and before any load. None with a schedule.
+
+    Raises:
+        ValueError: An option outside its range.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import Float32Optimizer
+        >>> class SGD(Float32Optimizer):
+        ...     def apply_single(self, gradient, parameter, state, layout=None):
+        ...         p = self.load(parameter) - self.learning_rate * self.load(gradient)
+        ...         return self.store(p, parameter, state)
+        >>> SGD(0.1).apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})["w"].tolist()
+        [0.8999999761581421, 0.8999999761581421]
     """
 
     _usual_rate: float | None = None
-    """A usual rate of an optimizer whose rate is relative to the weights, and so not AdamW's."""
+    """A usual rate, if the rate is relative to the weights, and therefore unlike AdamW's."""
 
     def __init__(
         self,
@@ -83,14 +104,12 @@ class Float32Optimizer(Optimizer):
         self.rounding: str = check_choice("rounding", rounding, get_args(Rounding))
         self.seed = check_integer("seed", seed, 0, LARGEST_SEED)
         self._keys = 0
-        self._waits = True
         self.layout: str = check_choice("layout", layout, f.LAYOUTS)
         self.layouts: dict[str, str] = {}
         self.paths: Callable[[str], bool] | None = None
         self.built_rate: mx.array | None = None
         self._first_step = self.step
         self._has_warned = False
-        self.part: f.Part | None = None
         self.learning_rate = learning_rate
 
     # Rates
@@ -186,28 +205,22 @@ class Float32Optimizer(Optimizer):
         layout = self.layout_of(path)
         return () if layout == self.layout else (layout,)
 
-    def load(self, x: mx.array, layout: str, after: mx.array | None = None) -> mx.array:
-        """An array in float32, seen as the matrices it holds.
+    def load(self, x: mx.array, layout: str | None = None) -> mx.array:
+        """An array in float32, viewed as the matrices that it holds."""
+        return f.as_matrices(x.astype(mx.float32), layout or self.layout)
 
-        Once ``after`` is there it is read anew: two fused kernels that share a float32 array write
-        it out, where a bf16 or float32 one that is already there costs nothing.
-        """
-        x = x if after is None else self.late(x, after)
-        return f.as_matrices(x.astype(mx.float32), layout)
-
-    def late(self, x: mx.array, after: mx.array) -> mx.array:
-        """An array that is read once another is there, where arrays can wait. Nothing is copied."""
-        return mx.depends(x, after) if self._waits else x
-
-    def store(self, x: mx.array, parameter: mx.array, state: dict, layout: str) -> mx.array:
-        """What ``load`` gave, updated, with the parameter's own shape and dtype."""
-        x = f.from_matrices(x, parameter.shape, layout)
+    def store(
+        self, x: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    ) -> mx.array:
+        """An updated array from :meth:`load`, in the shape and dtype of the parameter."""
+        x = f.from_matrices(x, parameter.shape, layout or self.layout)
         if parameter.dtype == mx.float16:
             x = f.clamp(x, mx.finfo(mx.float16).max)
         if self.rounding == "nearest" or parameter.dtype == mx.float32:
             return x.astype(parameter.dtype)
+        elements = state.elements if isinstance(state, LiveState) else None
         state["key"], key = mx.random.split(state["key"])
-        return f.stochastic_round(x, parameter.dtype, key, self.part)
+        return f.stochastic_round(x, parameter.dtype, key, elements)
 
     # The tree
 
@@ -263,23 +276,19 @@ class Float32Optimizer(Optimizer):
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
-        leaves = find_leaves(gradients, parameters, [self.state])
-        if any(not isinstance(leaf.states[0], dict) for leaf in leaves):
+        slots = find_slots(gradients, parameters, [self.state])
+        if any(not isinstance(slot.states[0], dict) for slot in slots):
             self.init(gradients)
-            leaves = find_leaves(gradients, parameters, [self.state])
-        before = numbers_of(self.state)
-        self.advance()
-        try:
-            return Turns().take_all(
-                gradients, leaves, lambda leaf: (self.update_at(leaf.path), leaf.states[0])
+            slots = find_slots(gradients, parameters, [self.state])
+        with unchanged_on_error([self.state], slots):
+            self.advance()
+            updated = UpdateLoop().update_all(
+                slots, lambda slot: (self.update_at(slot.path), slot.states[0])
             )
-        except Exception:
-            self.state.update(before)
-            raise
+        return in_order(gradients, slots, updated)
 
     def advance(self) -> None:
-        """Count an update, and set the rate that it is made at."""
-        self._waits = f.can_wait()
+        """Count an update, and set its rate."""
         self.state["learning_rate"] = self._next_rate()
         self.state["step"] = self.step + 1
 
@@ -294,17 +303,17 @@ class Float32Optimizer(Optimizer):
 
         return update
 
-    def cuts(self, shape: tuple[int, ...], layout: str) -> int:
-        """Of how many rows (places of the first axis) a multiple may be updated by itself.
+    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
+        """How many rows (places of the first axis) can be updated without the others.
 
-        0: the parameter is updated whole, as its rows depend on one another. A subclass that has no
-        such method of its own is never asked: nobody knows what it takes from all rows.
+        Any multiple of it can, too. 0: the rows depend on one another. It is only asked of the
+        class that defines it: a subclass may read all rows where its parent does not.
         """
         return 0
 
-    def work(self, shape: tuple[int, ...], layout: str) -> float:
-        """About how many operations an update takes, in those of a matrix product."""
-        return ELEMENTWISE_WORK * math.prod(shape)
+    def flops(self, shape: tuple[int, ...], layout: str) -> float:
+        """About how many operations of a matrix product take as long as an update."""
+        return ELEMENTWISE_FLOPS * math.prod(shape)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make the state of one parameter, from its shape alone.
@@ -337,19 +346,13 @@ class Float32Optimizer(Optimizer):
         self._state.clear()
         self._state.update(state)
 
-    # What it prints as
-
     def __repr__(self) -> str:
-        """The class, its rate, and the options that are not the class's own defaults."""
+        """The class, its rate, and the options that differ from their defaults."""
         options = [f"learning_rate={self._shown_rate()}"]
-        for name, default in _defaults(type(self)).items():
-            value = getattr(self, name, MISSING)
-            if name == "learning_rate" or value is MISSING:
-                continue
-            if value == default:
-                continue
-            if name != "seed" or self.rounding == "stochastic":
-                options.append(f"{name}={_shown_option(value)}")
+        for name, default in options_of(type(self)).items():
+            value = vars(self).get(name, default)
+            if value != default and (name != "seed" or self.rounding == "stochastic"):
+                options.append(f"{name}={shown(value)}")
         return f"{type(self).__name__}({', '.join(options)})"
 
     def _shown_rate(self) -> str:
@@ -358,6 +361,27 @@ class Float32Optimizer(Optimizer):
             return described(schedule)
         rate = known(self.state["learning_rate"])
         return "..." if rate is None else f"{rate:g}"
+
+
+def options_of(kind: type) -> dict[str, Any]:
+    """Options of an optimizer with their defaults, also those that ``**options`` passes on."""
+    options: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = signature(vars(base)["__init__"]).parameters.values()
+            named = [p for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
+            options |= {p.name: p.default for p in named if p.name not in options}
+            if len(named) == len(parameters):
+                break
+    return {k: v for k, v in options.items() if k not in ("self", "learning_rate")}
+
+
+def in_order(
+    gradients: Any, slots: Sequence[ParameterSlot], updated: Mapping[str, mx.array]
+) -> Any:
+    """The updated parameters in the structure of the gradients."""
+    each = (updated[slot.path] for slot in slots)
+    return tree_map(lambda _: next(each), gradients)
 
 
 def flatten(tree: Any) -> dict[str, mx.array]:
@@ -373,24 +397,6 @@ def trainable(model: Any) -> Any:
 def _as_rate(rate: Any) -> mx.array:
     rate = mx.array(rate).astype(mx.float32)
     return rate.reshape(()) if rate.ndim else rate
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    """The options of a class with their defaults, its own first, then what it passes on."""
-    makers = [vars(c)["__init__"] for c in kind.__mro__ if "__init__" in vars(c)]
-    defaults: dict[str, Any] = {}
-    for parameter in (p for make in makers for p in signature(make).parameters.values()):
-        defaults.setdefault(parameter.name, parameter.default)
-    return defaults
-
-
-def _shown_option(value: Any) -> str:
-    """The value in one line; of a dataclass only what is not its default."""
-    if not is_dataclass(value) or isinstance(value, type):
-        return shown(value)
-    each = [(field.name, getattr(value, field.name), field.default) for field in fields(value)]
-    given = [f"{name}={shown(value)}" for name, value, default in each if value != default]
-    return f"{type(value).__name__}({', '.join(given)})"
 
 
 def refuse_complex(arrays: Mapping[str, mx.array]) -> None:

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .norms import hoist
+from .norms import fusion_barrier
 
 
 def bands_of_bins(bins: int, bands: int) -> mx.array:
@@ -24,7 +24,7 @@ def band_shares(spectrum: mx.array, bands: int) -> mx.array:
     real, imaginary = mx.real(spectrum), mx.imag(spectrum)
     larger = mx.maximum(mx.abs(real), mx.abs(imaginary))
     peak = mx.max(larger, axis=(-2, -1), keepdims=True)
-    peak = hoist(mx.where(peak > 0, peak, 1.0))
+    peak = fusion_barrier(mx.where(peak > 0, peak, 1.0))
     square = mx.square(real / peak) + mx.square(imaginary / peak)
     power = mx.sum(square, axis=-2, keepdims=True)
     members = bands_of_bins(spectrum.shape[-1], bands)[:, None] == mx.arange(bands)

@@ -1,4 +1,4 @@
-"""The plan, and the optimizer that follows it: which parameter goes to which member."""
+"""The routed optimizer: each parameter goes to the member that its role asks for."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,103 +7,35 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.optimizers import Optimizer
 
-from ._validate import Rate, check_rate
-from .guard import GuardedOptimizer, shown_optimizer
-from .optimizers._base import Float32Optimizer, flatten, refuse_complex, trainable
-from .optimizers._turns import Leaf
+from .._validate import Rate, check_rate
+from ..combined import CombinedOptimizer, UpdateStrategy, shown_optimizer
+from ..guard import Guard
+from ..optimizers.base import Float32Optimizer, flatten, refuse_complex, trainable
+from ..optimizers.update_loop import ParameterSlot
+from ..schedules import scaled
+from .plan import Plan, PlanEntry
 from .roles import Parameter, find_aliases
-from .schedules import scaled
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """One trainable parameter: what it is and who updates it.
-
-    Attributes:
-        path: Its path in the model.
-        shape: Its shape.
-        role: One of ``roles.ROLES``.
-        optimizer: Label of the member that updates it.
-        rate: That member's rate, or the peak of its schedule where it is known, when it was made.
-        layout: How it holds matrices, see ``functional.LAYOUTS``.
-        state_bytes: Bytes of optimizer state that it costs.
-        note: "guessed" for a head that was found last of all, "unexplained" for an array that
-            belongs to no layer the router knows, else empty.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    role: str
-    optimizer: str
-    rate: float
-    layout: str
-    state_bytes: int
-    note: str
-
-
-class Plan(Sequence[PlanEntry]):
-    """The trainable parameters, in order of definition. ``print(plan)`` shows them as a table."""
-
-    def __init__(self, entries: Sequence[PlanEntry]):
-        self.entries = tuple(entries)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.entries[index]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state in all."""
-        return sum(entry.state_bytes for entry in self)
-
-    def __str__(self) -> str:
-        header = ("path", "shape", "role", "optimizer", "rate", "state bytes")
-        rows = [
-            (
-                e.path,
-                str(e.shape),
-                f"{e.role} ({e.note})" if e.note else e.role,
-                e.optimizer,
-                f"{e.rate:.2g}",
-                f"{e.state_bytes:,}",
-            )
-            for e in self
-        ]
-        total = (f"{len(self)} parameters", "", "", "total", "", f"{self.state_bytes:,}")
-        widths = [max(map(len, column)) for column in zip(header, *rows, total, strict=True)]
-        rule = tuple("-" * width for width in widths)
-
-        def line(row: tuple[str, ...]) -> str:
-            *left, number = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            return "  ".join([*left, number.strip().rjust(widths[-1])])
-
-        return "\n".join(map(line, [header, rule, *rows, rule, total]))
 
 
 @dataclass(frozen=True)
 class Member:
-    """An optimizer of the router's, the label that the plan shows, and its nominal rate.
+    """An optimizer of a routed one, its label in the plan, and its peak rate.
 
-    The nominal rate is a constant, or a schedule's peak; ratios between members are ratios of it
-    where a schedule moves the rates themselves.
+    The peak rate is a constant rate, or the peak of a schedule. Where schedules move the rates, the
+    ratio of two members is the ratio of their peak rates.
     """
 
     label: str
     optimizer: Optimizer
-    nominal: float
+    peak_rate: float
 
 
-class RoutedOptimizer(GuardedOptimizer):
-    """Several optimizers behind one: each parameter goes to the member that its role asks for.
+class RoutedOptimizer(CombinedOptimizer):
+    """Several optimizers as one: each parameter goes to the member that its role asks for.
 
-    Made by :func:`mlx_maxfactor.create_optimizer`. It works where any MLX optimizer does:
+    :func:`mlx_maxfactor.create_optimizer` makes it. It works wherever an MLX optimizer does:
     ``optimizer.update(model, grads)``, inside ``mx.compile`` with ``optimizer.state`` captured, in
     mlx_lm's trainer. Layers may be frozen and unfrozen between steps; a compiled step must then be
     compiled again, as always in MLX.
@@ -111,11 +43,10 @@ class RoutedOptimizer(GuardedOptimizer):
     Args:
         model: The model; its trainable parameters get their state at once.
         parameters: Every parameter of the model with its role, the frozen ones too.
-        members: The optimizers; the rate of the first with parameters stands for all.
+        members: The optimizers. ``learning_rate`` is that of the first one with parameters.
         routes: Index of the member by path.
-        max_grad_norm: As for ``GuardedOptimizer``.
-        skip_nonfinite: Likewise; False by default.
-        max_skipped: Likewise.
+        guard: Judges the gradients of each step.
+        strategy: Who makes the updates. Default: this machine.
 
     Raises:
         ValueError: Names every parameter that its member cannot take.
@@ -127,15 +58,11 @@ class RoutedOptimizer(GuardedOptimizer):
         parameters: Sequence[Parameter],
         members: Sequence[Member],
         routes: Mapping[str, int],
-        *,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        max_skipped: int | None = None,
+        guard: Guard,
+        strategy: UpdateStrategy | None = None,
     ):
-        nothing = [lambda *_: False] * (len(members) - 1)
-        MultiOptimizer.__init__(self, [member.optimizer for member in members], nothing)
-        self._set_guard(max_grad_norm, skip_nonfinite, max_skipped)
-        self._members = tuple(members)
+        super().__init__([member.optimizer for member in members], guard, strategy)
+        self.members = tuple(members)
         self._parameters = {p.path: p for p in parameters}
         self._routes = dict(routes)
         self._aliases = find_aliases(model)
@@ -143,8 +70,7 @@ class RoutedOptimizer(GuardedOptimizer):
         for path in routes:
             self._set_layout(path)
         self.init(model.trainable_parameters())
-        used = [self._routes[path] for path in self._prepared]
-        self._lead = min(used, default=0)
+        self._primary = min((self._routes[path] for path in self._prepared), default=0)
 
     def _set_layout(self, path: str) -> None:
         optimizer = self.optimizers[self._routes[path]]
@@ -153,38 +79,33 @@ class RoutedOptimizer(GuardedOptimizer):
 
     @property
     def plan(self) -> Plan:
-        """Who updates what, for every parameter that has been trainable so far."""
+        """Who updates what, for every parameter that has been trainable so far.
+
+        With several machines the bytes of state are those that one machine would keep.
+        """
         sizes: Counter[tuple[int, str]] = Counter()
         for index, optimizer in enumerate(self.optimizers):
             for path, array in flatten(optimizer.state).items():
                 sizes[index, path.rpartition(".")[0]] += array.nbytes
+        whole = self.strategy.state_bytes()
         entries = []
         for p in self._parameters.values():
             if p.path in self._prepared:
                 index = self._routes[p.path]
-                member, size = self._members[index], sizes[index, p.path]
-                entries.append(
-                    PlanEntry(
-                        p.path,
-                        p.shape,
-                        p.role,
-                        member.label,
-                        member.nominal,
-                        p.layout,
-                        size,
-                        p.note,
-                    )
-                )
+                member, size = self.members[index], sizes[index, p.path]
+                size = whole.get(p.path, size)
+                fields = (p.role, member.label, member.peak_rate, p.layout, size, p.note)
+                entries.append(PlanEntry(p.path, p.shape, *fields))
         return Plan(entries)
 
     def __repr__(self) -> str:
-        """A line a member: its label, how many parameters it has so far, what it is."""
+        """One line for each member: its label, its number of parameters, the optimizer."""
         counts = Counter(self._routes[path] for path in self._prepared)
         lines = [
             f"{member.label}: {_counted(counts[index])}, {shown_optimizer(member.optimizer)}"
-            for index, member in enumerate(self._members)
+            for index, member in enumerate(self.members)
         ]
-        return "\n  ".join([f"{type(self).__name__}(", *lines, *self._shown_guard()]) + "\n)"
+        return "\n  ".join(["RoutedOptimizer(", *lines, *self.guard.shown]) + "\n)"
 
     # Updates
 
@@ -220,21 +141,22 @@ class RoutedOptimizer(GuardedOptimizer):
         super().init(parameters)
         self._prepared.update(new)
 
-    def _index_of(self, path: str) -> int | None:
+    def index_of(self, path: str) -> int | None:
+        """Index of the member that updates the parameter at a path."""
         return self._routes.get(path)
 
-    def _is_ready(self, leaf: Leaf) -> bool:
-        # Integer arrays belong to nobody.
-        return super()._is_ready(leaf) or not mx.issubdtype(leaf.parameter.dtype, mx.inexact)
+    def _has_state(self, slot: ParameterSlot) -> bool:
+        # No member updates integer arrays.
+        return super()._has_state(slot) or not mx.issubdtype(slot.parameter.dtype, mx.inexact)
 
-    def _part(self, tree: Any, index: int, path: str = "") -> Any:
-        """The tree without what belongs to other members; lists keep their length."""
+    def split(self, tree: Any, index: int, path: str = "") -> Any:
+        """The tree without the parameters of other members. Lists keep their length."""
         if isinstance(tree, dict):
             prefix = f"{path}." if path else ""
-            parts = {k: self._part(v, index, f"{prefix}{k}") for k, v in tree.items()}
+            parts = {k: self.split(v, index, f"{prefix}{k}") for k, v in tree.items()}
             return {k: part for k, part in parts.items() if part is not None}
         if isinstance(tree, (list, tuple)):
-            parts = [self._part(v, index, f"{path}.{i}") for i, v in enumerate(tree)]
+            parts = [self.split(v, index, f"{path}.{i}") for i, v in enumerate(tree)]
             return [{} if part is None else part for part in parts]
         return tree if self._routes.get(path) == index else None
 
@@ -246,20 +168,20 @@ class RoutedOptimizer(GuardedOptimizer):
 
         A number reaches compiled steps; a schedule set later needs them compiled again.
         """
-        return self.optimizers[self._lead].learning_rate
+        return self.optimizers[self._primary].learning_rate
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Rate) -> None:
         learning_rate = check_rate("learning_rate", learning_rate, self.step)
-        lead = self._members[self._lead]
-        if isinstance(lead.optimizer, Float32Optimizer):
-            lead.optimizer.warn_if_small(learning_rate)
-        first, first_constant = self.learning_rate, _is_constant(lead.optimizer)
-        for member in self._members:
+        primary = self.members[self._primary]
+        if isinstance(primary.optimizer, Float32Optimizer):
+            primary.optimizer.warn_if_small(learning_rate)
+        first, first_constant = self.learning_rate, _is_constant(primary.optimizer)
+        for member in self.members:
             rate = member.optimizer.state.get("learning_rate", first)
             constant = first_constant & _is_constant(member.optimizer) & (first > 0) & (rate > 0)
-            nominal = member.nominal / lead.nominal if member.nominal and lead.nominal else 1.0
-            ratio = mx.where(constant, rate / first, nominal)
+            peaks = member.peak_rate, primary.peak_rate
+            ratio = mx.where(constant, rate / first, peaks[0] / peaks[1] if all(peaks) else 1.0)
             if callable(learning_rate):
                 set_rate(member.optimizer, scaled(learning_rate, float(ratio)))
             else:
@@ -273,7 +195,7 @@ class RoutedOptimizer(GuardedOptimizer):
         tree = trainable(model)
         rates: dict[str, float] = {}
         for index, optimizer in enumerate(self.optimizers):
-            part = self._part(tree, index)
+            part = self.split(tree, index)
             if isinstance(optimizer, Float32Optimizer):
                 rates |= optimizer.effective_learning_rates(part)
             else:

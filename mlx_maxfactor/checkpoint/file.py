@@ -65,7 +65,7 @@ def kind_of(array: Any) -> Kind:
 
 
 @dataclass(frozen=True)
-class Sealed:
+class File:
     """An undamaged file.
 
     Attributes:
@@ -116,7 +116,7 @@ def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str])
     _sync_folder(path.parent)
 
 
-def read(path: Path, formats: tuple[str, ...]) -> Sealed:
+def read(path: Path, formats: tuple[str, ...]) -> File:
     """Check every byte of a file against its checksum, and its header against itself.
 
     Raises:
@@ -147,7 +147,7 @@ def read(path: Path, formats: tuple[str, ...]) -> Sealed:
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({problem}): load an older one"
         ) from problem
-    return Sealed(metadata, kinds, arrays)
+    return File(metadata, kinds, arrays)
 
 
 def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class FrequencyAdaptiveMomentum:
             Three arrays ``(..., 1, bands)``.
         """
         t = mx.maximum(state["count"], 1).astype(mx.float32)
-        share = state["power"] / f.gathered_weight(self.beta, t)
+        share = state["power"] / f.bias_correction(self.beta, t)
         return share, *self.weights(share)
 
     def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
@@ -117,5 +117,5 @@ class FrequencyAdaptiveMomentum:
         if "count" not in state or (self.blend == 1 and self.blend_steps == 1):
             return momentum
         t = state["count"].astype(mx.float32)
-        weight = f.hoist(self.blend * mx.minimum(1.0, t / self.blend_steps))
+        weight = f.fusion_barrier(self.blend * mx.minimum(1.0, t / self.blend_steps))
         return (1 - weight) * gradient + weight * momentum

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from ._validate import got, hint, shown
-from .members import OPTIMIZERS
-from .optimizers._base import flatten
+from .._validate import got, hint, shown
+from ..optimizers.base import flatten
+from .rates import OPTIMIZERS
 from .roles import ROLES, Parameter, find_aliases, find_roles
 
 

@@ -1,0 +1,348 @@
+"""Several optimizers as one: the way of a step from gradients to parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.utils import tree_map
+
+from ._validate import Rate, check_update, got
+from .guard import Guard
+from .optimizers.base import Float32Optimizer, flatten, in_order
+from .optimizers.update_loop import (
+    ParameterSlot,
+    Update,
+    UpdateLoop,
+    UpdateRule,
+    Verdict,
+    find_slots,
+    top_level_arrays,
+    unchanged_on_error,
+)
+
+
+class UpdateStrategy(Protocol):
+    """Who makes the updates of a step: this machine, or several that share them."""
+
+    def prepare(self, optimizer: "CombinedOptimizer", parameters: dict) -> None:
+        """Called when the optimizer has made the state of these parameters."""
+        ...
+
+    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
+        """The slots with the gradients that count."""
+        ...
+
+    def update(
+        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
+    ) -> dict[str, mx.array]:
+        """Every parameter by path, updated."""
+        ...
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of whole states, by path, where this machine holds only parts of them."""
+        ...
+
+
+class OneMachine:
+    """This machine makes all updates."""
+
+    def prepare(self, optimizer: "CombinedOptimizer", parameters: dict) -> None:
+        """Nothing to do."""
+
+    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
+        """The slots as they are."""
+        return slots
+
+    def update(
+        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
+    ) -> dict[str, mx.array]:
+        """Update one parameter after the other."""
+        return loop.update_all(slots, rule)
+
+    def state_bytes(self) -> dict[str, int]:
+        """All state is here."""
+        return {}
+
+
+class CombinedOptimizer(MultiOptimizer):
+    """Optimizers that update one model together, with one guard.
+
+    Args:
+        optimizers: The members. A subclass says with :meth:`index_of` who updates what.
+        guard: Judges the gradients of each step.
+        strategy: Who makes the updates. Default: this machine.
+    """
+
+    def __init__(
+        self, optimizers: list[Optimizer], guard: Guard, strategy: UpdateStrategy | None = None
+    ):
+        super().__init__(optimizers, [_no_path] * (len(optimizers) - 1))
+        self.filters = []  # `index_of` replaces them, and MLX's own lambda could not be pickled
+        self.guard = guard
+        self.strategy = strategy or OneMachine()
+        self._updates = 0  # counted by Python, to check the guard now and then
+
+    def index_of(self, path: str) -> int | None:
+        """Index of the member that updates the parameter at a path. None: no member does."""
+        return 0
+
+    def split(self, tree: Any, index: int) -> Any:
+        """The part of a tree that one member updates. Lists keep their length."""
+        return tree
+
+    @property
+    def step(self) -> mx.array:
+        """Number of updates that were made. Skipped steps do not count."""
+        return self.optimizers[0].step
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """The rate of the first member."""
+        return self.optimizers[0].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Rate) -> None:
+        self.optimizers[0].learning_rate = learning_rate
+
+    @property
+    def skipped(self) -> mx.array:
+        """Number of steps that were skipped.
+
+        Raises:
+            FloatingPointError: The guard's ``max_skipped`` was reached.
+        """
+        self._check_skipped()
+        return self.guard.counts.get("skipped", mx.array(0, mx.uint32))
+
+    def init(self, parameters: dict) -> None:
+        """Make the state of every parameter that has none yet."""
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.init(self.split(parameters, index))
+        self.strategy.prepare(self, parameters)
+
+    def update(self, model: nn.Module, gradients: dict) -> None:
+        """Update the model's parameters in place."""
+        check_update(model, gradients)
+        self._updates += 1
+        if self._updates % (self.guard.max_skipped or 1) == 0:
+            self._check_skipped()
+        super().update(model, gradients)
+
+    def _check_skipped(self) -> None:
+        if self.guard.max_skipped is not None:  # a MultiOptimizer of MLX has no step to report
+            self.guard.check(self.step)
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Return the updated parameters, in the structure of the gradients."""
+        slots = self.strategy.receive(self._find_slots(gradients, parameters))
+        verdict = self.guard.judge([slot.gradient for slot in slots])
+        with unchanged_on_error(self._states, slots):
+            rule = self.advance(range(len(self.optimizers)), gradients, parameters, verdict)
+            updated = self.strategy.update(UpdateLoop(verdict), slots, rule)
+        self.guard.count(verdict)
+        return in_order(gradients, slots, updated)
+
+    def advance(
+        self, members: Sequence[int], gradients: dict, parameters: dict, verdict: Verdict
+    ) -> UpdateRule:
+        """Begin a step of some members: count it, and move their schedules.
+
+        Returns:
+            What updates each parameter of theirs.
+        """
+        whole: dict[str, mx.array] = {}
+        for index in members:
+            optimizer = self.optimizers[index]
+            if updates_singly(optimizer):
+                _advance(optimizer, verdict)
+            else:
+                whole |= _update_whole(optimizer, self.split(gradients, index), parameters, verdict)
+
+        def rule(slot: ParameterSlot) -> tuple[Update, dict] | None:
+            if slot.path in whole:
+                return (lambda *_: whole[slot.path]), {}
+            index = self.index_of(slot.path)
+            if index is None:
+                return None
+            optimizer = self.optimizers[index]
+            ours = isinstance(optimizer, Float32Optimizer)
+            update = optimizer.update_at(slot.path) if ours else optimizer.apply_single
+            return update, slot.states[index]
+
+        return rule
+
+    def _find_slots(self, gradients: dict, parameters: dict) -> list[ParameterSlot]:
+        slots = find_slots(gradients, parameters, self._states)
+        if not all(map(self._has_state, slots)):
+            # The members' init gets parameters here. MLX's lazy call would hand it gradients.
+            self.init(tree_map(lambda _, p: p, gradients, parameters))
+            slots = find_slots(gradients, parameters, self._states)
+        return slots
+
+    def _has_state(self, slot: ParameterSlot) -> bool:
+        index = self.index_of(slot.path)
+        return index is not None and isinstance(slot.states[index], dict)
+
+    @property
+    def _states(self) -> list[dict]:
+        return [optimizer.state for optimizer in self.optimizers]
+
+    @property
+    def state(self) -> dict:
+        """The members' live states and the guard's counts. Assigning copies into them.
+
+        ``state["step"]`` and ``state["learning_rate"]`` are those of the optimizer as a whole.
+        """
+        state = _State(self, states=self._states)
+        if self.guard.counts:
+            state["guard"] = self.guard.counts
+        return state
+
+    @state.setter
+    def state(self, state: dict) -> None:
+        states = state.get("states", ()) if isinstance(state, dict) else ()
+        if len(states) != len(self.optimizers):
+            raise ValueError(
+                f"state must hold {len(self.optimizers)} states, one for each member, got "
+                f"{len(states)}"
+            )
+        for optimizer, new in zip(self.optimizers, states, strict=True):
+            if isinstance(optimizer, Float32Optimizer):
+                optimizer.state = new
+            else:
+                new = tree_map(lambda array: array, new)
+                optimizer.state.clear()
+                optimizer.state.update(new)
+        counts = state.get("guard", {})
+        for name in self.guard.counts:
+            self.guard.counts[name] = counts.get(name, mx.array(0, mx.uint32))
+
+
+class GuardedOptimizer(CombinedOptimizer):
+    """Any MLX optimizer, with clipping by the global norm and skipping of bad batches.
+
+    A step whose gradients hold an inf or a NaN leaves parameters and state bit for bit as they
+    were, including the step count and the schedule, and is counted. Everything happens in arrays:
+    no value is read back, and a compiled step stays one graph. All gradients must exist before the
+    first parameter changes, which costs memory where they were released one by one.
+
+    BatchNorm's running statistics, which the forward pass has changed already, are not restored.
+
+    Args:
+        optimizer: The optimizer to guard. :func:`mlx_maxfactor.create_optimizer` has the same
+            options.
+        max_grad_norm: Largest global norm of the gradients, computed in float32 whatever their
+            dtype. Larger gradients are scaled down to it. None: no limit. Default None.
+        skip_nonfinite: Skip steps whose gradients are not all finite. Default True.
+        max_skipped: Raise a FloatingPointError after this many skipped steps in a row. It is raised
+            where the count is read: by :attr:`skipped`, and in a loop that is not compiled after
+            every ``max_skipped`` updates. Other steps do not wait for the device. None: no limit.
+            Default None.
+
+    Raises:
+        ValueError: ``max_grad_norm`` is not above 0; ``max_skipped`` is below 1, or nothing is
+            skipped.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_maxfactor import GuardedOptimizer, SignSGD
+        >>> optimizer = GuardedOptimizer(SignSGD())
+        >>> p = {"b": mx.ones(2)}
+        >>> optimizer.apply_gradients({"b": mx.array([1.0, float("nan")])}, p)["b"].tolist()
+        [1.0, 1.0]
+        >>> optimizer.skipped.item()
+        1
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+        max_skipped: int | None = None,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer must be an optimizer, {got(optimizer, ())}")
+        super().__init__([optimizer], Guard(max_grad_norm, skip_nonfinite, max_skipped))
+
+    def __repr__(self) -> str:
+        """The guarded optimizer, and the guard's options."""
+        options = [shown_optimizer(self.optimizers[0]), *self.guard.shown]
+        return f"GuardedOptimizer({', '.join(options)})"
+
+
+class _State(dict):
+    """A state that also has the step and the rate as a whole, where public trainers look for them.
+
+    They are no items: a compiled step and a checkpoint would take them for arrays of their own.
+    """
+
+    def __init__(self, optimizer: MultiOptimizer, **items: Any):
+        super().__init__(**items)
+        self._optimizer = optimizer
+
+    def __missing__(self, key: str) -> Any:
+        if key in ("step", "learning_rate"):
+            return getattr(self._optimizer, key)
+        raise KeyError(key)
+
+
+def shown_optimizer(optimizer: Optimizer) -> str:
+    """What an optimizer prints as. MLX's own have no repr and are shown by name."""
+    kind = type(optimizer)
+    if kind.__repr__ is object.__repr__:
+        return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+    return repr(optimizer)
+
+
+def updates_singly(optimizer: Optimizer) -> bool:
+    """Whether an optimizer updates one parameter at a time, as MLX's own do."""
+    own = type(optimizer).apply_gradients
+    return own in (Optimizer.apply_gradients, Float32Optimizer.apply_gradients)
+
+
+def _no_path(*_: Any) -> bool:
+    return False
+
+
+def _advance(optimizer: Optimizer, verdict: Verdict) -> None:
+    """Count an update and move the schedules, unless the step is skipped."""
+    before = top_level_arrays(optimizer.state)
+    if isinstance(optimizer, Float32Optimizer):
+        optimizer.advance()
+    else:
+        for key, schedule in optimizer._schedulers.items():
+            optimizer.state[key] = schedule(optimizer.step)
+        optimizer.state["step"] = optimizer.step + 1
+    for key, x in before.items():
+        optimizer.state[key] = verdict.chosen(optimizer.state[key], x)
+
+
+def _update_whole(
+    optimizer: Optimizer, gradients: Any, parameters: Any, verdict: Verdict
+) -> dict[str, mx.array]:
+    """The update of an optimizer that has its own way with trees, by path."""
+    before = tree_map(lambda array: array, optimizer.state)
+
+    def chosen(new: mx.array, old: mx.array) -> mx.array:
+        return verdict.chosen(new.astype(old.dtype), old)
+
+    try:
+        updated = optimizer.apply_gradients(tree_map(verdict.scaled, gradients), parameters)
+    except Exception:
+        _replace(before, optimizer.state, lambda _, old: old)
+        raise
+    _replace(before, optimizer.state, chosen)
+    return flatten(tree_map(chosen, updated, parameters))
+
+
+def _replace(before: Any, live: Any, chosen: Callable[[mx.array, mx.array], mx.array]) -> None:
+    """Put ``chosen(new, old)`` in place of each array of a live state."""
+    for key, old in before.items() if isinstance(before, dict) else enumerate(before):
+        if isinstance(old, mx.array):
+            live[key] = chosen(live[key], old)
+        else:
+            _replace(old, live[key], chosen)

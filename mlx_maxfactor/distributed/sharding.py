@@ -1,0 +1,285 @@
+"""Several machines: each rank updates some of the parameters and keeps the state of these."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import ref
+
+import mlx.core as mx
+
+from .. import functional as f
+from ..checkpoint.file import CheckpointError
+from ..combined import CombinedOptimizer, updates_singly
+from ..optimizers.base import Float32Optimizer, flatten
+from ..optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule
+from .assignment import Assignment, ParameterCost, RowRange
+from .collectives import MESSAGE_BYTES, OrderedCollectives, ShardedArray
+
+
+class Sharding:
+    """The update strategy of several ranks: each one makes a share of the updates.
+
+    :func:`mlx_maxfactor.create_optimizer` makes it from ``group``. Every rank has the whole model
+    and computes the gradients of its own batch. The gradients are averaged. Then each rank updates
+    its own parameters, keeps state for these alone, and sends them to the others. All ranks end a
+    step with the same bits.
+
+    A parameter belongs to one rank, or its rows are divided if that makes the loads more even and
+    its optimizer allows it (``row_granularity``): parameters of AdamW and SignSGD, stacks of
+    matrices that are updated one by one, matrices that Muon orthogonalizes in blocks of rows.
+
+    A step sends ``2(N - 1)/N`` of the gradients' bytes, and ``N - 1`` times the largest share of
+    the parameters' bytes, which is about ``(N - 1)/N`` of all. The guard sends nothing, because
+    every rank has all gradients and decides alike.
+
+    All ranks must make the same steps, evaluate the same arrays, and save and load checkpoints
+    together. Other collectives must be evaluated apart from a step.
+
+    Args:
+        group: The ranks, from ``mx.distributed.init()``.
+
+    Attributes:
+        assignment: What each rank updates.
+        stream: Where collectives run. None: MLX's own choice.
+    """
+
+    def __init__(self, group: mx.distributed.Group):
+        self._group = group
+        self._collectives = OrderedCollectives(group)
+        self._shapes: dict[str, dict[str, mx.array]] = {}
+        """Arrays of each parameter's whole state. They are never evaluated: shapes and dtypes."""
+        self._parameter_shapes: dict[str, tuple[int, ...]] = {}
+        self._optimizer: Callable[[], Any] = lambda: None
+        self.assignment = Assignment(group.size())
+        self.stream: mx.Stream | None = None
+
+    # The strategy of an optimizer
+
+    def prepare(self, optimizer: CombinedOptimizer, parameters: dict) -> None:
+        """Keep this rank's share of the state that was just made for these parameters.
+
+        Raises:
+            ValueError: A member updates all of its parameters at once.
+        """
+        if whole := [type(o).__name__ for o in optimizer.optimizers if not updates_singly(o)]:
+            raise ValueError(
+                f"{', '.join(whole)} updates all of its parameters at once and cannot be shared "
+                "among ranks: give its members to create_optimizer"
+            )
+        self._optimizer = ref(optimizer)  # weak: a cycle would keep its state alive
+        # State was made whole, so that random keys have their usual numbers. It is not evaluated.
+        arrays = {
+            path: x
+            for path, x in flatten(parameters).items()
+            if optimizer.index_of(path) is not None and mx.issubdtype(x.dtype, mx.floating)
+        }
+        states = {path: self._state_of(path) for path in arrays}
+        new = [path for path, x in arrays.items() if path not in self._shapes and x.size]
+        for path in new:
+            self._shapes[path] = {k: mx.zeros(x.shape, x.dtype) for k, x in states[path].items()}
+            self._parameter_shapes[path] = arrays[path].shape
+        self.assignment.add([self._cost(path, arrays[path]) for path in new])
+        for path, state in states.items():
+            rows = self._own_rows(path)
+            if rows is None:
+                state.clear()
+            elif not _is_all(rows, arrays[path]) and self._is_whole(path, state):
+                self._cut_state(path, arrays[path], rows)
+
+    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
+        """The slots with the mean of the gradients of all ranks."""
+        self._collectives = OrderedCollectives(self._group, self.stream)
+        means = self._collectives.averaged([slot.gradient for slot in slots])
+        return [slot._replace(gradient=g) for slot, g in zip(slots, means, strict=True)]
+
+    def update(
+        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
+    ) -> dict[str, mx.array]:
+        """Update this rank's share, and gather the shares of the others."""
+        shared = [slot for slot in reversed(slots) if slot.path in self.assignment.ranges]
+        arrays = {
+            slot.path: ShardedArray(
+                slot.parameter.shape,
+                slot.parameter.dtype,
+                self.assignment.ranges[slot.path],
+                self._update_own_rows(loop, slot, rule),
+            )
+            for slot in shared
+        }
+        return {s.path: s.parameter for s in slots} | self._collectives.gathered(arrays)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of the whole state of each parameter, by path."""
+        return {path: _nbytes(arrays) for path, arrays in self._shapes.items()}
+
+    def _update_own_rows(
+        self, loop: UpdateLoop, slot: ParameterSlot, rule: UpdateRule
+    ) -> mx.array | None:
+        rows, p = self._own_rows(slot.path), slot.parameter
+        if rows is None:
+            return None
+        if not _is_all(rows, p):
+            own = slice(rows.start, rows.stop)
+            elements = f.ElementRange(rows.start * (p.size // _rows(p)), p.size)
+            slot = slot._replace(gradient=slot.gradient[own], parameter=p[own], elements=elements)
+        return loop.update_one(slot, rule)
+
+    # State
+
+    def _state_of(self, path: str) -> dict:
+        """The live state of one parameter."""
+        state: Any = self._member_of(path).state
+        for key in path.split("."):
+            state = state[int(key) if isinstance(state, list) else key]
+        return state
+
+    def _member_of(self, path: str) -> Any:
+        return self._optimizer().optimizers[self._optimizer().index_of(path)]
+
+    def _cost(self, path: str, parameter: mx.array) -> ParameterCost:
+        """What a parameter costs, and whether it may be cut."""
+        optimizer, shape = self._member_of(path), parameter.shape
+        flops, granularity = float(parameter.size), 0
+        if isinstance(optimizer, Float32Optimizer):
+            layout = optimizer.layout_of(path)
+            flops = optimizer.flops(shape, layout)
+            # A subclass may read all rows where the class that defines the method does not.
+            defines_it = "row_granularity" in vars(type(optimizer))
+            if shape and defines_it and optimizer.owns(path):
+                granularity = optimizer.row_granularity(shape, layout)
+        loads = (flops, float(_nbytes(self._shapes[path])), float(parameter.nbytes))
+        return ParameterCost(path, _rows(parameter), granularity, loads)
+
+    def _own_rows(self, path: str) -> RowRange | None:
+        rank, ranges = self._group.rank(), self.assignment.ranges.get(path, ())
+        return next((rows for rows in ranges if rows.rank == rank), None)
+
+    def _is_whole(self, path: str, state: Mapping[str, mx.array]) -> bool:
+        """Whether state was just made: for the first time, or after a load was undone."""
+        shapes = self._shapes[path]
+        return any(
+            x.shape == shapes[key].shape
+            for key, x in state.items()
+            if not self._is_common(path, key)
+        )
+
+    def _is_common(self, path: str, key: str) -> bool:
+        """Whether every rank with rows of a parameter has this array of its state whole.
+
+        Counts and random keys belong to the whole parameter.
+        """
+        return self._shapes[path][key].dtype == mx.uint32
+
+    def _cut_state(self, path: str, parameter: mx.array, rows: RowRange) -> None:
+        """Replace a state by that of some rows. It is made anew: a slice keeps the whole alive."""
+        optimizer, state = self._member_of(path), self._state_of(path)
+        common = {key: x for key, x in state.items() if self._is_common(path, key)}
+        state.clear()
+        state.update(common)  # includes its random key, or it would be given another
+        shape = (rows.stop - rows.start, *parameter.shape[1:])
+        optimizer.init_single(mx.zeros(shape), state, optimizer.layout_of(path))
+        state.update(common)
+
+    # Checkpoints
+
+    @property
+    def rank_and_size(self) -> tuple[int, int]:
+        """This rank, and the number of ranks."""
+        return self._group.rank(), self._group.size()
+
+    def of_all(self, own: mx.array) -> mx.array:
+        """The arrays of all ranks along a new first axis. All ranks must call it."""
+        return OrderedCollectives(self._group, self.stream).all_gather(own)
+
+    def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
+        """Call ``write`` with the whole state, on the first rank. All ranks must call it.
+
+        Raises:
+            CheckpointError: The first rank could not write it; all ranks raise.
+        """
+        whole, problem = self.gather_state(), None
+        if self._group.rank() == 0:
+            try:
+                write(whole)
+            except Exception as error:  # the other ranks wait to hear of it, whatever it is
+                problem = error
+        failed = mx.array(int(problem is not None))
+        if OrderedCollectives(self._group).all_sum(failed).item():
+            raise problem or CheckpointError("the checkpoint was not written, see the first rank")
+
+    def gather_state(self) -> dict[str, mx.array]:
+        """The whole state of every parameter by name. All ranks must call it.
+
+        Only the first rank gets it. The others hold one message at a time and get nothing.
+        """
+        whole: dict[str, mx.array] = {}
+        batch: dict[str, ShardedArray] = {}
+        spread = self.spread_state()
+        filled, last = 0, len(spread)
+        for i, (name, array) in enumerate(spread.items(), 1):
+            ranges = array.ranges[:1] if array.is_common else array.ranges
+            own = self._state_of(array.path).get(array.key)
+            batch[name] = ShardedArray(array.shape.shape, array.shape.dtype, ranges, own)
+            filled += array.shape.nbytes
+            if filled >= MESSAGE_BYTES or i == last:
+                gathered = OrderedCollectives(self._group, self.stream).gathered(batch)
+                mx.eval(gathered)
+                whole |= gathered if self._group.rank() == 0 else {}
+                batch, filled = {}, 0
+        return whole
+
+    def spread_state(self) -> dict[str, "StateArray"]:
+        """Every array of the parameters' state by name, in the same order on all ranks."""
+        spread, rank = {}, self._group.rank()
+        for path, shapes in self._shapes.items():
+            shape = self._parameter_shapes[path]
+            for key, x in shapes.items():
+                is_common = self._is_common(path, key)
+                ranges = tuple(
+                    RowRange(rows.rank, 0, _rows(x))
+                    if is_common
+                    else _state_rows(x, rows, shape[0] if shape else 1)
+                    for rows in self.assignment.ranges[path]
+                )
+                name = f"states.{self._optimizer().index_of(path)}.{path}.{key}"
+                spread[name] = StateArray(path, key, x, ranges, rank, is_common)
+        return spread
+
+
+class StateArray(NamedTuple):
+    """An array of a parameter's state: its whole shape, and which rank has which rows.
+
+    A common array is whole on every rank that has rows of the parameter.
+    """
+
+    path: str
+    key: str
+    shape: mx.array
+    ranges: tuple[RowRange, ...]
+    rank: int
+    is_common: bool
+
+    def own(self, whole: mx.array) -> mx.array:
+        """This rank's rows of the whole array."""
+        rows = next(rows for rows in self.ranges if rows.rank == self.rank)
+        if self.is_common or _is_all(rows, whole):
+            return whole
+        return whole[rows.start : rows.stop] * 1  # a slice would keep the whole alive
+
+
+def _state_rows(state: mx.array, rows: RowRange, total: int) -> RowRange:
+    """The rows of a state's array that belong to some of the parameter's ``total`` rows."""
+    # A scale belongs to many elements. The last one may belong to fewer, so ends are rounded up.
+    start, stop = (row * _rows(state) // total for row in (rows.start, rows.stop))
+    return RowRange(rows.rank, start, stop)
+
+
+def _is_all(rows: RowRange, x: mx.array) -> bool:
+    return rows.stop - rows.start == _rows(x)
+
+
+def _rows(x: mx.array) -> int:
+    return x.shape[0] if x.ndim else 1
+
+
+def _nbytes(arrays: Mapping[str, mx.array]) -> int:
+    return sum(x.nbytes for x in arrays.values())

@@ -1,0 +1,198 @@
+"""One parameter at a time: what a step knows about each path, and the order of its evaluation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .. import functional as f
+
+Update = Callable[[mx.array, mx.array, dict], mx.array]
+"""An optimizer's ``apply_single``: gradient, parameter and state to the updated parameter."""
+
+
+class ParameterSlot(NamedTuple):
+    """A gradient, its parameter, and the state that each optimizer keeps at their path.
+
+    ``elements`` says where the parameter's elements are in the whole parameter, if this is a part.
+    """
+
+    path: str
+    gradient: mx.array
+    parameter: mx.array
+    states: tuple[Any, ...]
+    elements: f.ElementRange | None = None
+
+
+UpdateRule = Callable[[ParameterSlot], tuple[Update, dict] | None]
+"""What updates a parameter, and its state. None leaves the parameter as it is."""
+
+
+class Verdict(NamedTuple):
+    """What the guard decided about a step.
+
+    Attributes:
+        factor: Number that multiplies every gradient, in float32. None: 1.
+        finite: Whether the step is made. If not, every array keeps its value. None: it is made.
+    """
+
+    factor: mx.array | None = None
+    finite: mx.array | None = None
+
+    def scaled(self, gradient: mx.array) -> mx.array:
+        """The gradient times the factor, in float32: a small fp16 gradient would become zero."""
+        return gradient if self.factor is None else gradient * self.factor
+
+    def chosen(self, new: mx.array, old: mx.array) -> mx.array:
+        """The new array, or the old one if the step is skipped."""
+        return new if self.finite is None else mx.where(self.finite, new, old)
+
+
+def find_slots(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[ParameterSlot]:
+    """Every gradient with its parameter and states, in the order of the gradients.
+
+    Raises:
+        ValueError: A gradient has no parameter, or they differ in shape. MLX would broadcast
+            silently, or stop half-way.
+    """
+    slots: list[ParameterSlot] = []
+    _visit("", gradients, parameters, states, slots)
+    return slots
+
+
+def _visit(
+    path: str, gradient: Any, parameter: Any, states: Any, slots: list[ParameterSlot]
+) -> None:
+    # Not nested in find_slots: a closure that calls itself is a cycle, which keeps the gradients.
+    if not isinstance(gradient, (dict, list, tuple)):
+        _check_slot(path, gradient, parameter)
+        slots.append(ParameterSlot(path, gradient, parameter, tuple(states)))
+        return
+    items = gradient.items() if isinstance(gradient, dict) else enumerate(gradient)
+    for key, child in items:
+        at = f"{path}.{key}" if path else str(key)
+        if (below := _child(parameter, key)) is None:
+            raise ValueError(f"{at}: the gradient has no parameter of this name")
+        _visit(at, child, below, [_child(state, key) for state in states], slots)
+
+
+def _child(tree: Any, key: Any) -> Any:
+    if isinstance(key, str):
+        return tree.get(key) if isinstance(tree, dict) else None
+    return tree[key] if isinstance(tree, (list, tuple)) and key < len(tree) else None
+
+
+def _check_slot(path: str, gradient: Any, parameter: Any) -> None:
+    for name, x in (("gradient", gradient), ("parameter", parameter)):
+        if not isinstance(x, mx.array):
+            raise ValueError(f"{path}: the {name} must be an array, got {type(x).__name__}")
+    if gradient.shape != parameter.shape:
+        raise ValueError(
+            f"{path}: the gradient has shape {gradient.shape}, and the parameter {parameter.shape}"
+        )
+
+
+def top_level_arrays(state: dict) -> dict[str, mx.array]:
+    """The arrays of an optimizer's state that belong to no parameter: its step and its rate."""
+    return {key: x for key, x in state.items() if isinstance(x, mx.array)}
+
+
+class LiveState(dict):
+    """A parameter's state during its update. Each array keeps its value if the step is skipped.
+
+    Attributes:
+        elements: Where the parameter's elements are in the whole parameter, or None.
+    """
+
+    def __init__(self, state: dict, verdict: Verdict, elements: f.ElementRange | None):
+        super().__init__(state)
+        self.elements = elements
+        self._verdict = verdict
+
+    def __setitem__(self, key: str, new: mx.array) -> None:
+        super().__setitem__(key, self._verdict.chosen(new, self[key]) if key in self else new)
+
+
+class UpdateLoop:
+    """Updates that are evaluated one after the other, whatever the order of the graph.
+
+    MLX evaluates breadth first: float32 copies of twenty bf16 weights, and all that is computed
+    from them, exist at the same time. Here each update waits for the one before it, so that its
+    temporary arrays and its gradient are released first. The last parameters come first, because a
+    backward pass ends with the first layers.
+    """
+
+    def __init__(self, verdict: Verdict | None = None):
+        self.verdict = verdict or Verdict()
+        self._before: list[mx.array] = []
+
+    def update_all(self, slots: Sequence[ParameterSlot], rule: UpdateRule) -> dict[str, mx.array]:
+        """Update every parameter. Returns the new parameters by path."""
+        return {slot.path: self.update_one(slot, rule) for slot in reversed(slots)}
+
+    def update_one(self, slot: ParameterSlot, rule: UpdateRule) -> mx.array:
+        """Return one parameter, updated after the one before it. Its state changes in place.
+
+        Raises:
+            ValueError: The state does not fit the parameter.
+        """
+        found = rule(slot)
+        if found is None:
+            return slot.parameter
+        apply_single, state = found
+        names = [key for key, x in state.items() if isinstance(x, mx.array)]
+        arrays = [slot.gradient, slot.parameter, *(state[key] for key in names)]
+        if self._before:
+            # One call for each array: arrays of one call are held together, and none is reused.
+            arrays = [mx.depends(x, self._before) for x in arrays]
+        gradient, parameter, *old = arrays
+        # A Linear's gradient comes transposed, and every pass over a transposed array is slow.
+        gradient = f.fusion_barrier(gradient)
+        state.update(zip(names, old, strict=True))
+        # A formula that reads back what it wrote gets the chosen array, and needs no second copy.
+        live = LiveState(state, self.verdict, slot.elements)
+        with _problems_of(slot):
+            new = apply_single(self.verdict.scaled(gradient), parameter, live)
+        if any(x is not None for x in self.verdict):
+            # MLX's own optimizers answer a float32 gradient with float32 weights and states.
+            new = new.astype(parameter.dtype)
+            live.update({k: live[k].astype(x.dtype) for k, x in zip(names, old, strict=True)})
+        state.update(live)
+        updated = self.verdict.chosen(new, parameter)
+        self._before = [updated, *(state[key] for key in names)]
+        return updated
+
+
+@contextmanager
+def _problems_of(slot: ParameterSlot) -> Iterator[None]:
+    """Name the parameter in an error of its update."""
+    try:
+        yield
+    except (KeyError, ValueError) as problem:
+        what = f"its state has no {problem}" if isinstance(problem, KeyError) else problem
+        raise ValueError(
+            f"{slot.path} {slot.parameter.shape}, gradient {slot.gradient.shape}: {what}; create "
+            "the optimizer again if the model has changed"
+        ) from problem
+
+
+@contextmanager
+def unchanged_on_error(states: Sequence[dict], slots: Sequence[ParameterSlot]) -> Iterator[None]:
+    """Restore the optimizers' states if an update fails half-way.
+
+    Args:
+        states: The optimizers' live states.
+        slots: What is updated. Of other parameters nothing changes.
+    """
+    kept = [(s, dict(s)) for slot in slots for s in slot.states if isinstance(s, dict)]
+    numbers = [(state, top_level_arrays(state)) for state in states]
+    try:
+        yield
+    except BaseException:
+        for state, before in kept:
+            state.clear()
+            state.update(before)
+        for state, before in numbers:
+            state.update(before)
+        raise

@@ -1,0 +1,234 @@
+"""The members of a routed optimizer: from names, rates and options to optimizers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from mlx.optimizers import Optimizer
+
+from .._validate import LARGEST_SEED, Rate, check_rate, got, hint
+from ..optimizers.adafactor import Adafactor, relative_step_of
+from ..optimizers.base import Float32Optimizer, options_of
+from ..optimizers.maxfactor import STEP_MOVED
+from ..schedules import Schedule, scaled, with_peak
+from .rates import OPTIMIZERS, OptimizerName, RatePreset, Run, default_rate, schedule_of
+from .routed import Member, set_rate
+
+HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
+"""What the name of the hidden optimizer is called elsewhere."""
+
+RATE_WORDS = ("lr", "rest_lr", "rate", "eta", "learning_rate", "rest_learning_rate")
+"""What a rate is called elsewhere, or in the other place."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemberSpec:
+    """What was asked for: an optimizer, or a name with a rate and options."""
+
+    place: str
+    choice: OptimizerName | Optimizer
+    rate: Rate | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate_name(self) -> str:
+        """What its rate is called where it was asked for."""
+        return "learning_rate" if self.place == "hidden" else f"{self.place}_learning_rate"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choice, Optimizer):
+            if given := [self.rate_name] * (self.rate is not None) + list(self.options):
+                raise ValueError(
+                    f"{self.place} is an optimizer already: give {', '.join(given)} to it, or pass "
+                    "its name"
+                )
+            return
+        if not isinstance(self.choice, str) or self.choice not in OPTIMIZERS:
+            raise ValueError(
+                f"{self.place} must be one of {', '.join(map(repr, OPTIMIZERS))} or an optimizer, "
+                f"{got(self.choice, OPTIMIZERS)}"
+            )
+        if self.rate is not None:
+            rate = check_rate(self.rate_name, self.rate)
+            object.__setattr__(self, "rate", with_peak(rate) if callable(rate) else rate)
+
+    def check_options(self, beside: Iterable[str], other: "MemberSpec") -> None:
+        """Raise for an option that its optimizer lacks; ``beside`` are names that were near."""
+        if isinstance(self.choice, Optimizer):
+            return
+        known = options_for(self.choice)
+        for option in self.options:
+            if option in known:
+                continue
+            problem = f"{self.choice} has no option {option!r}"
+            if option == "step":
+                raise ValueError(f"{problem}: {STEP_MOVED}")
+            if option in RATE_WORDS:
+                raise ValueError(f"{problem}: its rate is {self.rate_name}")
+            if option in HIDDEN_WORDS:
+                raise ValueError(f"{problem}: an optimizer's name goes to hidden, or to rest")
+            if isinstance(other.choice, str) and option in options_of(
+                OPTIMIZERS[other.choice].kind
+            ):
+                remedy = (
+                    f"{option}=..." if self.place == "rest" else f"rest_options={{{option!r}: ...}}"
+                )
+                raise ValueError(
+                    f"{problem}; {other.choice} has: give {remedy} to create_optimizer"
+                )
+            raise ValueError(
+                f"{problem}{hint(option, [*known, *beside])}; it has {', '.join(known)}, and its "
+                f"rate is {self.rate_name}"
+            )
+
+
+class MemberFactory:
+    """Makes each member when a parameter first needs it, at its own rate.
+
+    The rate of the primary spec also scales the rates of the other members that were asked for by
+    name: a number in proportion to the default rates, a schedule as a multiple of itself. In a
+    model with LoRA matrices it is their rate.
+
+    Args:
+        hidden: What was asked for hidden matrices.
+        rest: What was asked for the other parameters.
+        shared: Options of every member that is made from a name.
+        pretrained: Whether the weights are trained already.
+        lora: Whether there are LoRA matrices to train.
+        primary: The spec whose rate scales the others: ``rest`` if no hidden matrix is trained.
+        run: The length of the run, and what else the law of the rates needs. None: rates are
+            constant.
+    """
+
+    def __init__(
+        self,
+        hidden: "MemberSpec",
+        rest: "MemberSpec",
+        shared: dict[str, Any],
+        *,
+        pretrained: bool,
+        lora: bool,
+        primary: "MemberSpec",
+        run: Run | None,
+    ):
+        self.hidden, self.rest, self.shared, self.primary = hidden, rest, shared, primary
+        self.run = run
+        self.preset: RatePreset = "pretrained" if pretrained or lora else "scratch"
+        self.primary_preset: RatePreset = "lora" if lora and primary is hidden else self.preset
+        self.unit = self._default_rate(primary, self.primary_preset)
+        self.rate: Rate | None = primary.rate
+        if run is not None:
+            peak = self.unit if primary.rate is None else primary.rate
+            self.rate = schedule_of(float(cast(float, peak)), run.total_steps)
+        self.members: list[Member] = []
+        self._index: dict[Any, int] = {}
+        self.index_of("hidden", decays=True, lora=lora)
+        self.index_of("rest", decays=True)
+
+    def index_of(self, choice: str | Optimizer, *, decays: bool, lora: bool = False) -> int:
+        """Index of the member for "hidden", "rest", a name, or an optimizer."""
+        spec = self._spec_of(choice)
+        preset: RatePreset = "lora" if lora and spec is not self.rest else self.preset
+        if isinstance(spec.choice, Optimizer):
+            key = id(spec.choice)
+        else:
+            default = options_for(spec.choice).get("weight_decay", 0.0)
+            decays = decays or not spec.options.get("weight_decay", default)
+            key = (spec.place, decays, preset)
+        if key not in self._index:
+            self._index[key] = len(self.members)
+            self.members.append(self._member(spec, decays, preset))
+        return self._index[key]
+
+    def _spec_of(self, choice: str | Optimizer) -> "MemberSpec":
+        for spec in (self.hidden, self.rest):
+            if choice is spec.choice or choice in (spec.place, spec.choice):
+                return spec
+        named = cast(OptimizerName | Optimizer, choice)
+        return MemberSpec(choice if isinstance(choice, str) else "rule", named)
+
+    def _member(self, spec: "MemberSpec", decays: bool, preset: RatePreset) -> Member:
+        if isinstance(spec.choice, Optimizer):
+            self._share_schedule(spec.choice)
+            return Member(type(spec.choice).__name__, spec.choice, peak_rate_of(spec.choice))
+        # Different seeds, or the first parameters of two members would be rounded alike.
+        seed = (self.shared["seed"] + len(self.members)) % (LARGEST_SEED + 1)
+        is_lora = preset == "lora" and spec is not self.rest
+        defaults = OPTIMIZERS[spec.choice].lora_options if is_lora else {}
+        options = {**self.shared, "seed": seed, **defaults, **spec.options}
+        if not decays:
+            options["weight_decay"] = 0.0
+        default = self._default_rate(spec, preset)
+        optimizer = self._optimizer(spec, preset, default, options)
+        label = spec.choice if decays else f"{spec.choice}, no decay"
+        return Member(label, optimizer, peak_rate_of(optimizer) or default)
+
+    def _optimizer(
+        self, spec: "MemberSpec", preset: RatePreset, default: float, options: dict[str, Any]
+    ) -> Float32Optimizer:
+        is_primary = spec is self.primary and preset == self.primary_preset
+        if spec.choice == "adafactor" and not is_primary and spec.rate is None and preset != "lora":
+            optimizer = Adafactor(**options)  # with its relative step
+            rate = self._in_proportion(relative_step_of, default)
+            if rate is not relative_step_of:
+                optimizer.learning_rate = rate
+            return optimizer
+        rate = self.rate if is_primary else self._rate_of(spec, default)
+        kind = OPTIMIZERS[str(spec.choice)].kind
+        return kind(default if rate is None else rate, **options)
+
+    def _default_rate(self, spec: "MemberSpec", preset: RatePreset) -> float:
+        if isinstance(spec.choice, Optimizer):
+            return peak_rate_of(spec.choice)
+        peak = OPTIMIZERS[spec.choice].rest_peak
+        if self.run and spec is self.rest and preset == "scratch" and peak is not None:
+            return peak
+        return default_rate(spec.choice, preset, self.run)
+
+    def _rate_of(self, spec: "MemberSpec", default: float) -> Rate:
+        """The rate of a member that was asked for by name and is not the primary one."""
+        if spec.rate is None or spec is self.primary:
+            return self._in_proportion(default, default)
+        if not callable(spec.rate) and callable(self.rate):
+            return scaled(self.rate, float(spec.rate) / _known_peak(self.rate, spec.rate_name))
+        return spec.rate
+
+    def _in_proportion(self, rate: Rate, default: float) -> Any:
+        """A default rate, scaled as the primary's rate is to its own default."""
+        primary = self.rate
+        if primary is None or not self.unit:
+            return rate
+        if callable(rate):
+            shape, unit = primary if callable(primary) else lambda _: primary, self.unit
+            return Schedule(lambda step: rate(step) * shape(step) / unit, "relative step", default)
+        ratio = float(rate) / self.unit
+        return scaled(primary, ratio) if callable(primary) else primary * ratio
+
+    def _share_schedule(self, optimizer: Optimizer) -> None:
+        """Let the primary's schedule shape the rate of an optimizer whose rate is constant."""
+        if callable(self.rate) and "learning_rate" not in optimizer._schedulers:
+            peak = _known_peak(self.rate, f"the rate of {type(optimizer).__name__}")
+            set_rate(optimizer, scaled(self.rate, float(optimizer.learning_rate) / peak))
+
+
+def peak_rate_of(optimizer: Optimizer) -> float:
+    """The rate, or the peak of the schedule where it is known."""
+    peak = getattr(optimizer._schedulers.get("learning_rate"), "peak", None)
+    return float(optimizer.state.get("learning_rate", 0.0) if peak is None else peak)
+
+
+def _known_peak(schedule: Any, beside: str) -> float:
+    if isinstance(schedule, Schedule) and schedule.peak is not None:
+        if schedule.peak == 0:
+            raise ValueError(f"{beside} is a number beside a learning_rate that is always 0")
+        return schedule.peak
+    raise ValueError(
+        f"{beside} is a number beside a learning_rate whose peak is not known: make it a schedule "
+        'too, or give learning_rate=Schedule(function, "its name", peak=...)'
+    )
+
+
+def options_for(name: str) -> dict[str, Any]:
+    """Options of a named optimizer with their defaults. The router sets the layout itself."""
+    options = options_of(OPTIMIZERS[name].kind)
+    return {key: value for key, value in options.items() if key != "layout"}

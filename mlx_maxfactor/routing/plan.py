@@ -1,0 +1,75 @@
+"""The plan: which parameter goes to which optimizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One trainable parameter: what it is and who updates it.
+
+    Attributes:
+        path: Its path in the model.
+        shape: Its shape.
+        role: One of ``roles.ROLES``.
+        optimizer: Label of the member that updates it.
+        rate: That member's rate, or the peak of its schedule where it is known, when it was made.
+        layout: How it holds matrices, see ``functional.LAYOUTS``.
+        state_bytes: Bytes of its optimizer state.
+        note: "guessed" for a head that was found last of all, "unexplained" for an array that
+            belongs to no layer the router knows, else empty.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    role: str
+    optimizer: str
+    rate: float
+    layout: str
+    state_bytes: int
+    note: str
+
+
+class Plan(Sequence[PlanEntry]):
+    """The trainable parameters, in order of definition. ``print(plan)`` shows them as a table."""
+
+    def __init__(self, entries: Sequence[PlanEntry]):
+        self.entries = tuple(entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.entries[index]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state in all."""
+        return sum(entry.state_bytes for entry in self)
+
+    def __str__(self) -> str:
+        header = ("path", "shape", "role", "optimizer", "rate", "state bytes")
+        rows = [
+            (
+                e.path,
+                str(e.shape),
+                f"{e.role} ({e.note})" if e.note else e.role,
+                e.optimizer,
+                f"{e.rate:.2g}",
+                f"{e.state_bytes:,}",
+            )
+            for e in self
+        ]
+        total = (f"{len(self)} parameters", "", "", "total", "", f"{self.state_bytes:,}")
+        widths = [max(map(len, column)) for column in zip(header, *rows, total, strict=True)]
+        rule = tuple("-" * width for width in widths)
+
+        def line(row: tuple[str, ...]) -> str:
+            *left, number = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            return "  ".join([*left, number.strip().rjust(widths[-1])])
+
+        return "\n".join(map(line, [header, rule, *rows, rule, total]))

@@ -1,0 +1,187 @@
+"""The table of optimizers: names, and the default learning rates of each.
+
+Every rate was measured; examples/records/README.md has the runs, and says how well the law holds.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from .._validate import check_number, shown
+from ..optimizers import Adafactor, AdamW, MaxFactor, Muon, OrthoMaxFactor, SignSGD
+from ..optimizers.base import Float32Optimizer
+from ..schedules import Schedule, warmup_cosine
+
+OptimizerName = Literal["orthomaxfactor", "maxfactor", "adafactor", "signsgd", "muon", "adamw"]
+"""What a type checker takes for a name; a ``str`` from a file is cast to it, and checked there."""
+
+WIDTH = 64
+"""Width of the model whose rates the law gives unchanged."""
+
+
+class Run(NamedTuple):
+    """What the law of the rates depends on.
+
+    Attributes:
+        total_steps: Updates in the run.
+        width: Shorter side of a typical hidden matrix.
+        momentum: Whether the hidden optimizer has momentum.
+        block: Rows that it orthogonalizes at a time. None: the whole matrix.
+    """
+
+    total_steps: int
+    width: float = WIDTH
+    momentum: bool = True
+    block: int | None = 128
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    r"""One row of the table of optimizers.
+
+    Attributes:
+        kind: The class.
+        learning_rate: Default rate from scratch. A rate that is given for the hidden matrices
+            scales the default rates of the other members.
+        pretrained: Default rate for trained weights. None: ``learning_rate``.
+        lora: Default rate for LoRA's A and B. None: ``learning_rate``.
+        lora_options: Options for LoRA's A and B.
+        peak: The best peak of warm-up and cosine from scratch, as a function of the run. None:
+            ``learning_rate``.
+        rest_peak: The same for the parameters that are not hidden. None: the rate keeps its ratio
+            to the hidden optimizer's.
+    """
+
+    kind: type[Float32Optimizer]
+    learning_rate: float
+    pretrained: float | None = None
+    lora: float | None = None
+    lora_options: Mapping[str, Any] = field(default_factory=dict)
+    peak: Callable[[Run], float] | None = None
+    rest_peak: float | None = None
+
+    def peak_of(self, run: Run) -> float:
+        """The peak for a run from scratch, to two digits."""
+        peak = self.learning_rate if self.peak is None else self.peak(run)
+        return float(f"{peak:.2g}")
+
+
+def _orthomaxfactor_peak(run: Run) -> float:
+    r"""The law: the total movement relative to the matrix is constant, so :math:`0.8/\sqrt{steps}`.
+
+    In blocks of b rows the largest singular value of a step grows with the number of blocks, so
+    wider matrices take :math:`\sqrt{b / width}` of it. Without momentum steps average out less, and
+    the best rate is higher.
+    """
+    blocks = math.sqrt(min(1.0, run.block / run.width)) if run.block else 1.0
+    return max(1.5e-3, (0.8 if run.momentum else 1.4) / math.sqrt(run.total_steps) * blocks)
+
+
+def _muon_peak(run: Run) -> float:
+    return 0.8 / math.sqrt(run.total_steps) * math.sqrt(WIDTH / run.width)
+
+
+def _adamw_peak(run: Run) -> float:
+    return 3e-3 * WIDTH / run.width
+
+
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "orthomaxfactor": OptimizerEntry(
+        OrthoMaxFactor, 2e-2, 1e-2, 5e-4, {"min_rms": 1.0}, _orthomaxfactor_peak
+    ),
+    "maxfactor": OptimizerEntry(MaxFactor, 1e-2, lora=1e-3, lora_options={"min_rms": 1.0}),
+    "adafactor": OptimizerEntry(Adafactor, 1e-2, lora=1e-3),
+    "signsgd": OptimizerEntry(SignSGD, 1e-2, pretrained=1e-3, lora=3e-4),
+    "muon": OptimizerEntry(Muon, 2e-2, 1e-2, 3e-3, {"scale": "rms", "momentum": 0.8}, _muon_peak),
+    "adamw": OptimizerEntry(
+        AdamW,
+        1e-3,
+        lora=3e-4,
+        lora_options={"betas": (0.9, 0.999), "bias_correction": False},
+        peak=_adamw_peak,
+        rest_peak=1e-2,
+    ),
+}
+"""Every optimizer that has a name.
+
+LoRA's B starts at zero, where a rate relative to its size would move nothing. So LoRA's rates are
+absolute: the RMS of an update (Muon: five times that), for mlx_lm's scale of 20. AdamW has no bias
+correction there, as in MLX: its first steps are then six times larger, and no constant rate has the
+same effect.
+"""
+
+
+def register_optimizer(
+    name: str,
+    kind: type[Float32Optimizer],
+    learning_rate: float,
+    *,
+    pretrained: float | None = None,
+    lora: float | None = None,
+    lora_options: Mapping[str, Any] | None = None,
+    peak: Callable[[Run], float] | None = None,
+) -> None:
+    """Give your own optimizer a name that ``create_optimizer`` takes.
+
+    Args:
+        name: The name, for ``hidden``, ``rest`` and ``rules``.
+        kind: A subclass of :class:`mlx_maxfactor.Float32Optimizer`.
+        learning_rate: Its default rate.
+        pretrained: Its default rate for trained weights. None: ``learning_rate``.
+        lora: Its default rate for LoRA's A and B. None: ``learning_rate``.
+        lora_options: Its options for LoRA's A and B.
+        peak: Its best peak rate for a :class:`mlx_maxfactor.routing.rates.Run`, where
+            ``create_optimizer`` is given ``total_steps``. None: ``learning_rate``.
+
+    Raises:
+        ValueError: The name is taken by another class, or the class or a rate is not valid.
+
+    Example:
+        >>> from mlx_maxfactor import SignSGD, register_optimizer
+        >>> class Gentle(SignSGD):
+        ...     '''SignSGD under another name.'''
+        >>> register_optimizer("gentle", Gentle, learning_rate=1e-3)
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name must be an identifier, got {shown(name)}")
+    if not (isinstance(kind, type) and issubclass(kind, Float32Optimizer)):
+        raise ValueError(f"kind must be a subclass of Float32Optimizer, got {shown(kind)}")
+    if name in OPTIMIZERS and OPTIMIZERS[name].kind.__qualname__ != kind.__qualname__:
+        raise ValueError(f"{name!r} is already the name of {OPTIMIZERS[name].kind.__name__}")
+    rates = {"learning_rate": learning_rate, "pretrained": pretrained, "lora": lora}
+    for key, rate in rates.items():
+        if rate is not None:
+            check_number(key, rate, 0.0, ends="()")
+    OPTIMIZERS[name] = OptimizerEntry(
+        kind, learning_rate, pretrained, lora, lora_options or {}, peak
+    )
+
+
+RatePreset = Literal["scratch", "pretrained", "lora"]
+"""What an optimizer is used for, which decides its default rate and options."""
+
+
+def default_rate(name: str, preset: RatePreset, run: Run | None = None) -> float:
+    """The default rate of an optimizer: constant, or the peak of a run of known length.
+
+    Trained weights get at most their constant rate: higher rates ruin them before they improve
+    them, and forget more.
+    """
+    entry = OPTIMIZERS[name]
+    if preset == "lora":
+        return entry.learning_rate if entry.lora is None else entry.lora
+    rate = entry.learning_rate
+    if preset == "pretrained" and entry.pretrained is not None:
+        rate = entry.pretrained
+    if run is None:
+        return rate
+    peak = entry.peak_of(run)
+    return peak if preset == "scratch" else min(rate, peak)
+
+
+def schedule_of(peak: float, total_steps: int) -> Schedule:
+    """A tenth of the run to warm up, then a cosine to a tenth of the peak."""
+    warmup = total_steps // 10
+    # A start at 0 would waste the first update.
+    return warmup_cosine(peak, total_steps, warmup, start_ratio=1 / (warmup + 1))
