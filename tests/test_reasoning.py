@@ -17,7 +17,7 @@ from puzzles import SYMBOLS, Rules
 from train_reasoning import KINDS, Carry, Reasoner, UnitBlock, cross_entropy, make
 
 from mlx_maxfactor import (
-    GuardedOptimizer,
+    RoutedOptimizer,
     SignSGD,
     create_optimizer,
     create_optimizer_for_hrm,
@@ -189,7 +189,7 @@ def test_the_examples_pair_has_the_rates_that_it_says(rules):
         steps=100, learning_rate=None, puzzle_learning_rate=None, option=[("weight_decay", 0.0)]
     )
     optimizer = make("hrm", reasoner(rules), {}, {"hrm": 1e-3}, given)
-    assert isinstance(optimizer, GuardedOptimizer)
+    assert isinstance(optimizer, RoutedOptimizer)
     main, puzzle = optimizer.optimizers
     assert [type(m).__name__ for m in (main, puzzle)] == ["AdamW", "SignSGD"]
     assert puzzle.learning_rate.item() == pytest.approx(100 * main.learning_rate.item(), rel=1e-5)

@@ -1,6 +1,7 @@
 """The nearest orthogonal matrix, by iterated polynomials."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
@@ -131,19 +132,22 @@ TABLES = {"newton_schulz": _newton_schulz_table, "polar_express": _polar_express
 
 
 def orthogonalize(
-    x: mx.array, method: str = "newton_schulz", steps: int = 5, block: int | None = None
+    x: mx.array,
+    method: str | Callable[[mx.array], mx.array] = "newton_schulz",
+    steps: int = 5,
+    block: int | None = None,
 ) -> mx.array:
     """Orthogonalize each matrix, or each block of its rows by itself.
 
     Args:
         x: ``(..., m, n)``.
-        method: A name in ``METHODS``.
+        method: A name in ``METHODS``, or a function of a batch of matrices ``(..., m, n)``.
         steps: Its iterations.
         block: Rows of a block, along the shorter side (columns of a tall matrix), all blocks in
             one batched product; the last may be smaller. None: the whole matrix.
     """
     if block is None or block >= min(x.shape[-2:]):
-        return METHODS[method](x, steps)
+        return method(x) if callable(method) else METHODS[method](x, steps)
     tall = x.shape[-2] > x.shape[-1]
     axis = -1 if tall else -2
     # Rows of zeros fill the last block: they stay zero, and change nothing of the others.
@@ -153,7 +157,10 @@ def orthogonalize(
         blocks = mx.contiguous(whole.reshape(*batch, rows, -1, block).swapaxes(-2, -3))
     else:
         blocks = whole.reshape(*batch, -1, block, columns)
-    blocks = _by_gram_matrices(blocks, TABLES[method](steps), axis)
+    if callable(method):
+        blocks = method(blocks)
+    else:
+        blocks = _by_gram_matrices(blocks, TABLES[method](steps), axis)
     blocks = blocks.swapaxes(-2, -3) if tall else blocks
     return cut(blocks.reshape(whole.shape), axis, x.shape[axis]).astype(x.dtype)
 

@@ -1,5 +1,6 @@
 """Muon: momentum orthogonalized by Newton–Schulz or the Polar Express."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import mlx.core as mx
@@ -36,7 +37,8 @@ class Muon(Float32Optimizer):
         scale: s, from the rows and columns of the matrix that was orthogonalized. None: 1;
             "spectral": √max(1, rows/columns) (Keller Jordan); "rms": 0.2·√max(rows, columns)
             (Moonshot), so that a rate and a decay found for AdamW carry over. Default None.
-        method: "newton_schulz" or "polar_express". Default "newton_schulz".
+        method: "newton_schulz" or "polar_express", or a function of your own that maps
+            a batch of matrices to one. Default "newton_schulz".
         steps: Iterations of the method. Default 5.
         layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``; each
             matrix is orthogonalized by itself.
@@ -70,7 +72,7 @@ class Muon(Float32Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         scale: Scale | None = None,
-        method: f.Method = "newton_schulz",
+        method: f.Method | Callable[[mx.array], mx.array] = "newton_schulz",
         steps: int = 5,
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
@@ -84,7 +86,7 @@ class Muon(Float32Optimizer):
         self.nesterov = check_flag("nesterov", nesterov)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.scale = check_choice("scale", scale, (None, *get_args(Scale)))
-        self.method = check_choice("method", method, f.METHODS)
+        self.method = method if callable(method) else check_choice("method", method, f.METHODS)
         self.steps = check_integer("steps", steps, 1)
         self.block = None if block is None else check_integer("block", block, 1)
 

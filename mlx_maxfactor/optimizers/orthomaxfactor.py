@@ -1,5 +1,6 @@
 """OrthoMaxFactor: MaxFactor's statistics and relative rate, with an orthogonalized step."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
@@ -51,7 +52,8 @@ class OrthoMaxFactor(Float32Optimizer):
         block: Rows that are orthogonalized at a time, along the shorter side (columns of a tall
             matrix); the last block may be smaller. It costs about ``10 · block`` operations a
             weight, where training costs 6 a token. None: the whole matrix. Default 128.
-        method: "newton_schulz" or "polar_express". Default "newton_schulz".
+        method: "newton_schulz" or "polar_express", or a function of your own that maps
+            a batch of matrices to one. Default "newton_schulz".
         steps: Iterations of the method. Default 5.
         weight_decay: λ, decoupled. Default 0.01.
         min_rms: RMS(p) counts as at least this much, so that matrices that start at zero learn.
@@ -94,7 +96,7 @@ class OrthoMaxFactor(Float32Optimizer):
         nesterov: bool = True,
         state_dtype: StateDtype = "int4",
         block: int | None = 128,
-        method: f.Method = "newton_schulz",
+        method: f.Method | Callable[[mx.array], mx.array] = "newton_schulz",
         steps: int = 5,
         weight_decay: float = 0.01,
         min_rms: float | Literal["init"] = "init",
@@ -111,7 +113,7 @@ class OrthoMaxFactor(Float32Optimizer):
         self.nesterov = check_flag("nesterov", nesterov)
         self.state_dtype = check_state_dtype(state_dtype)
         self.block = None if block is None else check_integer("block", block, 1)
-        self.method: str = check_choice("method", method, f.METHODS)
+        self.method = method if callable(method) else check_choice("method", method, f.METHODS)
         self.steps = check_integer("steps", steps, 1)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.min_rms = min_rms if min_rms == "init" else check_number("min_rms", min_rms, 0.0)

@@ -1,0 +1,196 @@
+"""Several ranks in one process: what each one sends is recorded, then handed to the others."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_maxfactor import CheckpointError, create_optimizer
+from mlx_maxfactor.distributed import collectives
+from mlx_maxfactor.distributed.assignment import RowRange
+from mlx_maxfactor.distributed.collectives import OrderedCollectives, ShardedArray
+
+
+class Rank:
+    """A rank of a group that is not there."""
+
+    def __init__(self, rank, size):
+        self._rank, self._size = rank, size
+
+    def rank(self):
+        return self._rank
+
+    def size(self):
+        return self._size
+
+
+def run_ranks(size, act, monkeypatch):
+    """What ``act`` returns on each rank, and what each one sent.
+
+    The ranks run one after the other, with the messages of the run before, until the last message
+    is built from the right ones.
+    """
+    sent: list[list[mx.array]] = []
+    for run in range(100):
+        before, sent = sent, [[] for _ in range(size)]
+        results = []
+        for rank in range(size):
+
+            def answer(x, combine, rank=rank, before=before, sent=sent):
+                number = len(sent[rank])
+                sent[rank].append(x)
+                return combine([m[number] for m in before] if before else [x] * size)
+
+            monkeypatch.setattr(mx.distributed, "all_sum", lambda x, f=answer, **_: f(x, sum))
+            monkeypatch.setattr(
+                mx.distributed, "all_gather", lambda x, f=answer, **_: f(x, mx.concatenate)
+            )
+            results.append(act(Rank(rank, size)))
+        if len(sent[0]) < run:
+            return results, sent
+    raise AssertionError("more messages than were thought of")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("message_bytes", [4, 100, 1 << 20])
+def test_averages_are_means_in_few_messages(size, message_bytes, monkeypatch):
+    monkeypatch.setattr(collectives, "MESSAGE_BYTES", message_bytes)
+    shapes = [((3, 4), mx.float32), ((5,), mx.bfloat16), ((), mx.float32), ((0, 2), mx.float32)]
+
+    def arrays(rank):
+        keys = [mx.random.key(10 * rank + i) for i in range(len(shapes))]
+        drawn = zip(keys, shapes, strict=True)
+        floats = [mx.random.normal(shape, key=key).astype(dtype) for key, (shape, dtype) in drawn]
+        return [*floats, mx.array(rank)]
+
+    def mean(i):
+        each = [np.array(arrays(rank)[i].astype(mx.float32), np.float64) for rank in range(size)]
+        return sum(each) / size
+
+    results, sent = run_ranks(
+        size,
+        lambda group: OrderedCollectives(group).averaged(arrays(group.rank())),
+        monkeypatch,
+    )
+    for rank, means in enumerate(results):
+        for i, (shape, dtype) in enumerate(shapes):
+            assert means[i].dtype == dtype
+            assert means[i].shape == shape
+            found = np.array(means[i].astype(mx.float32))
+            assert np.allclose(found, mean(i), atol=0.02)  # bf16: 2^-8
+        assert means[-1].item() == rank, "an integer array was averaged"
+    assert len({len(messages) for messages in sent}) == 1
+    assert len(sent[0]) == (3 if message_bytes == 4 else 2)
+
+
+@pytest.mark.parametrize("message_bytes", [4, 20, 1 << 20])
+def test_arrays_are_made_whole_from_uneven_ranges(message_bytes, monkeypatch):
+    monkeypatch.setattr(collectives, "MESSAGE_BYTES", message_bytes)
+    whole = {
+        "cut": mx.arange(15.0).reshape(5, 3),
+        "one rank": mx.arange(100, 104).astype(mx.bfloat16),
+        "number": mx.array(7.0),
+        "bits": mx.arange(6, dtype=mx.uint8).reshape(3, 2),
+    }
+    ranges = {
+        "cut": (RowRange(0, 0, 1), RowRange(2, 1, 5)),
+        "one rank": (RowRange(1, 0, 4),),
+        "number": (RowRange(2, 0, 1),),
+        "bits": (RowRange(0, 0, 2), RowRange(1, 2, 3)),
+    }
+
+    def act(group):
+        def own(name, x):
+            rows = [r for r in ranges[name] if r.rank == group.rank()]
+            if not rows:
+                return None
+            return x[rows[0].start : rows[0].stop] if x.ndim else x
+
+        arrays = {
+            name: ShardedArray(x.shape, x.dtype, ranges[name], own(name, x))
+            for name, x in whole.items()
+        }
+        return OrderedCollectives(group).gathered(arrays)
+
+    results, sent = run_ranks(3, act, monkeypatch)
+    for gathered in results:
+        for name, x in whole.items():
+            assert gathered[name].dtype == x.dtype
+            assert mx.array_equal(gathered[name], x).item(), name
+    assert {tuple(x.shape for x in messages) for messages in sent} == {
+        tuple(x.shape for x in sent[0])
+    }, "ranks send unlike messages"
+
+
+def model_and_optimizer(group: Any, **options):
+    mx.random.seed(1)
+    model = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 16), nn.Linear(16, 12))
+    return model, create_optimizer(model, group=group, **options)
+
+
+def gradients(model, rank):
+    leaves = tree_flatten(model.parameters())
+    tree: Any = tree_map(lambda x: x, model.parameters())
+    for i, (path, x) in enumerate(leaves):
+        at = tree
+        *above, last = path.split(".")
+        for key in above:
+            at = at[int(key)] if isinstance(at, list) else at[key]
+        at[last] = mx.random.normal(x.shape, key=mx.random.key(100 * rank + i))
+    return tree
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"hidden": "muon", "block": 4}, {"max_grad_norm": 0.1, "skip_nonfinite": True}],
+    ids=str,
+)
+def test_ranks_end_a_step_like_one_machine(size, options, monkeypatch):
+    def act(group):
+        model, optimizer = model_and_optimizer(group, **options)
+        optimizer.update(model, gradients(model, group.rank()))
+        return dict(tree_flatten(model.parameters())), optimizer
+
+    results, _ = run_ranks(size, act, monkeypatch)
+    model, optimizer = model_and_optimizer(None, **options)
+    each = [dict(tree_flatten(gradients(model, rank))) for rank in range(size)]
+    mean = {path: sum(g[path] for g in each) / size for path in each[0]}
+    optimizer.update(model, tree_unflatten(list(mean.items())))
+    for parameters, sharded in results:
+        for path, x in tree_flatten(model.parameters()):
+            assert mx.allclose(parameters[path], x, atol=1e-6).item(), path
+        assert sharded.plan.state_bytes == optimizer.plan.state_bytes
+    ranges = [rows for found in results[0][1].strategy.assignment.ranges.values() for rows in found]
+    assert {rows.rank for rows in ranges} == set(range(size))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_rank_writes_the_whole_state(fails, monkeypatch):
+    written: list[dict[str, mx.array]] = []
+
+    def write(state):
+        if fails:
+            raise OSError("the disk is full")
+        written.append(state)
+
+    def act(group):
+        _, optimizer = model_and_optimizer(group)
+        try:
+            optimizer.strategy.with_whole_state(write)
+        except (CheckpointError, OSError) as problem:
+            return problem
+        return None
+
+    results, _ = run_ranks(2, act, monkeypatch)
+    if fails:
+        assert isinstance(results[0], OSError)
+        assert isinstance(results[1], CheckpointError)
+        return
+    _, single = model_and_optimizer(None)
+    arrays = {path for path, x in tree_flatten(single.state) if path.count(".") > 2}
+    assert set(written[-1]) == arrays
+    assert results == [None, None]

@@ -1,0 +1,139 @@
+"""The tutorial of NOTES.md: an optimizer of one's own, by name, compiled, guarded, saved."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_maxfactor import (
+    OPTIMIZERS,
+    Muon,
+    OrthoMaxFactor,
+    SignSGD,
+    create_optimizer,
+    load_checkpoint,
+    register_optimizer,
+)
+from mlx_maxfactor import functional as f
+from mlx_maxfactor import save_checkpoint as save
+
+TUTORIAL = re.search(
+    r"## Write your own.*?```python\n(.*?)```",
+    (Path(__file__).parent.parent / "NOTES.md").read_text(),
+    re.S,
+)
+
+
+@pytest.fixture
+def lion():
+    assert TUTORIAL
+    names: dict[str, Any] = {}
+    exec(TUTORIAL[1], names)
+    yield names["Lion"]
+    del OPTIMIZERS["lion"]
+
+
+def parameters(model):
+    return {path: np.array(x) for path, x in tree_flatten(model.parameters())}
+
+
+def make(**options):
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    return model, create_optimizer(model, "lion", "lion", learning_rate=0.01, **options)
+
+
+def train(model, optimizer, steps, compiled=False, bad=()):
+    def loss_of(x):
+        return mx.mean(mx.square(model(x)))
+
+    def step(x):
+        loss, gradients = nn.value_and_grad(model, loss_of)(x)
+        optimizer.update(model, gradients)
+        return loss
+
+    state = [model.state, optimizer.state]
+    run = mx.compile(step, inputs=state, outputs=state) if compiled else step
+    for i in range(steps):
+        mx.eval(run(mx.full((3, 4), float("nan")) if i in bad else mx.ones((3, 4))), state)
+
+
+def test_the_tutorial_is_short_and_follows_the_paper(lion):
+    assert TUTORIAL
+    code = [line for line in TUTORIAL[1].splitlines() if line and "import" not in line]
+    assert len(code) <= 25
+    p, m, rng = np.ones((2, 3)), np.zeros((2, 3)), np.random.default_rng(0)
+    optimizer, tree = lion(0.01), {"p": mx.ones((2, 3))}
+    for _ in range(20):
+        g = rng.normal(size=(2, 3)).astype(np.float32)
+        tree = optimizer.apply_gradients({"p": mx.array(g)}, tree)
+        p = p * (1 - 0.01 * 0.1) - 0.01 * np.sign(0.9 * m + 0.1 * np.float64(g))
+        m = 0.99 * m + 0.01 * np.float64(g)
+    assert np.allclose(np.array(tree["p"]), p, atol=1e-6)  # 20 roundings of numbers near 1
+
+
+def test_it_works_by_name_compiled_and_guarded(lion):
+    eager, compiled, skipped = make(), make(), make(skip_nonfinite=True)
+    train(*eager, 5)
+    train(*compiled, 5, compiled=True)
+    train(*skipped, 7, compiled=True, bad=(1, 3))
+    assert skipped[1].skipped.item() == 2
+    for path, x in parameters(eager[0]).items():
+        assert np.allclose(x, parameters(compiled[0])[path], atol=1e-6)
+        assert np.allclose(x, parameters(skipped[0])[path], atol=1e-6)
+    plan = {entry.path: entry.optimizer for entry in eager[1].plan}
+    assert plan["layers.1.weight"] == "lion"
+    assert plan["layers.1.bias"] == "lion, no decay"
+
+
+def test_it_resumes_bit_for_bit(lion, tmp_path):
+    whole, first, second = make(rounding="stochastic"), make(), make()
+    train(*whole, 6)
+    train(*first, 3)
+    save(tmp_path / "run.safetensors", *first)
+    load_checkpoint(tmp_path / "run.safetensors", *second)
+    train(*second, 3)
+    for path, x in parameters(whole[0]).items():
+        assert np.array_equal(x, parameters(second[0])[path])
+
+
+def test_its_options_are_checked_like_any_others(lion):
+    model = nn.Linear(3, 2)
+    assert create_optimizer(model, "lion", betas=(0.95, 0.98)).optimizers[0].betas == (0.95, 0.98)
+    with pytest.raises(ValueError, match=r"lion has no option 'beta' \(did you mean 'betas'"):
+        create_optimizer(model, "lion", beta=0.9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("not a name", SignSGD, 0.1), "name must be an identifier"),
+        (("mine", dict, 0.1), "kind must be a subclass of Float32Optimizer"),
+        (("muon", SignSGD, 0.1), "'muon' is already the name of Muon"),
+        (("mine", SignSGD, -1.0), "learning_rate must be in"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_registered_is_refused(arguments, message):
+    before = dict(OPTIMIZERS)
+    with pytest.raises(ValueError, match=message):
+        register_optimizer(*arguments)
+    assert before == OPTIMIZERS
+
+
+@pytest.mark.parametrize("kind", [Muon, OrthoMaxFactor])
+@pytest.mark.parametrize("block", [None, 4])
+def test_the_orthogonalization_may_be_a_function(kind, block):
+    def method(x):
+        return f.newton_schulz(x, 3)
+
+    p, g = {"w": mx.ones((6, 8))}, {"w": mx.random.normal((6, 8))}
+    own = kind(0.1, method=method, block=block).apply_gradients(g, p)["w"]
+    named = kind(0.1, steps=3, block=block).apply_gradients(g, p)["w"]
+    assert mx.allclose(own, named, atol=1e-5).item()  # in blocks the named one shares Gram matrices
+    assert not mx.allclose(own, kind(0.1, block=block).apply_gradients(g, p)["w"], atol=1e-5).item()
