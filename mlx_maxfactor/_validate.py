@@ -17,7 +17,7 @@ Rate = float | mx.array | Callable[[mx.array], Any]
 
 LARGEST_SEED = 2**32 - 1
 LATER_STEPS = [10**k for k in range(10)]
-"""Where a schedule that takes any step is looked at beside its first one."""
+"""Steps at which a schedule that accepts any step is checked, besides its first one."""
 
 
 def check_number(

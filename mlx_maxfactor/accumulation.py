@@ -1,4 +1,4 @@
-"""Gradients of micro-batches, summed so that unequal ones weigh what they should."""
+"""Gradients of micro-batches of unequal size, averaged with the right weights."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ def accumulate_gradients(
     :math:`\sum_i n_i g_i / \sum_i n_i`; the plain mean of the :math:`g_i` is not.
 
     Args:
-        gradients: Of the mean loss of the micro-batch. A leaf that one micro-batch lacks counts as
-            zero there.
-        weight: What the mean was over, the number of tokens that counted. Weight 0 adds nothing,
-            whatever the gradients are: a mean over nothing is a NaN.
-        total: What this function returned for the micro-batch before; None for the first.
+        gradients: Gradients of the mean loss of the micro-batch. A gradient that is missing in one
+            micro-batch counts as zero.
+        weight: Number of tokens in that mean. Weight 0 adds nothing, even if the gradients are NaN,
+            as those of a mean over nothing are.
+        total: The result for the micro-batch before. None for the first one.
 
     Returns:
         The sum, a tree of arrays: a compiled step may take and return it.
 
     Raises:
-        ValueError: ``weight`` is no single number, or a Python number below 0 or not finite.
+        ValueError: ``weight`` is not one number, or a Python number below 0 or not finite.
 
     Example:
         >>> import mlx.core as mx
@@ -65,7 +65,7 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def averaged_gradients(total: dict[str, Any]) -> Any:
-    """The gradient of the mean over everything that was accumulated; zero if that is nothing.
+    """The gradient of the mean over all accumulated tokens. Zero if there are none.
 
     Raises:
         ValueError: ``total`` is not what :func:`accumulate_gradients` returns.

@@ -40,7 +40,7 @@ Made = TypeVar("Made", bound=Optimizer)
 
 
 def evaluated(create: Callable[P, Made]) -> Callable[P, Made]:
-    """Have the state of what is made: another thread could not evaluate what this one began."""
+    """Evaluate the state of a new optimizer: another thread could not evaluate it later."""
 
     @wraps(create)
     def created(*arguments: P.args, **options: P.kwargs) -> Made:
@@ -73,55 +73,53 @@ def create_optimizer(
     group: mx.distributed.Group | None = None,
     **hidden_options: Any,
 ) -> RoutedOptimizer:
-    """One optimizer for a model: hidden matrices to one algorithm, everything else to another.
+    """Create one optimizer for a model: hidden matrices get one algorithm, the rest another.
 
-    Roles are read from the module tree, see ``print(optimizer.plan)``. Hidden matrices (Linears,
-    attention projections, convolutions after the first as ``(out, -1)``, stacked experts each by
-    itself, LoRA's A and B) go to ``hidden``; embeddings, the head, convolutions that read the
-    input and expert gates go to ``rest``; norms, biases, vectors and arrays that belong to no known
-    layer go to ``rest`` without weight decay.
+    The router reads the role of each parameter from the module tree; ``print(optimizer.plan)``
+    shows them. Hidden matrices go to ``hidden``: Linears, attention projections, convolutions after
+    the first as ``(out, -1)``, each matrix of stacked experts, LoRA's A and B. Embeddings, output
+    layers, convolutions that read the input and expert gates go to ``rest``. Norms, biases, vectors
+    and arrays that belong to no known layer go to ``rest`` without weight decay.
 
     Args:
-        model: The complete model, with its layers frozen or LoRA-wrapped already.
+        model: The complete model. Freeze layers and add LoRA layers before.
         hidden: A name in ``OPTIMIZERS`` or an optimizer. Default "orthomaxfactor".
-        rest: Likewise. An optimizer keeps its own weight decay for every parameter. Default "adamw"
-            (betas (0.9, 0.95), weight decay 0.1).
-        total_steps: Updates in the run. Every member then warms up for a tenth of them, and follows
-            a cosine to a tenth of its peak; peaks come from a law of the steps and the width that
-            was measured, or from ``learning_rate``. None: rates are constant.
-        learning_rate: Rate of ``hidden`` if it is a name, a number or a schedule; with
-            ``total_steps`` its peak. None: its default in ``DEFAULT_RATES``, and Adafactor's
-            relative step; or that for what is ``pretrained``. It also scales the rates of the other
-            members, and a schedule shapes them. Of a model with LoRA it is the rate of A and B, and
-            where no hidden matrix is trained that of ``rest``.
-        rest_learning_rate: Rate of ``rest`` if it is a name. None keeps the default ratio to
-            ``learning_rate``. A number beside a schedule is the peak of the rest's. The schedule's
-            own peak must be known then: ours and a ``Schedule`` say it, and mlx's are evaluated
-            over a million steps at once; any other function must come in a ``Schedule``.
-        rules: Exceptions: a role or a path pattern (``"*.wq.weight"``) to a name, an optimizer, or
-            (patterns) a role. Paths beat roles; of several patterns the first that matches counts.
+        rest: A name or an optimizer for all other parameters. An optimizer keeps its own weight
+            decay for norms and biases too. Default "adamw" (betas (0.9, 0.95), weight decay 0.1).
+        total_steps: Number of updates in the run. Each rate then warms up for a tenth of them and
+            follows a cosine to a tenth of its peak. The peak is ``learning_rate``, or comes from a
+            measured law of the steps and the width. None: rates are constant.
+        learning_rate: Rate of ``hidden`` if it is a name: a number, or a schedule. With
+            ``total_steps`` it is the peak. It also scales the default rates of the other members.
+            In a model with LoRA it is the rate of A and B. Where no hidden matrix is trained, it
+            is the rate of ``rest``. None: the default in ``OPTIMIZERS``.
+        rest_learning_rate: Rate of ``rest`` if it is a name. With a schedule in ``learning_rate``,
+            a number here is the peak of the same schedule, whose own peak must be known: put a
+            function of your own in a ``Schedule``. None: the default ratio to ``learning_rate``.
+        rules: Exceptions. Keys are roles or patterns of paths (``"*.wq.weight"``), values are names
+            or optimizers, for patterns also roles. A path takes precedence over a role, and an
+            earlier pattern over a later one.
         exclude_first: Send a Linear that reads the model's input to ``rest``.
         strict: Raise if an array belongs to no known layer and no rule names it.
-        pretrained: The weights are trained already: default rates are those for full fine-tuning.
-            A model with LoRA always is, and its A and B have rates and options of their own. Only
-            maxfactor, muon and signsgd have other rates then; AdamW's 1e-3 was not tuned for it.
+        pretrained: Use the default rates for trained weights. Models with LoRA always do, and A and
+            B have their own rates and options. The rate of AdamW, 1e-3, is the same.
         rest_options: Options of ``rest`` if it is a name.
-        max_grad_norm: Largest global norm of the gradients, computed in float32; larger ones are
-            scaled to it. None: no limit.
-        skip_nonfinite: Leave parameters and state as they are where a gradient holds an inf or a
-            NaN, and count it in ``.skipped``, all inside the compiled step.
-        max_skipped: So many skipped steps in a row raise a FloatingPointError where ``.skipped`` is
-            read. None: no limit.
-        rounding: Of bf16 and fp16 parameters, in every member that is made from a name: "nearest",
-            or "stochastic", which lets updates below their spacing count on average.
-        seed: Of stochastic rounding, from 0 to 2³² - 1.
-        group: ``mx.distributed.init()``: each rank hands in the gradients of its own batch, which
-            are averaged, updates its share of the parameters, keeps state for it alone, and gets
-            the rest from the others. See ``ShardedOptimizer``. None, or one rank: nothing is sent.
+        max_grad_norm: Largest global norm of the gradients, computed in float32. Larger gradients
+            are scaled down to it. None: no limit.
+        skip_nonfinite: Skip a step whose gradients hold an inf or a NaN: parameters and state keep
+            their values, and ``.skipped`` counts it. It works inside a compiled step.
+        max_skipped: Raise a FloatingPointError after this many skipped steps in a row, where
+            ``.skipped`` is read. None: no limit.
+        rounding: How bf16 and fp16 parameters are rounded by members that are made from a name:
+            "nearest", or "stochastic", so that updates below the spacing count on average.
+        seed: Seed of stochastic rounding, from 0 to 2³² - 1.
+        group: ``mx.distributed.init()``. Each rank computes gradients of its own batch. They are
+            averaged, each rank updates a share of the parameters and keeps the state of it, and
+            sends it to the others. None, or one rank: nothing is sent.
         **hidden_options: Options of ``hidden`` if it is a name, such as ``momentum=0.95``.
 
     Returns:
-        The optimizer, its state made, with ``.plan``, ``.optimizers``, ``.learning_rate``.
+        The optimizer, with its state. See ``.plan``, ``.optimizers`` and ``.learning_rate``.
 
     Raises:
         ValueError: An unknown name, option or rule, a number beside a schedule whose peak is not
@@ -182,9 +180,9 @@ def create_optimizer(
 
 
 def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> int:
-    """Bytes of optimizer state that :func:`create_optimizer` would keep, from shapes alone.
+    """Bytes of optimizer state that :func:`create_optimizer` would make, from shapes alone.
 
-    Nothing is allocated: a model that was built and not yet evaluated, of any size, stays shapes.
+    Nothing is allocated, so the model may be of any size, as long as it was not evaluated.
 
     Args:
         model: The model.
@@ -213,13 +211,13 @@ def create_optimizer_for_hrm(
 ) -> dict[str, Float32Optimizer]:
     """The two optimizers of a hierarchical reasoning model: AdamW, and SignSGD for its puzzles.
 
-    Call ``update(model, grads)`` of both, with all gradients: each takes its own parameters alone.
-    A batch touches few puzzles; rows without gradient stay as they are.
+    Call ``update(model, grads)`` of both with all gradients. Each updates its own parameters. A
+    batch contains few puzzles; the rows of the others do not change.
 
     Args:
         model: The model; its puzzle embeddings have "puzzle" in their path.
-        lr: Rate of AdamW, β (0.9, 0.95), a number or a schedule. Default 1e-4.
-        puzzle_emb_lr: Rate of SignSGD, likewise. Default 1e-2.
+        lr: Rate of AdamW (betas (0.9, 0.95)), a number or a schedule. Default 1e-4.
+        puzzle_emb_lr: Rate of SignSGD, a number or a schedule. Default 1e-2.
         weight_decay: Decay of both. Default 0.1.
         use_separate_puzzle_optimizer: False leaves everything to AdamW. Default True.
 
@@ -230,7 +228,7 @@ def create_optimizer_for_hrm(
         ValueError: A rate out of range; or no parameter has "puzzle" in its path.
 
     Example:
-        Behind one optimizer they have its guards, and a checkpoint takes them:
+        Combined in one optimizer they have guards, and a checkpoint holds both:
 
         >>> import mlx.nn as nn
         >>> from mlx_maxfactor import create_optimizer, create_optimizer_for_hrm

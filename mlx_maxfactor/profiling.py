@@ -1,4 +1,4 @@
-"""Where a training step's time and memory go: its parts one after the other, beside the whole."""
+"""Where a training step's time and memory go: each part, and the whole step."""
 
 import copy
 import time
@@ -129,26 +129,24 @@ def profile_step(
 ) -> Profile:
     """Measure where the time and the memory of a training step go.
 
-    MLX evaluates late, and a compiled step is one graph, so nothing inside a step can be timed. The
-    parts are run by themselves, each until all that it computes is there: loss and gradients; the
-    guard, which is the global norm and whether it is finite; of each member of the optimizer the
-    update of its own parameters, which scales gradients and undoes a skipped step on the way. What
-    an update takes that changes nothing is taken off. The whole step is run in turn with the parts,
-    and the profile says how far their sum is from it. What parts cannot share (a kernel, a wait,
-    Python while the step computes) is in the sum and not in the whole.
+    MLX is lazy, and a compiled step is one graph, so nothing inside a step can be timed. Instead
+    each part runs by itself until it is evaluated: loss and gradients; the guard; the update of
+    each member of the optimizer, including the scaling of gradients. The time of an update that
+    changes nothing is subtracted. The whole step runs in turn with the parts, and the profile shows
+    the ratio of their sum to it. The sum contains what separate parts cannot share: a kernel, a
+    wait, Python that runs while the device computes.
 
-    Every run makes the same step, on copies. Model, optimizer and random state are afterwards what
-    they were, bit for bit, the same arrays. The rest that changes: ``mx.get_peak_memory`` starts
-    anew, the cache is emptied, and meanwhile what is trained and the optimizer's state take their
-    bytes once more, which the peaks leave out. A peak holds what MLX allocates ahead of what runs,
-    which on a CPU varies from run to run.
+    Every run makes the same step, on copies. Afterwards model, optimizer and random state hold the
+    same arrays as before. ``mx.get_peak_memory`` is reset, and the cache is emptied. The copies of
+    weights and state take memory meanwhile, which is not counted in the peaks. Peaks contain what
+    MLX allocates ahead, which varies between runs on a CPU.
 
     Args:
         model: The model that is trained.
-        optimizer: Any MLX optimizer. A router, a guard or a ``MultiOptimizer`` is shown by members.
-        loss_and_gradients: What ``nn.value_and_grad(model, loss_of)`` returns.
-        *batch: What it is called with.
-        rounds: How often each is timed. Default 9.
+        optimizer: Any MLX optimizer. One with members has a line for each member.
+        loss_and_gradients: The function that ``nn.value_and_grad(model, loss_of)`` returns.
+        *batch: Its arguments.
+        rounds: How often each part is timed. Default 9.
         compiled: Whether to measure the compiled step as well. Default True.
 
     Returns:
@@ -156,7 +154,7 @@ def profile_step(
 
     Raises:
         ValueError: ``rounds`` is not a whole number of at least 1, or the optimizer was made with
-            ``group``: its parts are not those of one machine.
+            ``group``.
 
     Example:
         >>> import mlx.core as mx
@@ -172,7 +170,9 @@ def profile_step(
     check_integer("rounds", rounds, 1)
     check_flags(compiled=compiled)
     if not isinstance(getattr(optimizer, "strategy", OneMachine()), OneMachine):
-        raise ValueError("a step of several ranks has no profile: give an optimizer without group")
+        raise ValueError(
+            "the step of several ranks cannot be profiled: create the optimizer without group"
+        )
     mx.eval(model.state, optimizer.state, batch)
     before = Snapshot(model, optimizer)
     try:
@@ -239,7 +239,7 @@ def _wait(measure: Measure) -> dict[str, Any]:
 
 
 def _peaks(run: Run, kept: "Snapshot") -> dict[str, int]:
-    """Bytes at most, without what is set aside for the copies."""
+    """Peak bytes, without the copies."""
     kept.put_back()
     others = mx.get_active_memory()
     kept.copy()
@@ -421,7 +421,7 @@ class Snapshot:
         self._fill(lambda x: x)
 
     def copy(self) -> None:
-        """Put copies in their place: of what a step frees real ones, that it finds them its own."""
+        """Put copies in their place, real ones of the arrays that a step releases."""
         self._fill(self._stand_in)
         mx.eval([container for container, _ in self._contents.values()])
 

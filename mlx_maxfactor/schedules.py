@@ -15,8 +15,8 @@ from ._validate import check_integer, check_number, is_of_mlx
 class Schedule:
     """A function of the step that knows its peak and prints as what made it.
 
-    Wrap a function of your own in it where a peak must be known: ``create_optimizer`` asks for it
-    beside a ``rest_learning_rate`` that is a number. Of mlx's own schedules it finds the peak.
+    Wrap a function of your own in it where the peak must be known: ``create_optimizer`` needs it if
+    ``rest_learning_rate`` is a number. It finds the peaks of MLX's own schedules itself.
 
     Attributes:
         function: Step, an array of size one, to rate.
@@ -186,7 +186,7 @@ def adaptive_schedule(
         s < w:\ \eta \max(10^{-3}, s / w), \qquad
         s \ge w:\ \eta \max\left(\text{decay\_factor}, \sqrt{w / s}\right)
 
-    Without warm-up :math:`1 / \sqrt{s + 1}` stands for the root.
+    Without warm-up the root is :math:`1 / \sqrt{s + 1}`.
 
     Args:
         initial_lr: η, the peak, reached at step ``warmup_steps``. Default 1e-3.

@@ -323,7 +323,7 @@ def test_a_new_constant_rate_stands(path):
     save_checkpoint(path, model, optimizer)
     optimizer = AdamW(0.02)
     (note,) = load_checkpoint(path, model, optimizer).differences
-    assert note == "AdamW: learning_rate is 0.01 in the file, 0.02 here, which stands"
+    assert note == "AdamW: learning_rate is 0.01 in the file, 0.02 here, which is used"
     assert rate_of(optimizer) == 0.02
     assert optimizer.step == 2
     optimizer = AdamW(0.02)
@@ -1021,8 +1021,8 @@ LAYOUTS = {
     "short": ({"shape": [4, 2]}, b"", "has not the bytes of its shape"),
     "more": ({}, b"more", "its arrays do not fill it"),
     "dtype": ({"dtype": "F8_E4M3"}, b"", "an array of an unknown dtype"),
-    "negative": ({"shape": [-4, -3]}, b"", "its entry of 'layers.0.weight' is none"),
-    "axes": ({"shape": [1] * 10**6}, b"", "its entry of 'layers.0.weight' is none"),
+    "negative": ({"shape": [-4, -3]}, b"", "its entry of 'layers.0.weight' is not valid"),
+    "axes": ({"shape": [1] * 10**6}, b"", "its entry of 'layers.0.weight' is not valid"),
     "no table": (None, b"", "damaged or no checkpoint"),
 }
 

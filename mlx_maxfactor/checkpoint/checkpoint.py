@@ -23,9 +23,9 @@ FORMATS = ("3",)
 
 STATE = "_run.optimizer."
 KEY = "_run.random"
-"""Names in the file beside the weights': MLX takes no attribute that begins with _ for a weight.
+"""Names in the file of what is not a weight. MLX never uses a name that begins with _ for a weight.
 
-The random key is one, or one of each rank in a row.
+There is one random key, or one row for each rank.
 """
 
 SHOWN = 10
@@ -33,14 +33,14 @@ SHOWN = 10
 
 
 class Place(NamedTuple):
-    """Where an array of a live run stands."""
+    """The place of an array in a live model or state."""
 
     container: Any
     key: Any
 
     @property
     def array(self) -> mx.array:
-        """What stands there; a schedule may have put a number there."""
+        """The array at this place. A schedule may have put a number there."""
         value = self.container[self.key]
         return value if isinstance(value, mx.array) else mx.array(value)
 
@@ -54,38 +54,38 @@ class SpreadArray(Protocol):
         ...
 
     def own(self, whole: mx.array) -> mx.array:
-        """What of the whole array this rank holds, if it holds any."""
+        """The rows of the whole array that this rank holds."""
         ...
 
 
 @runtime_checkable
 class Spread(Protocol):
-    """What an optimizer has that is spread over several ranks. All of them save and load."""
+    """State that is spread over several ranks. All ranks must save and load together."""
 
     @property
     def rank_and_size(self) -> tuple[int, int]:
-        """Which rank this is, and of how many."""
+        """This rank, and the number of ranks."""
         ...
 
     def of_all(self, own: mx.array) -> mx.array:
-        """What each rank has, along a new first axis."""
+        """The arrays of all ranks along a new first axis."""
         ...
 
     def spread_state(self) -> Mapping[str, SpreadArray]:
-        """The arrays that are spread, by name in its state as one machine has it."""
+        """The arrays that are spread, by the name that one machine would give them."""
         ...
 
     def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
-        """Hand these arrays, whole, to ``write`` on one rank; if that raises, raise on all."""
+        """Call ``write`` with the whole arrays on one rank. If it raises, all ranks raise."""
         ...
 
 
 class Extra(dict[str, Any]):
-    """What ``save_checkpoint`` was given beside model and optimizer.
+    """The ``extra`` values of ``save_checkpoint``.
 
     Attributes:
-        differences: Rates that are not the file's, as ``rates`` says. With ``strict=False``, what
-            of the file did not fit and was left out, too.
+        differences: Rates that differ from the file's. With ``strict=False`` also everything in the
+            file that did not fit and was not loaded.
     """
 
     differences: tuple[str, ...] = ()
@@ -103,29 +103,29 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimizer state, random state and ``extra`` to one ``.safetensors`` file.
 
-    The file is written beside its place, synced, and renamed: a reader finds the old file or the
-    new one, whole. A SHA-256 of every byte goes into the header. Weights stand under their own
-    names: ``model.load_weights(path, strict=False)`` reads them, and so does
-    ``mlx_lm.lora --resume-adapter-file``; ``mlx_lm.fuse`` and ``mlx_lm.load`` refuse a file that
-    holds anything beside adapters, so write them one with ``mx.save_safetensors``.
+    The file is written under another name, synced, and renamed. A reader finds the old file or the
+    new one, whole. The header holds a SHA-256 of every byte. Weights have their own names, so
+    ``model.load_weights(path, strict=False)`` and ``mlx_lm.lora --resume-adapter-file`` read them.
+    ``mlx_lm.fuse`` and ``mlx_lm.load`` refuse a file that holds more than adapters: write one for
+    them with ``mx.save_safetensors``.
 
     Args:
-        path: Where to. Its folder must exist.
+        path: The file. Its folder must exist.
         model: The model.
         optimizer: Any MLX optimizer. If it has no state yet, it is initialized.
-        weights: "all" keeps the frozen weights too. "trainable", for LoRA and QLoRA, keeps what is
-            trained, the running statistics of BatchNorm, and of each other frozen array a hash of
-            some 1,000 elements, by which another base is noticed. Where your model changes other
-            frozen arrays, keep "all".
-        random_key: The random state to keep. MLX has one for each thread: where another thread
-            than the one that trains saves, hand it ``mx.array(mx.random.state[0])``, evaluated,
-            from the one that trains. None: this thread's.
-        **extra: JSON values to keep beside them: an epoch, the state of a data loader. Scalars of
-            NumPy and MLX count as numbers.
+        weights: "all" also saves the frozen weights. "trainable", for LoRA and QLoRA, saves the
+            trained weights, the running statistics of BatchNorm, and a hash of some 1,000 elements
+            of each frozen array, so that a load notices another base model. Use "all" if your model
+            changes other frozen arrays.
+        random_key: The random state to save. MLX has one for each thread. If the thread that saves
+            is not the one that trains, pass ``mx.array(mx.random.state[0])``, evaluated, from the
+            thread that trains. None: the state of this thread.
+        **extra: JSON values to save: an epoch, the state of a data loader. Scalars of NumPy and MLX
+            count as numbers.
 
     Raises:
-        ValueError: ``random_key`` is no key.
-        CheckpointError: ``extra`` is not JSON, or the file system refuses; an older file stays.
+        ValueError: ``random_key`` is not a key of ``mx.random``.
+        CheckpointError: ``extra`` is not JSON, or the file cannot be written. An older file stays.
 
     Example:
         >>> import mlx.nn as nn
@@ -179,34 +179,34 @@ def load_checkpoint(
 ) -> Extra:
     """Restore a run into live objects, so that a step compiled before the load sees it.
 
-    Of several ranks each gets its own random state back; where there were fewer, the others get
-    states of their own, unless all had the same.
+    Everything is checked before anything changes. Then one array after the other replaces the old
+    one, so no memory for a second model is needed. If the disk fails at that moment, the error says
+    that model and optimizer are half loaded.
 
-    Everything is read and checked before anything is changed. Then one array after the other is
-    put in place of the old one, so that the memory of a second model is not needed; should the
-    disk fail at that moment, the error says that model and optimizer are half loaded.
+    With several ranks each one gets its own random state back. New ranks get states of their own,
+    unless all ranks had the same.
 
     Args:
-        path: A file that ``save_checkpoint`` wrote. It holds arrays and JSON: loading runs no code.
+        path: A file of ``save_checkpoint``. It holds arrays and JSON; loading it runs no code.
         model: The model, built as it was.
         optimizer: The optimizer, built as it was.
-        strict: False loads what fits and returns the rest as ``.differences``. A damaged file is
-            refused all the same, and one of whose weights the model can take none.
-        cast: Whether floating-point arrays of another dtype are cast to the dtype they have here.
-        rates: "built" takes the file's rates where both optimizers were built alike, those that
-            were set by hand during the run among them; where this one was built with another
-            constant rate, that one stands, for that is what runs are resumed for. "file" takes the
-            file's. "here" keeps the rates and schedules of this optimizer, and compares no
-            schedules. MLX's own optimizers do not know what they were built with: one that has
-            made no step and has another rate than the file must be told "file" or "here".
+        strict: False loads what fits and lists the rest in ``.differences``. A damaged file, or one
+            without any weight that fits, is an error anyway.
+        cast: Whether to cast floating-point arrays to the dtype that they have here.
+        rates: "built" uses the file's rates, also those that were set by hand, if both optimizers
+            were built with the same rate. If this optimizer was built with another constant rate,
+            its new rate is used. "file" uses the file's rates. "here" uses the rates and schedules
+            of this optimizer and does not compare schedules. MLX's own optimizers do not know what
+            they were built with: for one that has made no step and has another rate than the file,
+            say "file" or "here".
 
     Returns:
-        ``extra``, a dict.
+        The ``extra`` values, a dict, with ``.differences``.
 
     Raises:
-        CheckpointError: The file is damaged, or is not of this model and optimizer; the message
-            lists the first differences, its ``differences`` holds all. Model, optimizer and random
-            state are as they were.
+        CheckpointError: The file is damaged, or belongs to another model or optimizer. The message
+            lists the first differences, and ``differences`` holds all. Model, optimizer and random
+            state have not changed.
     """
     _check_arguments(path, model, optimizer)
     check_flags(strict=strict, cast=cast)
@@ -232,7 +232,7 @@ def load_checkpoint(
 
 
 class _Loading:
-    """A file beside the live run: what fits, what differs, whose rates stand."""
+    """A file and the live run: what fits, what differs, whose rates are used."""
 
     def __init__(
         self, saved: File, model: nn.Module, optimizer: Optimizer, *, cast: bool, rates: str
@@ -261,7 +261,7 @@ class _Loading:
         self.expected = {**kept, **state, **self.spread}.keys()
         self.used = description.find_used(optimizer)
         self.standing: set[str] = set()
-        """Names of state that stays as it is here, whatever the file holds."""
+        """Names of state that keeps its value here, whatever the file holds."""
 
     def check(self, strict: bool) -> None:
         """Find what differs, and raise if that must not be."""
@@ -328,7 +328,7 @@ class _Loading:
         return "\ncast=True casts floating-point arrays of another dtype"
 
     def _remedy(self) -> str:
-        """What to do beside building as it was: keep the rates, if nothing else differs."""
+        """Another remedy than to build it as it was: keep the rates, if nothing else differs."""
         others = description.find_differences(self.saved, self.live, schedules=())
         rates = {name for prefix in self.members for name in _rate_names(prefix)}
         if any(others) or any(name not in rates for name in self._misfits()):
@@ -347,7 +347,7 @@ class _Loading:
             yield f"{name.removeprefix('_run.')}: {old} in the file, {new} here"
 
     def _settle_rates(self) -> tuple[list[str], list[str]]:
-        """Decide whose rates stand: lines to tell, and lines of what must be asked."""
+        """Decide whose rates are used. Returns what to report, and what the user must decide."""
         told: list[str] = []
         asked: list[str] = []
         runs = self.saved["optimizers"], self.live["optimizers"]
@@ -369,7 +369,7 @@ class _Loading:
                     if i not in self.used:
                         continue
                     if built:
-                        told.append(f"{line}, which stands")
+                        told.append(f"{line}, which is used")
                     else:
                         asked.append(f"{line}: say rates='file' or rates='here'")
         return told, asked
@@ -519,10 +519,10 @@ def _listed(differences: Sequence[str]) -> str:
 
 
 def _scalar(value: Any) -> Any:
-    """The number in an array of no axes, of whatever library."""
+    """The number in an array without axes, of any library."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{type(value).__name__} is none")
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _differ_in_dtype(old: Kind | None, new: Kind | None) -> bool:

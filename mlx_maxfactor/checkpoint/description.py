@@ -1,4 +1,4 @@
-"""What a run is beside its arrays, as JSON: optimizers, rates, plan; and how two runs differ."""
+"""A run without its arrays, as JSON: optimizers, rates, plan; and how two runs differ."""
 
 import hashlib
 import json
@@ -84,7 +84,7 @@ def parse(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         run = None
     if run is None or not _has_form(run, FORM) or run["weights"] not in ("all", "trainable"):
-        raise CheckpointError("is damaged or forged: its description of the run is none")
+        raise CheckpointError("is damaged or forged: it has no valid description of the run")
     return run
 
 

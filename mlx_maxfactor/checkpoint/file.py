@@ -18,7 +18,7 @@ import mlx.core as mx
 
 CHECKSUM = b'"checksum":"%s"'
 BLANK = b"0" * 64
-"""What stands in place of the checksum while it is computed."""
+"""Placeholder of the checksum while it is computed."""
 
 LARGEST_HEADER = 100_000_000 - 1
 """Bytes of a header that MLX still reads."""
@@ -59,7 +59,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(array: Any) -> Kind:
-    """Dtype and shape of an array, or of the number that stands for one."""
+    """Dtype and shape of an array or a number."""
     array = mx.array(array) if isinstance(array, (int, float)) else array
     return Kind(array.dtype, tuple(array.shape))
 
@@ -96,8 +96,8 @@ def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) 
 
 
 def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> None:
-    # One name for each target, so that what a killed process left is written over; and a short
-    # one, as file systems limit names to 255 bytes.
+    # One name for each target: the next save overwrites what a killed process left. A short one,
+    # because file systems limit names to 255 bytes.
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     beside = path.with_name(f".{name}.partial.safetensors")
     if not path.parent.exists():
@@ -185,7 +185,7 @@ def _kinds(entries: Mapping[str, Any], size: int) -> dict[str, Kind]:
         numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) else [-1]
         sizes = len(numbers) < 32 and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
         if not sizes or len(span) != 2:
-            raise ValueError(f"its entry of {name[:100]!r} is none")
+            raise ValueError(f"its entry of {name[:100]!r} is not valid")
         kinds[name] = Kind(DTYPES[_text(entry.get("dtype"))], tuple(shape))
         if span[1] - span[0] != math.prod(shape) * kinds[name].dtype.size:
             raise ValueError(f"{name[:100]!r} has not the bytes of its shape")
@@ -216,7 +216,7 @@ def _header(file: BinaryIO) -> bytes:
 
 
 def _checksum(file: BinaryIO, header: bytes, stands: str) -> str:
-    """SHA-256 of the whole file, as it was when blanks stood in place of the checksum."""
+    """SHA-256 of the whole file with the placeholder in the place of the checksum."""
     blank = header.replace(CHECKSUM % stands.encode(), CHECKSUM % BLANK, 1)
     digest = hashlib.sha256(len(header).to_bytes(8, "little") + blank)
     file.seek(8 + len(header))

@@ -1,4 +1,4 @@
-"""Momentum by frequency band: what the spectrum of a gradient's rows is made of, and its filter."""
+"""Momentum by frequency band: the shares of a gradient's power, and the filter."""
 
 import mlx.core as mx
 

@@ -40,8 +40,8 @@ def factored_root(
 ) -> tuple[mx.array, mx.array]:
     """``max(√V, floor)`` of the rank-one estimate ``V = (R / divisor) · C``, as two factors.
 
-    The first is one number a row, so that what is divided by both needs one pass; the second is
-    full-size. Roots are taken apart because their product can leave the range of float32.
+    The first factor is one number a row, the second is full-size. The roots stay separate because
+    their product can leave the range of float32.
 
     Returns:
         ``(..., m, 1)`` and ``(..., m, n)``.

@@ -9,10 +9,10 @@ GRADIENT_LIMIT = 1e15
 
 
 def fusion_barrier(x: mx.array) -> mx.array:
-    """Compute a number, or one number a row, apart from the full-size array it will meet.
+    """End the fused kernel of a number, or of one number a row, before it meets a full-size array.
 
-    ``mx.compile`` fuses through broadcasts and would compute it again for every element; it does
-    not fuse a copy.
+    ``mx.compile`` fuses through broadcasts, and would compute the number again for every element.
+    It does not fuse a copy.
     """
     return mx.contiguous(x)
 
@@ -111,5 +111,5 @@ def _real_parts(x: mx.array) -> list[mx.array]:
 
 
 def _divisor(peak: mx.array) -> mx.array:
-    """A largest magnitude to divide by: 1 in place of zero, inf and NaN."""
+    """A largest magnitude as a divisor: 1 instead of zero, inf and NaN."""
     return fusion_barrier(mx.where((peak > 0) & mx.isfinite(peak), peak, 1.0))

@@ -49,7 +49,7 @@ def agreement(momentum: mx.array, gradient: mx.array) -> mx.array:
 
 
 def cautious_scale(agrees: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
-    """What a step is multiplied by whose elements were kept where they agree: 1 / their share.
+    """The factor on a cautious step: one over the share of the elements that were kept.
 
     Liang et al. 2024, arXiv 2411.16085. The share counts as at least 1e-3.
     """

@@ -33,12 +33,12 @@ class AdamW(Float32Optimizer):
         betas: (β₁, β₂), each in [0, 1). Default (0.9, 0.95).
         eps: ε, above 0. Default 1e-8.
         weight_decay: λ, decoupled. Default 0.1.
-        bias_correction: Divide the moments by the weight they have gathered. Default True.
-        factored: Keep the row and column means of v for arrays with two axes and more, as Adafactor
-            does, and :math:`R_i C_j / \\mathrm{mean}(R)` stands for v. Default False.
+        bias_correction: Divide m and v by 1 - βᵗ. Default True.
+        factored: Keep only the row and column means of v for arrays with two or more axes, as
+            Adafactor does, and use :math:`R_i C_j / \\mathrm{mean}(R)` for v. Default False.
         rounding, seed: As for ``OrthoMaxFactor``.
-        state_dtype: Of m, as for ``OrthoMaxFactor``; v stays float32. In few bits m is bounded by
-            what it can be in float32 beside this v, so that no element leaps. Default float32.
+        state_dtype: Dtype of m, as for ``OrthoMaxFactor``; v stays float32. In few bits, m is
+            bounded by the largest value that float32 could have with this v. Default float32.
 
     Raises:
         ValueError: An option outside its range.
@@ -107,7 +107,7 @@ class AdamW(Float32Optimizer):
 
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
-            # m/c₁ / (√(v/c₂) + ε), with both corrections in numbers apart from what is full-size.
+            # m/c₁ / (√(v/c₂) + ε), with both corrections moved to numbers.
             correction = mx.sqrt(f.bias_correction(beta2, t))
             rate, eps = eta * correction / f.bias_correction(beta1, t), eps * correction
         decay = f.fusion_barrier(1 - eta * self.weight_decay)

@@ -70,7 +70,7 @@ class FrequencyAdaptiveMomentum:
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
 
     def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
-        """State beside the buffer ``m`` for matrices whose last axis is the input's."""
+        """State in addition to the buffer ``m``. The last axis of the shape is the input's."""
         if len(shape) < 2 or min(shape[-2:]) < LEAST_SIDE:
             return {}
         state = {"count": mx.array(0, mx.uint32)}
@@ -113,7 +113,7 @@ class FrequencyAdaptiveMomentum:
         return f.band_damping(share)
 
     def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
-        """What stands for the gradient: more of the momentum with each update."""
+        """What replaces the gradient: a mixture that moves from it to the momentum."""
         if "count" not in state or (self.blend == 1 and self.blend_steps == 1):
             return momentum
         t = state["count"].astype(mx.float32)

@@ -91,7 +91,7 @@ class Muon(Float32Optimizer):
         self.block = None if block is None else check_integer("block", block, 1)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
-        """That of the orthogonalization beside the elements'."""
+        """Of the orthogonalization and of the elementwise operations."""
         matrices = f.as_matrices(mx.zeros(shape), layout).shape
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)
 

@@ -15,8 +15,8 @@ class SignSGD(Float32Optimizer):
         learning_rate: η, how far each element moves; a number or a function of the step. Default
             0.01.
         weight_decay: λ. Default 0.1.
-        sparse_rows: Leave a row (last axis) whose gradient is all zero as it is, decay too: for
-            embeddings of which a batch touches a few rows. Default False.
+        sparse_rows: Leave rows (last axis) unchanged, without decay, if their gradient is zero. For
+            embeddings of which a batch uses a few rows. Default False.
         rounding, seed: As for ``OrthoMaxFactor``; stochastic rounding keeps a key per parameter.
 
     Raises:
@@ -47,7 +47,7 @@ class SignSGD(Float32Optimizer):
         self.sparse_rows = check_flag("sparse_rows", sparse_rows)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Nothing of its own."""
+        """No state, except a key for stochastic rounding."""
         super().init_single(parameter, state)
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:

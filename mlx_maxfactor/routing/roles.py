@@ -1,7 +1,7 @@
 """What each parameter of a model is, read from the module tree.
 
-An array alone cannot say whether it is an embedding or a hidden matrix, a convolution or a stack of
-experts. The module that holds it can, together with where that module stands.
+An array alone does not show whether it is an embedding or a hidden matrix, a convolution or a stack
+of experts. The module that holds it does, together with its place in the model.
 """
 
 import re
@@ -65,9 +65,7 @@ ROUTER_NAME = re.compile(r"(.*_)?router")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of a model: where it is, its shape, what it is, what is odd about it, and how it
-    holds matrices (see ``functional.LAYOUTS``).
-    """
+    """One array of a model: path, shape, role, a note, and its layout (``functional.LAYOUTS``)."""
 
     path: str
     shape: tuple[int, ...]
@@ -202,7 +200,7 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
 
     Args:
         model: The model.
-        declared: Roles by path that stand in place of what would be found.
+        declared: Roles by path that replace those that would be found.
 
     Returns:
         The parameters in order of definition.
@@ -259,7 +257,7 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
 
 
 def _role(node: Node, key: str, axes: int) -> str:
-    """What a module says about an array of its own, wherever the module stands."""
+    """The role of an array from its own module alone."""
     if node.is_norm:
         return "norm"
     if (key in BIASES and node.is_layer) or (axes < 2 and key.endswith("bias")):
@@ -449,7 +447,7 @@ def _is_named_head(node: Node) -> bool:
 
 
 def _find_gates(nodes: list[Node]) -> set[Node]:
-    """Modules that choose among experts: routers by name, and gates beside a stack of experts."""
+    """Modules that choose among experts: called a router, or a gate next to stacked experts."""
     gates = set()
     for block in nodes:
         below = [n for child in block.children for n in (child, *child.children)]

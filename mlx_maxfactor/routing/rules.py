@@ -1,4 +1,4 @@
-"""Rules: what a user says beside what the module tree says."""
+"""Rules: what a user says about parameters, in addition to the module tree."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
