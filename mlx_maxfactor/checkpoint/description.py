@@ -84,7 +84,7 @@ def parse(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         run = None
     if run is None or not _has_form(run, FORM) or run["weights"] not in ("all", "trainable"):
-        raise CheckpointError("is damaged or forged: it has no valid description of the run")
+        raise CheckpointError("is damaged or forged: its description of the run is not valid")
     return run
 
 
