@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 
 from ._validate import Rate, check_update, got
 from .guard import Guard
-from .optimizers.base import Float32Optimizer, flatten, in_order
+from .optimizers.base import Float32Optimizer, flatten
 from .optimizers.update_loop import (
     ParameterSlot,
     Update,
@@ -18,6 +18,7 @@ from .optimizers.update_loop import (
     UpdateRule,
     Verdict,
     find_slots,
+    in_order,
     top_level_arrays,
     unchanged_on_error,
 )

@@ -149,11 +149,7 @@ def create_optimizer(
         spec.check_options(signature(create_optimizer).parameters, other)
     _check_total_steps(total_steps, hidden_spec, rest_spec)
 
-    hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
-    choices = {
-        p.path: exceptions.get(p.path, "hidden" if p.role in hidden_roles else "rest")
-        for p in parameters
-    }
+    choices = _choices(parameters, exceptions, exclude_first)
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
     if not own:
         rest_spec = _without_hidden(hidden_spec, rest_spec)
@@ -168,9 +164,7 @@ def create_optimizer(
     )
     routes = {
         p.path: factory.index_of(
-            choices[p.path],
-            decays=p.role not in UNDECAYED_ROLES,
-            lora=p.role in LORA_ROLES,
+            choices[p.path], decays=p.role not in UNDECAYED_ROLES, lora=p.role in LORA_ROLES
         )
         for p in parameters
     }
@@ -286,6 +280,16 @@ def _find_trained(model: nn.Module) -> set[str]:
             "before you create the optimizer"
         )
     return trained
+
+
+def _choices(
+    parameters: Sequence[Parameter], exceptions: Mapping[str, Any], exclude_first: bool
+) -> dict[str, Any]:
+    """The choice for each parameter by path: "hidden", "rest", or what a rule says."""
+    hidden = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
+    return {
+        p.path: exceptions.get(p.path, "hidden" if p.role in hidden else "rest") for p in parameters
+    }
 
 
 def _check_rest_options(options: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from mlx.utils import tree_map
 from ._validate import check_flags, check_integer
 from .combined import CombinedOptimizer, OneMachine
 from .guard import Guard
-from .optimizers.base import flatten, in_order
-from .optimizers.update_loop import UpdateLoop, Verdict, find_slots
+from .optimizers.base import flatten
+from .optimizers.update_loop import UpdateLoop, Verdict, find_slots, in_order
 from .routing.routed import RoutedOptimizer
 
 WHOLE, FORWARD, GUARD, WAIT = "whole step", "forward and backward", "guard", "wait"
@@ -169,7 +169,8 @@ def profile_step(
     """
     check_integer("rounds", rounds, 1)
     check_flags(compiled=compiled)
-    if not isinstance(getattr(optimizer, "strategy", OneMachine()), OneMachine):
+    combined = isinstance(optimizer, CombinedOptimizer)
+    if combined and not isinstance(optimizer.strategy, OneMachine):
         raise ValueError(
             "the step of several ranks cannot be profiled: create the optimizer without group"
         )

@@ -6,25 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from distributed_run import Rank
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_maxfactor import CheckpointError, create_optimizer
 from mlx_maxfactor.distributed import collectives
 from mlx_maxfactor.distributed.assignment import RowRange
 from mlx_maxfactor.distributed.collectives import OrderedCollectives, ShardedArray
-
-
-class Rank:
-    """A rank of a group that is not there."""
-
-    def __init__(self, rank, size):
-        self._rank, self._size = rank, size
-
-    def rank(self):
-        return self._rank
-
-    def size(self):
-        return self._size
 
 
 def run_ranks(size, act, monkeypatch):
@@ -132,15 +120,10 @@ def model_and_optimizer(group: Any, **options):
 
 
 def gradients(model, rank):
-    leaves = tree_flatten(model.parameters())
-    tree: Any = tree_map(lambda x: x, model.parameters())
-    for i, (path, x) in enumerate(leaves):
-        at = tree
-        *above, last = path.split(".")
-        for key in above:
-            at = at[int(key)] if isinstance(at, list) else at[key]
-        at[last] = mx.random.normal(x.shape, key=mx.random.key(100 * rank + i))
-    return tree
+    leaves: Any = tree_flatten(model.parameters())
+    keys = [mx.random.key(100 * rank + i) for i in range(len(leaves))]
+    drawn = zip(keys, leaves, strict=True)
+    return tree_unflatten([(path, mx.random.normal(x.shape, key=key)) for key, (path, x) in drawn])
 
 
 @pytest.mark.parametrize("size", [2, 3])

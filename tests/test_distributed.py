@@ -13,13 +13,12 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import ring
-from distributed_run import CASES, SHARDED, STEPS, bits_of
+from distributed_run import CASES, SHARDED, STEPS, Rank, bits_of
 from killed_run import EIGHT_BITS, build
 from mlx.optimizers import MultiOptimizer
 from mlx.utils import tree_flatten
@@ -169,19 +168,6 @@ def test_a_later_parameter_moves_no_earlier_one():
     assignment.add(items([50, 40, 30, 200]))
     assert {path: assignment.ranges[path] for path in before} == before
     assert sorted(load[0] for load in assignment.loads) == [70, 250]
-
-
-class Rank(NamedTuple):
-    """What is asked of a group where nothing is sent."""
-
-    place: int
-    ranks: int
-
-    def rank(self):
-        return self.place
-
-    def size(self):
-        return self.ranks
 
 
 def test_what_updates_a_tree_at_once_is_refused():

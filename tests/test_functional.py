@@ -108,6 +108,8 @@ def test_symmetric_products_in_blocks_change_nothing(name, shape, monkeypatch):
     monkeypatch.setattr(f.orthogonalization, "BLOCK", 8)  # two and three, of unequal length
     assert not mx.array_equal(whole, orthogonalize(x)).item(), "nothing was cut"
     assert mx.allclose(whole, orthogonalize(x), atol=1e-4).item()  # as from their twins
+    compiled = mx.compile(orthogonalize, shapeless=True)
+    assert mx.allclose(whole, compiled(x), atol=1e-4).item()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 256)], ids=str)

@@ -82,18 +82,18 @@ def unit_frobenius(x: mx.array) -> mx.array:
     return x / mx.where(norm > 0, norm, 1.0)
 
 
-def scaled_global_norm(arrays: Sequence[mx.array], waits: bool = True) -> tuple[mx.array, mx.array]:
+def scaled_global_norm(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
     """The norm of all arrays as a product of two numbers, largest magnitude and what remains.
 
     The norm of finite gradients may itself be beyond float32; the second number never is, unless
     an element is not finite. A complex number counts by both its parts. One array after the other,
-    so that a float32 copy of one is alive, where arrays can wait.
+    so that a float32 copy of one is alive.
     """
     peaks, squares = [], []
     for x in (part for array in arrays for part in _real_parts(array)):
         if x.size:
             # A transposed view, as of a Linear's gradient, is slow, and sums in another order.
-            x = fusion_barrier(mx.depends(x, squares[-1]) if squares and waits else x)
+            x = fusion_barrier(mx.depends(x, squares[-1]) if squares else x)
             peaks.append(mx.maximum(mx.max(x), -mx.min(x)).astype(mx.float32))
             scaled = x.astype(mx.float32) / _divisor(peaks[-1])
             squares.append(mx.sum(mx.square(scaled)))

@@ -1,7 +1,7 @@
 """The base class of every optimizer here, and of your own: float32, layouts, rates, state."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import Any, Literal, cast, get_args
 
@@ -25,10 +25,10 @@ from .._validate import (
 from ..schedules import described
 from .update_loop import (
     LiveState,
-    ParameterSlot,
     Update,
     UpdateLoop,
     find_slots,
+    in_order,
     unchanged_on_error,
 )
 
@@ -374,14 +374,6 @@ def options_of(kind: type) -> dict[str, Any]:
             if len(named) == len(parameters):
                 break
     return {k: v for k, v in options.items() if k not in ("self", "learning_rate")}
-
-
-def in_order(
-    gradients: Any, slots: Sequence[ParameterSlot], updated: Mapping[str, mx.array]
-) -> Any:
-    """The updated parameters in the structure of the gradients."""
-    each = (updated[slot.path] for slot in slots)
-    return tree_map(lambda _: next(each), gradients)
 
 
 def flatten(tree: Any) -> dict[str, mx.array]:

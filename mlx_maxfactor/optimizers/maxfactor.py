@@ -309,19 +309,28 @@ class MaxFactor(Float32Optimizer):
         if not self.momentum:
             return read
         g = f.clamp_gradient(read(self.step))
-        adaptive, view = self.momentum, g.shape
-        m = read_momentum(state, view)
-        if isinstance(adaptive, FrequencyAdaptiveMomentum):
-            beta, g = adaptive.alpha, g.reshape(shape)
-            m = adaptive.update(g, m.reshape(shape), state)
-            write_momentum(m.reshape(view), state, beta)
+        m = read_momentum(state, g.shape)
+        if isinstance(self.momentum, FrequencyAdaptiveMomentum):
+            h = self._adaptive_momentum(self.momentum, g, m, state, shape)
         else:
-            beta = adaptive
+            beta = self.momentum
             m = write_momentum(beta * m + (1 - beta) * g, state, beta)
-        h = beta * m + (1 - beta) * g if self.nesterov else m
-        if isinstance(adaptive, FrequencyAdaptiveMomentum):
-            h = adaptive.blended(g, h, state).reshape(view)
+            h = beta * m + (1 - beta) * g if self.nesterov else m
         return lambda after: f.read_after(h, after)
+
+    def _adaptive_momentum(
+        self,
+        momentum: FrequencyAdaptiveMomentum,
+        g: mx.array,
+        m: mx.array,
+        state: dict,
+        shape: tuple[int, ...],
+    ) -> mx.array:
+        view, beta, g = g.shape, momentum.alpha, g.reshape(shape)
+        m = momentum.update(g, m.reshape(shape), state)
+        write_momentum(m.reshape(view), state, beta)
+        ahead = beta * m + (1 - beta) * g if self.nesterov else m
+        return momentum.blended(g, ahead, state).reshape(view)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
         """``max(√V, ε₁)`` in two factors, the first one number a row; of a number √V itself."""

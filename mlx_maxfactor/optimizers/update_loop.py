@@ -1,10 +1,11 @@
 """One parameter at a time: what a step knows about each path, and the order of its evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from .. import functional as f
 
@@ -93,6 +94,14 @@ def _check_slot(path: str, gradient: Any, parameter: Any) -> None:
         )
 
 
+def in_order(
+    gradients: Any, slots: Sequence[ParameterSlot], updated: Mapping[str, mx.array]
+) -> Any:
+    """The updated parameters in the structure of the gradients."""
+    each = (updated[slot.path] for slot in slots)
+    return tree_map(lambda _: next(each), gradients)
+
+
 def top_level_arrays(state: dict) -> dict[str, mx.array]:
     """The arrays of an optimizer's state that belong to no parameter: its step and its rate."""
     return {key: x for key, x in state.items() if isinstance(x, mx.array)}
@@ -150,10 +159,18 @@ class UpdateLoop:
         # A Linear's gradient comes transposed, and every pass over a transposed array is slow.
         gradient = f.fusion_barrier(gradient)
         state.update(zip(names, old, strict=True))
-        # A formula that reads back what it wrote gets the chosen array, and needs no second copy.
-        live = LiveState(state, self.verdict, slot.elements)
-        with _problems_of(slot):
+        live = state
+        if self.verdict.finite is not None or slot.elements is not None:
+            # A formula that reads back what it wrote gets the chosen array: no second copy.
+            live = LiveState(state, self.verdict, slot.elements)
+        try:
             new = apply_single(self.verdict.scaled(gradient), parameter, live)
+        except (KeyError, ValueError) as problem:
+            what = f"its state has no {problem}" if isinstance(problem, KeyError) else problem
+            raise ValueError(
+                f"{slot.path} {slot.parameter.shape}, gradient {slot.gradient.shape}: {what}; "
+                "create the optimizer again if the model has changed"
+            ) from problem
         if any(x is not None for x in self.verdict):
             # MLX's own optimizers answer a float32 gradient with float32 weights and states.
             new = new.astype(parameter.dtype)
@@ -162,19 +179,6 @@ class UpdateLoop:
         updated = self.verdict.chosen(new, parameter)
         self._before = [updated, *(state[key] for key in names)]
         return updated
-
-
-@contextmanager
-def _problems_of(slot: ParameterSlot) -> Iterator[None]:
-    """Name the parameter in an error of its update."""
-    try:
-        yield
-    except (KeyError, ValueError) as problem:
-        what = f"its state has no {problem}" if isinstance(problem, KeyError) else problem
-        raise ValueError(
-            f"{slot.path} {slot.parameter.shape}, gradient {slot.gradient.shape}: {what}; create "
-            "the optimizer again if the model has changed"
-        ) from problem
 
 
 @contextmanager

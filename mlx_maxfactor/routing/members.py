@@ -153,8 +153,7 @@ class MemberFactory:
             return Member(type(spec.choice).__name__, spec.choice, peak_rate_of(spec.choice))
         # Different seeds, or the first parameters of two members would be rounded alike.
         seed = (self.shared["seed"] + len(self.members)) % (LARGEST_SEED + 1)
-        is_lora = preset == "lora" and spec is not self.rest
-        defaults = OPTIMIZERS[spec.choice].lora_options if is_lora else {}
+        defaults = OPTIMIZERS[spec.choice].lora_options if preset == "lora" else {}
         options = {**self.shared, "seed": seed, **defaults, **spec.options}
         if not decays:
             options["weight_decay"] = 0.0
