@@ -49,8 +49,7 @@ class OptimizerEntry:
         lora_options: Options for LoRA's A and B.
         peak: The best peak of warm-up and cosine from scratch, as a function of the run. None:
             ``learning_rate``.
-        rest_peak: The same for the parameters that are not hidden. None: the rate keeps its ratio
-            to the hidden optimizer's.
+        rest_peak: The best peak for the parameters that are not hidden. None: ``peak``.
     """
 
     kind: type[Float32Optimizer]
@@ -88,12 +87,24 @@ def _adamw_peak(run: Run) -> float:
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "orthomaxfactor": OptimizerEntry(
-        OrthoMaxFactor, 2e-2, 1e-2, 5e-4, {"min_rms": 1.0}, _orthomaxfactor_peak
+        OrthoMaxFactor,
+        2e-2,
+        pretrained=1e-2,
+        lora=5e-4,
+        lora_options={"min_rms": 1.0},
+        peak=_orthomaxfactor_peak,
     ),
     "maxfactor": OptimizerEntry(MaxFactor, 1e-2, lora=1e-3, lora_options={"min_rms": 1.0}),
     "adafactor": OptimizerEntry(Adafactor, 1e-2, lora=1e-3),
     "signsgd": OptimizerEntry(SignSGD, 1e-2, pretrained=1e-3, lora=3e-4),
-    "muon": OptimizerEntry(Muon, 2e-2, 1e-2, 3e-3, {"scale": "rms", "momentum": 0.8}, _muon_peak),
+    "muon": OptimizerEntry(
+        Muon,
+        2e-2,
+        pretrained=1e-2,
+        lora=3e-3,
+        lora_options={"scale": "rms", "momentum": 0.8},
+        peak=_muon_peak,
+    ),
     "adamw": OptimizerEntry(
         AdamW,
         1e-3,
@@ -138,10 +149,12 @@ def register_optimizer(
         ValueError: The name is taken by another class, or the class or a rate is not valid.
 
     Example:
-        >>> from mlx_maxfactor import SignSGD, register_optimizer
+        >>> from mlx_maxfactor import OPTIMIZERS, SignSGD, register_optimizer
         >>> class Gentle(SignSGD):
         ...     '''SignSGD under another name.'''
         >>> register_optimizer("gentle", Gentle, learning_rate=1e-3)
+        >>> OPTIMIZERS.pop("gentle").learning_rate  # this removes the name again
+        0.001
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be an identifier, got {shown(name)}")
