@@ -1,0 +1,44 @@
+"""Choose the subcommand, and import only what it needs."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .._version import __version__
+from .terminal import OneLineParser
+
+COMMANDS = {
+    "fits": ("estimate the peak memory of a training step", "mlx-maxfactor fits ./my_model"),
+    "lora": ("fine-tune with mlx-lm", "mlx-maxfactor lora --model ./my_model --data ./my_data"),
+    "check": ("test the optimizers on this machine", "mlx-maxfactor check"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: The arguments. None: those of the process.
+
+    Returns:
+        The exit status: 0 for success.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    width = max(map(len, COMMANDS))
+    lines = [
+        f"  {name:{width}}  {what}\n{'':{width}}    {example}"
+        for name, (what, example) in COMMANDS.items()
+    ]
+    parser = OneLineParser(
+        prog="mlx-maxfactor",
+        usage="mlx-maxfactor COMMAND ...",
+        description="commands (--help of each has more):\n" + "\n".join(lines),
+        raw=True,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("--version", action="version", version=__version__)
+    if not arguments:
+        parser.print_help()
+        return 2
+    command = parser.parse_args(arguments[:1]).command
+    return import_module(f".{command}", __package__).main(arguments[1:])

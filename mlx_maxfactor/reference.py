@@ -1,0 +1,458 @@
+"""NumPy float64 twins of the optimizers, orthogonalizers and schedules, in the papers' notation.
+
+Written from the papers and the published PyTorch code, apart from the package they check. A twin
+holds the state of ONE parameter: `twin.update(p, g)` returns the new p, and `twin.t` counts from 1.
+float64 has the range that float32 lacks, so no guard against overflow appears here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Span = tuple[int, int] | None  # the axes of a norm, an RMS or a share; None is all of them
+Schedule = Callable[[int], float]
+
+
+def rms(x: Array, span: Span = None) -> Array:
+    """||x||_2 / sqrt(size)."""
+    return np.sqrt(np.mean(x**2, axis=span, keepdims=True))
+
+
+class Twin:
+    """One parameter: `rule` sees a clamped gradient, and matrices in the last two axes."""
+
+    learning_rate: Any
+    layout: str = "batched"
+    t: int = 0
+    m = h = v = R = C = np.zeros(())  # broadcast up to their shape at the first update
+    view: tuple[int, ...] = ()  # of g, with the input axis last
+
+    def update(self, p: Array, g: Array, layout: str | None = None) -> Array:
+        """Make update t; `layout` is "batched", "experts", "conv" or "transposed"."""
+        self.t += 1
+        rate = self.learning_rate
+        eta: Any = rate(self.t - 1) if callable(rate) else rate
+        p, g = np.asarray(p, np.float64), np.clip(np.asarray(g, np.float64), -1e15, 1e15)
+        layout, span, shape = layout or self.layout, None, p.shape
+        if p.ndim >= 2 and layout == "experts":  # each matrix by itself
+            span = (-2, -1)
+        if p.ndim >= 2 and layout == "transposed":
+            p, g = p.swapaxes(-1, -2), g.swapaxes(-1, -2)
+            self.view = g.shape
+            return self.rule(p, g, eta, span).swapaxes(-1, -2)
+        self.view = shape
+        if p.ndim >= 2 and layout == "conv":  # (out, k..., in) is the matrix (out, -1)
+            p, g, self.view = p.reshape(len(p), -1), g.reshape(len(p), -1), (-1, shape[-1])
+        return np.asarray(self.rule(p, g, eta, span)).reshape(shape)
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        raise NotImplementedError
+
+
+@dataclass
+class FrequencyAdaptiveMomentum:
+    """Momentum by frequency band along the last axis, as NOTES.md has it; the DFT is a sum."""
+
+    alpha: float = 0.9
+    beta: float = 0.999
+    bands: int = 10
+    blend: float = 1.0
+    blend_steps: int = 1
+
+    def bins(self, n: int) -> tuple[Array, Any, Any]:
+        """The band of each bin k = 0 ... n // 2, and the matrices of rfft and of irfft."""
+        k, bins = np.arange(n // 2 + 1), n // 2 + 1
+        band = np.minimum(self.bands - 1, k * self.bands // bins)
+        turns = np.exp(-2j * np.pi * np.outer(np.arange(n), k) / n)
+        twice = np.where((k == 0) | (2 * k == n), 1, 2)  # bins that stand for -k as well
+        return band, turns, (turns.conj() * twice / n).T
+
+    def shares(self, F: Any, band: Array) -> Array:
+        """pi_b: the part of each matrix's sum of |F|^2 that lies in band b."""
+        power = np.sum(np.abs(F) ** 2, axis=-2, keepdims=True)
+        parts = [np.sum(power[..., band == b], axis=-1) for b in range(self.bands)]
+        total = np.sum(power, axis=-1, keepdims=True)
+        return np.stack(parts, axis=-1) / np.where(total > 0, total, 1)
+
+    def damping(self, h: Array) -> Any:
+        """damp_b of a bias-corrected h."""
+        return np.clip(np.arange(self.bands) / self.bands * (1 - 5 * h), 0, 0.9)
+
+    def filter(self, g: Array, m: Array, h: Array, t: int) -> tuple[Array, Array]:
+        """The next m and h."""
+        band, rfft, irfft = self.bins(g.shape[-1])
+        F, previous = g @ rfft, np.broadcast_to(m, g.shape) @ rfft
+        h = self.beta * h + (1 - self.beta) * self.shares(F, band)
+        damp = self.damping(h / (1 - self.beta**t))[..., band]
+        M = self.alpha * (1 - damp) * previous + (1 - self.alpha) * (1 + damp) * F
+        return (M @ irfft).real, h
+
+
+@dataclass
+class MaxFactor(Twin):
+    """The rule of NOTES.md; presets after the three published PyTorch versions."""
+
+    learning_rate: float | Schedule = 0.01
+    _: KW_ONLY
+    beta2_decay: float = -0.8
+    beta2_bounds: tuple[float, float] = (0.001, 0.999)
+    eps: tuple[float, float] = (1e-10, 1e-4)
+    d: float = 1.0
+    weight_decay: float = 0.01
+    gamma: float = 0.99
+    max_norm: bool = True
+    min_lr: float = 1e-7
+    scalar_boost: float | None = 2.0
+    clip_threshold: float | None = None
+    full_matrix: bool = False
+    relative_step: bool = False
+    vector_sign: bool = False
+    maximize: bool = False
+    momentum: float | FrequencyAdaptiveMomentum = 0.0
+    nesterov: bool = False
+    cautious: bool = False
+    eps_rms: float = 0.0
+    min_rms: float = 0.0
+    layout: str = "batched"
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "MaxFactor":
+        """The options as published, where they differ from the defaults."""
+        old = {"eps": (2.0**-23, 1e-3), "weight_decay": 0.0, "min_lr": 0.0, "scalar_boost": None}
+        early = old | {"vector_sign": True, "beta2_bounds": (0.0, 1.0), "eps_rms": 1e-8}
+        speech = old | {"relative_step": True, "beta2_bounds": (0.0, 0.999)}
+        options = {"early": early, "hub": {}, "speech": speech}[name]
+        return cls(**(options | overrides))
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        g = -g if self.maximize else g
+        boost = self.scalar_boost if p.size == 1 else None
+        alpha, decay = self.rates(p, eta, span)
+        full = p.ndim < 2 or self.full_matrix or boost is not None
+        V = self.second_moment(g, full)
+        if boost is not None:
+            step = boost * self.averaged(g) / (np.sqrt(V) + self.eps[0])
+        else:
+            step = self.direction(self.averaged(g), V, span)
+        if self.cautious:  # Liang et al. 2024
+            mask = step * g > 0
+            step = step * mask / np.maximum(np.mean(mask, axis=span, keepdims=True), 1e-3)
+        return p * (1 - decay) - alpha * step
+
+    def rates(self, p: Array, eta: float, span: Span) -> tuple[Array, Any]:
+        """alpha and the decay."""
+        scale = np.maximum(max(self.eps[1], self.min_rms), rms(p, span))
+        if self.relative_step:
+            alpha = np.minimum(eta, scale * min(1e-6 * self.t, 1 / np.sqrt(self.t)))
+            return alpha, alpha * self.weight_decay
+        rho_t = max(self.min_lr, min(eta, 1 / np.sqrt(self.t))) if eta > 0 else 0.0
+        return scale * rho_t, eta * self.weight_decay
+
+    def second_moment(self, g: Array, full: bool) -> Array:
+        """V: (R / max R) C for matrices, otherwise a full moving average."""
+        if full:
+            self.v = self.gamma * self.v + (1 - self.gamma) * g**2
+            return self.v
+        (m, n), floor = g.shape[-2:], self.eps[0] + self.eps_rms
+        b_t = np.clip(float(self.t) ** self.beta2_decay, *self.beta2_bounds)
+        R_t = np.sum(g**2, axis=-1, keepdims=True) / (n + self.eps_rms)
+        C_t = np.sum(g**2, axis=-2, keepdims=True) / (m + self.eps_rms)
+        self.R = self.R + b_t * (R_t - self.R)
+        self.C = self.C + b_t * (C_t - self.C)
+        top = np.max(self.R, axis=-2, keepdims=True)
+        return self.R / np.maximum(top, floor) * self.C if self.max_norm else self.R * self.C
+
+    def averaged(self, g: Array) -> Array:
+        """The momentum that stands for g in u; momentum = 0 is g itself."""
+        fam, shape, g = self.momentum, g.shape, g.reshape(self.view)
+        beta = fam.alpha if isinstance(fam, FrequencyAdaptiveMomentum) else fam
+        if isinstance(fam, FrequencyAdaptiveMomentum) and g.ndim >= 2 and min(g.shape[-2:]) > 4:
+            kappa = fam.blend * min(1, self.t / fam.blend_steps)
+            self.m, self.h = fam.filter(g, self.m, self.h, self.t)
+        else:
+            kappa, self.m = 1.0, beta * self.m + (1 - beta) * g
+        m = beta * self.m + (1 - beta) * g if self.nesterov else self.m
+        return ((1 - kappa) * g + kappa * m).reshape(shape)
+
+    def direction(self, g: Array, V: Array, span: Span) -> Array:
+        """u / D, and its row maximum under its sign."""
+        eps1, clip = self.eps[0], self.clip_threshold
+        u = g / np.sqrt(np.maximum(V, eps1**2))
+        u = u / np.maximum(np.max(np.abs(u), axis=span, keepdims=True), eps1 + self.eps_rms)
+        if clip is not None:
+            norm = np.sqrt(np.sum(u**2, axis=span, keepdims=True))
+            u = u * clip / np.maximum(norm, clip)
+        D = np.maximum(1, rms(u, span) / self.d)
+        if self.max_norm if u.ndim >= 2 else self.vector_sign:
+            row = -1 if u.ndim >= 2 else None
+            u = np.sign(u) * np.max(np.abs(u), axis=row, keepdims=True)
+        return u / D
+
+
+@dataclass
+class OrthoMaxFactor(Twin):
+    """SPEC: MaxFactor's R and C, momentum, an orthogonalized step, a relative rate."""
+
+    learning_rate: float | Schedule = 0.02
+    _: KW_ONLY
+    momentum: float = 0.8
+    nesterov: bool = True
+    block: int | None = 128
+    method: str = "newton_schulz"
+    steps: int = 5
+    weight_decay: float = 0.01
+    min_rms: float | str = "init"
+    beta2_decay: float = -0.8
+    beta2_bounds: tuple[float, float] = (0.001, 0.999)
+    eps: float = 1e-10
+    layout: str = "batched"
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        b_t = np.clip(float(self.t) ** self.beta2_decay, *self.beta2_bounds)
+        self.R = self.R + b_t * (np.mean(g**2, axis=-1, keepdims=True) - self.R)
+        self.C = self.C + b_t * (np.mean(g**2, axis=-2, keepdims=True) - self.C)
+        beta = self.momentum
+        self.m = beta * self.m + (1 - beta) * g
+        h = beta * self.m + (1 - beta) * g if self.nesterov and beta else self.m
+        top = np.maximum(np.max(self.R, axis=-2, keepdims=True), self.eps)
+        u = h / np.maximum(np.sqrt(self.R / top * self.C), self.eps)
+        X = orthogonalize_blocks(u, self.method, self.steps, self.block)
+        size = rms(X, (-2, -1))  # of each matrix
+        fan_in = p.shape[-1]
+        floor = 1 / np.sqrt(3 * fan_in) if self.min_rms == "init" else self.min_rms
+        alpha = eta * np.maximum(floor, rms(p, (-2, -1)))
+        return p * (1 - eta * self.weight_decay) - alpha * X / np.where(size > 0, size, 1)
+
+
+@cache
+def lloyd_max(levels: int = 15) -> tuple[Array, float]:
+    """The best levels >= 0 for a unit normal, zero among them, and their mean squared error.
+
+    Each level is the mean of its cell, and each edge of a cell is halfway between two levels.
+    """
+    density = lambda x: np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)  # noqa: E731
+    below = np.vectorize(lambda x: (1 + math.erf(x / np.sqrt(2))) / 2)
+    level, mass = np.linspace(0, 3, levels // 2 + 1), np.zeros(levels // 2)
+    for _ in range(5000):
+        edges = np.append((level[1:] + level[:-1]) / 2, 40.0)
+        mass = below(edges[1:]) - below(edges[:-1])
+        level = np.append(0.0, (density(edges[:-1]) - density(edges[1:])) / mass)
+    # The mean squared error of levels that are means of their cells: 1 - sum of mass level^2.
+    return level, float(1 - 2 * np.sum(mass * level[1:] ** 2))
+
+
+def quantized(x: Array, bits: int, decay: float = 0.0, scale: Array | None = None) -> Array:
+    """What is read back: groups of 64 share a scale, each element takes its nearest level.
+
+    Halfway between two levels is away from zero; at most `decay` times a level is the one below.
+    """
+    flat = np.pad(np.float64(x).reshape(-1), (0, -x.size % 64)).reshape(-1, 64)
+    if bits == 4:
+        level = np.round(lloyd_max(15)[0], 4)
+        size = np.sqrt(np.mean(flat**2, axis=1))
+    else:
+        level = (np.arange(128) / 127) ** 2
+        size = np.max(np.abs(flat), axis=1)
+    size = size if scale is None else np.float64(scale)
+    size = np.where(size > 0, size, 1)[:, None]
+    y = np.abs(flat) / size
+    halfway = (level[1:] + level[:-1]) / 2  # in 8 bits halfway between the square roots
+    edges = halfway if bits == 4 else ((np.arange(127) + 0.5) / 127) ** 2
+    code = np.searchsorted(edges, y, side="right")
+    code = np.where((code > 0) & (y <= decay * level[code] * (1 + 1e-6)), code - 1, code)
+    return (np.sign(flat) * level[code] * size).reshape(-1)[: x.size].reshape(x.shape)
+
+
+def largest_moment(beta1: float, beta2: float, t: int) -> float:
+    """max |m| / sqrt(v) over all g_1 ... g_t: m is linear in g and v quadratic, so Lagrange."""
+    age = np.arange(t)
+    a, b = (1 - beta1) * beta1**age, (1 - beta2) * beta2**age  # weights of the gradients
+    g = a / b  # the stationary point of a.g at fixed sum of b g^2
+    return float(a @ g / np.sqrt(b @ g**2))
+
+
+@dataclass
+class Adafactor(Twin):
+    """Shazeer & Stern 2018 (arXiv 1804.04235), algorithms 4 and 5, with decoupled decay."""
+
+    learning_rate: float | Schedule | None = None
+    _: KW_ONLY
+    eps: tuple[float, float] = (1e-30, 1e-3)
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+    weight_decay: float = 0.0
+    layout: str = "batched"
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        eps1, eps2 = self.eps
+        b_t = float(self.t) ** self.decay_rate
+        g2 = g**2 + eps1
+        if p.ndim >= 2:
+            self.R = self.R + b_t * (np.mean(g2, axis=-1, keepdims=True) - self.R)
+            self.C = self.C + b_t * (np.mean(g2, axis=-2, keepdims=True) - self.C)
+            V = self.R / np.mean(self.R, axis=-2, keepdims=True) * self.C
+        else:
+            V = self.v = self.v + b_t * (g2 - self.v)
+        u = g / np.sqrt(V)
+        u = u / np.maximum(1, rms(u, span) / self.clip_threshold)
+        if eta is None:
+            eta = min(1e-2, 1 / np.sqrt(self.t)) * np.maximum(eps2, rms(p, span))
+        return p * (1 - eta * self.weight_decay) - eta * u
+
+
+@dataclass
+class SignSGD(Twin):
+    """Bernstein et al. 2018 (arXiv 1802.04434) with decoupled decay; a row is the last axis."""
+
+    learning_rate: float | Schedule = 1e-2
+    _: KW_ONLY
+    weight_decay: float = 0.1
+    sparse_rows: bool = False
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        new = p * (1 - eta * self.weight_decay) - eta * np.sign(g)
+        row = -1 if p.ndim else None
+        return np.where(np.any(g, axis=row, keepdims=True), new, p) if self.sparse_rows else new
+
+
+@dataclass
+class Muon(Twin):
+    """Jordan et al. 2024; scales of Jordan ("spectral") and of Liu et al. 2025 ("rms")."""
+
+    learning_rate: float | Schedule = 0.02
+    _: KW_ONLY
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    scale: str | None = None
+    method: str = "newton_schulz"
+    steps: int = 5
+    block: int | None = None
+    layout: str = "batched"
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        beta, (rows, cols) = self.momentum, g.shape[-2:]
+        self.m = beta * self.m + g
+        u = g + beta * self.m if self.nesterov else self.m
+        spectral, moonshot = max(1, rows / cols) ** 0.5, 0.2 * max(rows, cols) ** 0.5
+        s = {None: 1.0, "spectral": spectral, "rms": moonshot}[self.scale]
+        X = orthogonalize_blocks(u, self.method, self.steps, self.block)
+        return p * (1 - eta * self.weight_decay) - eta * s * X
+
+
+@dataclass
+class AdamW(Twin):
+    """Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2."""
+
+    learning_rate: float | Schedule = 1e-4
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    bias_correction: bool = True
+
+    def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
+        beta1, beta2 = self.betas
+        self.m = beta1 * self.m + (1 - beta1) * g
+        self.v = beta2 * self.v + (1 - beta2) * g**2
+        t = self.t if self.bias_correction else np.inf
+        m_hat, v_hat = self.m / (1 - beta1**t), self.v / (1 - beta2**t)
+        return p * (1 - eta * self.weight_decay) - eta * m_hat / (np.sqrt(v_hat) + self.eps)
+
+
+def orthogonalize(G: Array, coefficients: Any, slack: float = 1.0) -> Array:
+    """X = G / (slack ||G||_F), then X = aX + (bA + cA^2)X with A = XX^T, on the wide side."""
+    if G.shape[-2] > G.shape[-1]:
+        return orthogonalize(G.swapaxes(-1, -2), coefficients, slack).swapaxes(-1, -2)
+    norm = np.linalg.norm(G, axis=(-2, -1), keepdims=True)
+    X = G / np.where(norm > 0, slack * norm, 1)
+    for a, b, c in coefficients:
+        A = X @ X.swapaxes(-1, -2)
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+def newton_schulz(x: Array, steps: int = 5) -> Array:
+    """Jordan et al. 2024."""
+    return orthogonalize(x, [(3.4445, -4.7750, 2.0315)] * steps)
+
+
+def polar_express(x: Array, steps: int = 5) -> Array:
+    """Amsel et al. 2025 (arXiv 2505.16932)."""
+    return orthogonalize(x, polar_express_coefficients(steps), slack=1.01)
+
+
+def orthogonalize_blocks(
+    G: Array, method: str = "newton_schulz", steps: int = 5, block: int | None = None
+) -> Array:
+    """G (..., m, n): `block` rows at a time, or columns if m > n, each block by itself."""
+    polar = {"newton_schulz": newton_schulz, "polar_express": polar_express}[method]
+    m, n = G.shape[-2:]
+    if block is None or block >= min(m, n):
+        return polar(G, steps)
+    X = np.zeros_like(G)
+    for i in range(0, min(m, n), block):
+        j = min(i + block, min(m, n))
+        if m > n:
+            X[..., :, i:j] = polar(G[..., :, i:j], steps)  # (..., m, j - i)
+        else:
+            X[..., i:j, :] = polar(G[..., i:j, :], steps)  # (..., j - i, n)
+    return X
+
+
+@cache
+def polar_express_coefficients(steps: int, safety: float = 1.01) -> tuple[tuple[float, ...], ...]:
+    """Amsel et al. 2025: the best odd quintic for singular values in [low, high], step by step."""
+    low, high, cushion, odd, table = 1e-3, 1.0, 0.02407327424182761, np.array([1, 3, 5]), []
+    for _ in range(steps):
+        if high - low < 1e-5:  # the interval is a point: the limit, with no safety factor
+            table.append((15 / 8, -10 / 8, 3 / 8))
+            continue
+        p = minimax_quintic(max(low, cushion * high), high)
+        p = p * 2 / (p @ low**odd + p @ high**odd)  # 1 - p(low) = p(high) - 1
+        table.append(tuple((p / safety**odd).tolist()))
+        low = float(p @ low**odd)
+        high = 2 - low
+    return tuple(table)
+
+
+def minimax_quintic(low: float, high: float) -> Array:
+    """Remez for p = ax + bx^3 + cx^5: 1 - p = E, -E, E, -E at low, q, r, high; p'(q, r) = 0."""
+    a = b = c = 0.0
+    q, r = (3 * low + high) / 4, (low + 3 * high) / 4
+    for _ in range(30):  # quadratic convergence: far fewer would do
+        x = np.array([low, q, r, high])
+        a, b, c, _ = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
+        q, r = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
+    return np.array([a, b, c])
+
+
+def warmup_cosine(
+    step: int,
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int = 2000,
+    min_ratio: float = 0.1,
+    start_ratio: float = 0.0,
+) -> float:
+    """Linear from start_ratio to 1, then a cosine to min_ratio, then constant."""
+    if step < warmup_steps:
+        return learning_rate * (start_ratio + (1 - start_ratio) * step / warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return learning_rate * (min_ratio + (1 - min_ratio) * (1 + np.cos(np.pi * progress)) / 2)
+
+
+def adaptive_schedule(
+    step: int, initial_lr: float = 1e-3, warmup_steps: int = 500, decay_factor: float = 0.1
+) -> float:
+    """Linear warm-up from 0.001 of the peak, then an inverse square root down to a floor."""
+    if step < warmup_steps:
+        return initial_lr * max(0.001, step / warmup_steps)
+    return initial_lr * max(
+        decay_factor, np.sqrt(max(1, warmup_steps) / (step if warmup_steps else step + 1))
+    )
