@@ -6,10 +6,10 @@
 
 The first prints the tables of the records in `examples/records/finetuning.jsonl`. `--run` first
 makes the runs that are missing there, one after another. The third makes one run and keeps no
-record: each record has such a command. A run trains the model of `small_llama.py` on its task for
-150 iterations of mlx-lm's trainer, with mlx-lm's defaults: batches of 4, LoRA of rank 8 and scale
-20 in every layer. A seed is another model, task and order. `continued` is what a rate that is too
-high ruins: 20 iterations of full fine-tuning on more of what the model was trained on.
+record: each record has such a command. A run trains the small llama of `mlx_maxfactor.finetuning`
+on its task for 150 iterations of mlx-lm's trainer, with mlx-lm's defaults: batches of 4, LoRA of
+rank 8 and scale 20 in every layer. Each seed has its own model, task and order. `continued` shows
+what too high a rate destroys: 20 iterations of full fine-tuning on more of the training text.
 
 `mlx AdamW` gets four rates on seed 1 and two more seeds at the best of them; ours run at the
 default rate, which needs no search, on three seeds, and on seed 1 at a third and three times of it.
@@ -44,10 +44,10 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from small_llama import build_model, write_more_code, write_task
 from tqdm import tqdm
 
 from mlx_maxfactor import create_optimizer
+from mlx_maxfactor.finetuning.small_llama import build_model, write_more_code, write_task
 
 BASELINE = "mlx AdamW"
 LOW, HIGH = (1e-4, 3e-4, 5e-4, 1e-3), (3e-4, 1e-3, 2e-3, 3e-3)

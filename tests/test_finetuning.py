@@ -195,7 +195,8 @@ def eager():
 @pytest.mark.usefixtures("eager")
 def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
     import compare_finetuning
-    from small_llama import build_model
+
+    from mlx_maxfactor.finetuning.small_llama import build_model
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare_finetuning, "build_model", partial(build_model, steps=2))

@@ -41,4 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     command = parser.parse_args(arguments[:1]).command
-    return import_module(f".{command}", __package__).main(arguments[1:])
+    try:
+        module = import_module(f".{command}", __package__)
+    except ModuleNotFoundError as missing:
+        name = str(missing.name).partition(".")[0]
+        parser.error(f'{command} needs {name}: pip install "mlx-maxfactor[lm]"')
+    return module.main(arguments[1:])

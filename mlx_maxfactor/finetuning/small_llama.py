@@ -1,17 +1,15 @@
-"""Build what an mlx-lm user has, small and offline: a model folder, and a task to fine-tune it on.
+"""Make a small model and a task for it, offline, in the formats that mlx-lm reads.
 
-    python examples/small_llama.py
+    python -m mlx_maxfactor.finetuning.small_llama
 
-The model is a llama of four layers with a tokenizer of its own, trained for 400 steps on the code
-of Python's standard library without its comments and docstrings. The task is new to it: to name a
-Unicode character from its number. Both are folders that mlx-lm reads as they are:
+The model is a llama of four layers with its own tokenizer. It is trained for 400 steps on the code
+of Python's standard library without comments and docstrings. The task is new to it: to name a
+Unicode character from its number. mlx-lm reads both folders:
 
-    python -m mlx_lm lora --train --model runs/small_llama --data runs/small_task --num-layers 4
+    mlx_lm.lora --train --model runs/small_llama --data runs/small_task --num-layers 4
 
-They are built again only where the seed or what is asked for is another.
+They are made again only if the seed or the settings differ.
 """
-
-from __future__ import annotations
 
 import argparse
 import ast
@@ -33,7 +31,8 @@ from mlx_lm.utils import save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
 
-from mlx_maxfactor import create_optimizer, warmup_cosine
+from ..factory import create_optimizer
+from ..schedules import warmup_cosine
 
 END = "<|end|>"
 TEMPLATE = (
@@ -57,10 +56,11 @@ BATCH, CONTEXT = 8, 64
 LINES = {"train": 4000, "valid": 200, "test": 200}
 PIECE = 150  # characters of code
 CHARACTERS = range(0x21, 0x20000)
-NUMBERED = ("CJK", "HANGUL SYLLABLE", "IDEOGRAPH", "HIEROGLYPH")  # names that say nothing else
+NUMBERED = ("CJK", "HANGUL SYLLABLE", "IDEOGRAPH", "HIEROGLYPH")  # their names are numbers
 
 
 def main() -> None:
+    """Make both, and show what the model writes."""
     parser = argparse.ArgumentParser(description="Build a small llama and a task for it.")
     parser.add_argument("--model", type=Path, default=Path("runs/small_llama"))
     parser.add_argument("--task", type=Path, default=Path("runs/small_task"))
@@ -73,7 +73,7 @@ def main() -> None:
     prompt = mx.array([tokenizer.encode(first["prompt"] + "\n")])
     print(f"{folder}: the model continues {first['prompt']!r} with", end=" ")
     print(repr(tokenizer.decode(greedily(model, prompt, 20))))
-    print(f"{task}: it is to learn {first['completion']!r}")
+    print(f"{task}: it should learn to write {first['completion']!r}")
 
 
 # The model
@@ -83,9 +83,9 @@ def build_model(folder: str | Path, seed: int = 1, steps: int = 400) -> Path:
     """A folder that ``mlx_lm.load`` reads: a small llama, trained on code, and its tokenizer.
 
     Args:
-        folder: Where it goes. What is there already is kept if it was built so.
-        seed: Of the weights and the order of the text.
-        steps: Of its training.
+        folder: The folder. A model that is already there is kept if it was made alike.
+        seed: Seed of the weights and of the order of the text.
+        steps: Training steps.
 
     Returns:
         The folder.
@@ -103,12 +103,12 @@ def build_model(folder: str | Path, seed: int = 1, steps: int = 400) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
     write_json(folder / "tokenizer_config.json", {**settings, "chat_template": TEMPLATE})
-    write_json(folder / "config.json", config)  # last: it says that the folder is whole
+    write_json(folder / "config.json", config)  # last: a folder with this file is complete
     return folder
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
-    """Pairs of bytes, merged as often as the vocabulary has room for."""
+    """A byte-pair encoding that fills the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -159,7 +159,7 @@ def train_model(tokens: np.ndarray, seed: int, steps: int) -> Model:
 
 
 def greedily(model: nn.Module, tokens: mx.array, count: int) -> list[int]:
-    """The likeliest token, again and again: (1, tokens) to so many more."""
+    """The next tokens after ``(1, length)`` tokens, always the likeliest."""
     length = tokens.shape[1]
     for _ in range(count):
         tokens = mx.concatenate([tokens, mx.argmax(model(tokens)[:, -1:], axis=-1)], axis=1)
@@ -170,13 +170,13 @@ def greedily(model: nn.Module, tokens: mx.array, count: int) -> list[int]:
 
 
 def write_task(folder: str | Path, seed: int = 1) -> Path:
-    """``train.jsonl``, ``valid.jsonl`` and ``test.jsonl``: characters' numbers, and their names.
+    """``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` of numbers and names of characters.
 
-    Each line is ``{"prompt": ..., "completion": ...}``, a format of mlx-lm's.
+    Each line is ``{"prompt": ..., "completion": ...}``, one of mlx-lm's formats.
 
     Args:
-        folder: Where they go. What is there already is kept if it was written so.
-        seed: Of the characters and their order.
+        folder: The folder. Files that are already there are kept if they were made alike.
+        seed: Seed of the characters and their order.
 
     Returns:
         The folder.
@@ -185,11 +185,11 @@ def write_task(folder: str | Path, seed: int = 1) -> Path:
 
 
 def write_more_code(folder: str | Path, seed: int = 1) -> Path:
-    """The same three files of ``{"text": ...}``: more of what the model was trained on.
+    """The same three files with lines ``{"text": ...}``: more code like the model's training text.
 
     Args:
-        folder: Where they go. What is there already is kept if it was written so.
-        seed: Of the pieces and their order.
+        folder: The folder. Files that are already there are kept if they were made alike.
+        seed: Seed of the pieces and their order.
 
     Returns:
         The folder.
@@ -198,6 +198,7 @@ def write_more_code(folder: str | Path, seed: int = 1) -> Path:
 
 
 def write_lines(folder: Path, seed: int, kind: str) -> Path:
+    """Write the three files of one kind of lines, unless they are there."""
     content = {"kind": kind, "seed": seed, "lines": LINES}
     if was_written(folder / "task.json", content):
         return folder
@@ -212,7 +213,7 @@ def write_lines(folder: Path, seed: int, kind: str) -> Path:
 
 
 def named_characters() -> list[dict[str, str]]:
-    """Every character that has a name which says more than its number."""
+    """Every character whose name is more than its number."""
     names = {number: unicodedata.name(chr(number), "") for number in CHARACTERS}
     return [
         {"prompt": f"name(chr({number:#x}))", "completion": name.lower()}
@@ -222,7 +223,7 @@ def named_characters() -> list[dict[str, str]]:
 
 
 def pieces_of_code() -> list[dict[str, str]]:
-    """The standard library's statements, cut to one length."""
+    """Statements of the standard library, cut to one length."""
     code = [statement for tree in modules() for statement in code_of(tree)]
     return [
         {"text": statement[start : start + PIECE]}
@@ -253,10 +254,12 @@ def code_of(tree: ast.Module) -> list[str]:
 
 
 def was_written(path: Path, content: Any) -> bool:
+    """Whether the file holds this content."""
     return path.exists() and json.loads(path.read_text(encoding="utf-8")) == content
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON."""
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 

@@ -1,0 +1,262 @@
+"""``mlx-maxfactor lora``: fine-tune with mlx-lm, our optimizers, and checkpoints that resume.
+
+Without a model and data it makes a small llama and a task (`finetuning.small_llama`), and needs no
+network. Ctrl-C leaves a checkpoint.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import yaml
+from mlx.optimizers import Optimizer
+from mlx_lm import generate
+from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
+from tqdm import tqdm
+
+from ..checkpoint import CheckpointError
+from ..finetuning.models import (
+    add_adapters,
+    bytes_of,
+    load_adapters_into,
+    load_data,
+    load_model,
+    naming,
+)
+from ..finetuning.optimizers import make_optimizer
+from ..finetuning.small_llama import build_model, write_task
+from ..finetuning.tuning import Tuning, describe_run
+from ..optimizers.base import flatten
+from .lora_arguments import DEMO, parse_arguments
+from .terminal import OneLineParser, catching_interrupts
+
+TESTED = ("0.31.3", "0.32.2")
+"""Versions of mlx-lm that this command was run with."""
+
+TOKENS = 16  # in a sample
+BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
+BAD_INPUT += (ValueError, yaml.YAMLError)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fine-tune. Returns the exit status."""
+    parser = OneLineParser(prog="mlx-maxfactor lora")
+    try:
+        parser, arguments = parse_arguments(argv)
+        warn_of_version()
+        tuning, sample = prepare(arguments)
+    except BAD_INPUT as problem:
+        parser.error(one_line(problem))
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted before the first iteration\n")
+    try:
+        if arguments.train or not arguments.test:
+            train(tuning, sample)
+        if arguments.test:
+            loss = tuning.loss_on("test", arguments.test_batches)
+            if loss is None:
+                parser.error(f"data {arguments.data}: there is no test set")
+            print(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
+    except FloatingPointError as problem:
+        parser.exit(1, f"\n{parser.prog}: error: {problem}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{how_to_resume(tuning, argv)}\n")
+    return 0
+
+
+def warn_of_version() -> None:
+    """Say if this version of mlx-lm was never tried."""
+    if (found := version("mlx-lm")) not in TESTED:
+        tested = " and ".join(TESTED)
+        print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=sys.stderr)
+
+
+def one_line(problem: BaseException) -> str:
+    """The message of an exception, in one line."""
+    text = str(problem.args[0] if isinstance(problem, KeyError) else problem)
+    return text if isinstance(problem, CheckpointError) else " ".join(text.split())
+
+
+def prepare(arguments: Namespace) -> tuple[Tuning, "Sample"]:
+    """Model, data, optimizer and checkpoint. Wrong input fails here, before any training."""
+    if arguments.model == DEMO["model"]:
+        build_model(arguments.model)
+    if arguments.data == DEMO["data"]:
+        write_task(arguments.data)
+    model, tokenizer, arguments.model = load_model(
+        arguments.model,
+        quantize=arguments.quantize,
+        trust_remote_code=bool(arguments.trust_remote_code),
+    )
+    tests_only = arguments.test and not arguments.train
+    arguments.train = not tests_only  # mlx-lm reads the training set only then
+    datasets = load_data(arguments, tokenizer)
+    with naming(f"data {arguments.data}"):
+        sample = Sample.of(model, tokenizer, next(filter(len, (datasets[1], *datasets))))
+    mx.random.seed(arguments.seed)
+    if tests_only:
+        load_adapters(model, arguments.adapter_path)
+    else:
+        kind = arguments.fine_tune_type
+        add_adapters(model, kind, arguments.num_layers, arguments.lora_parameters)
+        if kind == "full":
+            arguments.lora_parameters = None
+        if arguments.resume_adapter_file is not None:
+            load_adapters_into(model, arguments.resume_adapter_file)
+    tuning = Tuning(model, optimizer_of(model, arguments), datasets, arguments)
+    if arguments.resume and tuning.path.exists():
+        print(f"resuming {tuning.path}", *tuning.resume(), sep="\n")
+        print(f"{tuning.saved} of {arguments.iters} iterations are done")
+    elif arguments.resume:
+        print(f"there is no {tuning.path} yet: starting from the beginning")
+    elif tuning.path.exists() and not tests_only:
+        found = describe_run(tuning.path)
+        print(f"{tuning.folder} holds {found}, which is replaced; --resume would continue it")
+    return tuning, sample
+
+
+def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
+    """The optimizer with the options of the YAML file and of ``--option``."""
+    config = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
+    return make_optimizer(
+        model,
+        arguments.optimizer,
+        learning_rate=arguments.learning_rate,
+        lr_schedule=arguments.lr_schedule,
+        **{**config, **arguments.option},
+    )
+
+
+def train(tuning: Tuning, sample: "Sample") -> None:
+    """Run to the end, print the results, and write them to ``losses.json``."""
+    arguments = tuning.arguments
+    print_trainable_parameters(tuning.model)
+    print_plan(tuning.optimizer)
+    if tuning.iteration >= arguments.iters:
+        print(f"nothing is left to train: iters is {arguments.iters}, {tuning.iteration} are done")
+    else:
+        bar = {"desc": arguments.optimizer, "total": arguments.iters, "unit": "it"}
+        with tqdm(initial=tuning.iteration, **bar) as tuning.bar:
+            note = "stopping after this iteration"
+            with catching_interrupts(lambda: tuning.bar.set_postfix_str(note)) as caught:
+                tuning.interrupts = caught
+                tuning.bar.set_postfix_str("compiling the first step")
+                tuning.run()
+    loss = tuning.loss_on("validation", arguments.val_batches)
+    print_results(tuning, sample, loss)
+    save_results(tuning, loss)
+    print_what_to_do_next(arguments)
+
+
+def print_plan(optimizer: Optimizer, most: int = 17) -> None:
+    """Which parameter goes to which optimizer: the first rows of the plan, and the total."""
+    rows = str(getattr(optimizer, "plan", "no plan: this is one of mlx's optimizers")).splitlines()
+    if (left_out := len(rows) - most - 2) > 0:
+        rows[most:-2] = [f"... and {left_out} more"]
+    print("\n".join(rows), flush=True)
+
+
+def how_to_resume(tuning: Tuning, argv: Sequence[str]) -> str:
+    """One line to print where a run was interrupted."""
+    if not tuning.saved:
+        return "interrupted before there was a checkpoint"
+    again = ["mlx-maxfactor", "lora", *(a for a in argv if a != "--resume"), "--resume"]
+    return f"{tuning.path} has {tuning.saved} iterations; continue with: {shlex.join(again)}"
+
+
+@dataclass
+class Sample:
+    """What the model writes after the first prompt of a data set, before and after the run."""
+
+    tokenizer: Any
+    prompt: list[int]
+    wanted: list[int]
+    before: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any, dataset: Any) -> "Sample":
+        """The untuned model's continuation. Half of a plain text is its prompt."""
+        masked = copy(dataset)
+        masked.mask_prompt = True
+        tokens, offset = masked.process(masked[0])
+        offset = offset or len(tokens) // 2
+        sample = cls(tokenizer, tokens[:offset], tokens[offset : offset + TOKENS])
+        sample.before = sample.written_by(model)
+        return sample
+
+    def written_by(self, model: nn.Module) -> str:
+        """The likeliest continuation of the prompt."""
+        return generate(model, self.tokenizer, self.prompt, max_tokens=TOKENS)
+
+    def print(self, model: nn.Module) -> None:
+        """The prompt, the wanted continuation, and the model's before and after."""
+        decode = self.tokenizer.decode
+        texts = (decode(self.prompt), decode(self.wanted), self.before, self.written_by(model))
+        for name, text in zip(("prompt", "wanted", "before", "after"), texts, strict=True):
+            print(f"{name:8} {text!r}")
+
+
+def print_results(tuning: Tuning, sample: Sample, loss: float | None) -> None:
+    """Loss, speed and memory, and a sample of what the model writes."""
+    history, arguments = tuning.history, tuning.arguments
+    kind = ("q" if arguments.quantize else "") + arguments.fine_tune_type
+    row = "{:24} {:>11} {:>11} {:>13} {:>10} {:>9}"
+    print("\n" + row.format("", "validation", "trained", "optimizer", "tokens", "peak").rstrip())
+    print(row.format("", "loss", "parameters", "state, bytes", "a second", "memory"))
+    if loss is not None:
+        before = history["validation"][0]["val_loss"]
+        print(row.format("before", f"{before:.3f}", *[""] * 4).rstrip())
+    speeds = [info["tokens_per_second"] for info in history["training"]] or [0.0]
+    peak = max((info["peak_memory"] for info in history["training"]), default=0.0)
+    trained: Any = tuning.model.trainable_parameters()
+    print(
+        row.format(
+            f"{kind}, {arguments.optimizer}",
+            "" if loss is None else f"{loss:.3f}",
+            f"{sum(size_of(trained)):,}",
+            f"{bytes_of(tuning.optimizer.state):,}",
+            f"{sorted(speeds)[len(speeds) // 2]:,.0f}",
+            f"{peak:.2f} GB",
+        )
+    )
+    if tuning.skipped:
+        print(f"{tuning.skipped} iterations were skipped: their gradients were not finite")
+    print()
+    sample.print(tuning.model)
+
+
+def size_of(tree: Any) -> list[int]:
+    """Elements of each array."""
+    return [array.size for array in flatten(tree).values()]
+
+
+def save_results(tuning: Tuning, loss: float | None) -> None:
+    """Write losses.json."""
+    results = {"final validation loss": loss, "arguments": vars(tuning.arguments)}
+    text = json.dumps({**results, **tuning.history})
+    finite = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
+    path = tuning.folder / "losses.json"
+    path.write_text(json.dumps(finite, indent=1), encoding="utf-8")
+
+
+def print_what_to_do_next(arguments: Namespace) -> None:
+    """Where the losses are, and how to use the adapters."""
+    model, adapters = arguments.model, arguments.adapter_path
+    print(f"\nlosses   {Path(adapters) / 'losses.json'}")
+    print(f"use it   mlx_lm.generate --model {model} --adapter-path {adapters} --prompt ...")
+    # Quantized again, the fused weights would lose part of what was learned.
+    whole = " --dequantize" if arguments.quantize else ""
+    print(
+        f"fuse it  mlx_lm.fuse --model {model} --adapter-path {adapters} --save-path fused{whole}"
+    )

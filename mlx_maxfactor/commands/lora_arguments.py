@@ -1,0 +1,148 @@
+"""The arguments of ``mlx-maxfactor lora``: those of ``mlx_lm.lora`` with its YAML files, and ours.
+
+The command line has precedence over the file, and the file over the defaults. In a file,
+``optimizer``, ``optimizer_config`` and ``lr_schedule`` take our names too:
+
+    optimizer: orthomaxfactor
+    optimizer_config:
+      orthomaxfactor: {momentum: 0.9, state_dtype: int8}
+    lr_schedule: {name: warmup_cosine, arguments: [0.001, 300, 30]}
+
+Both libraries have adamw, muon and adafactor: these names mean ours, and mlx's own are called
+mlx_adamw, mlx_muon and mlx_adafactor. adam and sgd are mlx's.
+"""
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
+
+from ..finetuning.optimizers import EXAMPLE, optimizer_names
+from ..finetuning.tuning import check_iterations
+from .terminal import OneLineParser
+
+DEFAULTS = {
+    **CONFIG_DEFAULTS,
+    "model": None,
+    "data": None,
+    "optimizer": "orthomaxfactor",
+    "learning_rate": None,
+    "option": [],
+    "quantize": False,
+    "resume": False,
+}
+"""mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
+
+DEMO = {
+    "model": "runs/small_llama",
+    "data": "runs/small_task",
+    "adapter_path": "runs/small_adapters",
+    "num_layers": -1,
+    "iters": 300,
+    "save_every": 50,
+    "steps_per_eval": 50,
+}
+"""Defaults where neither a model nor data are given."""
+
+COUNTS = (
+    "batch_size",
+    "iters",
+    "steps_per_report",
+    "steps_per_eval",
+    "save_every",
+    "max_seq_length",
+    "grad_accumulation_steps",
+)
+READ_ELSEWHERE = {f"{kind}_feature" for kind in ("prompt", "completion", "text", "chat")} | {
+    "hf_dataset"
+}
+USAGE = """examples:
+  mlx-maxfactor lora                                    a small model and task, made on the spot
+  mlx-maxfactor lora --model ./my_model --data ./my_data --iters 600
+  mlx-maxfactor lora --config lora.yaml --optimizer muon --resume"""
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
+    """Every argument, checked, and the parser, which reports what is found wrong later."""
+    theirs = build_parser()
+    theirs.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
+    parser = OneLineParser(
+        prog="mlx-maxfactor lora",
+        usage="mlx-maxfactor lora [--model FOLDER] [--data FOLDER] [options]",
+        description="Fine-tune with mlx-lm: LoRA, DoRA, QLoRA, or all weights.",
+        epilog=USAGE,
+        parents=[theirs],
+        conflict_handler="resolve",
+        add_help=False,
+        raw=True,
+    )
+    parser.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
+    add = parser.add_argument
+    known = ", ".join(optimizer_names())
+    add("--optimizer", metavar="NAME", help=f"one of {known}; default orthomaxfactor")
+    add("--option", action="append", metavar="NAME=VALUE", help="of the optimizer; JSON values")
+    add("--quantize", action="store_true", default=None, help="train on a copy in 4 bits")
+    add("--resume", action="store_true", default=None, help="continue from the checkpoint")
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    file = read_config(given["config"]) if "config" in given else {}
+    known_values = {**file, **given}
+    demo = DEMO if not {"model", "data"} & known_values.keys() else {}
+    arguments = Namespace(**{**DEFAULTS, **demo, **known_values})
+    check(arguments)
+    return parser, arguments
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A YAML file of mlx_lm.lora. Keys that nothing reads are named, and ignored as by mlx-lm."""
+    file = yaml.load(Path(path).read_text(encoding="utf-8"), yaml_loader) or {}
+    if not isinstance(file, Mapping):
+        raise ValueError(f"{path} must map names to values")
+    if unread := file.keys() - DEFAULTS.keys() - READ_ELSEWHERE:
+        print(f"{path}: nothing reads {', '.join(sorted(map(str, unread)))}")
+    return {name: value for name, value in file.items() if value is not None}
+
+
+def check(arguments: Namespace) -> None:
+    """Raise ValueError for what would fail late or be taken for something else."""
+    given = vars(arguments)
+    for name in COUNTS:
+        if type(given[name]) is not int or given[name] < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {given[name]!r}")
+    for name, least in (("seed", 0), ("num_layers", -1), ("val_batches", -1)):
+        if type(given[name]) is not int or not least <= given[name] < 2**31:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {given[name]!r}")
+    for name in ("model", "data"):
+        if given[name] is None:
+            raise ValueError(f"{name} is missing: give --{name}, a folder or a name on the hub")
+    if arguments.fine_tune_type not in ("lora", "dora", "full"):
+        raise ValueError(f"fine_tune_type is lora, dora or full, got {arguments.fine_tune_type!r}")
+    if arguments.quantize and arguments.fine_tune_type == "full":
+        raise ValueError("quantize needs lora or dora: quantized weights have no gradient")
+    arguments.optimizer = str(arguments.optimizer).lower()
+    if arguments.optimizer not in optimizer_names():
+        known = ", ".join(optimizer_names())
+        raise ValueError(f"optimizer must be one of {known}, got {arguments.optimizer!r}")
+    for name in ("optimizer_config", "lora_parameters", "lr_schedule"):
+        if not isinstance(given[name], Mapping | None):
+            raise ValueError(f"{name} must map names to values, got {given[name]!r}")
+    if arguments.lr_schedule and not {"name", "arguments"} <= arguments.lr_schedule.keys():
+        raise ValueError(f"lr_schedule takes a name and arguments, as in {EXAMPLE}")
+    arguments.option = dict(map(option, arguments.option))
+    check_iterations(arguments)
+
+
+def option(argument: str) -> tuple[str, Any]:
+    """An option of an optimizer: a name, and a value in JSON."""
+    name, equals, text = argument.partition("=")
+    try:
+        return name, json.loads(text) if equals else True
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(
+            f"--option takes NAME=VALUE with a JSON value (true, not True), got {argument!r} "
+            f"({problem})"
+        ) from None

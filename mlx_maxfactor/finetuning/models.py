@@ -1,0 +1,148 @@
+"""Load models, data and adapters as ``mlx_lm.lora`` does, with errors that name what is wrong."""
+
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import load
+from mlx_lm.convert import convert
+from mlx_lm.tuner.datasets import load_dataset
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from .._validate import shown
+from ..optimizers.base import flatten
+
+FINE_TUNE_TYPES = ("lora", "dora", "full")
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put what was read in front of mlx-lm's error message."""
+    try:
+        yield
+    except (KeyError, OSError, TypeError, ValueError) as problem:
+        raise ValueError(f"{what}: {problem}") from problem
+
+
+def load_model(
+    model: str, *, quantize: bool = False, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any, str]:
+    """A model folder, or a name on the hub.
+
+    Args:
+        model: The folder or the name.
+        quantize: Train on a copy in 4 bits. Default False.
+        trust_remote_code: Let the model's folder run its own code. Default False.
+
+    Returns:
+        The model, its tokenizer, and the folder or name it was loaded from.
+
+    Raises:
+        ValueError: mlx-lm cannot load it.
+    """
+    if quantize:
+        model = str(quantized_copy(model))
+    # mlx-lm 0.31, the last for Python 3.10, does not have this argument.
+    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    with naming(f"model {model}"):
+        network, tokenizer = load(model, tokenizer_config=trust, **trust)[:2]
+    return network, tokenizer, model
+
+
+def quantized_copy(model: str) -> Path:
+    """A copy in 4 bits beside the model. Adapters fit only the weights they were trained on."""
+    source = Path(model)
+    folder = (source.parent if source.exists() else Path("runs")) / f"{source.name}-4bit"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        with naming(f"model {model}"):
+            convert(model, str(partial), quantize=True)
+        partial.rename(folder)
+    return folder
+
+
+def load_data(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
+    """Sets for training, validation and test, in any format that mlx-lm knows.
+
+    Raises:
+        ValueError: mlx-lm cannot read them, or a set is smaller than a batch.
+    """
+    with naming(f"data {arguments.data}"):
+        try:
+            datasets = load_dataset(arguments, tokenizer)
+        except IndexError:
+            raise ValueError("a file of the folder is empty") from None
+        except ModuleNotFoundError as missing:  # mlx-lm takes what is no folder for a hub name
+            raise ValueError(f"there is no such folder (and no package {missing.name})") from None
+    for name, data in zip(("training", "validation", "test"), datasets, strict=True):
+        if 0 < len(data) < arguments.batch_size:
+            raise ValueError(
+                f"batch_size is {arguments.batch_size}, but the {name} set has {len(data)} lines"
+            )
+    return datasets
+
+
+def add_adapters(
+    model: nn.Module,
+    fine_tune_type: str,
+    num_layers: int,
+    lora_parameters: Mapping[str, Any] | None,
+) -> None:
+    """Freeze the model, then unfreeze the last layers ("full") or give them adapters.
+
+    Args:
+        model: A model of mlx-lm.
+        fine_tune_type: "lora", "dora" or "full".
+        num_layers: How many of the last layers are trained. -1: all of them.
+        lora_parameters: mlx-lm's: rank, scale, dropout and keys. Not used by "full".
+
+    Raises:
+        ValueError: The model has fewer layers.
+        KeyError: ``lora_parameters`` lacks a key.
+    """
+    model.freeze()
+    layers: Any = model.layers
+    if num_layers > len(layers):
+        raise ValueError(
+            f"num_layers is {num_layers}, but the model has {len(layers)} layers (-1: all)"
+        )
+    if fine_tune_type == "full":
+        for layer in layers[-max(num_layers, 0) :]:
+            layer.unfreeze()
+        return
+    if fine_tune_type not in FINE_TUNE_TYPES:
+        raise ValueError(f"fine_tune_type is lora, dora or full, got {shown(fine_tune_type)}")
+    settings = dict(lora_parameters or {})
+    linear_to_lora_layers(model, num_layers, settings, use_dora=fine_tune_type == "dora")
+
+
+def load_adapters_into(model: nn.Module, path: str) -> None:
+    """Start from trained adapters. Every array of the file must fit the model.
+
+    Raises:
+        ValueError: The file cannot be read, or belongs to another model, rank or set of layers.
+    """
+    with naming(path):
+        arrays = cast(dict[str, mx.array], mx.load(path))
+    here = flatten(model.parameters())
+    odd = [
+        f"{name} is {x.shape} in the file and "
+        + (f"{here[name].shape} here" if name in here else "not in the model")
+        for name, x in arrays.items()
+        if name not in here or here[name].shape != x.shape
+    ]
+    if odd:
+        more = f", and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(odd[:3])}{more}")
+    model.load_weights(list(arrays.items()), strict=False)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays of a tree, from their shapes."""
+    return sum(array.nbytes for array in flatten(tree).values() if isinstance(array, mx.array))

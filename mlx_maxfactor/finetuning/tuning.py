@@ -1,0 +1,348 @@
+"""A fine-tuning run in mlx-lm's own trainer, with checkpoints that resume bit for bit.
+
+mlx-lm's trainer saves weights alone, and its batches follow NumPy's global random state. `Tuning`
+adds what is missing: checkpoints with the optimizer's state, and batches that go on where the run
+stopped. The batches and their order are mlx-lm's, so a run without an interruption ends as
+``mlx_lm.lora`` does.
+"""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.optimizers import Optimizer
+from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
+from mlx_lm.utils import save_config
+from tqdm import tqdm
+
+from .._validate import shown
+from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ..optimizers.base import flatten
+from .models import naming
+from .optimizers import MLX_OPTIMIZERS
+
+# A run that went on with another of these would not be the run that was interrupted.
+KEPT = ("batch_size", "grad_accumulation_steps", "mask_prompt", "max_seq_length", "seed")
+KEPT += ("fine_tune_type", "lora_parameters", "num_layers", "steps_per_eval")
+
+
+class BatchOrder:
+    """mlx-lm's order of batches: the permutations that NumPy draws from one seed.
+
+    A permutation is drawn for each epoch and for each validation. The state at the start of the
+    epoch and the position in it are all that a checkpoint needs.
+
+    Attributes:
+        epoch: NumPy's state at the start of the current epoch.
+        position: Batches of the epoch that were handed out.
+        state: NumPy's state now.
+        first: NumPy's state at the first validation.
+    """
+
+    def __init__(self, seed: int):
+        self.state = self.epoch = self.first = np.random.RandomState(seed).get_state()
+        self.position = 0
+
+    @contextmanager
+    def drawing(self, state: Any) -> Iterator[Callable[[], None]]:
+        """Let mlx-lm draw from this state. Calling what is yielded keeps the state afterwards."""
+        before = np.random.get_state()
+        np.random.set_state(state)
+
+        def keep() -> None:
+            self.state = np.random.get_state()
+
+        try:
+            yield keep
+        finally:
+            np.random.set_state(before)
+
+    def start_epoch(self) -> None:
+        """Begin an epoch with the current state."""
+        self.epoch, self.position = self.state, 0
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        states = {name: getattr(self, name) for name in ("epoch", "state", "first")}
+        kept = {name: [key, x.tolist(), *rest] for name, (key, x, *rest) in states.items()}
+        return {**kept, "position": self.position}
+
+    def restore(self, description: dict[str, Any]) -> None:
+        """Go back to what :meth:`description` returned."""
+        self.position = description["position"]
+        for name in ("epoch", "state", "first"):
+            key, x, *rest = description[name]
+            setattr(self, name, (key, np.array(x, np.uint32), *rest))
+
+
+class Tuning(TrainingCallback):
+    """A run: it gives mlx-lm's trainer its batches, and keeps what the trainer reports.
+
+    The trainer counts iterations from 1 at each call. Here they are counted over the whole run.
+
+    Args:
+        model: The model, with its adapters.
+        optimizer: Its optimizer.
+        datasets: Sets for training, validation and test.
+        arguments: mlx-lm's arguments, see ``commands.lora_arguments``.
+
+    Attributes:
+        iteration: The current iteration of the whole run, from 1.
+        saved: Iterations that the checkpoint contains.
+        skipped: Iterations whose gradients were not finite.
+        history: What the trainer reported, by "training" and "validation".
+
+    Raises:
+        ValueError: A set has no token to learn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        datasets: Sequence[Any],
+        arguments: Namespace,
+    ):
+        self.model, self.optimizer, self.arguments = model, optimizer, arguments
+        names = ("training", "validation", "test")
+        self.sets = {name: CacheDataset(data) for name, data in zip(names, datasets, strict=True)}
+        for name in names:
+            self._check_tokens(name)
+        self.identity = {name: getattr(arguments, name) for name in KEPT}
+        self.identity["training set"] = digest(datasets[0])
+        self.folder = Path(arguments.adapter_path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "checkpoint.safetensors"
+        self.reporter = get_reporting_callbacks(
+            arguments.report_to,
+            arguments.project_name,
+            arguments.adapter_path,
+            cast(Any, vars(arguments)),
+        )
+        self.order = BatchOrder(arguments.seed)
+        self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
+        self.iteration = 0
+        self.saved = 0
+        self.skipped = 0
+        self.interrupts: list[int] = []
+        self.bar: tqdm[Any] = tqdm(disable=True)
+
+    def _check_tokens(self, name: str) -> None:
+        data, a = self.sets[name], self.arguments
+        if not data:
+            return
+        with naming(f"data {a.data}, the {name} set"):  # a line is read when it is needed
+            found = any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1))
+        if not found:
+            raise ValueError(
+                f"the {name} set has no token to learn: within max_seq_length={a.max_seq_length} "
+                "there are only prompts, which mask_prompt leaves out; raise max_seq_length"
+            )
+
+    def resume(self) -> list[str]:
+        """Go back to the checkpoint. Returns what differs from it and may differ.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint.
+            CheckpointError: It belongs to another run.
+        """
+        a = self.arguments
+        # mlx's own optimizers do not know how they were built, so a rate given here is used.
+        given = a.optimizer in MLX_OPTIMIZERS and a.learning_rate is not None and not a.lr_schedule
+        rates = "here" if given else "built"
+        extra = load_checkpoint(self.path, self.model, self.optimizer, rates=rates)
+        if not isinstance(extra.get("identity"), dict):
+            raise CheckpointError(f"{self.path} is not a checkpoint of mlx-maxfactor lora")
+        different = [
+            f"{name} is {extra['identity'].get(name)} in {self.path}, and {here} here"
+            for name, here in self.identity.items()
+            if extra["identity"].get(name) != here
+        ]
+        if different:
+            raise CheckpointError("; ".join(different))
+        self.iteration = self.saved = extra["iteration"]
+        self.history = extra["history"]
+        self.order.restore(extra["order"])
+        return list(extra.differences)
+
+    def run(self) -> None:
+        """Train until ``iters`` iterations are done. mlx-lm's own output goes to ``mlx_lm.log``.
+
+        Raises:
+            FloatingPointError: A weight is not finite, or too many steps in a row were skipped.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
+        """
+        a = self.arguments
+        save_config(dict(vars(a)), self.folder / "adapter_config.json")
+        settings = TrainingArgs(
+            batch_size=a.batch_size,
+            iters=a.iters - self.iteration,
+            steps_per_report=a.steps_per_report,
+            steps_per_save=sys.maxsize,
+            max_seq_length=a.max_seq_length,
+            adapter_file=str(self.folder / "adapters.safetensors"),
+            grad_checkpoint=a.grad_checkpoint,
+            grad_accumulation_steps=a.grad_accumulation_steps,
+        )
+        with (self.folder / "mlx_lm.log").open("a") as log, redirect_stdout(log):
+            train(
+                self.model,
+                self.optimizer,
+                self.sets["training"],
+                args=settings,
+                iterate_batches=self.batches,
+                training_callback=self,
+            )
+
+    def batches(self, dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator:
+        """Training batches from the next iteration on, without end."""
+        settings = (dataset, batch_size, max_seq_length)
+        while True:
+            with self.order.drawing(self.order.epoch) as keep:
+                epoch = full_batches(*settings)
+                skipped = islice(epoch, self.order.position, None)
+                batch = next(skipped, None)
+                if self.order.position == 0:
+                    keep()
+            while batch is not None:
+                self.order.position += 1
+                self.iteration += 1
+                self._validate_if_due()
+                yield batch
+                # The trainer asks for the next batch: this iteration is done and evaluated.
+                self.bar.update(self.iteration - self.bar.n)
+                if self.interrupts and self.save():
+                    raise KeyboardInterrupt
+                batch = next(skipped, None)
+            self.order.start_epoch()
+
+    def _validate_if_due(self) -> None:
+        """Validate where mlx-lm does: at the first iteration, at multiples, at the last one."""
+        a = self.arguments
+        always = self.iteration == 1 or self.iteration % a.steps_per_eval == 0
+        if not (always or self.iteration == a.iters) or not self.sets["validation"]:
+            return
+        before = self.order.state
+        if self.iteration == 1:
+            self.order.first = before
+        if always:  # a longer run does not validate where this one ends
+            with self.order.drawing(before) as keep:
+                next(iterate_batches(self.sets["validation"], a.batch_size, a.max_seq_length))
+                keep()
+        start = time.perf_counter()
+        loss = self.loss_on("validation", a.val_batches, before)
+        seconds = time.perf_counter() - start
+        self._report("validation", {"val_loss": loss, "val_time": seconds}, self.iteration - 1)
+        self.bar.write(f"iteration {self.iteration - 1}: validation loss {loss:.3f}", sys.stderr)
+        self.model.train()
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Keep the loss, and write a checkpoint where one is due."""
+        self._report("training", train_info, self.iteration)
+        self.bar.update(self.iteration - self.bar.n)
+        self.bar.set_postfix_str(
+            f"loss {train_info['train_loss']:.3f}, rate {train_info['learning_rate']:.2g}"
+        )
+        due = (self.saved // self.arguments.save_every + 1) * self.arguments.save_every
+        if self.iteration >= due or self.iteration == self.arguments.iters:
+            self.save()
+
+    def _report(self, kind: str, info: dict[str, Any], iteration: int) -> None:
+        info = {**info, "iteration": iteration}
+        self.history[kind].append(info)
+        if self.reporter is not None:
+            report = "on_train_loss_report" if kind == "training" else "on_val_loss_report"
+            getattr(self.reporter, report)(dict(info))
+
+    def save(self) -> bool:
+        """Write checkpoint and adapters. Returns False while the trainer accumulates gradients.
+
+        Raises:
+            FloatingPointError: A weight is not finite, or too many iterations were skipped. The
+                files stay as they are.
+        """
+        if self.iteration % self.arguments.grad_accumulation_steps:
+            return False
+        trained = flatten(self.model.trainable_parameters())
+        if odd := [path for path, x in trained.items() if not mx.all(mx.isfinite(x)).item()]:
+            kept = (
+                f"{self.path} keeps {self.saved} iterations" if self.saved else "nothing is saved"
+            )
+            raise FloatingPointError(
+                f"after iteration {self.iteration} {odd[0]} holds an inf or a NaN: {kept}"
+            )
+        self.skipped = int(getattr(self.optimizer, "skipped", 0))
+        save_checkpoint(
+            self.path,
+            self.model,
+            self.optimizer,
+            weights="trainable",
+            iteration=self.iteration,
+            identity=self.identity,
+            history=self.history,
+            order=self.order.description(),
+        )
+        self.saved = self.iteration
+        mx.save_safetensors(str(self.folder / "adapters.safetensors"), trained)
+        return True
+
+    def loss_on(self, name: str, count: int, state: Any = None) -> Any:
+        """Nats a token on so many batches of a set (-1: all of them). None if the set is empty.
+
+        ``state`` is NumPy's, which picks the batches. None: those of the first validation.
+        """
+        data, a = self.sets[name], self.arguments
+        if not data:
+            return None
+        with self.order.drawing(state or self.order.first):
+            settings = (a.batch_size, count, a.max_seq_length)
+            return evaluate(self.model, data, *settings, iterate_batches=full_batches)
+
+
+def full_batches(*settings: Any, **others: Any) -> Iterator[Any]:
+    """mlx-lm's batches of one epoch, without those that have no token to learn.
+
+    The mean loss of such a batch is a NaN.
+    """
+    for tokens, spans in iterate_batches(*settings, **{**others, "loop": False}):
+        last = tokens.shape[1] - 1
+        if any(min(end, last) >= max(start, 1) for start, end in cast(Any, spans.tolist())):
+            yield tokens, spans
+
+
+def describe_run(path: Path) -> str:
+    """How long the run of a checkpoint is, from its header alone. The file may be anything."""
+    try:
+        metadata = cast(Any, mx.load(str(path), return_metadata=True))[1]
+        return f"a run of {json.loads(metadata['extra'])['iteration']} iterations"
+    except (RuntimeError, KeyError, TypeError, ValueError):
+        return "a run"
+
+
+def digest(dataset: Any) -> str:
+    """A hash that tells this data from other data."""
+    hash = sha256()
+    for i in range(len(dataset)):
+        hash.update(json.dumps(dataset[i], default=str).encode())
+    return hash.hexdigest()[:16]
+
+
+def check_iterations(arguments: Namespace) -> None:
+    """Raise ValueError for a run whose last gradients the trainer would drop."""
+    if arguments.iters % arguments.grad_accumulation_steps:
+        raise ValueError(
+            "iters must be a multiple of grad_accumulation_steps, because mlx-lm drops the rest, "
+            f"got {shown(arguments.iters)} and {arguments.grad_accumulation_steps}"
+        )
