@@ -4,7 +4,6 @@ Without a model and data it makes a small llama and a task (`finetuning.small_ll
 network. Ctrl-C leaves a checkpoint.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -19,13 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import yaml
 from mlx.optimizers import Optimizer
 from mlx_lm import generate
 from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
 from tqdm import tqdm
 
-from ..checkpoint import CheckpointError
 from ..finetuning.models import (
     add_adapters,
     bytes_of,
@@ -38,15 +35,13 @@ from ..finetuning.optimizers import make_optimizer
 from ..finetuning.small_llama import build_model, write_task
 from ..finetuning.tuning import Tuning, describe_run
 from ..optimizers.base import flatten
-from .lora_arguments import DEMO, parse_arguments
+from .lora_arguments import BAD_INPUT, DEMO, one_line, parse_arguments
 from .terminal import OneLineParser, catching_interrupts
 
 TESTED = ("0.31.3", "0.32.2")
 """Versions of mlx-lm that this command was run with."""
 
 TOKENS = 16  # in a sample
-BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
-BAD_INPUT += (ValueError, yaml.YAMLError)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,12 +75,6 @@ def warn_of_version() -> None:
     if (found := version("mlx-lm")) not in TESTED:
         tested = " and ".join(TESTED)
         print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=sys.stderr)
-
-
-def one_line(problem: BaseException) -> str:
-    """The message of an exception, in one line."""
-    text = str(problem.args[0] if isinstance(problem, KeyError) else problem)
-    return text if isinstance(problem, CheckpointError) else " ".join(text.split())
 
 
 def prepare(arguments: Namespace) -> tuple[Tuning, "Sample"]:

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
 
+from ..checkpoint import CheckpointError
 from ..finetuning.optimizers import EXAMPLE, optimizer_names
 from ..finetuning.tuning import check_iterations
 from .terminal import OneLineParser
@@ -61,6 +62,8 @@ COUNTS = (
 READ_ELSEWHERE = {f"{kind}_feature" for kind in ("prompt", "completion", "text", "chat")} | {
     "hf_dataset"
 }
+BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
+BAD_INPUT += (ValueError, yaml.YAMLError)
 USAGE = """examples:
   mlx-maxfactor lora                                    a small model and task, made on the spot
   mlx-maxfactor lora --model ./my_model --data ./my_data --iters 600
@@ -146,3 +149,9 @@ def option(argument: str) -> tuple[str, Any]:
             f"--option takes NAME=VALUE with a JSON value (true, not True), got {argument!r} "
             f"({problem})"
         ) from None
+
+
+def one_line(problem: BaseException) -> str:
+    """The message of an exception, in one line."""
+    text = str(problem.args[0] if isinstance(problem, KeyError) else problem)
+    return text if isinstance(problem, CheckpointError) else " ".join(text.split())

@@ -1,0 +1,192 @@
+"""``mlx-maxfactor fits``: the peak memory of a training step, and which Macs it fits.
+
+Nothing of the model's size is allocated, and no weights are needed. See
+``mlx_maxfactor.estimate_training_memory``, which does the same in a program.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..finetuning.memory import (
+    DTYPES,
+    MemoryEstimate,
+    Request,
+    available_bytes,
+    estimate,
+    read_config,
+)
+from ..finetuning.models import FINE_TUNE_TYPES
+from ..finetuning.optimizers import optimizer_names
+from ..routing import OPTIMIZERS
+from .lora_arguments import BAD_INPUT, DEFAULTS, one_line, option
+from .lora_arguments import read_config as read_yaml
+from .terminal import OneLineParser, integer, table
+
+GB = 1e9
+MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GiB
+USAGE = """examples:
+  mlx-maxfactor fits ./Qwen2.5-0.5B                      LoRA with mlx-lm's defaults
+  mlx-maxfactor fits ./my_model --fine-tune-type full --num-layers -1 --grad-checkpoint
+  mlx-maxfactor fits mlx-community/Qwen3-8B-4bit --memory 16 --max-seq-length 4096"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the estimate. Returns 0 if the run fits, else 1."""
+    parser = OneLineParser(
+        prog="mlx-maxfactor fits",
+        description="Estimate the peak memory of a training step, without any weights.",
+        epilog=USAGE,
+        raw=True,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="folder with a config.json, or a name in the hub's cache")
+    add("--fine-tune-type", choices=FINE_TUNE_TYPES, help="lora, dora or full (lora)")
+    add("--num-layers", type=int, help="last layers that are trained, -1: all (16)")
+    add("--rank", type=integer, help="of LoRA and DoRA (8)")
+    add("--batch-size", type=integer, help="sequences in a batch (4)")
+    add("--max-seq-length", type=integer, help="tokens in a sequence (2048)")
+    add("--grad-checkpoint", action="store_true", default=None, help="compute activations twice")
+    add("--dtype", choices=DTYPES, help="of the weights (as the config says)")
+    add("--quantize", type=integer, metavar="BITS", help="of a quantized base (as the config says)")
+    add("--optimizer", metavar="NAME", help=f"one of {', '.join(optimizer_names())}")
+    add("--option", action="append", metavar="NAME=VALUE", help="of the optimizer; JSON values")
+    add("--memory", type=float, metavar="GB", help="of the Mac that it shall fit (this machine)")
+    add("-c", "--config", metavar="FILE", help="a YAML file of mlx_lm.lora")
+    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
+    start = time.perf_counter()
+    try:
+        request, title = request_of(given)
+        limit = usable_bytes(given["memory"]) if "memory" in given else available_bytes()
+        found = estimate(request)
+        print(f"{title}\n\n{parts_table(found)}\n\n{optimizers_table(found)}\n")
+        print(f"{macs_table(found)}\n\n{verdict(found, limit)}")
+    except BAD_INPUT as problem:
+        parser.error(one_line(problem))
+    seconds = time.perf_counter() - start
+    print(f"measured with {found.measured} in {seconds:.0f} s; the rest follows from shapes")
+    return 0 if found.peak <= limit else 1
+
+
+def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
+    """What the command line and the YAML file ask for, and a line that says it."""
+    file = read_yaml(given["config"]) if "config" in given else {}
+    arguments = Namespace(**{**DEFAULTS, **file, **given})
+    if arguments.model is None:
+        raise ValueError("give a model: a folder with a config.json, or a name in the hub's cache")
+    if arguments.optimizer not in optimizer_names():
+        known = ", ".join(optimizer_names())
+        raise ValueError(f"optimizer must be one of {known}, got {arguments.optimizer!r}")
+    parameters = dict(arguments.lora_parameters or {})
+    if "rank" in given:
+        parameters["rank"] = given["rank"]
+    config = read_config(arguments.model)
+    options = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
+    request = Request(
+        config,
+        arguments.optimizer,
+        {**options, **dict(map(option, arguments.option))},
+        arguments.fine_tune_type,
+        arguments.num_layers,
+        parameters,
+        arguments.batch_size,
+        arguments.max_seq_length,
+        bool(arguments.grad_checkpoint),
+        getattr(arguments, "dtype", None),
+        getattr(arguments, "quantize", None) or None,
+    )
+    kind = request.fine_tune_type
+    title = (
+        f"{Path(arguments.model).name}: {config['model_type']}, {kind} in {request.trained_layers} "
+        f"of {request.layers} layers, {request.batch_size} x {request.max_seq_length:,} tokens"
+        + (", gradient checkpointing" if request.grad_checkpoint else "")
+    )
+    return request, title
+
+
+def usable_bytes(memory: float) -> float:
+    """What Metal may wire by default on a Mac: two thirds up to 32 GiB, three quarters above."""
+    if memory <= 0:
+        raise ValueError(f"memory must be above 0, got {memory:g}")
+    return memory * 2**30 * (2 / 3 if memory <= 32 else 3 / 4)
+
+
+def parts_table(found: MemoryEstimate) -> str:
+    """The parts of the peak."""
+    rows = [
+        ("weights", found.weights),
+        ("optimizer state", found.state),
+        ("activations and gradients", found.step),
+        ("peak", found.peak),
+    ]
+    return table([(found.request.optimizer, "GB"), *((name, _gb(x)) for name, x in rows)])
+
+
+def optimizers_table(found: MemoryEstimate) -> str:
+    """State and peak with each optimizer. Only the first one's step was measured."""
+    rest = found.weights + found.step
+    rows = [
+        (name, _gb(state), _gb(rest + state))
+        for name, state in sorted(found.states.items(), key=lambda item: item[1])
+        if name in OPTIMIZERS or name.startswith("mlx_")
+    ]
+    return table([("optimizer", "state, GB", "peak, about"), *rows])
+
+
+def macs_table(found: MemoryEstimate) -> str:
+    """On which Macs it fits, and the longest sequence there."""
+    rows = []
+    for memory in MACS:
+        limit = usable_bytes(memory)
+        fits = found.peak <= limit
+        longest = found.longest_sequence(limit)
+        rows.append((f"{memory} GB", _gb(limit), "yes" if fits else "no", f"{longest:,}"))
+        if longest > 4 * found.request.max_seq_length:
+            break
+    return table([("Mac", "usable, GB", "fits", "longest sequence"), *rows])
+
+
+def verdict(found: MemoryEstimate, limit: float) -> str:
+    """Whether it fits, and if not, the cheapest change that makes it fit."""
+    if found.peak <= limit:
+        return f"fits: {_gb(found.peak)} of {_gb(limit)} GB"
+    lines = [f"does not fit: {_gb(found.peak)} of {_gb(limit)} GB"]
+    for change, request in changes(found.request):
+        peak = estimate(request, (1,)).peak
+        lines.append(f"  {change}: {_gb(peak)} GB")
+        if peak <= limit:
+            return "\n".join([*lines, "the last line is the cheapest change that fits"])
+    return "\n".join([*lines, "no change that was tried fits: take a smaller model"])
+
+
+def changes(request: Request) -> Iterator[tuple[str, Request]]:
+    """Changes that need less memory, each with those before it, the cheapest first."""
+    taken: list[str] = []
+
+    def changed(name: str, **values: Any) -> tuple[str, Request]:
+        nonlocal request
+        request = replace(request, **values)
+        taken.append(name)
+        return " ".join(taken), request
+
+    if request.fine_tune_type == "full" and request.optimizer != "orthomaxfactor":
+        yield changed("--optimizer orthomaxfactor", optimizer="orthomaxfactor", options=None)
+    if request.batch_size > 1:
+        text = f"--batch-size 1 --grad-accumulation-steps {request.batch_size}"
+        yield changed(text, batch_size=1)
+    if not request.grad_checkpoint:
+        yield changed("--grad-checkpoint", grad_checkpoint=True)
+    if request.fine_tune_type == "full":
+        yield changed("--fine-tune-type lora", fine_tune_type="lora")
+    if not (request.bits or request.config.get("quantization")):
+        yield changed("--quantize", bits=4)
+    while request.max_seq_length > 256:
+        length = request.max_seq_length // 2
+        yield changed(f"--max-seq-length {length}", max_seq_length=length)
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f}" if size > 0.1 * GB else f"{size / GB:.4f}"

@@ -1,0 +1,446 @@
+"""Estimate the peak memory of a training step before anything of the model's size is allocated.
+
+Weights and optimizer state follow from shapes. Activations, gradients and temporary arrays are
+measured on this device, with models of one and two layers at full width, in the same compiled step
+as mlx-lm's trainer; each further layer adds what the second one added.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.lora import CONFIG_DEFAULTS
+from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
+from mlx_lm.utils import _get_classes
+
+from .._validate import check_choice, check_flags, check_integer, shown
+from ..factory import estimate_state_bytes
+from ..optimizers.base import flatten
+from ..routing import OPTIMIZERS
+from .models import FINE_TUNE_TYPES, add_adapters, bytes_of, naming
+from .optimizers import MLX_OPTIMIZERS, make_optimizer, optimizer_names
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+PAIRS = ((1, 2), (2, 4), (3, 6), (4, 8), (6, 12))
+"""Numbers of layers that are measured: the first pair with which the model runs."""
+
+SECONDS = 10.0
+"""Models that cannot be measured in this time are measured at a part of their width."""
+
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+"""Sequence lengths that are measured, as shares of the longest one."""
+
+WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""What is halved in a model of which two layers do not fit on this device, or take too long."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A fine-tuning run: what its memory depends on.
+
+    Attributes:
+        config: The model's ``config.json``.
+        optimizer: A name, see ``optimizers.optimizer_names``.
+        options: Options of the optimizer.
+        fine_tune_type: "lora", "dora" or "full".
+        num_layers: How many of the last layers are trained; -1: all.
+        lora_parameters: mlx-lm's: rank, scale, dropout and keys.
+        batch_size: Sequences in a batch.
+        max_seq_length: Tokens in a sequence.
+        grad_checkpoint: Whether each layer's activations are computed again in the backward pass.
+        dtype: Of the weights that are not quantized.
+        bits: Bits of quantized weights; None: as the config says.
+    """
+
+    config: Mapping[str, Any]
+    optimizer: str = "orthomaxfactor"
+    options: Mapping[str, Any] | None = None
+    fine_tune_type: str = "lora"
+    num_layers: int = 16
+    lora_parameters: Mapping[str, Any] | None = None
+    batch_size: int = 4
+    max_seq_length: int = 2048
+    grad_checkpoint: bool = False
+    dtype: str | None = None
+    bits: int | None = None
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def trained_layers(self) -> int:
+        """Layers that are trained."""
+        return self.layers if self.num_layers < 1 else min(self.num_layers, self.layers)
+
+    @property
+    def weight_dtype(self) -> mx.Dtype:
+        """Dtype of the weights that are not quantized."""
+        return DTYPES[self.dtype or _dtype_of(self.config)]
+
+    def build(self, layers: int | None = None, halvings: int = 0) -> nn.Module:
+        """The model, ready to be trained. No array of it is evaluated.
+
+        Args:
+            layers: Build so many layers, all of them trained. None: the model as it is.
+            halvings: How often the width is halved.
+        """
+        config = dict(self.config)
+        for key in WIDTHS:
+            if halvings and key in config:
+                config[key] = max(1, int(config[key]) >> halvings)
+        if layers is not None:
+            config["num_hidden_layers"] = layers
+        with naming("config.json"):
+            model_class, arguments_class = _get_classes(config)
+            model = model_class(arguments_class.from_dict(config))
+            model.set_dtype(self.weight_dtype)
+            if (quantization := self._quantization()) is not None:
+                nn.quantize(model, **quantization)
+            trained = -1 if layers is not None else self.trained_layers
+            parameters = self.lora_parameters or CONFIG_DEFAULTS["lora_parameters"]
+            add_adapters(model, self.fine_tune_type, trained, parameters)
+        return model
+
+    def _quantization(self) -> dict[str, Any] | None:
+        given = self.config.get("quantization") or self.config.get("quantization_config") or {}
+        bits = self.bits or given.get("bits")
+        if bits is None:
+            return None
+        size = int(given.get("group_size", 64))
+
+        def divides(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if not hasattr(module, "to_quantized") or cast(Any, module).weight.shape[-1] % size:
+                return False
+            own = given.get(path)
+            return own if isinstance(own, dict) else True
+
+        return {"group_size": size, "bits": int(bits), "class_predicate": divides}
+
+    def state_bytes(self, model: nn.Module, optimizer: str | None = None) -> int:
+        """Bytes of an optimizer's state, from shapes."""
+        name = optimizer or self.optimizer
+        options = dict(self.options or {}) if optimizer in (None, self.optimizer) else {}
+        if name in OPTIMIZERS:
+            options.setdefault("pretrained", True)
+            return estimate_state_bytes(model, cast(Any, name), **options)
+        theirs = MLX_OPTIMIZERS[name](1e-5, **options)
+        theirs.init(model.trainable_parameters())
+        return bytes_of(theirs.state)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The peak memory of a training step, in bytes.
+
+    Attributes:
+        request: What was estimated.
+        weights: Weights, adapters included.
+        state: Optimizer state.
+        states: Optimizer state with each optimizer, by name.
+        step: Activations, gradients and temporary arrays where they need most.
+        measured: What was measured, in words.
+        lengths: Sequence lengths that were measured.
+        steps: ``step`` of each of them.
+    """
+
+    request: Request
+    weights: int
+    state: int
+    states: Mapping[str, int]
+    step: int
+    measured: str
+    lengths: Sequence[int]
+    steps: Sequence[int]
+
+    @property
+    def peak(self) -> int:
+        """Everything together."""
+        return self.weights + self.state + self.step
+
+    def longest_sequence(self, limit: float) -> int:
+        """Tokens of the longest sequence whose step fits into so many bytes, in steps of 32."""
+        lengths = np.arange(32, 1 << 20, 32)
+        step = _at_lengths(self.lengths, self.steps, lengths)
+        too_long = np.flatnonzero(self.weights + self.state + step > limit)
+        return int(lengths[too_long[0]] - 32 if len(too_long) else lengths[-1])
+
+
+def estimate_training_memory(
+    model: str | Path | Mapping[str, Any],
+    optimizer: str = "orthomaxfactor",
+    *,
+    fine_tune_type: str = "lora",
+    num_layers: int = 16,
+    lora_parameters: Mapping[str, Any] | None = None,
+    batch_size: int = 4,
+    max_seq_length: int = 2048,
+    grad_checkpoint: bool = False,
+    dtype: str | None = None,
+    bits: int | None = None,
+    **options: Any,
+) -> MemoryEstimate:
+    """Estimate the peak memory of fine-tuning a model of mlx-lm.
+
+    Nothing of the model's size is allocated: weights and state follow from shapes, the rest is
+    measured with models of one and two layers. ``mx.get_peak_memory`` is reset.
+
+    Args:
+        model: A folder with a ``config.json`` (weights are not needed), a name on the hub that is
+            in the local cache, or the config itself.
+        optimizer: One of our names, or "adam", "sgd", "mlx_adamw", "mlx_muon", "mlx_adafactor".
+            Default "orthomaxfactor".
+        fine_tune_type: "lora", "dora" or "full". Default "lora".
+        num_layers: How many of the last layers are trained; -1: all of them. Default 16.
+        lora_parameters: rank, scale, dropout and keys. Default: mlx-lm's, rank 8.
+        batch_size: Sequences in a batch. Default 4.
+        max_seq_length: Tokens in a sequence. Default 2048.
+        grad_checkpoint: Compute each layer's activations again in the backward pass. Default False.
+        dtype: "float32", "bfloat16" or "float16". None: as the config says, or bfloat16.
+        bits: Bits of quantized base weights. None: as the config says.
+        **options: Options of the optimizer.
+
+    Returns:
+        The estimate: see ``.peak``, its parts, and ``.longest_sequence(limit)``.
+
+    Raises:
+        ValueError: An argument out of range, an unknown model, or a model that does not run.
+
+    Example:
+        >>> from mlx_maxfactor import estimate_training_memory
+        >>> config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 8,
+        ...     "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64,
+        ...     "rms_norm_eps": 1e-5, "num_key_value_heads": 2}
+        >>> estimate = estimate_training_memory(
+        ...     config, "mlx_adamw", dtype="float32", batch_size=1, max_seq_length=64)
+        >>> estimate.weights, estimate.state < estimate.weights < estimate.peak
+        (375424, True)
+    """
+    request = Request(
+        read_config(model),
+        check_choice("optimizer", optimizer, tuple(optimizer_names())),
+        options,
+        check_choice("fine_tune_type", fine_tune_type, FINE_TUNE_TYPES),
+        check_integer("num_layers", num_layers, -1),
+        lora_parameters,
+        check_integer("batch_size", batch_size, 1),
+        check_integer("max_seq_length", max_seq_length, 2),
+        grad_checkpoint,
+        None if dtype is None else check_choice("dtype", dtype, tuple(DTYPES)),
+        None if bits is None else check_integer("bits", bits, 2, 8),
+    )
+    check_flags(grad_checkpoint=grad_checkpoint)
+    return estimate(request)
+
+
+def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of a folder, or of a name on the hub that is in the local cache."""
+    if isinstance(model, Mapping):
+        return dict(model)
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.utils import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(str(model), "config.json")
+        except HFValidationError:
+            cached = None
+        if not isinstance(cached, str):
+            raise ValueError(f"model {model}: there is no {path}, and the hub's cache has none")
+        path = Path(cached)
+    with naming(str(path)):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{path} must map names to values, with model_type among them")
+    text = config.get("text_config")
+    if "num_hidden_layers" not in config and isinstance(text, dict):
+        config["num_hidden_layers"] = text.get("num_hidden_layers")
+    if not isinstance(config.get("num_hidden_layers"), int):
+        raise ValueError(f"{path}: num_hidden_layers is missing")
+    return config
+
+
+def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstimate:
+    """Estimate the peak of a request, measured at these shares of its sequence length."""
+    model = request.build()
+    weights = bytes_of(model.parameters())
+    others = [name for name in optimizer_names() if name != request.optimizer]
+    states = {name: request.state_bytes(model, name) for name in (request.optimizer, *others)}
+    del model
+    lengths, steps, measured = measure(request, shares)
+    step = _at_length(lengths, steps, request.max_seq_length)
+    return MemoryEstimate(
+        request, weights, states[request.optimizer], states, step, measured, lengths, steps
+    )
+
+
+def measure(request: Request, shares: Sequence[float] = (1,)) -> tuple[list[int], list[int], str]:
+    """Bytes of a step by sequence length, in the whole model, and what was measured, in words."""
+    asked, factor, words = request, 1.0, ""
+    if mx.default_device() == mx.cpu and request.weight_dtype != mx.float32:
+        # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
+        request, factor, words = replace(request, dtype="float32"), 0.5, " in float32"
+    lengths = sorted({max(2, round(share * request.max_seq_length)) for share in shares})
+    halvings = _halvings(request, sum(lengths))
+    if halvings:
+        factor, words = factor * 2**halvings, f"{words} at 1/{2**halvings} of width and vocabulary"
+    pair, few, many = _measure_pair(request, halvings, lengths)
+    lengths = lengths[: len(many)]
+    more = (request.trained_layers - pair[0]) / (pair[1] - pair[0])
+    steps = [factor * (x + more * (y - x)) for x, y in zip(few, many, strict=False)]
+    # Scaled up from a part of the width, the gradients of the weights would be too few.
+    least = bytes_of(asked.build().trainable_parameters()) if halvings else 0
+    steps = [max(x, least) for x in steps]
+    sizes = f"{pair[0]} and {pair[1]} layers{words}"
+    tokens = f"up to {request.batch_size} x {lengths[-1]:,} tokens"
+    return lengths, list(map(round, steps)), f"{sizes}, {tokens}"
+
+
+def _halvings(request: Request, tokens: int) -> int:
+    """How often width and vocabulary are halved, so that two layers fit and are measured soon."""
+    available, speed = available_bytes(), _speed(request.weight_dtype)
+    for halvings in range(6):
+        models = [request.build(layers, halvings) for layers in PAIRS[0]]
+        held = bytes_of(models[1].parameters()) + request.state_bytes(models[1])
+        # Two steps of forward and backward pass, six operations for each weight and token.
+        weights = sum(x.size for m in models for x in flatten(m.parameters()).values())
+        seconds = 12 * weights * request.batch_size * tokens / speed
+        if held < 0.6 * available and seconds < SECONDS:
+            return halvings
+    return 6
+
+
+def _speed(dtype: mx.Dtype) -> float:
+    """Operations a second in a matrix product."""
+    x = mx.ones((512, 512), dtype)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        mx.eval(x @ x.T)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 512**3 / min(seconds)
+
+
+def _measure_pair(
+    request: Request, halvings: int, lengths: Sequence[int]
+) -> tuple[tuple[int, int], list[int], list[int]]:
+    """Measure with one and two layers, or more where the model does not run with so few."""
+    problem: Exception | None = None
+    for pair in PAIRS:
+        try:
+            few, many = (measure_steps(request, n, lengths, halvings) for n in pair)
+            return pair, few, many
+        except (IndexError, KeyError, TypeError, ValueError) as failed:
+            problem = problem or failed
+    raise ValueError(f"the model does not run: {problem}") from problem
+
+
+def measure_steps(
+    request: Request, layers: int, lengths: Sequence[int], halvings: int = 0
+) -> list[int]:
+    """Peak bytes of a compiled training step beyond weights and state, with so many layers.
+
+    A length that would not fit on this device ends the list.
+    """
+    gc.collect()
+    mx.clear_cache()
+    before, available = mx.get_active_memory(), available_bytes()
+    model = request.build(layers, halvings)
+    options = dict(request.options or {})
+    optimizer = make_optimizer(model, request.optimizer, guarded=False, **options)
+    state = [model.state, optimizer.state, mx.random.state]
+    mx.eval(state)
+    held = bytes_of(model.parameters()) + bytes_of(optimizer.state)
+    loss_and_gradients = nn.value_and_grad(model, default_loss)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(*batch: mx.array) -> Any:
+        (loss, count), gradients = loss_and_gradients(model, *batch)
+        optimizer.update(model, gradients)
+        return loss, count
+
+    steps: list[int] = []
+    model.train()
+    with _checkpointing(model) if request.grad_checkpoint else nullcontext():
+        for length in lengths:
+            if len(steps) > 2 and _at_length(lengths[: len(steps)], steps, length) > available:
+                break
+            shape = (request.batch_size, length)
+            vocabulary = int(request.config.get("vocab_size", 32)) >> halvings
+            batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
+            mx.eval(batch)
+            peak = 0
+            for _ in range(2):
+                mx.reset_peak_memory()
+                mx.eval(step(*batch), state)
+                mx.clear_cache()
+                peak = max(peak, mx.get_peak_memory())
+            steps.append(peak - before - held)
+    return steps
+
+
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """mlx-lm's checkpointing, which changes the class of the layers; it is changed back."""
+    kind = type(cast(Any, model).layers[0])
+    call: Callable[..., Any] = kind.__call__
+    grad_checkpoint(cast(Any, model).layers[0])
+    try:
+        yield
+    finally:
+        kind.__call__ = call
+
+
+def available_bytes() -> int:
+    """What this device may use: Metal's working set, or the memory of the machine."""
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "free_memory", "memory_size"):
+        if key in info:
+            return int(info[key])
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (KeyError, OSError):
+        return 8 << 30
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    name = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix(
+        "torch."
+    )
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
+    return name
+
+
+def _at_length(lengths: Sequence[int], steps: Sequence[int], length: int) -> int:
+    return round(float(_at_lengths(lengths, steps, np.array([length]))[0]))
+
+
+def _at_lengths(lengths: Sequence[int], steps: Sequence[int], wanted: np.ndarray) -> np.ndarray:
+    """A quadratic through the longest three: attention scores grow with the square.
+
+    Below a certain length the update of the weights needs more than the activations; a step never
+    counts as less than that.
+    """
+    x, y = np.array(lengths[-3:], float), np.array(steps[-3:], float)
+    curve = np.polyfit(x / x[-1], y, len(x) - 1)
+    return np.maximum(np.polyval(curve, wanted / x[-1]), min(steps))
