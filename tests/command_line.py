@@ -1,4 +1,4 @@
-"""An example as a user starts it."""
+"""Run an example as a user would, in a process of its own."""
 
 import os
 import subprocess
@@ -6,8 +6,8 @@ import sys
 
 
 def run(script, *arguments, cwd):
-    """Run it to its end, where a warning is an error; what it printed is kept apart."""
-    # One thread: two of OpenBLAS's per process would wait for one another here.
+    """Run the script to its end, with warnings as errors; capture its two outputs."""
+    # One thread: OpenBLAS's threads in several processes would wait for each other here.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     return subprocess.run(
         [sys.executable, str(script), *arguments],

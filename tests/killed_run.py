@@ -1,10 +1,10 @@
-"""A run that saves after every step until it is killed, or until it has made all of its steps.
+"""A run that saves after every step, until it is killed or has made all its steps.
 
 python killed_run.py CHECKPOINT STEPS [SECONDS [STALL]]
 
-Started once a rank, the ranks share the updates and draw the same data, so that any number of them
-makes the same steps. A step may take so many seconds; before step STALL the second rank stops, and
-that step may take one second.
+Several ranks share the updates and draw the same data, so the steps do not depend on the number of
+ranks. SECONDS bounds each step. Before step STALL the second rank stops, and that step is bounded
+by one second.
 """
 
 import os
@@ -27,7 +27,7 @@ EIGHT_BITS = {"momentum": 0.8, "state_dtype": mx.int8}
 
 
 def build(hidden="orthomaxfactor", steps=40, **options):
-    """A small bf16 model, an optimizer with all that has state, a step that draws its data."""
+    """A small bf16 model, an optimizer with every kind of state, and a step that draws its data."""
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 3))
     model.set_dtype(mx.bfloat16)

@@ -1,4 +1,4 @@
-"""Ranks on loopback: a script started once a rank, as ``mlx.launch --backend ring`` does."""
+"""Start a script once for each rank, on loopback, as ``mlx.launch --backend ring`` does."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 HANGS = 900
-"""Seconds after which a test is given up; ranks on a busy machine wait long for one another."""
+"""Seconds after which a test gives up; on a busy machine, ranks wait long for each other."""
 
 ROOT = Path(__file__).parent.parent
 PATH = ":".join(str(ROOT / folder) for folder in (".", "examples", "tests"))
@@ -23,7 +23,7 @@ def is_available():
 
 
 def free_ports(count):
-    """Ports in a row that nobody listens at, below those that outgoing connections are given."""
+    """Consecutive free ports, below the range that outgoing connections use."""
     while True:
         first = random.SystemRandom().randrange(20_000, 32_000)
         with ExitStack() as held:
@@ -36,7 +36,7 @@ def free_ports(count):
 
 
 def start(ranks, script, *arguments, folder, **options):
-    """One process a rank; ``folder`` takes the list of their addresses."""
+    """Start one process for each rank; the list of their addresses is written to ``folder``."""
     hosts = [[f"127.0.0.1:{port}"] for port in free_ports(ranks)]
     addresses = Path(folder) / "hosts.json"
     addresses.write_text(json.dumps(hosts))
@@ -58,7 +58,7 @@ def start(ranks, script, *arguments, folder, **options):
 
 
 def end(started):
-    """End what still runs."""
+    """End the processes that still run."""
     for process in started:
         process.kill()
     for process in started:
@@ -66,9 +66,9 @@ def end(started):
 
 
 def run(ranks, script, *arguments, folder):
-    """Run a script on all ranks; what each of them printed.
+    """Run a script on all ranks; return what each of them printed.
 
-    MLX's ring gives up where a rank comes late, as it may on a busy machine: then all start again.
+    MLX's ring gives up when a rank comes late, as on a busy machine; then all ranks start again.
     """
     pipe = subprocess.PIPE
     for last in (False, False, True):

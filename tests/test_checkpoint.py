@@ -1,4 +1,4 @@
-"""Checkpoints: exact resumption, mismatches named, damage and forgery noticed, kills survived."""
+"""Checkpoints resume runs exactly, name every mismatch, and refuse damaged and forged files."""
 
 import errno
 import fcntl
@@ -72,7 +72,7 @@ def trained(model, optimizer, steps=2):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_is_bit_identical(name, path):
+def test_resumed_run_is_bit_identical(name, path):
     model, optimizer, step = build(name)
     for _ in range(12):
         step()
@@ -107,7 +107,7 @@ BARE = {
 
 
 @pytest.mark.parametrize("name", BARE)
-def test_bare_and_mlx_optimizers_come_back_into_live_objects(name, path):
+def test_load_restores_bare_and_mlx_optimizers_in_place(name, path):
     model, optimizer = trained(Table(), BARE[name]())
     save_checkpoint(path, model, optimizer, epoch=3, note="é", nested={"a": [1, None, 2.5]})
     exact = snapshot(model, optimizer)
@@ -125,7 +125,7 @@ def test_bare_and_mlx_optimizers_come_back_into_live_objects(name, path):
 
 
 @pytest.mark.parametrize("name", ["llama", "whisper_alignment_heads", "resnet", "lora_moe"])
-def test_whole_models_come_back(name, path):
+def test_load_restores_whole_models(name, path):
     case = next(case for case in CASES if case.name == name)
     model = case.build()
     _, optimizer = trained(model, create_optimizer(model))
@@ -136,7 +136,7 @@ def test_whole_models_come_back(name, path):
     assert same(snapshot(other, restored), snapshot(model, optimizer))
 
 
-def test_a_step_compiled_before_the_load_sees_it(path):
+def test_compiled_step_uses_state_loaded_later(path):
     model, optimizer, _ = build()
     state = [model.state, optimizer.state, mx.random.state]
     x = mx.ones((4, 8), mx.bfloat16)
@@ -160,7 +160,7 @@ def test_a_step_compiled_before_the_load_sees_it(path):
         assert same(snapshot(model, optimizer), point)
 
 
-def test_a_shared_module_is_kept_once(path):
+def test_shared_module_is_saved_once(path):
     model = Shared()
     save_checkpoint(path, model, create_optimizer(model))
     names = mx.load(str(path))
@@ -169,25 +169,25 @@ def test_a_shared_module_is_kept_once(path):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_weights_are_kept_under_the_paths_that_mlx_gives_them(case):
+def test_weights_are_saved_under_their_mlx_paths(case):
     model = case.build()
     assert dict(_walk(model)).keys() == dict(tree_flatten(model.parameters())).keys()
 
 
-def test_mlx_reads_the_weights_by_their_names(path):
+def test_mlx_load_weights_reads_a_checkpoint(path):
     model, optimizer = trained(Table(), AdamW())
     save_checkpoint(path, model, optimizer)
     other = Table()
     other.load_weights(str(path), strict=False)
     for name, weight in tree_flatten(model.parameters()):
         assert mx.array_equal(dict(tree_flatten(other.parameters()))[name], weight), name
-    beside = set(mx.load(str(path))) - {name for name, _ in tree_flatten(model.parameters())}
-    assert all(name.startswith("_run.") for name in beside)
+    others = set(mx.load(str(path))) - {name for name, _ in tree_flatten(model.parameters())}
+    assert all(name.startswith("_run.") for name in others)
 
 
-def test_a_file_of_an_older_version_says_so(path):
+def test_error_for_an_older_format_names_the_format(path):
     save_checkpoint(path, *trained(*tiny()))
-    header, data = taken_apart(path)
+    header, data = read_parts(path)
     header["__metadata__"]["format"] = "2"
     forge(path, header, data)
     message = "is a checkpoint of format '2', and this version reads 3: load it with the version of"
@@ -195,13 +195,13 @@ def test_a_file_of_an_older_version_says_so(path):
         load_checkpoint(path, *tiny())
 
 
-# Trained arrays alone
+# weights="trainable"
 
 
 def quantized(seed=0, **options):
     mx.random.seed(seed)
     model = adapted(llama(), bits=4, **options)
-    # Wide enough that names and descriptions weigh little beside arrays.
+    # The arrays are so wide that names and the description add little to the file's size.
     for _, module in model.named_modules():
         if "lora_a" in module:
             module.lora_a = mx.random.normal((module.lora_a.shape[0], 256))
@@ -212,7 +212,7 @@ def quantized(seed=0, **options):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_qlora_file_is_its_trained_arrays_and_state(name, dora, path):
+def test_qlora_checkpoint_holds_only_trained_arrays_and_state(name, dora, path):
     model, optimizer = quantized(dora=dora), None
     model, optimizer = trained(model, create_optimizer(model, name))
     save_checkpoint(path, model, optimizer, weights="trainable", done=2)
@@ -224,17 +224,17 @@ def test_a_qlora_file_is_its_trained_arrays_and_state(name, dora, path):
     assert same(snapshot(other, restored), snapshot(model, optimizer))
 
 
-def test_mlx_lm_goes_on_from_the_adapters(path):
+def test_mlx_lm_can_resume_from_saved_adapters(path):
     model = adapted(llama())
     save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
     other = adapted(llama())
-    other.load_weights(str(path), strict=False)  # what its --resume-adapter-file does
+    other.load_weights(str(path), strict=False)  # as mlx_lm's --resume-adapter-file does
     adapters = dict(tree_flatten(other.trainable_parameters()))
     for name, array in tree_flatten(model.trainable_parameters()):
         assert mx.array_equal(adapters[name], array), name
 
 
-def test_another_base_is_noticed(path):
+def test_different_frozen_base_is_an_error(path):
     model = quantized()
     save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
     other = quantized(seed=1)
@@ -252,7 +252,7 @@ def test_another_base_is_noticed(path):
         load_checkpoint(path, full, create_optimizer(full))
 
 
-def test_one_frozen_bias_more_is_noticed(path):
+def test_one_more_frozen_bias_is_an_error(path):
     model = Table()
     model.embedding.freeze()
     save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
@@ -261,7 +261,7 @@ def test_one_frozen_bias_more_is_noticed(path):
         load_checkpoint(path, model, create_optimizer(model))
 
 
-def test_every_frozen_array_is_sampled_and_none_is_read_whole():
+def test_fingerprint_samples_part_of_every_frozen_array():
     from mlx_maxfactor.checkpoint.description import SAMPLE, _fingerprints, _sample
 
     for shape in [(), (0, 3), (1,), (7, 3), (3, 1), (4096, 512), (512, 4096), (6, 64, 64)]:
@@ -276,7 +276,7 @@ def test_every_frozen_array_is_sampled_and_none_is_read_whole():
     assert _fingerprints(arrays) != _fingerprints({"x": beyond_the_first_column})
 
 
-def test_running_statistics_are_kept_though_they_are_frozen(path):
+def test_running_statistics_are_saved_although_they_are_frozen(path):
     def build():
         mx.random.seed(0)
         model = ResNet(frozen_ends=True)
@@ -292,7 +292,7 @@ def test_running_statistics_are_kept_though_they_are_frozen(path):
     assert "fc.weight" not in mx.load(str(path))
 
 
-def test_a_shared_module_is_kept_once_among_trained_arrays_too(path):
+def test_shared_module_is_saved_once_with_trainable_weights(path):
     model = Shared()
     save_checkpoint(path, model, create_optimizer(model), weights="trainable")
     assert "head.weight" in mx.load(str(path))
@@ -306,18 +306,18 @@ def rate_of(optimizer):
     return pytest.approx(float(optimizer.learning_rate))
 
 
-def test_a_rate_set_by_hand_comes_back(path):
+def test_rate_set_by_hand_is_restored(path):
     model, optimizer = trained(Table(), AdamW(0.01))
     optimizer.learning_rate = 0.003
     save_checkpoint(path, model, optimizer)
-    for _ in range(2):  # the second file says the same, though it was saved after a load
+    for _ in range(2):  # a file that is saved after a load keeps the rate too
         optimizer = AdamW(0.01)
         assert load_checkpoint(path, model, optimizer).differences == ()
         assert rate_of(optimizer) == 0.003
         save_checkpoint(path, model, optimizer)
 
 
-def test_a_new_constant_rate_stands(path):
+def test_rate_of_the_new_optimizer_replaces_the_saved_rate(path):
     model, optimizer = trained(Table(), AdamW(0.01))
     optimizer.learning_rate = 0.003
     save_checkpoint(path, model, optimizer)
@@ -330,7 +330,7 @@ def test_a_new_constant_rate_stands(path):
     assert load_checkpoint(path, model, optimizer, rates="file").differences == ()
     assert rate_of(optimizer) == 0.003
     optimizer = AdamW(0.01)
-    optimizer.learning_rate = 0.05  # before the first update: built with it
+    optimizer.learning_rate = 0.05  # before the first update, this counts as the built rate
     load_checkpoint(path, model, optimizer)
     assert rate_of(optimizer) == 0.05
     optimizer = AdamW(0.01)
@@ -338,7 +338,7 @@ def test_a_new_constant_rate_stands(path):
     assert rate_of(optimizer) == 0.01
 
 
-def test_each_member_has_its_rate(path):
+def test_each_member_restores_its_own_rate(path):
     model = Table()
     rates = {"learning_rate": 0.02, "rest_learning_rate": 0.004}
     _, optimizer = trained(model, create_optimizer(model, **rates))
@@ -356,7 +356,7 @@ def test_each_member_has_its_rate(path):
         assert bool(extra.differences) == bool(changed)
 
 
-def test_members_of_one_class_are_told_apart_and_unused_ones_not_told(path):
+def test_rate_differences_name_each_used_member(path):
     model = Table()
     save_checkpoint(path, *trained(model, create_optimizer(model, learning_rate=0.02)))
     other = create_optimizer(model, learning_rate=0.04)
@@ -387,7 +387,7 @@ def test_members_of_one_class_are_told_apart_and_unused_ones_not_told(path):
 
 
 @pytest.mark.parametrize("rates", ["built", "file"])
-def test_a_new_schedule_is_told_what_keeps_it(rates, path):
+def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
     model = Table()
     first, second = (warmup_cosine(rate, 10, 1) for rate in (0.1, 0.2))
     save_checkpoint(path, *trained(model, create_optimizer(model, learning_rate=first)))
@@ -401,7 +401,7 @@ def test_a_new_schedule_is_told_what_keeps_it(rates, path):
         load_checkpoint(path, model, optimizer)
 
 
-def test_a_rate_set_inside_a_compiled_step_is_none_it_was_built_with(path):
+def test_rate_set_inside_a_compiled_step_is_restored(path):
     model, optimizer = Table(), AdamW(0.01)
     optimizer.init(model.trainable_parameters())
     state = [optimizer.state, model.state]
@@ -417,11 +417,11 @@ def test_a_rate_set_inside_a_compiled_step_is_none_it_was_built_with(path):
     assert rate_of(optimizer) == 0.005
 
 
-def test_an_mlx_optimizer_is_asked_for(path):
+def test_new_rate_of_an_mlx_optimizer_needs_the_rates_argument(path):
     model, optimizer = trained(Table(), mlx_optimizers.AdamW(0.01))
     save_checkpoint(path, model, optimizer)
     optimizer.learning_rate = 0.5
-    load_checkpoint(path, model, optimizer)  # it has made steps: the file takes it back
+    load_checkpoint(path, model, optimizer)  # it has made steps, so the file's rate is used
     assert rate_of(optimizer) == 0.01
     optimizer = mlx_optimizers.AdamW(0.02)
     with pytest.raises(CheckpointError, match="say rates='file' or rates='here'"):
@@ -436,7 +436,7 @@ def test_an_mlx_optimizer_is_asked_for(path):
 
 
 class Halving:
-    """A schedule that is an object, and takes one step at a time."""
+    """A schedule that is an object and cannot take an array of steps."""
 
     def __init__(self, rate):
         self.rate = rate
@@ -461,9 +461,9 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("kind", [AdamW, mlx_optimizers.AdamW])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_of_every_kind_are_told_apart_by_their_values(name, kind, path):
+def test_schedules_are_compared_by_their_values(name, kind, path):
     make = SCHEDULES[name]
-    # MLX's own cannot make a step with a schedule that gives a number.
+    # MLX's optimizers cannot make a step with a schedule that returns a Python number.
     model, optimizer = trained(Table(), kind(make()), steps=int(kind is AdamW))
     save_checkpoint(path, model, optimizer)
     load_checkpoint(path, model, kind(make()))
@@ -475,7 +475,7 @@ def test_schedules_of_every_kind_are_told_apart_by_their_values(name, kind, path
         assert rate_of(optimizer) == float(make(0.101)(mx.array(0)))
 
 
-def test_a_schedule_of_ones_own_is_asked_for_no_step_it_was_not_run_at(path):
+def test_custom_schedule_is_never_called_beyond_the_steps_made(path):
     asked = []
 
     def schedule(step):
@@ -485,10 +485,10 @@ def test_a_schedule_of_ones_own_is_asked_for_no_step_it_was_not_run_at(path):
     model, optimizer = trained(Table(), AdamW(schedule), steps=3)
     save_checkpoint(path, model, optimizer)
     load_checkpoint(path, model, AdamW(schedule))
-    assert max(asked) == 3  # a table in an array, asked beyond its end, would end the process
+    assert max(asked) == 3  # reading past the end of an array can crash the process
 
 
-def test_two_schedules_of_one_name_are_two(path):
+def test_mlx_schedules_with_different_arguments_differ(path):
     model = Table()
     first, second = (mlx_optimizers.cosine_decay(*args) for args in [(1e-2, 100), (1e-2, 101)])
     save_checkpoint(path, *trained(model, AdamW(first)))
@@ -505,7 +505,7 @@ def test_two_schedules_of_one_name_are_two(path):
         (lambda _, **options: GuardedOptimizer(AdamW(), **options), "max_grad_norm is None"),
     ],
 )
-def test_an_added_clip_is_noticed(wrap, message, path):
+def test_added_gradient_clip_is_an_error(wrap, message, path):
     model = Table()
     save_checkpoint(path, *trained(model, wrap(model)))
     with pytest.raises(CheckpointError, match=message):
@@ -513,7 +513,7 @@ def test_an_added_clip_is_noticed(wrap, message, path):
 
 
 @pytest.mark.parametrize("name", ["mlx Adam", "mlx SGD", "mlx Multi", "guarded"])
-def test_an_optimizer_without_state_saves_a_file_that_loads(name, path):
+def test_checkpoint_saved_before_the_first_step_loads(name, path):
     model, optimizer = Table(), BARE[name]()
     save_checkpoint(path, model, optimizer)
     restored = BARE[name]()
@@ -522,10 +522,10 @@ def test_an_optimizer_without_state_saves_a_file_that_loads(name, path):
     load_checkpoint(path, Table(), restored)
 
 
-# What does not fit
+# Mismatches
 
 
-def widened():
+def table_with_a_smaller_layer():
     model = Table()
     model.linear1 = nn.Linear(64, 100)
     return model
@@ -559,7 +559,7 @@ MISFITS = {
         r"plan, output.weight: adamw \(10, 64\) in the file, maxfactor \(10, 64\) here",
     ),
     "a shape": (
-        widened,
+        table_with_a_smaller_layer,
         create_optimizer,
         r"linear1.bias: float32 \(128,\) in the file, .*\(100,\)",
     ),
@@ -574,7 +574,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_what_does_not_fit_is_named_and_nothing_changes(name, path):
+def test_mismatch_is_named_and_nothing_changes(name, path):
     model = Table()
     save_checkpoint(path, *trained(model, create_optimizer(model)))
     make, optimize, message = MISFITS[name]
@@ -590,7 +590,7 @@ def test_what_does_not_fit_is_named_and_nothing_changes(name, path):
     assert optimizer._initialized == initialized
 
 
-def test_a_message_shows_ten_differences_and_the_error_holds_all(path):
+def test_message_shows_ten_differences_and_the_error_holds_all(path):
     model = adapted(llama())
     save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
     other = adapted(llama())
@@ -620,7 +620,7 @@ def test_a_message_shows_ten_differences_and_the_error_holds_all(path):
     assert CheckpointError("anything else").differences == ()
 
 
-def test_two_classes_of_one_name_are_told_apart(path):
+def test_error_tells_two_classes_with_the_same_name_apart(path):
     model = Table()
     save_checkpoint(path, *trained(model, mlx_optimizers.AdamW(1e-3)))
     with pytest.raises(CheckpointError) as error:
@@ -629,7 +629,7 @@ def test_two_classes_of_one_name_are_told_apart(path):
     assert error.value.differences[0] == line
 
 
-def test_a_row_of_the_plan_says_what_differs_in_it(path):
+def test_plan_difference_shows_both_roles(path):
     model = Table()
     save_checkpoint(path, *trained(model, create_optimizer(model, AdamW(), AdamW())))
     other = create_optimizer(model, AdamW(), AdamW(), rules={"output.weight": "hidden"})
@@ -641,7 +641,7 @@ def test_a_row_of_the_plan_says_what_differs_in_it(path):
     )
 
 
-def test_two_options_are_two_lines_of_one_form(path):
+def test_two_changed_options_give_two_lines(path):
     model = Table()
     save_checkpoint(path, *trained(model, AdamW()))
     with pytest.raises(CheckpointError) as error:
@@ -650,7 +650,7 @@ def test_two_options_are_two_lines_of_one_form(path):
     assert places == ["optimizer 0, AdamW"] * 2
 
 
-def test_another_dtype_is_named(path):
+def test_error_names_an_array_with_another_dtype(path):
     model = Table()
     save_checkpoint(path, *trained(model, create_optimizer(model)))
     model.set_dtype(mx.bfloat16)
@@ -658,7 +658,7 @@ def test_another_dtype_is_named(path):
         load_checkpoint(path, model, create_optimizer(model))
 
 
-def test_another_dtype_is_cast_on_request_alone(path):
+def test_another_dtype_is_cast_only_with_cast_true(path):
     model, optimizer = trained(Table(), AdamW(0.01))
     save_checkpoint(path, model, optimizer)
     narrow, restored = Table(), AdamW(0.01)
@@ -675,7 +675,7 @@ def test_another_dtype_is_cast_on_request_alone(path):
     assert restored.step == 2
 
 
-def test_state_of_another_class_is_not_taken(path):
+def test_state_of_another_optimizer_class_is_not_loaded(path):
     model, optimizer = trained(Table(), mlx_optimizers.SGD(0.5, momentum=0.9))
     save_checkpoint(path, model, optimizer)
     other = mlx_optimizers.Muon(0.01)  # its state has the same names and shapes
@@ -685,11 +685,11 @@ def test_state_of_another_class_is_not_taken(path):
     assert not mx.any(other.state["output"]["weight"]["v"])
 
 
-def test_without_strict_what_fits_is_loaded_and_the_rest_returned(path):
+def test_strict_false_loads_matching_arrays_and_returns_the_differences(path):
     model = Table()
     model, optimizer = trained(model, create_optimizer(model))
     save_checkpoint(path, model, optimizer, epoch=2)
-    other = widened()
+    other = table_with_a_smaller_layer()
     restored = create_optimizer(other)
     extra = load_checkpoint(path, other, restored, strict=False)
     assert extra == {"epoch": 2}
@@ -699,7 +699,7 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_returned(path):
     assert restored.step.item() == 2
 
 
-def test_what_cannot_be_written_is_said_and_the_old_file_stays(path):
+def test_failed_save_is_an_error_and_keeps_the_old_file(path):
     model = Table()
     model, optimizer = trained(model, create_optimizer(model))
     save_checkpoint(path, model, optimizer, epoch=1)
@@ -711,7 +711,7 @@ def test_what_cannot_be_written_is_said_and_the_old_file_stays(path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_any_name_will_do(tmp_path):
+def test_file_name_needs_no_extension(tmp_path):
     model = Table()
     optimizer = create_optimizer(model, Muon(), AdamW())
     save_checkpoint(str(tmp_path / "last"), model, optimizer, a=1)
@@ -728,7 +728,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("name", SLIPS)
-def test_wrong_arguments_are_named(name, path):
+def test_wrong_arguments_give_clear_errors(name, path):
     model = Table()
     slip, message = SLIPS[name]
     for call in (save_checkpoint, load_checkpoint):
@@ -738,7 +738,7 @@ def test_wrong_arguments_are_named(name, path):
         save_checkpoint(path, model, create_optimizer(model), weights="some")
 
 
-def test_a_path_in_another_place_is_named(path):
+def test_misplaced_path_gives_a_clear_error(path):
     model = Table()
     for call in (save_checkpoint, load_checkpoint):
         with pytest.raises(CheckpointError, match="the path comes first"):
@@ -747,7 +747,7 @@ def test_a_path_in_another_place_is_named(path):
             call(3, model, AdamW())
 
 
-def test_scalars_of_numpy_and_mlx_count_as_numbers(path):
+def test_numpy_and_mlx_scalars_are_saved_as_numbers(path):
     model = Table()
     optimizer = create_optimizer(model)
     scalars = [np.float32(0.5), np.int64(7), np.bool_(True), np.array(3), mx.array(0.25)]
@@ -765,14 +765,14 @@ def test_scalars_of_numpy_and_mlx_count_as_numbers(path):
 
 @pytest.fixture
 def no_collector():
-    """Nothing may wait for Python's collector of cycles: what it would free is a second model."""
+    """Without Python's cycle collector, a reference cycle would keep a second model in memory."""
     gc.disable()
     yield
     gc.enable()
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_loading_needs_the_memory_of_one_array(path):
+def test_loading_needs_extra_memory_for_one_array(path):
     def build():
         model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(16)])
         optimizer = create_optimizer(model, "adamw")
@@ -787,12 +787,12 @@ def test_loading_needs_the_memory_of_one_array(path):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         load_checkpoint(path, *live)
-        # The array that is read beside its elder, and some scalars in MLX's pages.
+        # One new array while the old one still exists, and some scalars in MLX's pages.
         assert mx.get_peak_memory() - before < 2 * largest + 100_000 < total / 10
         assert mx.get_active_memory() - before < 100_000
 
 
-def test_a_disk_that_fails_while_it_is_read_is_said(path, monkeypatch):
+def test_file_truncated_during_load_is_an_error(path, monkeypatch):
     model, optimizer = trained(Table(), AdamW(0.01))
     before = snapshot(model, optimizer)
 
@@ -816,14 +816,14 @@ def test_a_disk_that_fails_while_it_is_read_is_said(path, monkeypatch):
         monkeypatch.undo()
 
 
-def test_two_arrays_of_one_name_are_not_saved_as_one(path):
+def test_two_arrays_with_the_same_name_are_refused(path):
     model = nn.Module()
     model.layers = {"a.b": mx.ones(3), "a": {"b": mx.zeros(3)}}
     with pytest.raises(CheckpointError, match=r"two arrays are called 'layers.a.b'"):
         save_checkpoint(path, model, AdamW())
 
 
-def test_rates_kept_here_go_on_after_a_file_whose_rate_was_set_by_hand(path):
+def test_rates_here_continues_the_schedule_after_a_saved_rate_set_by_hand(path):
     make = lambda: AdamW(warmup_cosine(0.05, 10, 2))  # noqa: E731
     model, optimizer = trained(Table(), make(), steps=1)
     optimizer.learning_rate = 0.01
@@ -834,9 +834,9 @@ def test_rates_kept_here_go_on_after_a_file_whose_rate_was_set_by_hand(path):
     assert rate_of(other) == pytest.approx(0.025)
 
 
-def test_a_file_is_synced_before_it_takes_its_name(path, monkeypatch):
+def test_file_is_synced_before_it_is_renamed(path, monkeypatch):
     calls = []
-    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)  # macOS syncs by another call
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)  # macOS uses this instead of fsync
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
@@ -844,7 +844,7 @@ def test_a_file_is_synced_before_it_takes_its_name(path, monkeypatch):
     assert calls.index("fsync") < calls.index("replace")
 
 
-def test_a_shared_module_that_is_trained_under_its_first_name_is_kept(path):
+def test_shared_module_trained_under_its_first_name_is_saved(path):
     model = nn.Module()
     model.first, model.between = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
     model.last = model.first
@@ -857,7 +857,7 @@ def test_a_shared_module_that_is_trained_under_its_first_name_is_kept(path):
 # Damage
 
 
-def test_1000_truncations_and_flips_are_refused(path):
+def test_truncated_and_bit_flipped_files_are_refused(path):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model, optimizer = trained(model, create_optimizer(model))
     save_checkpoint(path, model, optimizer, epoch=1)
@@ -878,14 +878,14 @@ def test_1000_truncations_and_flips_are_refused(path):
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 8, b"{}" * 50, b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]"]
 )
-def test_other_files_are_refused(content, path):
+def test_files_that_are_not_checkpoints_are_refused(content, path):
     path.write_bytes(content)
     model = Table()
     with pytest.raises(CheckpointError):
         load_checkpoint(path, model, create_optimizer(model))
 
 
-def test_weights_alone_other_formats_and_missing_files_are_told_apart(path):
+def test_missing_files_plain_weights_and_other_formats_have_their_own_errors(path):
     model = Table()
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(path, model, create_optimizer(model))
@@ -901,7 +901,7 @@ def test_weights_alone_other_formats_and_missing_files_are_told_apart(path):
         load_checkpoint(path, model, create_optimizer(model))
 
 
-# Forgery: the checksum is right
+# Forged files with a valid checksum
 
 
 def tiny():
@@ -912,15 +912,15 @@ def tiny():
     return model, create_optimizer(model, learning_rate=schedule, state_dtype="float32")
 
 
-def taken_apart(path):
-    """Header, and the data after it."""
+def read_parts(path):
+    """The header as JSON, and the data after it."""
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     return json.loads(whole[8 : 8 + size]), whole[8 + size :]
 
 
 def forge(path, header, data):
-    """A file of this header and data, under a right checksum."""
+    """Write a file with this header and data and a valid checksum."""
     blank = b"0" * 64
     if isinstance(header.get("__metadata__"), dict) and "checksum" in header["__metadata__"]:
         header["__metadata__"]["checksum"] = blank.decode()
@@ -942,9 +942,9 @@ RAW = {
 
 
 def raw(text):
-    """JSON that json.dumps does not write."""
-    for mark, stands in RAW.items():
-        text = text.replace(f'"{mark}"', stands)
+    """Replace each mark by JSON that json.dumps cannot write."""
+    for mark, replacement in RAW.items():
+        text = text.replace(f'"{mark}"', replacement)
     return text
 
 
@@ -970,9 +970,9 @@ HARMFUL = {
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", HARMFUL)
-def test_a_file_made_to_harm_changes_nothing(name, strict, path):
+def test_forged_description_or_extra_is_refused(name, strict, path):
     save_checkpoint(path, *trained(*tiny()), weights="trainable")
-    header, data = taken_apart(path)
+    header, data = read_parts(path)
     place, value = HARMFUL[name]
     if place in ("run", "extra"):
         header["__metadata__"][place] = value
@@ -992,9 +992,9 @@ def test_a_file_made_to_harm_changes_nothing(name, strict, path):
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("U32", [2, 1]), ("I32", [2]), ("U64", [1])])
-def test_a_random_key_of_another_kind_is_refused(dtype, shape, path):
+def test_random_key_of_another_dtype_or_shape_is_refused(dtype, shape, path):
     save_checkpoint(path, *trained(*tiny()))
-    header, data = taken_apart(path)
+    header, data = read_parts(path)
     header["_run.random"] |= {"dtype": dtype, "shape": shape}
     forge(path, header, data)
     model, optimizer = tiny()
@@ -1004,9 +1004,9 @@ def test_a_random_key_of_another_kind_is_refused(dtype, shape, path):
     assert same(snapshot(model, optimizer), before)
 
 
-def test_a_header_that_says_something_twice_is_refused(path):
+def test_header_with_a_duplicate_key_is_refused(path):
     save_checkpoint(path, *trained(*tiny()))
-    header, data = taken_apart(path)
+    header, data = read_parts(path)
     first = header["layers.0.weight"]
     header["<twice>"] = {**first, "data_offsets": header["layers.1.weight"]["data_offsets"]}
     RAW["<twice>"] = '"layers.0.weight"'
@@ -1028,9 +1028,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_arrays_that_are_not_where_they_are_said_to_be_are_refused(name, path):
+def test_header_with_wrong_array_entries_is_refused(name, path):
     save_checkpoint(path, *trained(*tiny()))
-    header, data = taken_apart(path)
+    header, data = read_parts(path)
     change, more, message = LAYOUTS[name]
     change = change and dict(change)
     if name == "overlap":
@@ -1062,7 +1062,7 @@ NUMBERS = [0, 1, -1, 2, 3, 4, 8, 2**31, 2**63, 2**64, 10**300, 0.0, 0.5, -1e308,
 
 
 def anything(dice, depth=0):
-    """Any JSON value: a grammar's words, numbers, lists, tables."""
+    """A random JSON value: a word, a number, a list or a table."""
     kind = dice.randrange(4 if depth < 3 else 2)
     if kind == 0:
         return dice.choice(NUMBERS)
@@ -1073,7 +1073,7 @@ def anything(dice, depth=0):
 
 
 def nodes(tree):
-    """Every container of a JSON value with each of its keys."""
+    """Each (container, key) pair in a JSON value."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in list(items):
         yield tree, key
@@ -1082,7 +1082,7 @@ def nodes(tree):
 
 
 def mutate(dice, tree):
-    """Replace, drop, move or nudge something somewhere in a JSON value."""
+    """Replace, drop, swap or change one random entry of a JSON value."""
     (a, i), (b, j) = (dice.choice(list(nodes(tree))) for _ in range(2))
     kind = dice.randrange(5)
     if kind == 0:
@@ -1098,7 +1098,7 @@ def mutate(dice, tree):
 
 
 def forged(dice, header):
-    """The header, with mutations in it or in the JSON within its metadata."""
+    """The header with mutations in it or in the JSON of its metadata."""
     header = json.loads(json.dumps(header))
     inner = {key: json.loads(header["__metadata__"][key]) for key in ("run", "extra")}
     for _ in range(dice.choice([1, 1, 1, 2, 5])):
@@ -1112,8 +1112,8 @@ def forged(dice, header):
     return header
 
 
-def said_by(header, data):
-    """The arrays of a header by their names, read without MLX."""
+def arrays_in(header, data):
+    """The arrays that a header describes, with their names, read without MLX."""
     dtypes = {"F32": np.float32, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_}
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] in dtypes:
@@ -1124,10 +1124,10 @@ def said_by(header, data):
 FORGERIES = int(os.environ.get("FORGERIES", "1000"))
 
 
-def test_forged_headers_load_what_they_say_or_change_nothing(path):
+def test_forged_headers_load_exactly_their_arrays_or_change_nothing(path):
     whole, dice, loads = path.with_name("whole"), random.Random(0), 0
     save_checkpoint(whole, *trained(*tiny()), weights="trainable", epoch=3)
-    header, data = taken_apart(whole)
+    header, data = read_parts(whole)
     model, optimizer = tiny()
     before = snapshot(model, optimizer)
     for i in range(FORGERIES):
@@ -1142,12 +1142,12 @@ def test_forged_headers_load_what_they_say_or_change_nothing(path):
         live = {"_run.random": mx.random.state[0], **dict(tree_flatten(model.parameters()))}
         if strict:
             live |= {f"_run.optimizer.{k}": v for k, v in tree_flatten(optimizer.state)}
-        for name, array in said_by(changed, data):
+        for name, array in arrays_in(changed, data):
             here = live.get(name)
             if here is None or "rate" in name:
                 continue
             fits = (here.shape, np.array(here).dtype) == (array.shape, array.dtype)
-            if strict or fits:  # what does not fit stays as it was
+            if strict or fits:  # an array that does not fit stays as it was
                 np.testing.assert_array_equal(np.array(here), array, err_msg=name)
         model, optimizer = tiny()
         mx.random.seed(0)
@@ -1158,7 +1158,7 @@ def test_forged_headers_load_what_they_say_or_change_nothing(path):
 # Kills
 
 
-def test_a_run_killed_at_200_random_moments_ends_as_if_it_had_not_been(tmp_path):
+def test_run_killed_at_200_random_moments_equals_an_uninterrupted_run(tmp_path):
     path, dice, steps, kills = tmp_path / "run.safetensors", random.Random(0), 2000, 0
     script = [sys.executable, str(Path(__file__).parent / "killed_run.py"), str(path)]
     model, optimizer, step = build(**EIGHT_BITS)
@@ -1167,7 +1167,7 @@ def test_a_run_killed_at_200_random_moments_ends_as_if_it_had_not_been(tmp_path)
         child = subprocess.Popen([*script, str(steps)], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n", f"after {kills} kills"
-        # Where the machine is busy, longer: the kills must not all come before the first save.
+        # Wait longer on a busy machine, so that some kills come after the first save.
         time.sleep(dice.uniform(0.0, 0.05) * max(1.0, kills / (seen[-1] + 1)))
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -1184,14 +1184,12 @@ def test_a_run_killed_at_200_random_moments_ends_as_if_it_had_not_been(tmp_path)
     assert same(snapshot(model, optimizer), resumed)
 
 
-# What a file system refuses
+# File system errors
 
 
 @pytest.mark.parametrize("code", ["ENOTSUP", "EINVAL", "ENOTTY", "EOPNOTSUPP"])
 @pytest.mark.parametrize("also_fsync", [False, True])
-def test_a_disk_that_cannot_sync_as_macos_does_is_synced_as_it_can(
-    code, also_fsync, path, monkeypatch
-):
+def test_save_falls_back_to_fsync_without_full_sync(code, also_fsync, path, monkeypatch):
     number, synced = getattr(errno, code), []
 
     def refuse(*_):
@@ -1213,7 +1211,7 @@ def test_a_disk_that_cannot_sync_as_macos_does_is_synced_as_it_can(
 
 @pytest.mark.parametrize("code", ["EIO", "ENOSPC"])
 @pytest.mark.parametrize("macos", [False, True])
-def test_a_disk_that_fails_is_an_error_and_the_old_file_stays(code, macos, path, monkeypatch):
+def test_disk_failure_is_an_error_and_keeps_the_old_file(code, macos, path, monkeypatch):
     model, optimizer = trained(*tiny())
     save_checkpoint(path, model, optimizer, epoch=1)
 
@@ -1232,7 +1230,7 @@ def test_a_disk_that_fails_is_an_error_and_the_old_file_stays(code, macos, path,
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_what_is_no_place_for_a_file_is_one_clear_error(tmp_path, monkeypatch):
+def test_unusable_path_gives_one_clear_error(tmp_path, monkeypatch):
     model, optimizer = trained(*tiny())
     (tmp_path / "file").write_text("x")
     monkeypatch.chdir(tmp_path)
@@ -1251,13 +1249,13 @@ def test_what_is_no_place_for_a_file_is_one_clear_error(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_long_name_is_a_name(tmp_path):
+def test_long_file_name_works(tmp_path):
     path = tmp_path / ("x" * 240 + ".safetensors")
     save_checkpoint(path, *trained(*tiny()), epoch=1)
     assert load_checkpoint(path, *tiny()) == {"epoch": 1}
 
 
-def test_the_error_of_the_clean_up_does_not_hide_the_first(path, monkeypatch):
+def test_cleanup_error_does_not_hide_the_first_error(path, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.EIO, "the first error")
 
@@ -1270,7 +1268,7 @@ def test_the_error_of_the_clean_up_does_not_hide_the_first(path, monkeypatch):
         save_checkpoint(path, *trained(*tiny()))
 
 
-def test_a_link_is_followed_and_the_mode_kept(tmp_path):
+def test_save_follows_a_symlink_and_keeps_the_file_mode(tmp_path):
     target, link = tmp_path / "data" / "run.safetensors", tmp_path / "latest.safetensors"
     target.parent.mkdir()
     model, optimizer = trained(*tiny())
@@ -1283,7 +1281,7 @@ def test_a_link_is_followed_and_the_mode_kept(tmp_path):
     assert load_checkpoint(target, *tiny()) == {"epoch": 2}
 
 
-def test_a_header_that_mlx_cannot_read_is_not_written_over_a_good_file(path, monkeypatch):
+def test_header_too_large_for_mlx_is_refused_and_keeps_the_old_file(path, monkeypatch):
     model, optimizer = trained(*tiny())
     save_checkpoint(path, model, optimizer, epoch=1)
     monkeypatch.setattr(sealed_files, "LARGEST_HEADER", 10_000)
@@ -1292,14 +1290,14 @@ def test_a_header_that_mlx_cannot_read_is_not_written_over_a_good_file(path, mon
     assert load_checkpoint(path, *tiny()) == {"epoch": 1}
 
 
-def test_keys_that_json_makes_equal_are_refused(path):
+def test_keys_that_json_would_merge_are_refused(path):
     with pytest.raises(CheckpointError, match="extra must be JSON values, and 'a' is not: it says"):
         save_checkpoint(path, *trained(*tiny()), a={1: "x", "1": "y"})
     save_checkpoint(path, *trained(*tiny()), a={1: "x", 2: "y"})
     assert load_checkpoint(path, *tiny()) == {"a": {"1": "x", "2": "y"}}
 
 
-def test_threads_may_save_to_one_path(path):
+def test_several_threads_can_save_to_one_path(path):
     model, optimizer = trained(*tiny())
     mx.eval(model.state, optimizer.state)
     arrays = {"w": mx.arange(100_000)}
@@ -1323,12 +1321,12 @@ def test_threads_may_save_to_one_path(path):
 
 
 def in_a_thread(function):
-    """What the function returns, or raises, in a thread of its own."""
+    """Call the function in a new thread; return its result or raise its error."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
 
-def test_an_optimizer_that_was_just_made_works_in_another_thread(path):
+def test_new_optimizer_works_in_another_thread(path):
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3))
     mx.eval(model.state)
     optimizer = create_optimizer(model, rounding="stochastic", skip_nonfinite=True)
@@ -1345,7 +1343,7 @@ def test_an_optimizer_that_was_just_made_works_in_another_thread(path):
     assert in_a_thread(lambda: step(hrm)) == 1
 
 
-def test_a_thread_that_saves_keeps_the_random_state_it_is_handed(path):
+def test_saving_in_a_thread_stores_the_given_random_key(path):
     model, optimizer = trained(*tiny())
     mx.random.seed(7)
     mx.eval(model.state, optimizer.state, mx.random.state)
@@ -1356,7 +1354,7 @@ def test_a_thread_that_saves_keeps_the_random_state_it_is_handed(path):
     mx.random.seed(1)
     load_checkpoint(path, model, optimizer)
     assert mx.random.normal((3,)).tolist() == drawn
-    in_a_thread(lambda: save_checkpoint(path, model, optimizer))  # its own, as documented
+    in_a_thread(lambda: save_checkpoint(path, model, optimizer))  # saves the thread's own key
     load_checkpoint(path, model, optimizer)
     assert mx.random.normal((3,)).tolist() != drawn
     for odd in (7, mx.zeros(3), "key"):
@@ -1364,7 +1362,7 @@ def test_a_thread_that_saves_keeps_the_random_state_it_is_handed(path):
             save_checkpoint(path, model, optimizer, random_key=odd)
 
 
-def test_extra_may_have_any_name(path):
+def test_extra_accepts_any_key(path):
     save_checkpoint(path, *trained(*tiny()), model="small", path="here", optimizer="ours")
     extra = {"model": "small", "path": "here", "optimizer": "ours"}
     assert load_checkpoint(path, *tiny()) == extra

@@ -1,4 +1,4 @@
-"""Gradients that are hard on float32, and the loop that feeds them to an optimizer or its twin."""
+"""Gradients that strain float32, and loops that feed them to an optimizer or its float64 twin."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ def parameter(shape, seed=0):
 
 
 def hard_gradients(shape, steps=40, seed=1):
-    """From 1e-12 to 1e6, another magnitude each step, with zero rows and all-zero steps."""
+    """Gradients from 1e-12 to 1e6: a new magnitude each step, with zero rows and all-zero steps."""
     rng = np.random.default_rng(seed)
     gradients = []
     for t in range(steps):
@@ -24,7 +24,7 @@ def hard_gradients(shape, steps=40, seed=1):
 
 
 def trajectory(optimizer, start, gradients, layout="batched"):
-    """Every parameter that an MLX optimizer of the suite passes through."""
+    """The parameter after each update by one of our optimizers."""
     optimizer.layouts["p"] = layout
     tree, points = {"p": mx.array(start)}, []
     for g in gradients:
@@ -34,7 +34,7 @@ def trajectory(optimizer, start, gradients, layout="batched"):
 
 
 def twin_trajectory(twin, start, gradients, layout="batched"):
-    """The same, in float64, from tests/reference.py."""
+    """The parameter after each update by a float64 twin from tests/reference.py."""
     p, points = np.float64(start), []
     for g in gradients:
         p = twin.update(p, np.float64(g), layout)
@@ -48,12 +48,13 @@ def distance(points, exact):
 
 
 BOUND = 5e-6
-"""On ``distance`` over 40 steps. Rounding p once a step adds up to 40 · 6e-8 = 2.4e-6 in the worst
-case; the roundings of statistics and update, times steps of at most 5 % of p, as much again."""
+"""The bound on ``distance`` over 40 steps. Rounding p once a step adds up to 40 · 6e-8 = 2.4e-6 in
+the worst case. Rounding the statistics and the update, with steps of at most 5 % of p, adds as much
+again."""
 
 
 def assert_follows(optimizer, twin, shape, layout="batched", zero=False, seed=0):
-    """The optimizer passes through the twin's points, started from noise or from zero."""
+    """Assert that the optimizer follows its twin, starting from noise or from zero."""
     start = parameter(shape, seed) * (not zero)
     gradients = hard_gradients(shape, seed=seed + 10)
     exact = twin_trajectory(twin, start, gradients, layout)
