@@ -718,7 +718,7 @@ def test_file_name_needs_no_extension(tmp_path):
     assert load_checkpoint(str(tmp_path / "last"), model, optimizer) == {"a": 1}
 
 
-SLIPS = {
+MISTAKES = {
     "swapped": (lambda m, o: (o, m), "model and optimizer are swapped: the model comes first"),
     "a state": (lambda m, o: (m, o.state), "optimizer must be the optimizer itself, not its state"),
     "parameters": (lambda m, o: (m.parameters(), o), "model must be a mlx.nn.Module, got dict"),
@@ -727,13 +727,13 @@ SLIPS = {
 }
 
 
-@pytest.mark.parametrize("name", SLIPS)
+@pytest.mark.parametrize("name", MISTAKES)
 def test_wrong_arguments_give_clear_errors(name, path):
     model = Table()
-    slip, message = SLIPS[name]
+    mistake, message = MISTAKES[name]
     for call in (save_checkpoint, load_checkpoint):
         with pytest.raises(CheckpointError, match=message):
-            call(path, *slip(model, create_optimizer(model)))
+            call(path, *mistake(model, create_optimizer(model)))
     with pytest.raises(ValueError, match="weights must be one of 'all', 'trainable', got 'some'"):
         save_checkpoint(path, model, create_optimizer(model), weights="some")
 

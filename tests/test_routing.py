@@ -1,4 +1,4 @@
-"""The routed optimizer and its factories: members, rates, rules, freezing, mlx's own optimizers."""
+"""The routed optimizer and its factories: members, rates, rules, freezing, mlx's optimizers."""
 
 import re
 import warnings
@@ -59,7 +59,7 @@ def random_gradients(model, seed=0):
 # Members
 
 
-def test_the_table_of_the_documentation():
+def test_documented_routing_of_a_small_model():
     assert owners(create_optimizer(Table(), "muon")) == {
         "embedding.weight": "adamw",
         "linear1.weight": "muon",
@@ -70,7 +70,7 @@ def test_the_table_of_the_documentation():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_is_a_multi_optimizer_of_the_named_ones(name):
+def test_create_optimizer_returns_a_multi_optimizer_with_the_named_members(name):
     optimizer = create_optimizer(Table(), name)
     assert isinstance(optimizer, RoutedOptimizer)
     assert isinstance(optimizer, mlx_optimizers.MultiOptimizer)
@@ -80,13 +80,13 @@ def test_it_is_a_multi_optimizer_of_the_named_ones(name):
     assert rates(optimizer) == pytest.approx([OPTIMIZERS[name].learning_rate, 1e-3, 1e-3])
 
 
-def test_members_are_never_shared_between_two_optimizers():
-    # mlx-optimizers' fallback AdamW is a default argument: one for all.
+def test_two_routed_optimizers_share_no_member():
+    # The fallback AdamW of mlx-optimizers is a default argument, so all optimizers share it.
     first, second = create_optimizer(Table()), create_optimizer(Table())
     assert not {id(m) for m in first.optimizers} & {id(m) for m in second.optimizers}
 
 
-def test_what_decays_and_what_does_not():
+def test_weight_decay_skips_biases():
     model = Table()
     before = dict(tree_flatten(model.parameters()))
     options = {"rest_options": {"weight_decay": 0.5}, "weight_decay": 0.25}
@@ -98,7 +98,7 @@ def test_what_decays_and_what_does_not():
         assert np.allclose(np.array(p), np.array(before[path]) * factor, rtol=1e-6)
 
 
-def test_an_optimizer_given_for_a_role_keeps_its_own_decay():
+def test_optimizer_passed_as_rest_keeps_its_own_decay():
     model, rest = Table(), AdamW(1e-3, weight_decay=0.3)
     optimizer = create_optimizer(model, "muon", rest)
     assert optimizer.optimizers[1] is rest
@@ -106,7 +106,7 @@ def test_an_optimizer_given_for_a_role_keeps_its_own_decay():
     assert set(owners(optimizer).values()) == {"muon", "AdamW"}
 
 
-def test_mlx_optimizers_may_be_members():
+def test_mlx_optimizers_can_be_members():
     model = Table()
     optimizer = create_optimizer(model, mlx_optimizers.Muon(0.02), mlx_optimizers.AdamW(1e-3))
     before = dict(tree_flatten(model.parameters()))
@@ -118,7 +118,7 @@ def test_mlx_optimizers_may_be_members():
     assert optimizer.effective_learning_rates(model)["linear1.weight"] == pytest.approx(0.04)
 
 
-def test_the_default_keeps_half_a_byte_for_each_hidden_weight():
+def test_default_state_takes_half_a_byte_per_hidden_weight():
     def hidden_bytes(**options):
         plan = create_optimizer(Table(), **options).plan
         return sum(entry.state_bytes for entry in plan if entry.role == "hidden")
@@ -131,7 +131,7 @@ def test_the_default_keeps_half_a_byte_for_each_hidden_weight():
 
 
 @pytest.mark.parametrize(("rest", "most"), [("adamw", 0.66), ("adafactor", 0.1)])
-def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
+def test_state_of_a_real_bf16_model_is_smaller_than_mlx_adamws(rest, most):
     mx.clear_cache()
     before = mx.get_active_memory()
     model = mlx_lm_model(
@@ -148,13 +148,13 @@ def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
     weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     assert weights == pytest.approx(988e6, rel=1e-3)
     assert estimate_state_bytes(model, rest=rest) < most * 2 * weights
-    assert mx.get_active_memory() < before + 1e6, "shapes were enough"
+    assert mx.get_active_memory() < before + 1e6, "estimating the state created arrays"
 
 
 @pytest.mark.parametrize(
     ("hidden", "rate", "options", "twin"),
     [
-        # LoRA has defaults of its own: these are those of other matrices.
+        # LoRA has its own defaults; these are the defaults for other matrices.
         (
             "orthomaxfactor",
             0.05,
@@ -166,7 +166,7 @@ def test_the_state_of_a_real_model_in_bf16_beside_mlx_adamw(rest, most):
     ],
 )
 @pytest.mark.parametrize("build", [Whisper, lambda: adapted(qwen2_moe())], ids=["conv", "experts"])
-def test_every_layout_reaches_the_formula(build, hidden, rate, options, twin):
+def test_every_layout_follows_the_twin(build, hidden, rate, options, twin):
     model = build()
     model.apply(lambda p: p + 0.01)  # LoRA's B starts at zero, where MaxFactor hardly moves
     optimizer = create_optimizer(model, hidden, learning_rate=rate, **options)
@@ -183,14 +183,14 @@ def test_every_layout_reaches_the_formula(build, hidden, rate, options, twin):
     moved = dict(tree_flatten(model.trainable_parameters()))
     assert len({entry.layout for entry in plan}) == 2
     for entry in plan:
-        # Three roundings of p, and Muon's quintics on matrices of rank 4.
+        # p is rounded three times, and Muon's quintics run on matrices of rank 4.
         assert distance(np.array(moved[entry.path]), parameters[entry.path]) < 2e-5, entry.path
 
 
 # Rates
 
 
-def test_a_rate_for_the_hidden_matrices_moves_the_rest_in_proportion():
+def test_learning_rate_also_scales_the_rate_of_the_rest():
     assert rates(create_optimizer(Table(), learning_rate=0.1)) == pytest.approx([0.1, 5e-3, 5e-3])
     optimizer = create_optimizer(Table(), learning_rate=0.05, rest_learning_rate=2e-3)
     assert rates(optimizer) == pytest.approx([0.05, 2e-3, 2e-3])
@@ -198,8 +198,8 @@ def test_a_rate_for_the_hidden_matrices_moves_the_rest_in_proportion():
     assert rates(optimizer) == pytest.approx([0.1, 4e-3, 4e-3])
 
 
-def test_a_schedule_shapes_every_member():
-    # mlx-optimizers' fallback never advances.
+def test_schedule_applies_to_every_member():
+    # The schedule of the fallback in mlx-optimizers never advances.
     model = Table()
     schedule = warmup_cosine(0.04, 20, 4)
     optimizer = create_optimizer(model, "muon", learning_rate=schedule, rest_learning_rate=3e-3)
@@ -212,7 +212,7 @@ def test_a_schedule_shapes_every_member():
     assert rates(by_ratio) == pytest.approx([0.04, 2e-3, 2e-3])
 
 
-def test_a_schedule_shapes_an_optimizer_at_a_constant_rate_and_leaves_a_scheduled_one():
+def test_schedule_applies_to_given_members_except_those_with_their_own_schedule():
     schedule = warmup_cosine(0.04, 20, 4)
     own = AdamW(warmup_cosine(1e-2, 20, 10))
     for rest, expected in ((AdamW(1e-3), 1e-3), (mlx_optimizers.AdamW(1e-3), 1e-3), (own, 4e-3)):
@@ -223,8 +223,8 @@ def test_a_schedule_shapes_an_optimizer_at_a_constant_rate_and_leaves_a_schedule
         assert rates(optimizer) == pytest.approx([0.04, expected])
 
 
-def test_a_rate_set_by_hand_keeps_the_ratios_and_ends_the_schedules():
-    # mlx's MultiOptimizer gives every member the same rate.
+def test_setting_the_rate_keeps_the_ratios_and_ends_the_schedules():
+    # MLX's MultiOptimizer would give every member the same rate.
     model = Table()
     schedule = warmup_cosine(0.04, 20, 4)
     optimizer = create_optimizer(model, "muon", learning_rate=schedule)
@@ -240,7 +240,7 @@ def test_a_rate_set_by_hand_keeps_the_ratios_and_ends_the_schedules():
     assert rates(optimizer) == pytest.approx([0.01, 1e-3, 5e-4])
 
 
-def test_effective_rates_name_every_parameter():
+def test_effective_learning_rates_list_every_parameter():
     model = Table()
     model.linear1.weight = 2 * model.linear1.weight  # above the floor
     optimizer = create_optimizer(model, learning_rate=0.1)
@@ -251,7 +251,7 @@ def test_effective_rates_name_every_parameter():
     assert found["embedding.weight"] == pytest.approx(5e-3)
 
 
-def test_a_rate_set_by_hand_reaches_scheduled_mlx_members():
+def test_setting_the_rate_reaches_mlx_members_with_a_schedule():
     model = Table()
     rest = mlx_optimizers.AdamW(mlx_optimizers.cosine_decay(1e-3, 100))
     optimizer = create_optimizer(model, Muon(0.02), rest)
@@ -272,7 +272,7 @@ def test_a_rate_set_by_hand_reaches_scheduled_mlx_members():
         (lambda: {"hidden": "adafactor"}, 0.1),
     ],
 )
-def test_ratios_outlive_rates_of_zero_and_schedules(build, ratio):
+def test_rate_ratios_survive_zero_rates_and_schedules(build, ratio):
     model = Table()
     optimizer = create_optimizer(model, **build())
     optimizer.state["states"][0]["step"] = mx.array(10**6, mx.uint64)
@@ -281,7 +281,7 @@ def test_ratios_outlive_rates_of_zero_and_schedules(build, ratio):
     assert rates(optimizer)[:2] == pytest.approx([1e-2, ratio * 1e-2])
 
 
-def test_adafactor_keeps_its_relative_step_beside_a_rate():
+def test_adafactor_as_rest_keeps_its_relative_step():
     alphas = []
     for options in ({}, {"learning_rate": 0.01}, {"learning_rate": warmup_cosine(0.01, 10, 0)}):
         mx.random.seed(0)
@@ -296,7 +296,7 @@ def peak(name, steps, width, **options):
     return OPTIMIZERS[name].peak_of(Run(steps, width, **options))
 
 
-def test_total_steps_builds_every_schedule_and_picks_the_peaks():
+def test_total_steps_picks_each_peak_and_builds_each_schedule():
     optimizer = create_optimizer(Table(), total_steps=400)
     peaks = {
         "orthomaxfactor": peak("orthomaxfactor", 400, 64),
@@ -332,7 +332,7 @@ def test_total_steps_builds_every_schedule_and_picks_the_peaks():
     ],
     ids=str,
 )
-def test_a_rate_beside_total_steps_is_a_peak(options, expected):
+def test_rate_given_with_total_steps_is_the_peak(options, expected):
     optimizer = create_optimizer(Table(), total_steps=400, **options)
     for member in optimizer.optimizers:  # the peak is at the end of the warm-up
         member.state["step"] = mx.array(40, mx.uint64)
@@ -340,7 +340,7 @@ def test_a_rate_beside_total_steps_is_a_peak(options, expected):
     assert rates(optimizer)[:2] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_law_follows_steps_and_width():
+def test_peak_depends_on_steps_and_width():
     assert peak("orthomaxfactor", 400, 64) == 2 * peak("orthomaxfactor", 1600, 128)
     assert peak("orthomaxfactor", 400, 64) == 2 * peak("orthomaxfactor", 400, 512)
     whole = [peak("orthomaxfactor", 400, 512, block=block) for block in (None, 1024)]
@@ -371,15 +371,15 @@ def test_total_steps_is_checked(options, message):
         create_optimizer(Table(), **options)
 
 
-def probe():
+def model_with_trainable_head():
     model = Table()
     model.freeze()
     model.output.unfreeze()
     return model
 
 
-def test_where_only_the_rest_is_trained_the_rate_is_its_own():
-    model = probe()
+def test_learning_rate_is_the_rate_of_the_rest_if_only_the_rest_is_trained():
+    model = model_with_trainable_head()
     optimizer = create_optimizer(model, learning_rate=1e-2)
     assert optimizer.learning_rate.item() == pytest.approx(1e-2)
     found = optimizer.effective_learning_rates(model)
@@ -390,7 +390,7 @@ def test_where_only_the_rest_is_trained_the_rate_is_its_own():
     with pytest.warns(UserWarning, match="^learning_rate has no effect: no trainable parameter"):
         optimizer = create_optimizer(model, learning_rate=0.1, rest_learning_rate=1e-3)
     assert list(optimizer.effective_learning_rates(model).values()) == pytest.approx([1e-3] * 2)
-    model = probe()
+    model = model_with_trainable_head()
     optimizer = create_optimizer(model, total_steps=100)
     optimizer.update(model, random_gradients(model))
     assert optimizer.learning_rate.item() == pytest.approx(1e-2 / 11)
@@ -402,7 +402,7 @@ SMALL = (
 )
 
 
-def test_a_rate_of_adamws_kind_is_noticed_once():
+def test_rate_that_suits_adamw_warns_once():
     with pytest.warns(UserWarning, match=SMALL):
         optimizer = create_optimizer(Table(), learning_rate=1e-3)
     with pytest.warns(UserWarning, match=SMALL):
@@ -414,7 +414,7 @@ def test_a_rate_of_adamws_kind_is_noticed_once():
         optimizer.learning_rate = 3e-4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for rate in (3e-4, 1e-4, 0.0):  # said already
+        for rate in (3e-4, 1e-4, 0.0):  # this optimizer has warned already
             optimizer.learning_rate = rate
         create_optimizer(Table(), learning_rate=2e-3)
         create_optimizer(Table(), learning_rate=0.0)
@@ -422,11 +422,13 @@ def test_a_rate_of_adamws_kind_is_noticed_once():
         create_optimizer(Table(), "muon", learning_rate=1e-4)
 
 
-def test_warnings_point_to_the_callers_own_line():
+def test_warnings_point_to_the_callers_line():
     model = Table()
     for warns in (
         lambda: create_optimizer(model, learning_rate=1e-3),
-        lambda: create_optimizer(probe(), learning_rate=1e-3, rest_learning_rate=1e-3),
+        lambda: create_optimizer(
+            model_with_trainable_head(), learning_rate=1e-3, rest_learning_rate=1e-3
+        ),
         lambda: OrthoMaxFactor(1e-3),
         lambda: setattr(OrthoMaxFactor(), "learning_rate", 1e-3),
         lambda: setattr(create_optimizer(model), "learning_rate", 1e-3),
@@ -436,7 +438,7 @@ def test_warnings_point_to_the_callers_own_line():
         assert caught[0].filename == __file__
 
 
-def test_a_schedule_may_index_by_the_step():
+def test_schedule_can_index_an_array_by_the_step():
     table = mx.linspace(0.1, 0.01, 100)
     model = Table()
     optimizer = create_optimizer(model, "muon", learning_rate=lambda step: table[step])
@@ -446,7 +448,7 @@ def test_a_schedule_may_index_by_the_step():
 
 
 @pytest.mark.parametrize("rest_rate", [np.float32(1e-3), mx.array(1e-3)], ids=["numpy", "mlx"])
-def test_any_number_beside_a_schedule_is_a_peak(rest_rate):
+def test_number_given_with_a_schedule_is_the_peak(rest_rate):
     schedule = warmup_cosine(0.04, 100, 10, start_ratio=0.1)
     optimizer = create_optimizer(Table(), learning_rate=schedule, rest_learning_rate=rest_rate)
     assert rates(optimizer) == pytest.approx([4e-3, 1e-4, 1e-4])
@@ -455,19 +457,19 @@ def test_any_number_beside_a_schedule_is_a_peak(rest_rate):
 # Rules
 
 
-def test_a_rule_for_hidden_matrices_holds_for_the_first():
+def test_rule_for_hidden_also_applies_to_the_first_layer():
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
     optimizer = create_optimizer(model, "muon", rules={"hidden": "adafactor", "*.bias": "rest"})
     assert owners(optimizer)["layers.0.weight"] == "adafactor"
     assert owners(optimizer)["layers.0.bias"] == "adamw, no decay"
 
 
-def test_a_rule_may_use_any_name_of_a_shared_module():
+def test_rule_can_use_any_name_of_a_shared_module():
     optimizer = create_optimizer(Shared(), rules={"embedding.weight": "adafactor"})
     assert owners(optimizer)["head.weight"] == "adafactor"
 
 
-def test_a_path_beats_a_role_and_a_role_beats_the_default():
+def test_path_rule_overrides_role_rule_and_role_rule_overrides_default():
     puzzles = SignSGD(0.1)
     rules = {"embedding": puzzles, "linear1.*": "adamw", "head": "muon", "*.weight": "adafactor"}
     optimizer = create_optimizer(Table(), rules=rules)
@@ -484,7 +486,7 @@ def test_a_path_beats_a_role_and_a_role_beats_the_default():
     assert puzzles in optimizer.optimizers
 
 
-def test_a_rule_may_say_what_an_array_is():
+def test_rule_can_set_the_role_of_an_array():
     model = RawMixture()
     plan = create_optimizer(model, "muon", rules={"moe.w_*": "experts"}).plan
     entry = next(e for e in plan if e.path == "moe.w_in")
@@ -496,13 +498,13 @@ def test_a_rule_may_say_what_an_array_is():
     )
 
 
-def test_a_kernel_that_a_rule_calls_hidden_stays_a_kernel():
+def test_convolution_kernel_with_rule_hidden_keeps_its_layout():
     plan = create_optimizer(Whisper(), rules={"*conv1.weight": "hidden"}).plan
     (entry,) = [entry for entry in plan if entry.path.endswith("conv1.weight")]
     assert (entry.optimizer, entry.layout) == ("orthomaxfactor", "conv")
 
 
-def test_all_wrong_rules_are_named_at_once():
+def test_one_error_names_all_wrong_rules():
     rules = {"*.wq.weigth": "muon", "embeding": "adamw", "head": "sgd", "bias": "norm"}
     with pytest.raises(ValueError, match="rule") as error:
         create_optimizer(Table(), rules=rules)
@@ -515,12 +517,12 @@ def test_all_wrong_rules_are_named_at_once():
         assert part in str(error.value)
 
 
-def test_a_member_that_cannot_take_its_parameters_names_them():
+def test_error_names_the_parameters_that_a_member_cannot_take():
     with pytest.raises(ValueError, match=r"linear1.bias: Muon(.|\n)*output.bias: Muon"):
         create_optimizer(Table(), rest="muon")
 
 
-def test_the_first_layer_can_be_excluded():
+def test_first_layer_can_be_excluded():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 3))
     assert owners(create_optimizer(model))["layers.0.weight"] == "orthomaxfactor"
     excluded = owners(create_optimizer(model, exclude_first=True))
@@ -563,10 +565,10 @@ def test_arguments_are_checked(arguments, message):
         create_optimizer(Table(), **arguments)
 
 
-# Freezing, sharing, what comes late
+# Freezing, sharing, late parameters
 
 
-def test_layers_freeze_and_unfreeze_between_steps():
+def test_layers_can_be_frozen_and_unfrozen_between_steps():
     model = ResNet()
     model.stages[0].freeze()
     optimizer = create_optimizer(model, "muon")
@@ -591,8 +593,8 @@ def test_layers_freeze_and_unfreeze_between_steps():
     assert "stages.1.conv1.weight" in moved()
 
 
-def test_mlx_members_survive_unfreezing():
-    # A bare mlx optimizer raises KeyError.
+def test_mlx_members_update_layers_unfrozen_later():
+    # A bare MLX optimizer raises a KeyError here.
     model = ResNet()
     model.stages[1].freeze()
     optimizer = create_optimizer(model, mlx_optimizers.Adam(1e-3), mlx_optimizers.Adam(1e-3))
@@ -604,7 +606,7 @@ def test_mlx_members_survive_unfreezing():
     assert not mx.array_equal(model.stages[1].conv1.weight, before).item()
 
 
-def test_a_shared_module_has_one_state_and_one_gradient():
+def test_shared_module_has_one_state_and_one_gradient():
     model = Shared()
     optimizer = create_optimizer(model, rest_options={"weight_decay": 0.0})
     state = dict(tree_flatten(optimizer.state))
@@ -617,8 +619,8 @@ def test_a_shared_module_has_one_state_and_one_gradient():
     assert not mx.array_equal(model.head.weight, before).item()
 
 
-def test_the_name_that_is_trainable_is_trained():
-    # MLX gives the last of two names the gradient, unless it is frozen there.
+def test_shared_module_is_trained_under_its_trainable_name():
+    # MLX gives the gradient to the last of two names, unless the module is frozen there.
     model = Shared()
     model.freeze(keys=["head"], recurse=False)
     optimizer = create_optimizer(model)
@@ -629,8 +631,8 @@ def test_the_name_that_is_trainable_is_trained():
     assert not mx.array_equal(model.embedding.weight, before).item()
 
 
-def test_a_state_that_went_through_a_file_comes_back():
-    # Flattening loses empty containers, which mlx's members then miss.
+def test_flattened_state_can_be_assigned_back():
+    # Flattening loses empty containers, and MLX's optimizers need them.
     for build in (llama, ResNet):
         model = build()
         optimizer = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
@@ -644,12 +646,12 @@ def test_a_state_that_went_through_a_file_comes_back():
         assert optimizer.step.item() == 1
 
 
-def test_odd_keys_of_containers():
+def test_paths_with_dots_and_tuples_of_modules_work():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
             self.parts = {"v1.5": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
-            self.pair = (nn.Linear(4, 4), nn.Linear(4, 4))  # MLX does not see into a tuple
+            self.pair = (nn.Linear(4, 4), nn.Linear(4, 4))  # MLX finds no modules in a tuple
 
     model = Odd()
     optimizer = create_optimizer(model)
@@ -660,7 +662,7 @@ def test_odd_keys_of_containers():
     assert repr(optimizer.plan) == str(optimizer.plan)
 
 
-def test_parameters_that_came_after_the_optimizer_are_named():
+def test_error_names_parameters_added_after_the_optimizer():
     model = Table()
     optimizer = create_optimizer(model)
     model.late = nn.Linear(3, 3)
@@ -671,8 +673,8 @@ def test_parameters_that_came_after_the_optimizer_are_named():
     assert optimizer.step.item() == 0
 
 
-def test_gradients_and_parameters_are_split_alike():
-    # Filters of mlx's MultiOptimizer see parameters at init and gradients later.
+def test_gradients_are_routed_like_their_parameters():
+    # The filters of MLX's MultiOptimizer get parameters at init and gradients later.
     model = llama()
     optimizer = create_optimizer(model)
     optimizer.update(
@@ -685,12 +687,12 @@ def test_gradients_and_parameters_are_split_alike():
         assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
 
 
-def test_a_model_must_be_a_model():
+def test_model_must_be_a_module():
     with pytest.raises(ValueError, match=r"model must be an mlx\.nn\.Module, got dict"):
         create_optimizer(Table().parameters())
 
 
-def test_a_state_for_other_members_is_refused():
+def test_state_for_other_members_is_refused():
     optimizer = create_optimizer(Table())
     with pytest.raises(ValueError, match="must hold 3 states, one for each member, got 1"):
         optimizer.state = {"states": [{}]}
@@ -700,7 +702,7 @@ def test_a_state_for_other_members_is_refused():
 
 
 @pytest.mark.parametrize("hidden", ["orthomaxfactor", "muon"])
-def test_it_works_in_the_trainer_of_mlx_lm(hidden, tmp_path):
+def test_routed_optimizer_works_in_the_mlx_lm_trainer(hidden, tmp_path):
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
     mx.random.seed(0)
@@ -727,7 +729,7 @@ class Puzzles(nn.Module):
         return self.inner(self.puzzle_embedding(index))
 
 
-def test_the_two_optimizers_of_a_reasoning_model():
+def test_hrm_gets_a_main_and_a_puzzle_optimizer():
     model = Puzzles()
     optimizers = create_optimizer_for_hrm(model)
     assert list(optimizers) == ["main", "puzzle"]
@@ -750,7 +752,7 @@ def test_the_two_optimizers_of_a_reasoning_model():
     assert [i for i in range(10) if changed[i].item()] == [2, 5]
 
 
-def test_a_reasoning_model_without_a_puzzle_optimizer():
+def test_hrm_without_a_puzzle_optimizer():
     model = Puzzles()
     optimizers = create_optimizer_for_hrm(model, 1e-3, use_separate_puzzle_optimizer=False)
     assert list(optimizers) == ["main"]
@@ -763,8 +765,8 @@ def test_a_reasoning_model_without_a_puzzle_optimizer():
         create_optimizer_for_hrm(Puzzles(), lr=-1.0)
 
 
-def test_a_model_in_bf16_stays_in_bf16():
-    # mlx-optimizers turns fp16 parameters into fp32.
+def test_half_precision_models_keep_their_dtype():
+    # mlx-optimizers turns fp16 parameters into float32.
     for dtype in (mx.bfloat16, mx.float16):
         model = next(case for case in CASES if case.name == "whisper").build()
         model.set_dtype(dtype)
@@ -773,7 +775,7 @@ def test_a_model_in_bf16_stays_in_bf16():
         assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}
 
 
-def test_complex_parameters_are_refused_by_name():
+def test_error_names_complex_parameters():
     model = nn.Module()
     model.layer, model.poles = nn.Linear(4, 4), mx.zeros((4, 4), mx.complex64)
     message = (
@@ -796,12 +798,12 @@ def test_complex_parameters_are_refused_by_name():
         optimizer.update(model, tree)
 
 
-def test_a_gradient_beyond_the_parameters_is_named():
+def test_error_names_a_gradient_without_parameter():
     for optimizer in (AdamW(1e-3), GuardedOptimizer(AdamW(1e-3))):
         with pytest.raises(ValueError, match=r"^l\.1: the gradient has no parameter of this name"):
             optimizer.apply_gradients({"l": [mx.ones(2)] * 2}, {"l": [mx.ones(2)]})
 
 
-def test_the_law_ends_where_nothing_was_measured():
+def test_peak_is_constant_beyond_the_measured_steps():
     assert peak("orthomaxfactor", 10**7, 64) == 1.5e-3
     assert peak("orthomaxfactor", 10**4, 64) == 8e-3
