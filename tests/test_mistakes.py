@@ -1,4 +1,4 @@
-"""A user's slips: each is one clear line that names the value and the remedy."""
+"""User mistakes: each raises an error of one clear line that names the value and the remedy."""
 
 import json
 import os
@@ -40,13 +40,13 @@ def create(*arguments, **options):
     return create_optimizer(Table(), *arguments, **options)
 
 
-def frozen():
+def frozen_model():
     model = Table()
     model.freeze()
     return model
 
 
-def quantized():
+def quantized_model():
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     nn.quantize(model)
     return model
@@ -57,7 +57,7 @@ def set_rate(rate, build=create):
 
 
 def ascending(step):
-    """A table that is read by the step, with a rate below 0."""
+    """A schedule that reads a table; its first rate is below 0."""
     return mx.array([-0.1, 0.1])[step]
 
 
@@ -76,7 +76,7 @@ UNKNOWN_PEAK = (
     "rest_learning_rate is a number beside .* give learning_rate=Schedule.function, .* peak="
 )
 
-SLIPS = {
+MISTAKES = {
     # Names
     "case": (lambda: create("AdamW"), f"^{CHOICES}, got 'AdamW' .did you mean 'adamw'"),
     "capitals": (lambda: create("MUON"), "got 'MUON' .did you mean 'muon'"),
@@ -247,21 +247,21 @@ SLIPS = {
     ),
     "hrm": (lambda: create_optimizer_for_hrm(Table().parameters()), f"{MODEL} dict: pass the mod"),
     "model twice": (lambda: create(Table()), f"^{CHOICES}, got Table.*$"),
-    "frozen": (lambda: create_optimizer(frozen()), FROZEN),
-    "quantized": (lambda: create_optimizer(quantized()), FROZEN),
-    "frozen, estimate": (lambda: estimate_state_bytes(frozen()), FROZEN),
+    "frozen": (lambda: create_optimizer(frozen_model()), FROZEN),
+    "quantized": (lambda: create_optimizer(quantized_model()), FROZEN),
+    "frozen, estimate": (lambda: estimate_state_bytes(frozen_model()), FROZEN),
 }
 
 
-@pytest.mark.parametrize("slip", SLIPS)
-def test_a_slip_is_one_clear_line(slip):
-    call, message = SLIPS[slip]
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_gives_a_one_line_error(mistake):
+    call, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
 
 
-# What is accepted
+# Accepted values
 
 
 def random_step(model, optimizer):
@@ -269,8 +269,8 @@ def random_step(model, optimizer):
     optimizer.update(model, gradients)
 
 
-def test_numbers_of_numpy_are_numbers():
-    # A float32 of numpy times an array of mlx is numpy's, which a compiled step cannot trace.
+def test_numpy_numbers_are_accepted():
+    # A NumPy float32 times an MLX array is a NumPy array, which a compiled step cannot trace.
     whole, half = np.int64(4), np.float32(0.5)
     makes = [
         lambda n, x: create(
@@ -291,17 +291,17 @@ def test_numbers_of_numpy_are_numbers():
         moved = [o.apply_gradients(tree, tree)["linear1"]["weight"] for o in (ours, theirs)]
         assert mx.array_equal(*moved).item()
         step = mx.compile(theirs.apply_gradients, inputs=theirs.state, outputs=theirs.state)
-        step(tree, tree)  # traced, and no more
+        step(tree, tree)  # only traced, not evaluated
     schedule = warmup_cosine(np.float64(0.1), np.int32(100), np.uint8(10))
     assert schedule(np.int64(5)).item() == schedule(5).item() == pytest.approx(0.05)
 
 
-def test_the_largest_seed_leaves_room_for_the_other_members():
+def test_member_seeds_wrap_around_after_the_largest_seed():
     optimizer = create(seed=2**32 - 1, rounding="stochastic")
     assert [member.seed for member in optimizer.optimizers] == [2**32 - 1, 0, 1]
 
 
-def test_a_warm_up_is_a_fifth_of_a_short_run():
+def test_default_warm_up_is_at_most_a_fifth_of_the_run():
     assert warmup_cosine(1e-3, 1000)(200).item() == pytest.approx(1e-3)
     for total, warmup in ((1, 0), (4, 0), (1000, 200), (10_000, 2000), (10**6, 2000)):
         assert repr(warmup_cosine(1e-3, total)) == repr(warmup_cosine(1e-3, total, warmup))
@@ -326,7 +326,7 @@ WARM = mlx_optimizers.join_schedules(
         (Schedule(lambda step: 0.02 / (step + 1), "inverse", peak=0.02), 0.02),
     ],
 )
-def test_a_number_beside_a_schedule_of_mlx_is_a_peak(schedule, peak):
+def test_rest_learning_rate_given_with_a_schedule_is_the_peak(schedule, peak):
     optimizer = create(learning_rate=schedule, rest_learning_rate=4e-3)
     for step in (0, 29, 30, 60):
         first, *rest = (
@@ -335,14 +335,14 @@ def test_a_number_beside_a_schedule_of_mlx_is_a_peak(schedule, peak):
         )
         assert first == pytest.approx(float(schedule(mx.array(step))))
         assert rest == pytest.approx([first * 4e-3 / peak] * 2)
-    # By hand the ratio of the peaks stays, where the warm-up has both rates at 0.
+    # A rate set by hand keeps the ratio of the peaks, even while the warm-up has both rates at 0.
     optimizer.learning_rate = 0.1
     rates = [member.learning_rate.item() for member in optimizer.optimizers]
     assert rates == pytest.approx([0.1, 0.1 * 4e-3 / peak, 0.1 * 4e-3 / peak])
 
 
-def test_a_function_that_reads_a_table_is_asked_at_its_own_step_alone():
-    # MLX checks no index: a million steps into a table of two end the process.
+def test_schedule_function_is_called_only_at_the_current_step():
+    # MLX does not check indices: step 1,000,000 of a table with two entries can crash the process.
     seen = []
 
     def rate(step):
@@ -360,7 +360,7 @@ def test_a_function_that_reads_a_table_is_asked_at_its_own_step_alone():
     assert optimizer.learning_rate.item() == pytest.approx(0.2)
 
 
-def test_a_schedule_that_falls_below_zero_later_stops_there():
+def test_schedule_that_falls_below_zero_is_clamped_to_zero():
     # A compiled step cannot raise, and a rate below 0 would ascend.
     optimizer, tree = SignSGD(lambda step: 0.5 - step, weight_decay=0.0), {"b": mx.zeros(1)}
     optimizer.init(tree)
@@ -368,7 +368,7 @@ def test_a_schedule_that_falls_below_zero_later_stops_there():
     assert [step({"b": mx.ones(1)}, tree)["b"].item() for _ in range(3)] == [-0.5, 0.0, 0.0]
 
 
-def test_a_traced_rate_passes():
+def test_traced_rate_can_be_assigned():
     optimizer = create(MaxFactor(), AdamW())
 
     def step(rate):
@@ -380,14 +380,14 @@ def test_a_traced_rate_passes():
     assert [m.learning_rate.item() for m in optimizer.optimizers] == pytest.approx([0.25, 0.0025])
 
 
-def test_a_number_set_by_hand_waits_for_no_array(monkeypatch):
-    # Set at every step, as loops do, it would wait for the step before.
+def test_setting_a_number_as_rate_evaluates_no_array(monkeypatch):
+    # In a loop that sets the rate at every step, it would wait for the step before.
     optimizer = create(learning_rate=warmup_cosine(0.1, 10))
     monkeypatch.setattr(_validate, "known", None)
     optimizer.learning_rate = 0.1
 
 
-def test_a_schedule_may_return_one_number_in_any_form():
+def test_schedule_can_return_a_number_of_any_type():
     for rate in (0.5, np.float32(0.5), mx.array(0.5), mx.array([0.5]), mx.array(0.5, mx.bfloat16)):
         optimizer = AdamW(lambda step, rate=rate: rate)
         moved = optimizer.apply_gradients({"b": mx.array(1.0)}, {"b": mx.array(0.0)})["b"]
@@ -395,13 +395,13 @@ def test_a_schedule_may_return_one_number_in_any_form():
         assert moved.item() == pytest.approx(-0.5)
 
 
-def test_a_model_with_one_trainable_array_is_enough():
-    model = frozen()
+def test_model_with_one_trainable_array_is_accepted():
+    model = frozen_model()
     model.linear1.unfreeze(keys=["bias"])
     assert len(create_optimizer(model).plan) == 1
 
 
-# What an optimizer prints as
+# repr
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_a_model_with_one_trainable_array_is_enough():
         ),
     ],
 )
-def test_an_optimizer_prints_as_what_it_is(make, text):
+def test_repr_shows_class_and_changed_options(make, text):
     assert repr(make()) == text
 
 
@@ -453,7 +453,7 @@ def ascending_later(step):
     return 0.1 - step
 
 
-def test_a_subclass_prints_its_own_options_and_those_it_passes_on():
+def test_repr_of_a_subclass_shows_own_and_inherited_options():
     class Own(Muon):
         def __init__(self, learning_rate=0.5, *, gain=1.0, **options):
             super().__init__(learning_rate, **options)
@@ -462,7 +462,7 @@ def test_a_subclass_prints_its_own_options_and_those_it_passes_on():
     assert repr(Own(gain=2.0, steps=8)) == "Own(learning_rate=0.5, gain=2.0, steps=8)"
 
 
-def test_a_routed_optimizer_prints_its_members():
+def test_repr_of_a_routed_optimizer_shows_its_members():
     optimizer = create(rest=mlx_optimizers.AdamW(1e-3), max_grad_norm=1.0, skip_nonfinite=True)
     assert repr(optimizer) == (
         "RoutedOptimizer(\n"
@@ -497,7 +497,7 @@ def test_printing_inside_a_compiled_step_changes_nothing(rate):
     assert f"OrthoMaxFactor(learning_rate={shown})" in texts[0]
 
 
-# What a type checker says
+# Type checking
 
 
 SCRIPT = """
@@ -542,7 +542,7 @@ def test_pyright_flags_wrong_names_in_a_script(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     settings = {"extraPaths": [str(ROOT)], "pythonVersion": "3.10"}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
-    # Node does not run with a preloaded BLAS.
+    # Node, which runs pyright, fails with a preloaded BLAS.
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     command = ["pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -555,7 +555,7 @@ def test_pyright_flags_wrong_names_in_a_script(tmp_path):
     assert flagged == wrong, found
 
 
-def test_an_update_says_what_it_takes():
+def test_update_with_wrong_arguments_gives_a_clear_error():
     model = Table()
     gradients = model.trainable_parameters()
     for optimizer in (create_optimizer(model), AdamW(), GuardedOptimizer(AdamW())):
@@ -567,7 +567,7 @@ def test_an_update_says_what_it_takes():
         GuardedOptimizer("adamw")
 
 
-def test_a_parameter_that_has_changed_its_shape_is_named():
+def test_error_names_a_parameter_whose_shape_has_changed():
     model = Table()
     optimizer = create_optimizer(model)
     model.linear1.weight = mx.zeros((5, 7))
@@ -575,22 +575,22 @@ def test_a_parameter_that_has_changed_its_shape_is_named():
         optimizer.update(model, model.trainable_parameters())
 
 
-ODD = {
-    "a schedule of nothing": (lambda: Schedule(3, "x"), "function must be a function of the step"),
-    "a peak below zero": (lambda: Schedule(abs, "x", peak=-1.0), r"peak must be in \[0, inf\)"),
-    "a text for a peak": (lambda: Schedule(abs, "x", peak="1"), r"peak must be in .*, got '1'"),
-    "a schedule without a step": (lambda: AdamW(lambda: 1e-3), "function of the step alone"),
-    "one that was not made": (lambda: AdamW(warmup_cosine), "function of the step alone"),
-    "a model for a rate": (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
-    "a name in the wrong place": (
+OTHER_MISTAKES = {
+    "schedule of a number": (lambda: Schedule(3, "x"), "function must be a function of the step"),
+    "negative peak": (lambda: Schedule(abs, "x", peak=-1.0), r"peak must be in \[0, inf\)"),
+    "text as peak": (lambda: Schedule(abs, "x", peak="1"), r"peak must be in .*, got '1'"),
+    "schedule without a step": (lambda: AdamW(lambda: 1e-3), "function of the step alone"),
+    "function that makes schedules": (lambda: AdamW(warmup_cosine), "function of the step alone"),
+    "model as rate": (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
+    "wrong keyword": (
         lambda: create_optimizer(Table(), optimizer="muon"),
         "an optimizer's name goes to hidden",
     ),
-    "a number for a name": (
+    "number as option name": (
         lambda: create_optimizer(Table(), rest_options={1: 2}),
         "rest_options must map names to values, got the key 1",
     ),
-    "a schedule that is 0": (
+    "schedule that is always 0": (
         lambda: create_optimizer(
             Table(),
             learning_rate=mlx_optimizers.cosine_decay(0.0, 100),
@@ -601,41 +601,41 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("slip", ODD)
-def test_what_else_goes_wrong_is_one_line(slip):
-    call, message = ODD[slip]
+@pytest.mark.parametrize("mistake", OTHER_MISTAKES)
+def test_other_mistake_gives_a_clear_error(mistake):
+    call, message = OTHER_MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         call()
 
 
-# What an update is given
+# Wrong gradients
 
-FLAWS = {
-    "one that broadcasts": (
+WRONG_GRADIENTS = {
+    "broadcastable shape": (
         {"linear1": {"weight": mx.ones((1, 64))}},
         r"^linear1.weight: the gradient has shape \(1, 64\), and the parameter \(128, 64\)$",
     ),
-    "a number": (
+    "single number": (
         {"linear1": {"bias": mx.array(1.0)}},
         r"^linear1.bias: the gradient has shape \(\), and the parameter \(128,\)$",
     ),
-    "nothing": (
+    "None": (
         {"linear1": {"weight": None}},
         "^linear1.weight: the gradient must be an array, got NoneType$",
     ),
-    "of nothing": (
+    "no such parameter": (
         {"extra": mx.ones(2)},
         "^extra: the gradient has no parameter of this name$",
     ),
 }
 
 
-@pytest.mark.parametrize("flaw", FLAWS)
+@pytest.mark.parametrize("wrong", WRONG_GRADIENTS)
 @pytest.mark.parametrize("make", [create, lambda: AdamW(), lambda: GuardedOptimizer(AdamW())])
-def test_a_gradient_that_does_not_fit_is_named_and_nothing_moves(make, flaw):
+def test_error_names_a_wrong_gradient_and_nothing_changes(make, wrong):
     model, optimizer = Table(), make()
     random_step(model, optimizer)
-    gradients, message = FLAWS[flaw]
+    gradients, message = WRONG_GRADIENTS[wrong]
     fine = {"embedding": {"weight": mx.ones((100, 64))}, "output": {"bias": mx.ones(10)}}
     before = [
         (k, np.array(x.astype(mx.float32))) for k, x in tree_flatten([model.state, optimizer.state])
@@ -649,7 +649,7 @@ def test_a_gradient_that_does_not_fit_is_named_and_nothing_moves(make, flaw):
     assert all(np.array_equal(x, y) for (_, x), (_, y) in zip(before, after, strict=True))
 
 
-def test_a_part_of_the_model_is_not_the_model():
+def test_updating_a_part_of_the_model_is_an_error():
     model = Table()
     optimizer = create_optimizer(model)
     message = (
@@ -660,21 +660,21 @@ def test_a_part_of_the_model_is_not_the_model():
 
 
 @pytest.mark.parametrize("make", [create, lambda: AdamW(), lambda: GuardedOptimizer(AdamW())])
-def test_an_update_of_nothing_moves_the_schedule(make):
+def test_update_without_parameters_counts_as_a_step(make):
     optimizer = make()
     optimizer.update({}, {})
     optimizer.update(nn.Module(), {})
     assert optimizer.step.item() == 2
 
 
-def test_a_rate_may_be_an_array_of_one_element():
+def test_rate_can_be_an_array_of_one_element():
     assert AdamW(mx.array([1e-3])).learning_rate.shape == ()
     optimizer = create()
     optimizer.learning_rate = mx.array([0.05])
     assert optimizer.learning_rate.item() == pytest.approx(0.05)
 
 
-def test_the_rate_and_the_step_are_readable_in_the_state_of_a_router():
+def test_state_of_a_routed_optimizer_shows_rate_and_step():
     model, optimizer = Table(), create(learning_rate=warmup_cosine(0.1, 10, 2))
     state = [model.state, optimizer.state]
     assert optimizer.state["step"].item() == 0
@@ -693,7 +693,7 @@ def test_the_rate_and_the_step_are_readable_in_the_state_of_a_router():
 
 @pytest.mark.parametrize("state", [[], None, {}, 3])
 @pytest.mark.parametrize("make", [create, AdamW, lambda: GuardedOptimizer(AdamW())])
-def test_what_is_no_state_is_one_clear_error(make, state):
+def test_assigning_an_invalid_state_gives_a_clear_error(make, state):
     optimizer = make()
     before = tree_flatten(optimizer.state)
     with pytest.raises(ValueError, match=r"^state must (hold|be)"):
