@@ -7,6 +7,7 @@ from .combined import GuardedOptimizer
 from .distributed import LostRankError, bounded_wait
 from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
 from .functional import newton_schulz, polar_express
+from .memory import estimate_training_memory
 from .optimizers import (
     Adafactor,
     AdamW,
@@ -57,6 +58,7 @@ __all__ = [
     "create_optimizer",
     "create_optimizer_for_hrm",
     "estimate_state_bytes",
+    "estimate_training_memory",
     "load_checkpoint",
     "newton_schulz",
     "polar_express",

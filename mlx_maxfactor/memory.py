@@ -1,0 +1,86 @@
+"""Estimate the memory of a training step before anything is allocated."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._validate import check_choice, check_flags, check_integer
+
+if TYPE_CHECKING:
+    from .finetuning.memory import MemoryEstimate
+
+
+def estimate_training_memory(
+    model: str | Path | Mapping[str, Any],
+    optimizer: str = "orthomaxfactor",
+    *,
+    fine_tune_type: str = "lora",
+    num_layers: int = 16,
+    lora_parameters: Mapping[str, Any] | None = None,
+    batch_size: int = 4,
+    max_seq_length: int = 2048,
+    grad_checkpoint: bool = False,
+    dtype: str | None = None,
+    bits: int | None = None,
+    **options: Any,
+) -> "MemoryEstimate":
+    """Estimate the peak memory of fine-tuning a model of mlx-lm.
+
+    Nothing of the model's size is allocated: weights and state follow from shapes, the rest is
+    measured with models of one and two layers. ``mx.get_peak_memory`` is reset.
+
+    Args:
+        model: A folder with a ``config.json`` (weights are not needed), a name on the hub that is
+            in the local cache, or the config itself.
+        optimizer: One of our names, or "adam", "sgd", "mlx_adamw", "mlx_muon", "mlx_adafactor".
+            Default "orthomaxfactor".
+        fine_tune_type: "lora", "dora" or "full". Default "lora".
+        num_layers: How many of the last layers are trained; -1: all of them. Default 16.
+        lora_parameters: rank, scale, dropout and keys. Default: mlx-lm's, rank 8.
+        batch_size: Sequences in a batch. Default 4.
+        max_seq_length: Tokens in a sequence. Default 2048.
+        grad_checkpoint: Compute each layer's activations again in the backward pass. Default False.
+        dtype: "float32", "bfloat16" or "float16". None: as the config says, or bfloat16.
+        bits: Bits of quantized base weights. None: as the config says.
+        **options: Options of the optimizer.
+
+    Returns:
+        The estimate: see ``.peak``, its parts, and ``.longest_sequence(limit)``.
+
+    Raises:
+        ImportError: mlx-lm is not installed.
+        ValueError: An argument out of range, an unknown model, or a model that does not run.
+
+    Example:
+        >>> from mlx_maxfactor import estimate_training_memory
+        >>> config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 8,
+        ...     "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64,
+        ...     "rms_norm_eps": 1e-5, "num_key_value_heads": 2}
+        >>> estimate = estimate_training_memory(
+        ...     config, "mlx_adamw", dtype="float32", batch_size=1, max_seq_length=64)
+        >>> estimate.weights, estimate.state < estimate.weights < estimate.peak
+        (477312, True)
+    """
+    try:
+        from .finetuning.memory import DTYPES, Request, estimate, read_config
+        from .finetuning.models import FINE_TUNE_TYPES
+        from .finetuning.optimizers import optimizer_names
+    except ModuleNotFoundError as missing:
+        raise ImportError(
+            f'estimate_training_memory needs {missing.name}: pip install "mlx-maxfactor[lm]"'
+        ) from missing
+    check_flags(grad_checkpoint=grad_checkpoint)
+    request = Request(
+        read_config(model),
+        check_choice("optimizer", optimizer, tuple(optimizer_names())),
+        options,
+        check_choice("fine_tune_type", fine_tune_type, FINE_TUNE_TYPES),
+        check_integer("num_layers", num_layers, -1),
+        lora_parameters,
+        check_integer("batch_size", batch_size, 1),
+        check_integer("max_seq_length", max_seq_length, 2),
+        grad_checkpoint,
+        None if dtype is None else check_choice("dtype", dtype, tuple(DTYPES)),
+        None if bits is None else check_integer("bits", bits, 2, 8),
+    )
+    return estimate(request)

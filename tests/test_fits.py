@@ -1,0 +1,153 @@
+"""The command ``mlx-maxfactor fits``: estimates against real peaks, its table, wrong input."""
+
+import json
+from dataclasses import replace
+
+import compare_memory
+import mlx.core as mx
+import pytest
+
+from mlx_maxfactor import estimate_training_memory
+from mlx_maxfactor.commands import fits, main
+from mlx_maxfactor.finetuning import memory
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+QUICK = {"batch_size": 2, "max_seq_length": 128}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointed", "optimizer"),
+    [("lora", False, "mlx_adamw"), ("full", True, "orthomaxfactor"), ("full", False, "muon")],
+)
+def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimizer):
+    request = memory.Request(
+        CONFIG | {"hidden_size": 256, "intermediate_size": 704},
+        optimizer,
+        fine_tune_type=kind,
+        num_layers=-1,
+        batch_size=2,
+        max_seq_length=256,
+        grad_checkpoint=checkpointed,
+    )
+    real = compare_memory.real_peak(request)
+    assert memory.estimate(request).peak == pytest.approx(real, rel=0.1)
+
+
+def test_nothing_of_the_size_of_the_model_is_allocated():
+    # 400 layers would need 75 MB of weights and 10 times as much for activations.
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = estimate_training_memory(CONFIG | {"num_hidden_layers": 400}, **QUICK)
+    assert found.weights > 60e6
+    assert mx.get_peak_memory() - before < 0.2 * found.weights
+
+
+def test_parts_depend_on_what_they_should():
+    small = estimate_training_memory(CONFIG, "mlx_adamw", num_layers=2, **QUICK)
+    more = estimate_training_memory(CONFIG, "mlx_adamw", num_layers=6, **QUICK)
+    assert 2 < more.state / small.state < 3.1
+    assert more.step > small.step
+    assert small.weights < more.weights
+    assert small.states["adamw"] > 1.9 * small.states["mlx_muon"]
+    quantized = estimate_training_memory(CONFIG, bits=4, **QUICK)
+    assert quantized.weights < 0.4 * small.weights
+
+
+def test_longest_sequence_fits_and_the_next_one_does_not():
+    found = estimate_training_memory(CONFIG, **QUICK)
+    limit = found.peak * 3
+    longest = found.longest_sequence(limit)
+    request = replace(found.request, max_seq_length=longest)
+    assert memory.estimate(request, (1,)).peak <= 1.02 * limit
+    request = replace(request, max_seq_length=round(1.2 * longest))
+    assert memory.estimate(request, (1,)).peak > limit
+
+
+def test_a_wide_model_is_measured_at_a_part_of_its_width(monkeypatch):
+    exact = estimate_training_memory(CONFIG, num_layers=-1, **QUICK)
+    monkeypatch.setattr(memory, "_halvings", lambda *_: 1)
+    scaled = estimate_training_memory(CONFIG, num_layers=-1, **QUICK)
+    assert "1/2 of width" in scaled.measured
+    assert scaled.weights == exact.weights
+    # LoRA's rank is not halved, and the embedding's rows are.
+    assert scaled.step == pytest.approx(exact.step, rel=0.2)
+
+
+def test_layers_that_need_more_than_two_of_them():
+    # Gemma 3 asks for the cache of its sixth layer.
+    config = CONFIG | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window_pattern": 3}
+    found = estimate_training_memory(config, **QUICK)
+    assert found.measured.startswith(("3 and 6 layers", "1 and 2 layers"))
+
+
+def test_the_command_prints_parts_macs_and_what_to_change(folder, capsys):
+    arguments = ["fits", str(folder), "--max-seq-length", "128"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for text in ("weights", "optimizer state", "mlx_adamw", "8 GB", "fits: ", "1 and 2 layers"):
+        assert text in out
+    assert main([*arguments, "--memory", "0.01"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "--batch-size 1 --grad-accumulation-steps 4: " in out
+
+
+def test_a_yaml_file_of_mlx_lm_is_read(folder, tmp_path):
+    path = tmp_path / "lora.yaml"
+    path.write_text(f"model: {folder}\nfine_tune_type: full\nnum_layers: 2\noptimizer: muon\n")
+    request, title = fits.request_of({"config": str(path), "batch_size": 1})
+    assert (request.fine_tune_type, request.optimizer, request.batch_size) == ("full", "muon", 1)
+    assert "full in 2 of 6 layers" in title
+
+
+@pytest.mark.parametrize("memory_gb", [16, 64])
+def test_metal_may_use_a_share_of_the_memory(memory_gb):
+    assert fits.usable_bytes(memory_gb) / 2**30 / memory_gb in (2 / 3, 3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a model"),
+        (["nowhere"], "there is no nowhere/config.json"),
+        (["{folder}/broken"], "Expecting property name"),
+        (["{folder}/empty"], "must map names to values, with model_type among them"),
+        (["{folder}/unknown"], "Model type nonesuch not supported"),
+        (["{folder}/short"], "num_hidden_layers is missing"),
+        (["{folder}", "--optimizer", "mouon"], "got 'mouon'"),
+        (["{folder}", "--option", "speed=9"], "speed"),
+        (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
+        (["{folder}", "--memory", "-1"], "memory must be above 0, got -1"),
+    ],
+    ids=str,
+)
+def test_wrong_input_gets_one_line_and_status_2(arguments, message, folder, capsys):
+    contents = {"broken": "{model: 1}", "empty": "{}", "short": '{"model_type": "llama"}'}
+    contents["unknown"] = json.dumps({**CONFIG, "model_type": "nonesuch"})
+    for name, text in contents.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fits", *(argument.format(folder=folder) for argument in arguments)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
