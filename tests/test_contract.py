@@ -1,4 +1,4 @@
-"""What every optimizer that the factory knows must keep, bare and routed."""
+"""Properties that every optimizer of the factory must have, bare and routed."""
 
 import copy
 import pickle
@@ -48,20 +48,20 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS)
 def make(request):
-    """Builds one of the optimizers; options given override its own."""
+    """A function that builds one of the variants; its arguments override the variant's options."""
     kind, options = VARIANTS[request.param]
     return lambda **overrides: kind(**{**options, **overrides})
 
 
-def takes(optimizer, shape):
+def accepts_shape(optimizer, shape):
     return len(shape) > 1 or type(optimizer).__name__ not in ("Muon", "OrthoMaxFactor")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shape_and_dtype_stay_and_state_has_its_own(make, shape, dtype):
+def test_update_keeps_shape_and_dtype_and_state_has_its_own_dtypes(make, shape, dtype):
     optimizer = make()
-    if not takes(optimizer, shape):
+    if not accepts_shape(optimizer, shape):
         pytest.skip("Muon refuses vectors")
     p = mx.array(parameter(shape)).astype(dtype)
     g = mx.array(parameter(shape, 1)).astype(dtype)
@@ -88,12 +88,16 @@ GRADIENTS = {
     "huge": lambda shape: np.sign(parameter(shape)) * 3e38,
     "huge and tiny": lambda shape: 10.0 ** np.linspace(-38, 38, np.prod(shape)).reshape(shape),
     "tiny": lambda shape: parameter(shape) * 1e-37,
-    "one square below float32": lambda shape: np.eye(*shape) * (np.arange(shape[1]) == 0) * 3e-22,
-    "row of such squares": lambda shape: (
+    "one element whose square underflows": lambda shape: (
+        np.eye(*shape) * (np.arange(shape[1]) == 0) * 3e-22
+    ),
+    "row whose squares underflow": lambda shape: (
         parameter(shape) * (np.arange(shape[0]) == 1)[:, None] * 1e-22
     ),
-    "column of such squares": lambda shape: parameter(shape) * (np.arange(shape[1]) == 1) * 1e-21,
-    "squares around float32's last": lambda shape: (
+    "column whose squares underflow": lambda shape: (
+        parameter(shape) * (np.arange(shape[1]) == 1) * 1e-21
+    ),
+    "squares around the smallest float32": lambda shape: (
         10.0 ** -np.linspace(18, 24, np.prod(shape)).reshape(shape)
     ),
     "subnormal": lambda shape: np.full(shape, 1e-42),
@@ -104,7 +108,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_any_finite_gradient_gives_finite_parameters_and_state(make, kind, dtype):
-    # mlx's Adafactor makes NaN of fp16 zeros, of a dead row, of 1e-4.
+    # MLX's Adafactor returns NaN for fp16 zeros, for a dead row and for 1e-4.
     limit = {mx.float16: 65504.0}.get(dtype, 3.38e38)
     g = mx.array(np.clip(GRADIENTS[kind]((6, 5)), -limit, limit).astype(np.float32)).astype(dtype)
     assert mx.all(mx.isfinite(g)).item()
@@ -115,7 +119,7 @@ def test_any_finite_gradient_gives_finite_parameters_and_state(make, kind, dtype
             assert mx.all(mx.isfinite(array)).item(), path
 
 
-def test_empty_and_integer_arrays_are_left_alone(make):
+def test_empty_and_integer_arrays_are_not_changed(make):
     optimizer = make()
     tree = {"empty": mx.zeros((0, 3)), "index": mx.array([[3, 1]]), "w": mx.ones((2, 3))}
     moved = optimizer.apply_gradients(tree, tree)
@@ -124,8 +128,8 @@ def test_empty_and_integer_arrays_are_left_alone(make):
     assert not mx.array_equal(moved["w"], tree["w"]).item()
 
 
-def test_lazy_state_takes_nothing_from_the_gradients(make):
-    # MLX's init, called lazily, hands gradients to init_single.
+def test_lazy_init_does_not_read_the_gradients(make):
+    # MLX calls init late and passes gradients to init_single.
     tree = {"w": mx.ones((4, 3))}
     gradients = {"w": mx.full((4, 3), 5.0, mx.float16)}
     lazy, eager = make(), make()
@@ -138,8 +142,8 @@ def test_lazy_state_takes_nothing_from_the_gradients(make):
         assert mx.array_equal(a, b).item()
 
 
-def test_unfreezing_after_init(make):
-    # mlx raises KeyError.
+def test_parameters_unfrozen_after_init_are_updated(make):
+    # MLX's optimizers raise a KeyError here.
     optimizer, p, g = make(), mx.array(parameter((4, 3))), mx.array(parameter((4, 3), 1))
     optimizer.apply_gradients({"layers": [{}, {"w": g}]}, {"layers": [{"w": p}, {"w": p}]})
     moved = optimizer.apply_gradients(
@@ -152,7 +156,7 @@ def test_unfreezing_after_init(make):
     assert moved["layers"][1] == {}
 
 
-def test_mlx_refuses_a_shapeless_step(make):
+def test_shapeless_compilation_is_refused_by_mlx(make):
     optimizer, tree = make(), {k: mx.array(parameter((4, 3))) for k in "vw"}
     step: Any = mx.compile(lambda tree: optimizer.apply_gradients(tree, tree), shapeless=True)
     with pytest.raises(ValueError, match="cannot infer output shapes"):
@@ -167,7 +171,7 @@ def test_fp16_parameters_stay_finite_at_their_limit(make):
         assert mx.all(mx.isfinite(p["w"])).item()
 
 
-def test_an_assigned_state_is_a_copy_and_must_be_whole(make):
+def test_assigned_state_is_copied_and_must_be_complete(make):
     a, b, tree = make(learning_rate=lambda s: 0.1), make(learning_rate=0.1), {"w": mx.ones((2, 3))}
     b.apply_gradients(tree, tree)
     a.state = b.state
@@ -179,14 +183,14 @@ def test_an_assigned_state_is_a_copy_and_must_be_whole(make):
         a.state = {}
 
 
-def test_a_frozen_module_may_take_any_name(make):
+def test_frozen_module_can_be_called_step(make):
     optimizer = make()
     tree = {"step": {}, "w": mx.ones((2, 3))}
     optimizer.apply_gradients(tree, tree)
     assert optimizer.step.item() == 1
 
 
-def test_a_parameter_may_not_take_the_name_of_the_state(make):
+def test_parameter_called_step_is_refused(make):
     with pytest.raises(ValueError, match="'step' is the optimizer's own"):
         make().init({"step": mx.zeros((2, 2))})
 
@@ -194,8 +198,8 @@ def test_a_parameter_may_not_take_the_name_of_the_state(make):
 # Rates
 
 
-def test_a_schedule_advances_and_a_rate_set_by_hand_ends_it(make):
-    # MLX overwrites a rate that was set by hand at the next update.
+def test_schedule_advances_until_a_rate_is_set_by_hand(make):
+    # MLX's optimizers overwrite a rate set by hand at the next update.
     optimizer, tree = make(learning_rate=lambda step: 0.5 / (step + 1)), {"w": mx.ones((3, 3))}
     for t in range(1, 4):
         tree = optimizer.apply_gradients({"w": mx.ones((3, 3))}, tree)
@@ -210,7 +214,7 @@ def test_a_schedule_advances_and_a_rate_set_by_hand_ends_it(make):
         optimizer.learning_rate = -1.0
 
 
-def test_a_rate_set_by_hand_reaches_a_compiled_step(make):
+def test_rate_set_by_hand_reaches_a_compiled_step(make):
     optimizer, tree = make(learning_rate=lambda step: 0.5 / (step + 1)), {"w": mx.ones((3, 3))}
     optimizer.init(tree)
     step: Any = mx.compile(
@@ -227,7 +231,7 @@ def test_a_rate_set_by_hand_reaches_a_compiled_step(make):
 
 
 def regression(seed=0):
-    """A model with every kind of parameter that the bare optimizers share, data, and a loss."""
+    """A model that every bare optimizer accepts, and its loss on fixed data."""
     mx.random.seed(seed)
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
     x = mx.random.normal((64, 8))
@@ -262,7 +266,7 @@ def close(a, b, tolerance):
 
 @pytest.fixture(params=[False, True], ids=["bare", "routed"])
 def build(request, make):
-    """Builds a model, its loss, and its optimizer with state, bare or behind the router."""
+    """A function that builds a model, its loss and its optimizer with state, bare or routed."""
 
     def built():
         model, loss = regression()
@@ -282,13 +286,13 @@ def test_compiled_equals_eager_in_one_trace(build):
     losses, _ = train(*eager, steps=10)
     same, traces = train(*compiled, steps=10, compiled=True)
     assert traces == 1
-    # Fused kernels round in another order: a few 6e-8 a step on parameters below 1, and Muon's
-    # five quintics, which amplify by up to 3.4 each.
+    # Fused kernels round in another order: a few times 6e-8 a step on parameters below 1. Muon's
+    # five quintics amplify this by up to 3.4 each.
     assert np.allclose(losses, same, rtol=1e-4)
     assert close(flat(eager[0]), flat(compiled[0]), 2e-5)
 
 
-def test_it_resumes_exactly(build):
+def test_resumed_training_is_exact(build):
     model, loss, optimizer = build()
     train(model, loss, optimizer, 6)
     weights = tree_map(lambda a: a, model.parameters())
@@ -303,8 +307,8 @@ def test_it_resumes_exactly(build):
         assert np.array_equal(array, flat(resumed)[path])
 
 
-def test_a_state_that_is_assigned_reaches_a_compiled_step(build):
-    # In MLX, `optimizer.state = loaded` after mx.compile captured the old one is ignored.
+def test_assigned_state_reaches_a_compiled_step(build):
+    # MLX ignores `optimizer.state = loaded` after mx.compile has captured the old state.
     model, loss, optimizer = build()
     start = tree_map(lambda a: a, model.parameters())
     saved = copy.deepcopy(optimizer.state)
@@ -331,7 +335,7 @@ def test_a_state_that_is_assigned_reaches_a_compiled_step(build):
         assert np.array_equal(array, again[path])
 
 
-def test_it_converges(make):
+def test_training_lowers_the_loss(make):
     model, loss = regression()
     optimizer = make()
     rate = {
@@ -344,7 +348,7 @@ def test_it_converges(make):
     }
     optimizer = make(learning_rate=warmup_cosine(rate[type(optimizer).__name__], 300, 10))
     if getattr(optimizer, "relative_step", False) and isinstance(optimizer, MaxFactor):
-        # α = min(η, 1e-6 · t · RMS(p)): the published warm-up takes 10^4 steps to leave the ground.
+        # α = min(η, 1e-6 · t · RMS(p)): the published warm-up makes tiny steps for 10^4 steps.
         optimizer.init(model.trainable_parameters())
         optimizer.state["step"] = mx.array(10_000, mx.uint64)
         optimizer.learning_rate = 0.01
@@ -364,20 +368,20 @@ def test_real_shapes_compile_once_and_equal_eager(name, hidden):
         losses, traces = train(model, case.forward, optimizer, 3, compiled)
         assert not compiled or traces == 1
         results.append(losses)
-    # Losses near 4 after three steps; sign-like steps amplify the last bit of a gradient near 0.
+    # Sign-like steps amplify the last bit of a gradient near 0; losses are near 4 after 3 steps.
     assert np.allclose(*results, rtol=1e-3)
 
 
-AROUND = ["bare", "guarded", "routed", "scheduled"]
+WRAPPERS = ["bare", "guarded", "routed", "scheduled"]
 
 
-def wrapped(make, around):
-    """An optimizer for `Table`, bare or behind a guard or a router."""
-    if around == "bare":
+def wrapped(make, wrapper):
+    """An optimizer for `Table`: bare, guarded or routed."""
+    if wrapper == "bare":
         return make()
-    if around == "guarded":
+    if wrapper == "guarded":
         return GuardedOptimizer(make(), max_grad_norm=1.0)
-    steps = 50 if around == "scheduled" else None
+    steps = 50 if wrapper == "scheduled" else None
     return create_optimizer(
         Table(), make(), total_steps=steps, rounding="stochastic", skip_nonfinite=True
     )
@@ -402,9 +406,9 @@ def unpickled(optimizer):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
-@pytest.mark.parametrize("around", AROUND)
-def test_a_copy_trains_like_the_original_and_shares_nothing(make, around, copied):
-    optimizer, tree = wrapped(make, around), matrix()
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_copy_trains_like_the_original_and_shares_no_array(make, wrapper, copied):
+    optimizer, tree = wrapped(make, wrapper), matrix()
     for seed in range(3):
         tree = optimizer.apply_gradients(matrix(seed), tree)
     other, trees = copied(optimizer), [tree, tree]
@@ -418,14 +422,14 @@ def test_a_copy_trains_like_the_original_and_shares_nothing(make, around, copied
     assert all(array is not theirs[key] for key, array in tree_flatten(optimizer.state))
 
 
-@pytest.mark.parametrize("around", AROUND)
-def test_mlx_itself_can_keep_the_state(make, around, tmp_path):
-    optimizer, tree = wrapped(make, around), matrix()
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_state_survives_mlx_save_and_load(make, wrapper, tmp_path):
+    optimizer, tree = wrapped(make, wrapper), matrix()
     for seed in range(3):
         tree = optimizer.apply_gradients(matrix(seed), tree)
     mx.save_safetensors(str(tmp_path / "state.safetensors"), dict(tree_flatten(optimizer.state)))
     read = list(mx.load(str(tmp_path / "state.safetensors")).items())
-    other, trees = wrapped(make, around), [tree, tree]
+    other, trees = wrapped(make, wrapper), [tree, tree]
     other.state = tree_unflatten(read)
     for seed in range(3, 6):
         trees[0] = optimizer.apply_gradients(matrix(seed), trees[0])
@@ -434,9 +438,9 @@ def test_mlx_itself_can_keep_the_state(make, around, tmp_path):
     assert same_state(optimizer, other)
 
 
-@pytest.mark.parametrize("around", AROUND)
-def test_an_update_of_nothing_moves_the_schedule_alone(make, around):
-    optimizer = wrapped(make, around)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_update_without_parameters_only_advances_the_schedule(make, wrapper):
+    optimizer = wrapped(make, wrapper)
     optimizer.init(matrix())
     before = {
         path: array
@@ -450,12 +454,12 @@ def test_an_update_of_nothing_moves_the_schedule_alone(make, around):
     assert all(mx.array_equal(array, after[path]).item() for path, array in before.items())
 
 
-@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("given", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_a_gradient_may_have_another_dtype(make, around, dtype, given):
-    """Its numbers count, and neither weight nor state takes its dtype."""
-    plain, cast = wrapped(make, around), wrapped(make, around)
+def test_gradient_can_have_another_dtype(make, wrapper, dtype, given):
+    """Its values are used, but weights and state keep their own dtypes."""
+    plain, cast = wrapped(make, wrapper), wrapped(make, wrapper)
     trees = [matrix(dtype=dtype), matrix(dtype=dtype)]
     for optimizer in (plain, cast):
         optimizer.init(trees[0])
@@ -469,7 +473,7 @@ def test_a_gradient_may_have_another_dtype(make, around, dtype, given):
     assert mx.array_equal(*map(weight, trees)).item()
 
 
-def test_one_model_may_mix_dtypes(make):
+def test_model_can_mix_dtypes(make):
     optimizer, alone = make(), {dtype: make() for dtype in DTYPES}
     tree = {str(dtype): weight(matrix(1, dtype)) for dtype in DTYPES}
     moved = optimizer.apply_gradients(tree, tree)
@@ -488,7 +492,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("shape", [(6, 70), (1, 5), (3, 1), (1, 1), (2, 4, 5), (1, 1, 1)], ids=str)
-def test_an_array_may_be_a_view(make, shape, view):
+def test_views_give_the_same_update(make, shape, view):
     plain, viewed = make(), make()
     p, g = mx.array(parameter(shape)), mx.array(parameter(shape, 1))
     views = [VIEWS[view](x) for x in (p, g)]
@@ -499,13 +503,13 @@ def test_an_array_may_be_a_view(make, shape, view):
     assert np.allclose(np.array(trees[0]["p"]), np.array(trees[1]["p"]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("around", AROUND)
-def test_an_update_that_fails_changes_nothing(make, around):
-    optimizer = wrapped(make, around)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_failed_update_changes_nothing(make, wrapper):
+    optimizer = wrapped(make, wrapper)
     bare = make()
     bare.init(matrix())
     if not any(array.size > 2 for _, array in tree_flatten(bare.state)):
-        pytest.skip("it keeps nothing of a matrix")
+        pytest.skip("this optimizer keeps no state for a matrix")
     tree = matrix() | {"output": {"weight": mx.array(parameter((10, 64)))}}
     tree = optimizer.apply_gradients(tree, tree)
     before = copy.deepcopy(optimizer)
@@ -516,7 +520,7 @@ def test_an_update_that_fails_changes_nothing(make, around):
     assert optimizer.step.item() == 1
 
 
-def test_a_layer_of_another_kind_is_named():
+def test_error_names_the_parameter_with_incomplete_state():
     optimizer = create_optimizer(Table(), "muon")
     states = optimizer.state["states"]
     del next(s for s in states if s.get("output", {}).get("weight"))["output"]["weight"]["v"]
@@ -527,7 +531,7 @@ def test_a_layer_of_another_kind_is_named():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_subclass_may_have_the_methods_of_mlx(name):
+def test_subclass_can_use_the_method_signatures_of_mlx(name):
     class Doubled(KINDS[name]):
         def init_single(self, parameter, state):  # pyright: ignore[reportIncompatibleMethodOverride]
             super().init_single(parameter, state)
@@ -543,7 +547,7 @@ def test_a_subclass_may_have_the_methods_of_mlx(name):
 
 
 class Mixed(nn.Module):
-    """Layers in three dtypes, with arrays of three axes and of one element among them."""
+    """Layers in three dtypes; some arrays have three axes or a single element."""
 
     def __init__(self):
         super().__init__()
@@ -558,7 +562,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("guards", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("hidden", OPTIMIZERS)
-def test_a_router_takes_every_dtype_shape_and_view(hidden, view, guards):
+def test_routed_optimizer_accepts_every_dtype_shape_and_view(hidden, view, guards):
     def trained(see):
         mx.random.seed(0)
         model = Mixed()

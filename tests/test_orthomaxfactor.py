@@ -1,4 +1,4 @@
-"""OrthoMaxFactor against its twin; blocks; zeros that learn; what it refuses; by name."""
+"""OrthoMaxFactor: its twin, matrices that start at zero, blocks, options, names, checkpoints."""
 
 from functools import partial
 
@@ -44,9 +44,9 @@ VARIANTS = [
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", [*MATRICES, (17, 32), (1, 1)], ids=str)
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_it_follows_the_twin(options, shape, zero):
+def test_optimizer_follows_the_twin(options, shape, zero):
     if zero and options.get("min_rms") == 0:
-        pytest.skip("without a floor zeros stay zeros")
+        pytest.skip("with min_rms=0, zeros stay zeros")
     ours, twin = Float32Momentum(**options), reference.OrthoMaxFactor(**options)
     assert_follows(ours, twin, shape, zero=zero)
 
@@ -62,8 +62,8 @@ def test_layouts_follow_the_twin(shape, block, layout):
 
 
 @pytest.mark.parametrize("layout", ["experts", "batched", "conv", "transposed"])
-def test_a_step_has_the_size_that_the_rate_says(layout):
-    # RMS 1 of each matrix, whatever the gradients' scales: each matrix's step is its own.
+def test_step_size_equals_the_effective_learning_rate(layout):
+    # Each matrix is normalized on its own, so the scale of its gradient does not matter.
     shape = (3, 6, 5)
     g = parameter(shape) * np.array([1e-3, 1.0, 1e3], np.float32)[:, None, None]
     p = np.ones(shape, np.float32) * np.array([1.0, 2.0, 4.0], np.float32)[:, None, None]
@@ -81,8 +81,8 @@ def test_a_step_has_the_size_that_the_rate_says(layout):
         assert rate == pytest.approx(0.01 * 7 / 3, rel=1e-5)
 
 
-def test_the_rate_is_the_rate_at_any_step():
-    # The published row-max step caps it at 1/√t.
+def test_effective_rate_does_not_depend_on_the_step():
+    # The published row-max step would cap it at 1/√t.
     optimizer, tree = OrthoMaxFactor(0.5), {"w": mx.array(parameter((4, 4)))}
     first = optimizer.effective_learning_rates(tree)["w"]
     optimizer.state["step"] = mx.array(10**6, mx.uint64)
@@ -90,25 +90,25 @@ def test_the_rate_is_the_rate_at_any_step():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_gradient_beyond_the_limit_counts_as_the_limit(momentum):
+def test_huge_gradients_are_clamped_to_1e15(momentum):
     g = np.sign(parameter((6, 5))) * np.logspace(13, 30, 30, dtype=np.float32).reshape(6, 5)
     p = {"w": mx.array(parameter((6, 5)))}
     moved = [
         OrthoMaxFactor(momentum=momentum).apply_gradients({"w": mx.array(x)}, p)["w"]
         for x in (g, np.clip(g, -1e15, 1e15))
     ]
-    # In float32 the square of 1e15 is not 1e30: statistics differ by a rounding.
+    # In float32 the square of 1e15 is not exactly 1e30, so statistics differ by a rounding.
     assert mx.allclose(*moved, rtol=0, atol=1e-6).item()
 
 
-def test_a_zero_gradient_moves_nothing_but_decay():
+def test_zero_gradient_only_decays_the_weights():
     p = mx.array(parameter((6, 4)))
     optimizer = OrthoMaxFactor(0.1, weight_decay=0.5)
     moved = optimizer.apply_gradients({"w": mx.zeros((6, 4))}, {"w": p})["w"]
     assert mx.array_equal(moved, p * mx.array(1 - 0.1 * 0.5)).item()
 
 
-def test_an_expert_without_gradient_stays_and_the_others_step():
+def test_expert_without_gradient_does_not_move():
     p, shares = mx.array(parameter((3, 6, 5))), mx.array([1.0, 0.0, 1.0])[:, None, None]
     g = shares * mx.array(parameter((3, 6, 5), 1))
     optimizer = OrthoMaxFactor(0.01, layout="experts", weight_decay=0.0)
@@ -131,7 +131,7 @@ HARD = {
 @pytest.mark.parametrize("block", [None, 2])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kind", HARD)
-def test_hard_gradients_give_a_step_of_the_right_size(kind, momentum, block):
+def test_hard_gradients_give_a_step_of_the_effective_rate(kind, momentum, block):
     optimizer = OrthoMaxFactor(0.01, block=block, momentum=momentum, weight_decay=0.0)
     p = mx.array(parameter((6, 5)))
     g = mx.array(HARD[kind].astype(np.float32))
@@ -143,7 +143,7 @@ def test_hard_gradients_give_a_step_of_the_right_size(kind, momentum, block):
         p = moved
 
 
-def test_without_momentum_the_state_is_rows_and_columns():
+def test_state_without_momentum_holds_only_row_and_column_statistics():
     state = {}
     OrthoMaxFactor(momentum=0).init_single(mx.zeros((48, 32)), state)
     assert sum(x.nbytes for x in state.values()) == 4 * (48 + 32)
@@ -160,7 +160,7 @@ def test_transposed_gradients_give_the_same_step():
     assert mx.array_equal(*moved).item()
 
 
-# Zeros that learn
+# Matrices that start at zero
 
 
 @pytest.mark.parametrize(
@@ -169,12 +169,12 @@ def test_transposed_gradients_give_the_same_step():
         ((8, 5), "batched", 5),
         ((8, 3, 3, 4), "conv", 36),
         ((3, 8, 5), "experts", 5),
-        ((16, 4), "transposed", 16),  # LoRA's A, stored as (in, r)
-        ((4, 16), "transposed", 4),  # and B, as (r, out)
+        ((16, 4), "transposed", 16),  # A of LoRA, stored as (in, r)
+        ((4, 16), "transposed", 4),  # B of LoRA, stored as (r, out)
     ],
     ids=str,
 )
-def test_the_floor_is_the_rms_of_a_linears_first_weights(shape, layout, inputs):
+def test_min_rms_defaults_to_the_rms_of_a_new_linear(shape, layout, inputs):
     optimizer = OrthoMaxFactor(0.01)
     optimizer.layouts["w"] = layout
     rate = optimizer.effective_learning_rates({"w": mx.zeros(shape)})["w"]
@@ -185,7 +185,7 @@ def test_the_floor_is_the_rms_of_a_linears_first_weights(shape, layout, inputs):
         assert rate == pytest.approx(0.01 * floor)
 
 
-def test_the_floor_changes_nothing_for_standard_weights():
+def test_default_min_rms_does_not_change_the_rate_of_standard_weights():
     mx.random.seed(0)
     for inputs, outputs in ((64, 256), (256, 64), (512, 512)):
         tree = {"w": nn.Linear(inputs, outputs).weight}
@@ -216,7 +216,7 @@ class ZeroOutputs(nn.Module):
 
 
 class AdaLNZero(nn.Module):
-    """Blocks that a condition shifts, scales and gates; its projection starts at zero."""
+    """Blocks that are shifted, scaled and gated by a projection that starts at zero."""
 
     def __init__(self):
         super().__init__()
@@ -237,7 +237,7 @@ class AdaLNZero(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A frozen layer, and two Linears beside it of which the second starts at zero."""
+    """A frozen layer with two Linears in parallel; the second Linear starts at zero."""
 
     def __init__(self, a, b, scale):
         super().__init__()
@@ -253,7 +253,7 @@ class Adapter(nn.Module):
 
 
 class Adapted(nn.Module):
-    """By names that say nothing; the floor on RMS(p) lets the second learn."""
+    """Adapters whose names the router does not know; min_rms lets their second Linear learn."""
 
     adapter = ("reduce", "restore", 1.0)
 
@@ -272,13 +272,13 @@ class Adapted(nn.Module):
 
 
 class AdaptedByLora(Adapted):
-    """As LoRA, at mlx_lm's scale, for which LoRA's rates were found."""
+    """Adapters called as in LoRA, with mlx_lm's scale, for which LoRA's rates were found."""
 
     adapter = ("lora_a", "lora_b", 20.0)
 
 
 @pytest.mark.parametrize("build", [ZeroOutputs, AdaLNZero, Adapted, AdaptedByLora])
-def test_matrices_that_start_at_zero_learn(build):
+def test_matrices_initialized_to_zero_learn(build):
     def decrease(name):
         mx.random.seed(0)
         model, teacher = build(), nn.Sequential(nn.Linear(8, 48), nn.Tanh(), nn.Linear(48, 4))
@@ -310,11 +310,11 @@ def test_blocks_equal_the_twin(shape, block, method):
     x = parameter(shape)
     ours = f.orthogonalize(mx.array(x), method, 5, block)
     twin = reference.orthogonalize_blocks(np.float64(x), method, 5, block)
-    # As for whole matrices: Gram matrices in float32, amplified by 3.4 to 8 a step.
+    # The same bound as for whole matrices: each step amplifies float32 rounding by 3.4 to 8.
     assert np.allclose(np.array(ours), twin, atol=2e-4)
 
 
-def test_a_block_is_rows_of_the_shorter_side():
+def test_blocks_divide_the_shorter_side():
     x = mx.array(parameter((10, 23)))
     blocks = f.orthogonalize(x, block=4)
     for start in (0, 4, 8):
@@ -323,7 +323,7 @@ def test_a_block_is_rows_of_the_shorter_side():
     assert mx.allclose(f.orthogonalize(x.T, block=4), blocks.T, atol=1e-6).item()
 
 
-def test_muon_in_blocks_keeps_the_scale_of_the_whole_matrix():
+def test_muon_with_blocks_keeps_the_scale_of_the_whole_matrix():
     g, p = {"w": mx.array(parameter((64, 16)))}, {"w": mx.zeros((64, 16))}
     options = {"scale": "spectral", "method": "polar_express", "steps": 8}
     sizes = [
@@ -351,7 +351,7 @@ def test_muon_in_blocks_keeps_the_scale_of_the_whole_matrix():
     ],
     ids=str,
 )
-def test_options_are_checked_when_it_is_built(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         OrthoMaxFactor(**options)
     with pytest.raises(ValueError, match="block must be a whole number of at least 1, got -1"):
@@ -365,19 +365,19 @@ def test_vectors_are_refused(shape):
         OrthoMaxFactor().init({"w": mx.zeros(shape)})
 
 
-MOVED = "the orthogonal step is OrthoMaxFactor.{5}, and MaxFactor takes the row-max step"
+STEP_WAS_REMOVED = "the orthogonal step is OrthoMaxFactor.{5}, and MaxFactor takes the row-max step"
 
 
-def test_the_step_of_the_first_version_says_where_it_went():
-    with pytest.raises(ValueError, match=f"^MaxFactor has no option 'step': {MOVED}$"):
+def test_removed_option_step_names_its_replacement():
+    with pytest.raises(ValueError, match=f"^MaxFactor has no option 'step': {STEP_WAS_REMOVED}$"):
         MaxFactor(step="orthogonal")
     for name in ("maxfactor", "orthomaxfactor"):
-        with pytest.raises(ValueError, match=f"^{name} has no option 'step': {MOVED}$"):
+        with pytest.raises(ValueError, match=f"^{name} has no option 'step': {STEP_WAS_REMOVED}$"):
             create_optimizer(Table(), name, step="row_max")
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "cautious": True}], ids=str)
-def test_a_name_is_one_class_with_its_own_defaults(options):
+def test_each_name_stands_for_one_class_with_its_own_defaults(options):
     members = create_optimizer(Table(), "maxfactor", **options).optimizers
     assert type(members[0]) is MaxFactor
     assert type(create_optimizer(Table()).optimizers[0]) is OrthoMaxFactor
@@ -392,7 +392,7 @@ def test_a_name_is_one_class_with_its_own_defaults(options):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_model_steps_by_it(case):
+def test_every_model_is_updated(case):
     mx.random.seed(0)
     model = case.build()
     optimizer = create_optimizer(model, block=3, learning_rate=0.01)
@@ -418,7 +418,7 @@ def test_every_model_steps_by_it(case):
     ],
     ids=str,
 )
-def test_a_checkpoint_of_another_step_is_refused(option, message, tmp_path):
+def test_checkpoint_with_other_options_is_refused(option, message, tmp_path):
     model, path = Table(), tmp_path / "run.safetensors"
     save_checkpoint(path, model, create_optimizer(model))
     load_checkpoint(path, model, create_optimizer(model))
@@ -426,7 +426,7 @@ def test_a_checkpoint_of_another_step_is_refused(option, message, tmp_path):
         load_checkpoint(path, model, create_optimizer(model, **option))
 
 
-def test_a_checkpoint_of_other_blocks_is_refused(tmp_path):
+def test_muon_checkpoint_with_another_block_is_refused(tmp_path):
     model, path = Table(), tmp_path / "run.safetensors"
     save_checkpoint(path, model, create_optimizer(model, "muon", block=16))
     with pytest.raises(CheckpointError, match="block is 16 in the file, 8 here"):
