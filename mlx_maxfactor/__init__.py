@@ -29,6 +29,7 @@ from .routing import (
     register_optimizer,
 )
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
+from .weight_average import WeightAverage
 
 __all__ = [
     "OPTIMIZERS",
@@ -50,6 +51,7 @@ __all__ = [
     "RoutedOptimizer",
     "Schedule",
     "SignSGD",
+    "WeightAverage",
     "__version__",
     "accumulate_gradients",
     "adaptive_schedule",

@@ -22,6 +22,7 @@ FORMATS = ("3",)
 """Versions of the layout that are read; the last one is written."""
 
 STATE = "_run.optimizer."
+AVERAGE = "_run.average."
 KEY = "_run.random"
 """Names in the file of what is not a weight. MLX never uses a name that begins with _ for a weight.
 
@@ -80,6 +81,15 @@ class Spread(Protocol):
         ...
 
 
+class Averaged(Protocol):
+    """An average of the weights: its state is a tree of arrays."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The live state."""
+        ...
+
+
 class Extra(dict[str, Any]):
     """The ``extra`` values of ``save_checkpoint``.
 
@@ -99,6 +109,7 @@ def save_checkpoint(
     *,
     weights: Literal["all", "trainable"] = "all",
     random_key: mx.array | None = None,
+    average: Averaged | None = None,
     **extra: Any,
 ) -> None:
     """Write weights, optimizer state, random state and ``extra`` to one ``.safetensors`` file.
@@ -120,6 +131,7 @@ def save_checkpoint(
         random_key: The random state to save. MLX has one for each thread. If the thread that saves
             is not the one that trains, pass ``mx.array(mx.random.state[0])``, evaluated, from the
             thread that trains. None: the state of this thread.
+        average: A ``WeightAverage`` to save as well.
         **extra: JSON values to save: an epoch, the state of a data loader. Scalars of NumPy and MLX
             count as numbers.
 
@@ -154,7 +166,7 @@ def save_checkpoint(
         optimizer.init(model.trainable_parameters())
     kept, frozen = _split(_find_weights(model), model, weights)
     run = description.describe(optimizer, weights, frozen)
-    arrays = {name: place.array for name, place in kept.items()}
+    arrays = {name: place.array for name, place in (kept | _find_average(average)).items()}
     arrays[KEY] = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     if spread := _spread(optimizer):
         arrays[KEY] = spread.of_all(arrays[KEY])
@@ -176,6 +188,7 @@ def load_checkpoint(
     strict: bool = True,
     cast: bool = False,
     rates: Literal["built", "file", "here"] = "built",
+    average: Averaged | None = None,
 ) -> Extra:
     """Restore a run into live objects, so that a step compiled before the load sees it.
 
@@ -199,6 +212,8 @@ def load_checkpoint(
             of this optimizer and does not compare schedules. MLX's own optimizers do not know what
             they were built with: for one that has made no step and has another rate than the file,
             say "file" or "here".
+        average: The ``WeightAverage`` that was saved. One that was saved must be loaded, except
+            with ``strict=False``.
 
     Returns:
         The ``extra`` values, a dict, with ``.differences``.
@@ -215,7 +230,7 @@ def load_checkpoint(
     saved = file.read(path, FORMATS)
     try:
         with _undone_on_error(optimizer):
-            loading = _Loading(saved, model, optimizer, cast=cast, rates=rates)
+            loading = _Loading(saved, model, optimizer, average, cast=cast, rates=rates)
             loading.check(strict)
     except CheckpointError as problem:
         raise CheckpointError(f"{path} {problem}", problem.differences) from None
@@ -235,7 +250,14 @@ class _Loading:
     """A file and the live run: what fits, what differs, whose rates are used."""
 
     def __init__(
-        self, saved: File, model: nn.Module, optimizer: Optimizer, *, cast: bool, rates: str
+        self,
+        saved: File,
+        model: nn.Module,
+        optimizer: Optimizer,
+        average: Averaged | None,
+        *,
+        cast: bool,
+        rates: str,
     ):
         self.cast, self.rates = cast, rates
         self.saved = description.parse(saved.metadata.get("run", ""))
@@ -253,7 +275,7 @@ class _Loading:
         self.members = description.find_members(optimizer)
         made = self._steps_made()
         self.live = description.describe(optimizer, self.saved["weights"], frozen, made)
-        state = _find_state(optimizer)
+        state = _find_state(optimizer) | _find_average(average)
         self.spread = _find_spread(optimizer)
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
@@ -319,7 +341,7 @@ class _Loading:
 
     @property
     def _state_names(self) -> set[str]:
-        return {name for name in self.kinds if name.startswith(STATE)}
+        return {name for name in self.kinds if name.startswith((STATE, AVERAGE))}
 
     def _hint(self) -> str:
         kinds = [(kind, self.here.get(name)) for name, kind in self.kinds.items()]
@@ -416,6 +438,11 @@ def _find_weights(model: nn.Module) -> dict[str, Place]:
 def _find_state(optimizer: Optimizer) -> dict[str, Place]:
     """Every array of the optimizer's state by its name in the file."""
     return _by_name(_walk(optimizer.state, STATE))
+
+
+def _find_average(average: Averaged | None) -> dict[str, Place]:
+    """Every array of an average of the weights by its name in the file."""
+    return {} if average is None else _by_name(_walk(average.state, AVERAGE))
 
 
 def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
