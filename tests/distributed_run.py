@@ -1,4 +1,4 @@
-"""Steps on each of several ranks, started by test_distributed.py; prints a line of JSON a case.
+"""Steps on several ranks, started by test_distributed.py. Each case prints one line of JSON.
 
 python distributed_run.py CASE...
 """
@@ -34,7 +34,7 @@ STEPS = 4
 
 
 class Rank(NamedTuple):
-    """A rank of a group that is not there."""
+    """A rank of a group, without any connection."""
 
     place: int
     ranks: int
@@ -47,7 +47,7 @@ class Rank(NamedTuple):
 
 
 class SwitchLinear(nn.Module):
-    """A stack of experts by the name that it has in mlx-lm; here all are asked."""
+    """A stack of experts, called as in mlx-lm; here every token goes through all of them."""
 
     def __init__(self, experts):
         super().__init__()
@@ -58,7 +58,7 @@ class SwitchLinear(nn.Module):
 
 
 class Model(nn.Module):
-    """An embedding, four hidden layers of two matrices, experts if any, norms, a head."""
+    """An embedding, four hidden layers of two matrices, optional experts, a norm and a head."""
 
     def __init__(self, experts=0):
         super().__init__()
@@ -86,7 +86,7 @@ def build(dtype=mx.float32, experts=0):
 
 
 def batch(step, rank):
-    """Of the step and the rank alone."""
+    """A batch that depends only on the step and the rank."""
     return mx.random.randint(0, 101, (4, 8), key=mx.random.key(100 * step + rank))
 
 
@@ -104,7 +104,7 @@ def bits_of(tree):
 
 
 def data_parallel(group):
-    """Steps without shards: every rank makes each update for itself."""
+    """Steps without sharding: every rank makes all updates itself."""
     model = build(mx.bfloat16)
     optimizer = create_optimizer(model, rounding="stochastic", max_grad_norm=1.0)
     before = bits_of(model.parameters())
@@ -137,12 +137,12 @@ def sharded(
     message=collectives.MESSAGE_BYTES,
     rest=lambda: "adamw",
     experts=0,
-    left="nothing",
+    excluded="nothing",
     **options,
 ):
-    """The same steps with assignment and without, of the same gradients."""
+    """The same steps on the same gradients, with and without sharding."""
     options = {"learning_rate": warmup_cosine(0.02, 20, 2, start_ratio=0.5), **options}
-    average, runs = average or averaged, []
+    average, runs = average or mean_gradients, []
     collectives.MESSAGE_BYTES = message
     for ranks in (None, group):
         model = build(dtype, experts)
@@ -150,8 +150,8 @@ def sharded(
             model.freeze(keys=["weight"])
             model.down[0].unfreeze()
         optimizer = create_optimizer(model, hidden, rest(), group=ranks, **options)
-        if left != "nothing":
-            optimizer.optimizers[0].paths = lambda path: left not in path
+        if excluded != "nothing":
+            optimizer.optimizers[0].paths = lambda path: excluded not in path
 
         def step(tokens, factor, model=model, optimizer=optimizer, ranks=ranks):
             gradients = tree_map(lambda g: g * factor.astype(g.dtype), grad(model, tokens))
@@ -195,8 +195,8 @@ def sharded(
     }
 
 
-def averaged(gradients, group):
-    """The mean in the messages of a sharded step: what is summed in another order rounds apart."""
+def mean_gradients(gradients, group):
+    """The mean in the same messages as a sharded step, since another order rounds differently."""
     paths, arrays = zip(*tree_flatten(gradients), strict=True)
     return tree_unflatten([*zip(paths, OrderedCollectives(group).averaged(arrays), strict=True)])
 
@@ -206,7 +206,7 @@ def nbytes(tree):
 
 
 def unwritable(group):
-    """A checkpoint whose folder the first rank does not find."""
+    """Save a checkpoint into a folder that does not exist on the first rank."""
     model = build()
     try:
         save_checkpoint("no/such/folder", model, create_optimizer(model, group=group))
@@ -216,7 +216,7 @@ def unwritable(group):
 
 
 def random_states(group):
-    """What each rank draws after a checkpoint, and after that was loaded."""
+    """The numbers that each rank draws after a save, and again after loading that checkpoint."""
     model = build()
     optimizer = create_optimizer(model, group=group)
     path = Path(tempfile.gettempdir(), f"ranks-{os.getppid()}.safetensors")
@@ -225,7 +225,7 @@ def random_states(group):
     drawn = mx.random.uniform(shape=(3,)).tolist()
     load_checkpoint(path, model, optimizer)
     again = mx.random.uniform(shape=(3,)).tolist()
-    mx.eval(OrderedCollectives(group).all_sum(mx.zeros(1)))  # all have read it
+    mx.eval(OrderedCollectives(group).all_sum(mx.zeros(1)))  # wait until all ranks have read it
     path.unlink(missing_ok=True)
     return {"drawn": drawn, "again": again}
 
@@ -239,7 +239,7 @@ SHARDED = {
     "maxfactor": {"hidden": "maxfactor", "momentum": 0.9, "cautious": True},
     "8 bits": {"state_dtype": "int8"},
     "blocks": {"block": 8, "momentum": 0},
-    "blocks, one left as it is": {"block": 16, "left": "down.0"},
+    "blocks, one layer not updated": {"block": 16, "excluded": "down.0"},
     "muon, blocks": {"hidden": "muon", "block": 8},
     "muon, blocks, 4 bits": {"hidden": "muon", "block": 8, "state_dtype": "int4"},
     "blocks, bf16": {

@@ -1,4 +1,4 @@
-"""Several ranks in one process: what each one sends is recorded, then handed to the others."""
+"""Several ranks in one process: each rank's messages are recorded and passed to the others."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from mlx_maxfactor.distributed.collectives import OrderedCollectives, ShardedArr
 
 
 def run_ranks(size, act, monkeypatch):
-    """What ``act`` returns on each rank, and what each one sent.
+    """Return the results of ``act`` on each rank, and the messages that each rank sent.
 
-    The ranks run one after the other, with the messages of the run before, until the last message
-    is built from the right ones.
+    The ranks run one after the other and receive the messages of the previous run. This repeats
+    until every message is built from correct ones.
     """
     sent: list[list[mx.array]] = []
     for run in range(100):
@@ -39,12 +39,12 @@ def run_ranks(size, act, monkeypatch):
             results.append(act(Rank(rank, size)))
         if len(sent[0]) < run:
             return results, sent
-    raise AssertionError("more messages than were thought of")
+    raise AssertionError("more messages than this test expects")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("message_bytes", [4, 100, 1 << 20])
-def test_averages_are_means_in_few_messages(size, message_bytes, monkeypatch):
+def test_averaged_returns_means_in_few_messages(size, message_bytes, monkeypatch):
     monkeypatch.setattr(collectives, "MESSAGE_BYTES", message_bytes)
     shapes = [((3, 4), mx.float32), ((5,), mx.bfloat16), ((), mx.float32), ((0, 2), mx.float32)]
 
@@ -75,7 +75,7 @@ def test_averages_are_means_in_few_messages(size, message_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("message_bytes", [4, 20, 1 << 20])
-def test_arrays_are_made_whole_from_uneven_ranges(message_bytes, monkeypatch):
+def test_gathered_joins_uneven_ranges(message_bytes, monkeypatch):
     monkeypatch.setattr(collectives, "MESSAGE_BYTES", message_bytes)
     whole = {
         "cut": mx.arange(15.0).reshape(5, 3),
@@ -110,7 +110,7 @@ def test_arrays_are_made_whole_from_uneven_ranges(message_bytes, monkeypatch):
             assert mx.array_equal(gathered[name], x).item(), name
     assert {tuple(x.shape for x in messages) for messages in sent} == {
         tuple(x.shape for x in sent[0])
-    }, "ranks send unlike messages"
+    }, "the ranks send messages of different shapes"
 
 
 def model_and_optimizer(group: Any, **options):
@@ -132,7 +132,7 @@ def gradients(model, rank):
     [{}, {"hidden": "muon", "block": 4}, {"max_grad_norm": 0.1, "skip_nonfinite": True}],
     ids=str,
 )
-def test_ranks_end_a_step_like_one_machine(size, options, monkeypatch):
+def test_step_on_several_ranks_equals_a_step_on_one_machine(size, options, monkeypatch):
     def act(group):
         model, optimizer = model_and_optimizer(group, **options)
         optimizer.update(model, gradients(model, group.rank()))

@@ -1,6 +1,6 @@
 """Two and four ranks on loopback, over MLX's ring backend.
 
-KILLS=20 runs the whole: that many kills, and every case on four ranks too.
+KILLS=20 runs everything: 20 kills, and every case on four ranks too.
 """
 
 import json
@@ -39,85 +39,88 @@ from mlx_maxfactor.distributed.collectives import STALLED
 pytestmark = pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here")
 
 KILLS = int(os.environ.get("KILLS", "4"))
-FEW = [
+MAIN_CASES = [
     "data_parallel",
     "bf16, stochastic",
     "compiled",
-    "blocks, one left as it is",
+    "blocks, one layer not updated",
 ]
-ON_FOUR = [*CASES] if KILLS >= 20 else FEW
-CASES_ON = {2: [*CASES], 4: ON_FOUR}
-ROUNDS_APART = {"average_gradients": 2e-6, "blocks, bf16": 2.0**-6}
-"""Sums in another order: gradients in other messages; products of fewer blocks, two bf16 ulps."""
+FOUR_RANK_CASES = [*CASES] if KILLS >= 20 else MAIN_CASES
+CASES_BY_RANKS = {2: [*CASES], 4: FOUR_RANK_CASES}
+ROUNDING_DIFFERENCE = {"average_gradients": 2e-6, "blocks, bf16": 2.0**-6}
+"""Sums in another order round differently: gradients travel in other messages, and a rank
+multiplies fewer blocks at a time, which differs by two bf16 ulps."""
 
 
-@pytest.fixture(scope="module", params=CASES_ON, ids="{} ranks".format)
+@pytest.fixture(scope="module", params=CASES_BY_RANKS, ids="{} ranks".format)
 def reports(request, tmp_path_factory):
-    """What each rank says of each case: processes are started once for all of them."""
+    """The report of each rank on each case; the processes are started once for all cases."""
     folder = tmp_path_factory.mktemp("ring")
-    outputs = ring.run(request.param, "distributed_run.py", *CASES_ON[request.param], folder=folder)
+    outputs = ring.run(
+        request.param, "distributed_run.py", *CASES_BY_RANKS[request.param], folder=folder
+    )
     lines = [[json.loads(line) for line in output.splitlines()] for output in outputs]
     return {cases[0]["case"]: cases for cases in zip(*lines, strict=True)}
 
 
-def sharded(reports):
+def sharded_cases(reports):
     return SHARDED.keys() & reports.keys()
 
 
 def test_data_parallel_steps_end_bit_identical_on_all_ranks(reports):
     ranks = reports["data_parallel"]
     assert ranks[0]["moved"]
-    assert ranks[0]["own"] != ranks[1]["own"]  # each has gradients of its own
+    assert ranks[0]["own"] != ranks[1]["own"]  # each rank has its own gradients
     assert len({rank["parameters"] for rank in ranks}) == 1
     assert len({rank["state"] for rank in ranks}) == 1
 
 
-def test_shares_change_no_bit_of_what_an_optimizer_does(reports):
-    for name in sharded(reports):
+def test_sharded_updates_equal_single_machine_updates(reports):
+    for name in sharded_cases(reports):
         for rank in reports[name]:
-            exact = name not in ROUNDS_APART
+            exact = name not in ROUNDING_DIFFERENCE
             assert rank["same as alone"] or not exact, name
             assert rank["same state"] or not exact, name
-            assert rank["difference"] <= ROUNDS_APART.get(name, 0), name
+            assert rank["difference"] <= ROUNDING_DIFFERENCE.get(name, 0), name
         assert len({rank["parameters"] for rank in reports[name]}) == 1, name
 
 
-def test_a_rank_keeps_the_state_of_its_share(reports):
-    # Ranges that were assigned do not move for later layers, and MLX's own optimizers are not cut.
-    for name in sharded(reports) - {"late layers", "mlx's own"}:
+def test_each_rank_keeps_only_the_state_of_its_share(reports):
+    # Late layers do not move assigned ranges, and MLX's optimizers are not divided.
+    for name in sharded_cases(reports) - {"late layers", "mlx's own"}:
         ranks = reports[name]
         assert max(rank["state"] for rank in ranks) <= 1.15 / len(ranks), name
         assert all(rank["planned"][0] == rank["planned"][1] for rank in ranks), name
 
 
-def test_a_step_that_one_rank_spoils_is_skipped_by_all(reports):
+def test_nan_on_one_rank_skips_the_step_on_all_ranks(reports):
     for name in {"guards", "compiled"} & reports.keys():
         for rank in reports[name]:
             assert rank["skipped"] == [1, 1]
             assert rank["steps"] == [STEPS - 1] * 2
 
 
-def test_a_step_sends_what_the_formula_says(reports):
-    for name in sharded(reports):
+def test_bytes_sent_agree_with_the_formula(reports):
+    for name in sharded_cases(reports):
         for rank in reports[name]:
             if rank["sent"] is None:
-                pytest.skip("nothing counts the bytes of a connection here")
+                pytest.skip("this system does not count the bytes of a connection")
             assert rank["sent"] == pytest.approx(rank["formula"], rel=0.05), name
 
 
-def test_where_the_first_rank_cannot_write_all_say_so(reports):
+def test_failed_save_on_the_first_rank_is_an_error_on_all_ranks(reports):
     for rank in reports.get("unwritable", ()):
         assert "was not written" in rank["error"]
 
 
-def test_each_rank_goes_on_with_its_own_random_state(reports):
+def test_each_rank_resumes_with_its_own_random_state(reports):
     ranks = reports.get("random states", ())
     assert all(rank["again"] == rank["drawn"] for rank in ranks)
     assert len({tuple(rank["drawn"]) for rank in ranks}) == len(ranks)
 
 
 @pytest.mark.parametrize("saved", [[(1, 2)], [(1, 2), (3, 4)], [(5, 6), (5, 6)]])
-def test_ranks_that_there_were_not_get_random_states_of_their_own(saved):
+def test_new_ranks_get_their_own_random_keys(saved):
     keys = mx.array(saved if len(saved) > 1 else saved[0], mx.uint32)
     found = [tuple(_own_key(keys, rank, 4)) for rank in range(4)]
     assert found[: len(saved)] == saved
@@ -127,16 +130,16 @@ def test_ranks_that_there_were_not_get_random_states_of_their_own(saved):
 # Assignment
 
 
-def items(sizes, cuts=0):
+def costs(sizes, cuts=0):
     return [
         ParameterCost(f"{size}.{i}", size, cuts, (size, size, size)) for i, size in enumerate(sizes)
     ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-def test_what_can_be_cut_levels_what_cannot(ranks):
+def test_divisible_parameters_balance_the_load(ranks):
     assignment = Assignment(ranks)
-    assignment.add(items([100, 90, 40, 30, 7, 1]) + items([5000], cuts=8))
+    assignment.add(costs([100, 90, 40, 30, 7, 1]) + costs([5000], cuts=8))
     ranges = assignment.ranges["5000.0"]
     assert [rows.start for rows in ranges[1:]] == [rows.stop for rows in ranges[:-1]]
     assert (ranges[0].start, ranges[-1].stop) == (0, 5000)
@@ -146,14 +149,14 @@ def test_what_can_be_cut_levels_what_cannot(ranks):
     assert max(state) - min(state) <= 2 * 8
 
 
-def test_a_parameter_that_hardly_can_be_cut_belongs_to_one_rank():
+def test_parameter_with_few_blocks_is_not_divided():
     assignment = Assignment(4)
-    assignment.add(items([300] * 16, cuts=160))
+    assignment.add(costs([300] * 16, cuts=160))
     assert all(len(ranges) == 1 for ranges in assignment.ranges.values())
     assert len({tuple(load) for load in assignment.loads}) == 1
 
 
-def test_rows_level_the_load_that_they_are_the_most_of():
+def test_rows_balance_their_largest_cost():
     assignment = Assignment(2)
     assignment.add(
         [ParameterCost("a", 9, 0, (0, 900, 0)), ParameterCost("stack", 10, 1, (1000, 1, 1000))]
@@ -161,52 +164,56 @@ def test_rows_level_the_load_that_they_are_the_most_of():
     assert [rows.stop - rows.start for rows in assignment.ranges["stack"]] == [5, 5]
 
 
-def test_a_later_parameter_moves_no_earlier_one():
+def test_later_parameters_do_not_move_earlier_ones():
     assignment = Assignment(2)
-    assignment.add(items([50, 40, 30]))
+    assignment.add(costs([50, 40, 30]))
     before = dict(assignment.ranges)
-    assignment.add(items([50, 40, 30, 200]))
+    assignment.add(costs([50, 40, 30, 200]))
     assert {path: assignment.ranges[path] for path in before} == before
     assert sorted(load[0] for load in assignment.loads) == [70, 250]
 
 
-def test_what_updates_a_tree_at_once_is_refused():
+def test_optimizer_that_updates_the_whole_tree_is_refused():
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="MultiOptimizer updates all of its parameters at once"):
         create_optimizer(model, MultiOptimizer([Muon()]), group=Rank(0, 2))
 
 
-class ByItself(Muon):
-    """It may take anything from all rows: nobody can know."""
+class SubclassWithoutRows(Muon):
+    """A subclass that may use all rows at once, so it must not be divided."""
 
 
-class InRows(ByItself):
+class SubclassWithRows(SubclassWithoutRows):
     def row_granularity(self, shape, layout):
         return super().row_granularity(shape, layout)
 
 
-@pytest.mark.parametrize(("kind", "count"), [(ByItself, 1), (InRows, 2), (Muon, 2)])
-def test_a_subclass_is_cut_where_it_says_so(kind, count):
+@pytest.mark.parametrize(
+    ("kind", "count"), [(SubclassWithoutRows, 1), (SubclassWithRows, 2), (Muon, 2)]
+)
+def test_subclass_is_divided_only_if_it_defines_row_granularity(kind, count):
     model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 2))
     optimizer = create_optimizer(model, kind(0.02, block=8), group=Rank(0, 2))
     assert len(optimizer.strategy.assignment.ranges["layers.1.weight"]) == count
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 1), (5, 3, 4)])
-def test_a_stack_of_numbers_is_not_cut(shape):
+def test_stack_of_single_numbers_is_not_divided(shape):
     cuts = MaxFactor(0.02, momentum=0.8).row_granularity(shape, "experts")
-    assert bool(cuts) == (shape[1:] != (1, 1)), "a number by itself is updated in another way"
+    assert bool(cuts) == (shape[1:] != (1, 1)), "single numbers are updated by another rule"
 
 
-def test_a_profile_of_several_ranks_is_refused():
+def test_profiling_with_a_group_is_refused():
     model = nn.Linear(3, 2)
     optimizer = create_optimizer(model, group=Rank(0, 2))
     with pytest.raises(ValueError, match="without group"):
         profile_step(model, optimizer, nn.value_and_grad(model, lambda: mx.array(0.0)))
 
 
-def test_a_rank_without_a_share_keeps_no_state():
-    optimizer = create_optimizer(nn.Linear(30, 20), "muon", group=Rank(2, 2))  # of 0 and 1
+def test_rank_without_a_share_keeps_no_state():
+    optimizer = create_optimizer(
+        nn.Linear(30, 20), "muon", group=Rank(2, 2)
+    )  # beyond ranks 0 and 1
     assert {path.rpartition(".")[2] for path, _ in tree_flatten(optimizer.state)} == {
         "step",
         "learning_rate",
@@ -218,14 +225,14 @@ BLOCKS = {"hidden": "muon", "block": 8}
 
 @pytest.mark.parametrize("state_dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("options", [{"hidden": "adamw"}, BLOCKS], ids=["adamw", "blocks"])
-def test_a_file_of_one_machine_loads_on_three_after_one_that_does_not_fit(
+def test_single_machine_checkpoint_loads_on_three_ranks_after_a_failed_load(
     options, state_dtype, tmp_path
 ):
     def made(group=None):
         model = nn.Sequential(nn.Linear(4, 256), nn.Linear(256, 96), nn.Linear(96, 2))
         model.freeze(keys=["weight"])
         optimizer = create_optimizer(model, **options, state_dtype=state_dtype, group=group)
-        model.unfreeze()  # its state is made by the load that fails
+        model.unfreeze()  # the failed load creates the state of these layers
         return model, optimizer
 
     def state_of(optimizer, key):
@@ -258,34 +265,34 @@ def test_a_file_of_one_machine_loads_on_three_after_one_that_does_not_fit(
 # Ranks that die or stall
 
 WAIT = 30
-"""Seconds that survivors wait where MLX misses that a connection was closed."""
+"""Seconds that the other ranks wait if MLX does not notice a closed connection."""
 
 
 @pytest.fixture
 def start(tmp_path):
-    """The ranks of a run that saves after every step, once all have loaded the checkpoint."""
+    """A function that starts the ranks of ``killed_run.py`` and waits until all are ready."""
     started = []
 
     def start(ranks, steps, *limits):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         arguments = (tmp_path / "run.safetensors", steps, *limits)
-        for _ in range(3):  # as in ring.run: where a rank came late, all start again
+        for _ in range(3):  # as in ring.run: if a rank comes late, all start again
             run = ring.start(ranks, "killed_run.py", *arguments, folder=tmp_path, **pipes)
             started.extend(run)
             if [rank.stdout.readline() for rank in run] == ["ready\n"] * ranks:
                 return run
             ring.end(run)
-        raise AssertionError("no ring of three came about")
+        raise AssertionError("the ranks did not connect in three tries")
 
     yield start
     ring.end(started)
 
 
-def run_of(model, optimizer):
+def digest_of_run(model, optimizer):
     return bits_of({"model": model.parameters(), "optimizer": optimizer.state})
 
 
-def test_a_run_of_which_ranks_are_killed_ends_as_if_none_had_been(start, tmp_path):
+def test_run_with_killed_ranks_equals_an_uninterrupted_run(start, tmp_path):
     path, dice, done, ends = tmp_path / "run.safetensors", random.Random(0), [0], Counter()
     model, optimizer, step = build(**EIGHT_BITS)
     for kill in range(KILLS):
@@ -304,14 +311,14 @@ def test_a_run_of_which_ranks_are_killed_ends_as_if_none_had_been(start, tmp_pat
     assert ends.keys() <= {1, STALLED}, ends
     assert [rank.wait(ring.HANGS) for rank in start(2, done[-1] + 3)] == [0, 0]
     load_checkpoint(path, model, optimizer)
-    resumed = run_of(model, optimizer)
+    resumed = digest_of_run(model, optimizer)
     model, optimizer, step = build(**EIGHT_BITS)
     for _ in range(done[-1] + 3):
         step()
-    assert run_of(model, optimizer) == resumed
+    assert digest_of_run(model, optimizer) == resumed
 
 
-def test_a_rank_that_stalls_ends_the_others_with_one_message(start, tmp_path):
+def test_stalled_rank_ends_the_others_with_one_message(start, tmp_path):
     path = tmp_path / "run.safetensors"
     run = start(2, 100_000, 300, 3)
     _, errors = run[0].communicate(timeout=ring.HANGS)
@@ -322,7 +329,7 @@ def test_a_rank_that_stalls_ends_the_others_with_one_message(start, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_mlx_launch_runs_it(ranks):
+def test_mlx_launch_starts_the_ranks(ranks):
     port, *_ = ring.free_ports(ranks)
     main = "from mlx._distributed_utils.launch import main; main()"
     launch = [sys.executable, "-c", main, "-n", str(ranks), "-p", str(port)]
