@@ -1,7 +1,7 @@
-"""Small models, and the role and layout that a router should give each of their parameters.
+"""Small models, and the role and layout that the router should give to each parameter.
 
-`Case.roles` maps fnmatch patterns to (role, layout), the first pattern that fits a path decides.
-Where the right answer is easy to miss, a comment beside the case names the trap.
+`Case.roles` maps fnmatch patterns to (role, layout); the first pattern that matches a path decides.
+A comment on a case says what is easy to get wrong.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Case:
         return next(pair for pattern, pair in self.roles.items() if fnmatchcase(path, pattern))
 
 
-# Inputs and losses. The widths differ, so that a shape which fits another does so on purpose.
+# Inputs and losses. The widths differ, so that no two shapes match by accident.
 
 VOCAB, DIMS, INNER, CLASSES = 50, 32, 64, 5
 
@@ -53,7 +53,7 @@ def language_loss(model: Any) -> mx.array:
 
 
 def loss_on(*shape: int) -> Callable[[Any], mx.array]:
-    """The mean square distance of the outputs from one, on noise of this shape."""
+    """A loss: the mean square of (output - 1) on noise of this shape."""
     return lambda model: (model(noise(*shape)) - 1).square().mean()
 
 
@@ -107,7 +107,8 @@ def deepseek_v3() -> Any:
 
 
 def gpt2() -> Any:
-    # As many positions as dimensions, as in gpt2-medium: the position table is shaped like c_proj.
+    # As in gpt2-medium, there are as many positions as dimensions, so the position table has the
+    # shape of c_proj.
     sizes = {"n_ctx": DIMS, "n_positions": DIMS, "n_embd": DIMS, "n_head": 4, "n_layer": 2}
     return mlx_lm_model("gpt2", layer_norm_epsilon=1e-5, **sizes)
 
@@ -118,7 +119,7 @@ def mamba() -> Any:
 
 
 def adapted(model: Any, *keys: str, dora: bool = False, bits: int = 0) -> Any:
-    """Freeze, then adapt the last layer as mlx_lm does: `keys`, or everything that it knows."""
+    """Freeze the model and add LoRA to its last layer as mlx_lm does: to `keys`, or everywhere."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     if bits:
@@ -133,7 +134,7 @@ LLAMA_TIED = {"model.embed_tokens.weight": EMBEDDING, "*norm.weight": NORM, "*_p
 LLAMA = LLAMA_TIED | {"lm_head.weight": HEAD}
 
 
-# Models written out: blocks that several of them use, then the models
+# Models defined here: shared blocks first, then the models
 
 
 class Attention(nn.Module):
@@ -150,7 +151,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, with cross attention to a memory, named as in Whisper."""
+    """Pre-norm attention and MLP, with optional cross attention; names are those of Whisper."""
 
     def __init__(self, dims: int, cross: bool = False):
         super().__init__()
@@ -307,7 +308,7 @@ def conv_autoencoder() -> nn.Module:
 
 
 class HeadFirst(nn.Module):
-    """A language model that defines its head, under the name given, before its blocks."""
+    """A language model that defines its head before its blocks, under a name of choice."""
 
     def __init__(self, head: str):
         super().__init__()
@@ -324,7 +325,8 @@ class HeadFirst(nn.Module):
 
 
 class Shared(nn.Module):
-    """One embedding under two names and one block three times: the gradient is at the last path."""
+    """One embedding with two names and one block used three times; MLX gives the gradient to the
+    last path."""
 
     def __init__(self):
         super().__init__()
@@ -340,7 +342,7 @@ class Shared(nn.Module):
 
 
 class SharedArray(nn.Module):
-    """Two layers that start from one array: no tie in MLX, each has its gradient."""
+    """Two layers that start from the same array: MLX does not tie them, each has its gradient."""
 
     def __init__(self):
         super().__init__()
@@ -376,7 +378,7 @@ class TwoHeads(nn.Module):
 
 
 class Router(nn.Module):
-    """A gate whose only Linear has the name of a head, as in mlx_lm's longcat_flash."""
+    """An expert gate whose only Linear is called like a head, as in mlx_lm's longcat_flash."""
 
     def __init__(self, experts: int):
         super().__init__()
@@ -387,7 +389,7 @@ class Router(nn.Module):
 
 
 class RawExperts(nn.Module):
-    """A dense mixture over raw (experts, in, out) arrays: which axis is which, only it can know."""
+    """A dense mixture over raw (experts, in, out) arrays; the router cannot know their axes."""
 
     def __init__(self, experts: int = 6):
         super().__init__()
@@ -412,7 +414,7 @@ class RawMixture(nn.Module):
 
 
 class Encoder(nn.Module):
-    """mlx-examples' transformer_lm: the head has the name of an attention's last projection."""
+    """transformer_lm of mlx-examples: the head is called like a projection of attention."""
 
     def __init__(self):
         super().__init__()
@@ -455,7 +457,7 @@ class Bert(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Three outputs of one trunk, none of them called a head."""
+    """A trunk with three output layers; none is called a head."""
 
     def __init__(self):
         super().__init__()
@@ -469,7 +471,7 @@ class ActorCritic(nn.Module):
 
 
 class TwoNetworks(nn.Module):
-    """An actor and a critic that share nothing."""
+    """An actor and a critic that share no layer."""
 
     def __init__(self):
         super().__init__()
@@ -480,7 +482,7 @@ class TwoNetworks(nn.Module):
 
 
 class TwinHeads(nn.Module):
-    """A head by name, and its twin that is called otherwise."""
+    """Two equal output layers; only one is called a head."""
 
     def __init__(self):
         super().__init__()
@@ -493,7 +495,7 @@ class TwinHeads(nn.Module):
 
 
 class Branches(nn.Module):
-    """A list of outputs, one as wide as what all of them read."""
+    """A list of output layers; one is as wide as their common input."""
 
     def __init__(self):
         super().__init__()
@@ -506,7 +508,7 @@ class Branches(nn.Module):
 
 
 class DQN(nn.Module):
-    """As many actions as frames."""
+    """A DQN with as many actions as frames, so the output is as wide as the input."""
 
     def __init__(self):
         super().__init__()
@@ -519,7 +521,7 @@ class DQN(nn.Module):
 
 
 class VAE(nn.Module):
-    """mlx-examples' way: two layers beside each other make the code."""
+    """A VAE as in mlx-examples: two parallel layers make the code."""
 
     def __init__(self):
         super().__init__()
@@ -547,7 +549,7 @@ class TimedBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The layers that embed the time are defined before the convolution that reads the image."""
+    """A U-Net that defines its time embedding before the convolution that reads the image."""
 
     def __init__(self):
         super().__init__()
@@ -565,7 +567,7 @@ class UNet(nn.Module):
 
 
 class WeightNorm(nn.Module):
-    """Directions and lengths apart, as torch's weight_norm stores them."""
+    """A Linear that stores directions and lengths separately, as torch's weight_norm does."""
 
     def __init__(self, dims_in: int, dims: int):
         super().__init__()
@@ -578,7 +580,7 @@ class WeightNorm(nn.Module):
 
 
 class ZeroBlock(nn.Module):
-    """adaLN-zero: the condition makes gains and shifts, from weights that start at zero."""
+    """adaLN-zero: a projection that starts at zero makes gains and shifts from the condition."""
 
     def __init__(self):
         super().__init__()
@@ -634,7 +636,7 @@ class Tower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Two towers of different widths, projected into one space as wide as the text's."""
+    """Two towers of different widths; both are projected to the width of the text tower."""
 
     def __init__(self):
         super().__init__()
@@ -650,7 +652,7 @@ class Clip(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A Linear and two low-rank arrays, under names and in an orientation of choice."""
+    """A Linear and two low-rank arrays, with names and orientation of choice."""
 
     def __init__(self, a: str, b: str, transposed: bool):
         super().__init__()
@@ -679,7 +681,7 @@ class AdaptedByLinears(nn.Module):
 
 
 def adapter(layer: nn.Module) -> nn.Module:
-    """A frozen model, save for the adapters of its middle layer."""
+    """A frozen model in which only the adapters of the middle layer are trained."""
     model = nn.Sequential(nn.Linear(12, DIMS), layer, nn.Linear(24, CLASSES))
     model.freeze()
     for name in layer.names:  # type: ignore[attr-defined]
@@ -718,7 +720,7 @@ CASES = [
         loss_on(2, 12),
         guessed=("layers.4.weight",),
     ),
-    # The output is as wide as the input: the layer that reads the input does not read the output.
+    # The output is as wide as the input, but the first layer is no head.
     Case(
         "mlp_autoencoder",
         lambda: mlp(12, INNER, 4, INNER, 12),
@@ -727,7 +729,7 @@ CASES = [
         guessed=("layers.6.weight",),
     ),
     Case("llama", llama, LLAMA, language_loss),
-    # Tied: the last Linear in definition order is layers.1.mlp.up_proj, and no head.
+    # With tied embeddings, the last Linear in definition order is layers.1.mlp.up_proj: no head.
     Case("llama_tied", lambda: llama(tied=True), LLAMA_TIED, language_loss),
     Case(
         "qwen3_tied",
@@ -735,7 +737,7 @@ CASES = [
         LLAMA_TIED,
         language_loss,
     ),
-    # gate_proj is an expert's, or a dense layer's, and no router's gate.
+    # gate_proj belongs to an expert or a dense layer; it is no expert gate.
     Case(
         "qwen2_moe",
         qwen2_moe,
@@ -748,7 +750,7 @@ CASES = [
         | LLAMA,
         language_loss,
     ),
-    # MoEGate owns its arrays; embed_q and unembed_out are stacks of projections, no embeddings.
+    # MoEGate holds bare arrays; embed_q and unembed_out are stacks of projections, no embeddings.
     Case(
         "deepseek_v3",
         deepseek_v3,
@@ -774,7 +776,7 @@ CASES = [
         },
         language_loss,
     ),
-    # No convolution here reads the input, the first block's neither. A_log is (inner, state).
+    # No convolution reads the input, not even that of the first block. A_log is (inner, state).
     Case(
         "mamba",
         mamba,
@@ -789,7 +791,7 @@ CASES = [
         },
         language_loss,
     ),
-    # The experts' biases are (experts, out): two axes and no matrix.
+    # The biases of the experts have two axes, (experts, out), but are no matrices.
     Case(
         "gpt_oss",
         lambda: mlx_lm_model("gpt_oss", num_local_experts=6),
@@ -803,7 +805,7 @@ CASES = [
         language_loss,
     ),
     Case("whisper", Whisper, WHISPER, language_loss),
-    # trainable_parameters() lists the integers, and value_and_grad gives them an int32 gradient.
+    # trainable_parameters() lists integer arrays, and value_and_grad gives them int32 gradients.
     Case(
         "whisper_alignment_heads",
         lambda: Whisper(alignment=True),
@@ -836,7 +838,7 @@ CASES = [
         loss_on(2, 8, 8, 3),
         guessed=("fc.weight",),
     ),
-    # What is frozen still reads the input and makes the output: no other layer takes its place.
+    # The frozen layers still read the input and make the output: no other layer gets their roles.
     Case(
         "resnet_frozen_ends",
         lambda: ResNet(frozen_ends=True),
@@ -913,7 +915,7 @@ CASES = [
         loss_on(2, 7, 6),
         guessed=("readout.weight",),
     ),
-    # A head may be a module: its last Linear makes the output, the one before it is hidden.
+    # A head can be a module: its last Linear is the head, the one before it is hidden.
     Case(
         "two_heads",
         TwoHeads,
@@ -1031,7 +1033,7 @@ CASES = [
         },
         loss_on(2, 8, 8, 3),
     ),
-    # weight_v is a matrix to us and an array to MLX; weight_g holds lengths: one long axis.
+    # MLX does not know that weight_v is a matrix. weight_g holds lengths along one long axis.
     Case(
         "weight_norm",
         lambda: nn.Sequential(WeightNorm(12, DIMS), nn.ReLU(), nn.Linear(DIMS, CLASSES)),

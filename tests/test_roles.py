@@ -1,4 +1,4 @@
-"""Roles and layouts over a zoo of models, and the plan that shows them."""
+"""Roles and layouts of the parameters of many models, and the plan that shows them."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,11 +23,11 @@ def test_every_parameter_has_the_right_role(name):
     listed = {path for path, _ in tree_flatten(model.trainable_parameters())}
     assert set(found) <= listed
     assert not set(found) & set(case.absent)
-    # What is not listed is a name for something listed, or no floating-point array.
+    # Any other path is a second name of a planned array, or an integer array.
     parameters = dict(tree_flatten(model.trainable_parameters()))
-    arrays = {id(parameters[path]) for path in found}
+    planned_arrays = {id(parameters[path]) for path in found}
     for path in listed - set(found):
-        assert id(parameters[path]) in arrays or parameters[path].dtype == mx.int32
+        assert id(parameters[path]) in planned_arrays or parameters[path].dtype == mx.int32
 
 
 @pytest.mark.parametrize("name", CASES_BY_NAME)
@@ -41,7 +41,7 @@ def test_every_model_makes_a_step(name, hidden):
     planned = {entry.path for entry in optimizer.plan}
     try:
         loss, gradients = nn.value_and_grad(model, case.forward)(model)
-    except ValueError as problem:  # a model's own affair: some of mlx-lm 0.31.3, with MLX 0.32.1
+    except ValueError as problem:  # some models of mlx-lm 0.31.3 fail with MLX 0.32.1
         if "Cannot calculate VJP with respect to indices" not in str(problem):
             raise
         pytest.skip(f"{name} has no gradient here: {problem}")
@@ -49,19 +49,21 @@ def test_every_model_makes_a_step(name, hidden):
     after = dict(tree_flatten(model.parameters()))
     assert mx.isfinite(loss).item()
     gradients = dict(tree_flatten(gradients))
-    arrays = {id(after[path]) for path in planned}
+    planned_arrays = {id(after[path]) for path in planned}
     for path, old in before.items():
         new = after[path]
         assert (new.dtype, new.shape) == (old.dtype, old.shape)
         if path in planned:
             assert mx.all(mx.isfinite(new)).item()
             moved = not mx.array_equal(new, old).item()
-            assert moved or not mx.any(gradients[path]).item(), f"{path} has a gradient and rests"
-        elif id(new) not in arrays and "running" not in path:
-            assert mx.array_equal(new, old).item(), f"{path} is not planned and moves"
+            assert moved or not mx.any(gradients[path]).item(), (
+                f"{path} has a gradient but did not move"
+            )
+        elif id(new) not in planned_arrays and "running" not in path:
+            assert mx.array_equal(new, old).item(), f"{path} is not in the plan but moved"
 
 
-def test_roles_are_those_of_the_documentation():
+def test_models_cover_every_documented_role():
     found = {p.role for case in CASES for p in find_roles(case.build())}
     assert found == set(ROLES)
 
@@ -73,8 +75,8 @@ def test_frozen_layers_keep_their_roles():
     assert {p.path: p.role for p in find_roles(model)} == roles
 
 
-def test_a_head_by_rule_ends_the_search_for_heads():
-    model = mlp(12, 8, 12)  # an autoencoder: a layer takes the width that its last one makes
+def test_rule_that_names_a_head_ends_the_search_for_heads():
+    model = mlp(12, 8, 12)  # an autoencoder: its first layer takes the width of its last output
     rules = {"layers.2.weight": "head"}
     roles = {e.path: e.role for e in create_optimizer(model, rules=rules).plan}
     assert roles["layers.2.weight"] == "head"
@@ -85,7 +87,7 @@ def test_a_head_by_rule_ends_the_search_for_heads():
     assert roles["head.weight"] == "hidden"
 
 
-def test_the_plan_is_a_table_with_a_total():
+def test_plan_is_a_table_with_a_total():
     optimizer = create_optimizer(Whisper(), "muon")
     plan = optimizer.plan
     states = [array for _, array in tree_flatten(optimizer.state)]
@@ -105,13 +107,13 @@ def test_the_plan_is_a_table_with_a_total():
     assert plan[0].path == "encoder.conv1.weight"
 
 
-def test_strict_names_all_that_the_module_tree_does_not_explain():
+def test_strict_names_all_unexplained_parameters():
     with pytest.raises(ValueError, match=r"1 parameters .*: position .*give each a rule"):
         create_optimizer(ViT(), strict=True)
     create_optimizer(ViT(), strict=True, rules={"position": "embedding"})
 
 
-def test_what_is_not_explained_is_not_decayed():
+def test_unexplained_parameters_are_not_decayed():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -146,7 +148,7 @@ def heads(model):
     return [p.path for p in find_roles(model) if p.role == "head"]
 
 
-def test_heads_where_names_mislead():
+def test_heads_are_found_despite_misleading_names():
     fc = nn.Linear(16, 3)
     assert heads(model_of(layer1=Part(), layer2=Part(), fc=fc)) == ["fc.weight"]
     assert heads(model_of(multi_head=nn.MultiHeadAttention(16, 2), fc=fc)) == ["fc.weight"]
@@ -169,13 +171,13 @@ class WeightNormLinear(nn.Linear):
         self.basis, self.beta = mx.zeros((3, 3)), mx.zeros((4,))
 
 
-def test_what_a_layer_is_called_does_not_hide_what_it_is():
+def test_subclass_of_linear_gets_the_roles_of_a_linear():
     roles = {p.path: p.role for p in find_roles(model_of(a=WeightNormLinear(), b=nn.Linear(4, 4)))}
     assert roles["a.weight"] == "first"
     assert (roles["a.basis"], roles["a.beta"], roles["a.bias"]) == ("unknown", "vector", "bias")
 
 
-def test_a_gate_is_a_router_only_beside_experts():
+def test_gate_is_a_router_only_next_to_experts():
     moe = model_of(experts=[nn.Linear(16, 16) for _ in range(4)], gate=nn.Linear(16, 4))
     block = model_of(gate=nn.Linear(16, 16), up=nn.Linear(16, 16), moe=moe)
     roles = {p.path: p.role for p in find_roles(model_of(embed=nn.Embedding(9, 16), block=block))}
@@ -183,44 +185,44 @@ def test_a_gate_is_a_router_only_beside_experts():
     assert roles["block.moe.gate.weight"] == "router"
 
 
-def arrays(a, b, **layers):
+def roles_of_arrays(a, b, **layers):
     model = model_of(first=nn.Linear(8, 8), **layers)
     model.part = model_of(**layers)
     model.part.A, model.part.B = mx.zeros(a), mx.zeros(b)
     return {p.path: (p.role, p.layout) for p in find_roles(model)}
 
 
-def test_which_way_low_rank_arrays_lie():
+def test_layout_of_low_rank_arrays_follows_their_shapes():
     layer = nn.Linear(32, 32)
     for a, b, layout in (((32, 4), (4, 32), "transposed"), ((4, 32), (32, 4), "batched")):
-        found = arrays(a, b, layer=layer)
+        found = roles_of_arrays(a, b, layer=layer)
         assert (found["part.A"], found["part.B"]) == (("lora_a", layout), ("lora_b", layout))
 
 
-def test_a_and_b_of_a_state_space_are_no_lora():
+def test_state_space_a_and_b_are_not_lora():
     layer = nn.Linear(6, 4)
     for a, b in (((6, 6), (6, 4)), ((6, 4), (4, 4)), ((6, 3), (5, 6))):
-        found = arrays(a, b, layer=layer)
+        found = roles_of_arrays(a, b, layer=layer)
         assert (found["part.A"][0], found["part.B"][0]) == ("unknown", "unknown")
-    found = arrays((32, 4), (4, 32))  # nothing that they could adapt
+    found = roles_of_arrays((32, 4), (4, 32))  # no layer that they could adapt
     assert (found["part.A"][0], found["part.B"][0]) == ("unknown", "unknown")
 
 
 class GroupNorm(nn.Module):
-    """As in mlx_lm's rwkv7: gains of each head."""
+    """A norm with gains per attention head, as in mlx_lm's rwkv7."""
 
     def __init__(self):
         super().__init__()
         self.weight, self.bias = mx.ones((4, 8)), mx.zeros((4, 8))
 
 
-def test_a_norm_may_hold_gains_of_each_head():
+def test_norm_can_hold_gains_per_attention_head():
     model = model_of(first=nn.Linear(8, 32), norm=GroupNorm(), last=nn.Linear(32, 4))
     roles = {p.path: p.role for p in find_roles(model)}
     assert (roles["norm.weight"], roles["norm.bias"]) == ("norm", "norm")
 
 
-def test_low_rank_linears_are_no_heads():
+def test_low_rank_linears_are_not_heads():
     part = model_of(layer=nn.Linear(8, 24))
     part.lora_down, part.lora_up = nn.Linear(8, 2), nn.Linear(2, 24)
     model = model_of(first=nn.Linear(6, 8), head=nn.Linear(24, 3), part=part)
@@ -236,7 +238,7 @@ def mlp_of(dims):
     return model_of(up_proj=up, down_proj=nn.Linear(4 * dims, dims))
 
 
-def test_what_stands_beside_a_head_is_no_block():
+def test_layers_inside_blocks_are_not_heads():
     blocks = [
         model_of(mlp=mlp_of(64), attn=model_of(q=nn.Linear(64, 64), kv=nn.Linear(64, 32)))
         for _ in range(2)
@@ -252,14 +254,14 @@ def test_what_stands_beside_a_head_is_no_block():
     assert "layers.0.g_proj.weight" not in heads(model)
 
 
-def test_linears_called_a_and_b_are_lora_only_at_a_low_rank():
+def test_full_rank_linears_called_a_and_b_are_not_lora():
     wide = {"A": nn.Linear(64, 64), "B": nn.Linear(64, 64)}
     model = model_of(emb=nn.Embedding(100, 64), part=model_of(**wide), head=nn.Linear(64, 100))
     roles = {p.path: p.role for p in find_roles(model)}
     assert roles["part.A.weight"] == roles["part.B.weight"] == "hidden"
 
 
-def test_which_convolution_reads_the_input():
+def test_only_the_convolution_that_reads_the_input_is_conv_input():
     def roles(**layers):
         return {p.path: p.role for p in find_roles(model_of(**layers))}
 
