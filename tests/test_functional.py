@@ -1,4 +1,4 @@
-"""Formulas against their twins, and cases whose answer is known exactly."""
+"""Formulas against their twins, and cases with a known exact answer."""
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ def test_orthogonalizers_equal_their_twins(name, shape, steps):
 
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-def test_an_orthogonal_matrix_keeps_its_singular_vectors(name):
+def test_orthogonal_matrix_keeps_its_singular_vectors(name):
     q, _ = np.linalg.qr(parameter((9, 9)))
     result = np.array(ORTHOGONALIZERS[name][0](mx.array(q)))
     scale = np.trace(q.T @ result) / 9
@@ -36,7 +36,7 @@ def test_an_orthogonal_matrix_keeps_its_singular_vectors(name):
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1.0, 1e12, 1e30])
-def test_orthogonalizers_do_not_see_the_scale(name, magnitude):
+def test_orthogonalizers_do_not_depend_on_the_scale(name, magnitude):
     # The square of 1e30 or 1e-30 is not a float32: a plain Frobenius norm gives 0 or NaN.
     orthogonalize, x = ORTHOGONALIZERS[name][0], parameter((6, 4))
     scaled = orthogonalize(mx.array(x * np.float32(magnitude)))
@@ -45,7 +45,7 @@ def test_orthogonalizers_do_not_see_the_scale(name, magnitude):
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_orthogonalizers_keep_dtype_and_give_zero_for_zero(name, dtype):
+def test_orthogonalizers_keep_the_dtype_and_zeros(name, dtype):
     x = mx.stack([mx.zeros((3, 4)), mx.ones((3, 4))]).astype(dtype)
     result = ORTHOGONALIZERS[name][0](x)
     assert result.dtype == dtype
@@ -53,8 +53,8 @@ def test_orthogonalizers_keep_dtype_and_give_zero_for_zero(name, dtype):
     assert mx.all(result[1] > 0).item()
 
 
-def with_singular_values(values, shape, seed=0):
-    """A matrix of the shape with these singular values, and singular vectors by chance."""
+def matrix_with_singular_values(values, shape, seed=0):
+    """A matrix with these singular values and random singular vectors."""
     left, _ = np.linalg.qr(parameter((shape[0], len(values)), seed))
     right, _ = np.linalg.qr(parameter((shape[1], len(values)), seed + 1))
     return ((left * values) @ right.T).astype(np.float32)
@@ -65,10 +65,11 @@ SPECTRA["one large"] = np.r_[1.0, np.full(63, 1e-3)]
 SPECTRA["decay"] = 1.0 / np.arange(1, 65)
 
 
-def distance_from_twin(name, x, steps):
-    """The largest singular value of what rounding adds, over float32's rounding of X amplified.
+def relative_rounding_error(name, x, steps):
+    """The spectral norm of the error, relative to the amplified float32 rounding of X.
 
-    A step multiplies what is small by its a: 485 to 1025 in five steps, 2e4 in eight.
+    A step multiplies small singular values by its coefficient a: 485 to 1025 in five steps, 2e4 in
+    eight.
     """
     ours, twin = ORTHOGONALIZERS[name]
     table = [(3.4445,)] * steps if name == "newton_schulz" else f.POLAR_EXPRESS
@@ -80,58 +81,60 @@ def distance_from_twin(name, x, steps):
 @pytest.mark.parametrize("steps", [3, 5, 8])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-def test_long_matrices_round_as_others_do(name, spectrum, steps):
-    # On the Gram matrix, and on the matrix itself, which differs in nothing but its length.
+def test_long_matrices_round_like_square_ones(name, spectrum, steps):
+    # Long matrices are iterated on their Gram matrix, square ones on the matrix itself.
     for shape in ((64, 256), (256, 64), (64, 64)):
-        x = with_singular_values(SPECTRA[spectrum], shape)
-        # Seen: 3 on the matrix; on its Gram matrix 9, and 16 with BLAS that sums one by one; in
-        # eight steps 100 to 1000 if that is never made anew.
-        assert distance_from_twin(name, x, steps) < 24
+        x = matrix_with_singular_values(SPECTRA[spectrum], shape)
+        # Measured: 3 on the matrix; 9 on its Gram matrix, 16 with a BLAS that sums one by one; 100
+        # to 1000 in eight steps if the Gram matrix is never recomputed.
+        assert relative_rounding_error(name, x, steps) < 24
 
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-def test_a_gram_matrix_that_is_never_made_anew_is_wrong(name, monkeypatch):
+def test_gram_matrix_must_be_recomputed(name, monkeypatch):
     monkeypatch.setattr(f.orthogonalization, "_grouped", lambda table: [table])
     for spectrum in ("condition 10000", "one large"):
-        x = with_singular_values(SPECTRA[spectrum], (64, 256))
-        assert distance_from_twin(name, x, 8) > 40
+        x = matrix_with_singular_values(SPECTRA[spectrum], (64, 256))
+        assert relative_rounding_error(name, x, 8) > 40
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU multiplies them whole")
 @pytest.mark.parametrize("shape", [(23, 23), (24, 70), (70, 24), (3, 17, 30)], ids=str)
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-def test_symmetric_products_in_blocks_change_nothing(name, shape, monkeypatch):
+def test_symmetric_products_in_blocks_equal_whole_products(name, shape, monkeypatch):
     x = mx.array(parameter(shape))
     orthogonalize = ORTHOGONALIZERS[name][0]
     monkeypatch.setattr(f.orthogonalization, "LEAST_GRAM", 8)
     whole = orthogonalize(x)
-    monkeypatch.setattr(f.orthogonalization, "BLOCK", 8)  # two and three, of unequal length
-    assert not mx.array_equal(whole, orthogonalize(x)).item(), "nothing was cut"
-    assert mx.allclose(whole, orthogonalize(x), atol=1e-4).item()  # as from their twins
+    monkeypatch.setattr(f.orthogonalization, "BLOCK", 8)  # two and three blocks of unequal length
+    assert not mx.array_equal(whole, orthogonalize(x)).item(), "no product was cut into blocks"
+    assert mx.allclose(
+        whole, orthogonalize(x), atol=1e-4
+    ).item()  # the same bound as against the twins
     compiled = mx.compile(orthogonalize, shapeless=True)
     assert mx.allclose(whole, compiled(x), atol=1e-4).item()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (64, 256)], ids=str)
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-def test_products_may_be_bf16(name, shape):
+def test_products_can_be_computed_in_bf16(name, shape):
     orthogonalize, twin = ORTHOGONALIZERS[name]
     x = parameter(shape)
     ours, exact = np.array(orthogonalize(mx.array(x), dtype=mx.bfloat16)), twin(np.float64(x))
     assert ours.dtype == np.float32
-    # X is rounded to 2^-9 of each element in each of five steps.
+    # Each of five steps rounds the elements of X by a relative 2^-9.
     error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
     assert 2**-12 < error < 5 * 2**-8
 
 
-def test_the_polar_express_table_is_the_minimax_one():
+def test_polar_express_table_is_minimax():
     derived = reference.polar_express_coefficients(len(f.POLAR_EXPRESS), safety=1.0)
     # The seventh system is ill-conditioned: on [1 - 1e-3, 1 + 1e-3] all quintics look alike.
     for ours, twin, tolerance in zip(f.POLAR_EXPRESS, derived, [1e-12] * 6 + [1e-9] * 2):  # noqa: B905
         assert np.allclose(ours, twin, rtol=tolerance)
 
 
-def test_five_polar_steps_come_closer_than_five_of_newton_schulz():
+def test_polar_express_is_more_accurate_than_newton_schulz():
     x = mx.array(parameter((64, 64)))
     errors = {}
     for name, (orthogonalize, _) in ORTHOGONALIZERS.items():
@@ -140,14 +143,14 @@ def test_five_polar_steps_come_closer_than_five_of_newton_schulz():
     assert errors["polar_express"] < errors["newton_schulz"]
 
 
-def test_more_polar_steps_reach_smaller_singular_values():
+def test_more_polar_express_steps_reach_smaller_singular_values():
     x = mx.diag(mx.array([1.0, 1e-7]))
     assert mx.allclose(polar_express(x, steps=25), mx.eye(2), atol=1e-4).item()
 
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
 @pytest.mark.parametrize("shape", [(2, 4000), (4000, 2)], ids=str)
-def test_gram_matrices_are_of_the_shorter_side(name, shape):
+def test_gram_matrix_is_computed_on_the_shorter_side(name, shape):
     x = mx.array(parameter(shape))
     mx.eval(x)
     mx.reset_peak_memory()
@@ -156,7 +159,7 @@ def test_gram_matrices_are_of_the_shorter_side(name, shape):
     assert mx.get_peak_memory() - before < 100 * x.nbytes
 
 
-def test_a_rank_one_square_is_estimated_exactly():
+def test_second_moment_of_a_rank_one_square_is_exact():
     # g² = r cᵀ: after one update with weight 1, V = R Cᵀ / mean(R) is g² itself.
     r, c = np.array([1.0, 4.0, 9.0]), np.array([0.25, 1.0])
     g = mx.array(np.sqrt(np.outer(r, c)).astype(np.float32))
@@ -166,8 +169,8 @@ def test_a_rank_one_square_is_estimated_exactly():
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3, 255), (4, 256), (3, 1000), (2, 1021)], ids=str)
-def test_rows_are_reduced_whole(shape):
-    # Long rows in two stages; 1021 is prime, and goes in one.
+def test_row_reductions_equal_numpy(shape):
+    # Long rows are reduced in two stages; 1021 is prime, so its rows are reduced in one.
     x = parameter(shape)
     sums, peaks = f.row_sum(mx.array(x)), f.row_max(mx.array(x))
     assert np.allclose(np.array(sums), x.astype(np.float64).sum(-1, keepdims=True), atol=1e-4)
@@ -178,12 +181,12 @@ def test_rows_are_reduced_whole(shape):
 @pytest.mark.parametrize("shape", [(), (7,), (5, 6), (3, 5, 6)], ids=str)
 def test_rms_equals_its_twin(shape, axes):
     if axes and len(shape) < 2:
-        pytest.skip("no matrix")
+        pytest.skip("not a matrix")
     x = parameter(shape)
     assert np.allclose(np.array(f.rms(mx.array(x), axes)), reference.rms(x, axes), rtol=1e-6)
 
 
-def test_a_root_has_its_floor_in_dead_rows_and_columns():
+def test_factored_root_is_at_least_its_floor():
     row, column = mx.array([[0.0], [4.0], [1e-30]]), mx.array([[9.0, 0.0]])
     rows, root = f.factored_root(row, column, mx.array(1.0), 1e-3)
     assert np.allclose(np.array(rows * root)[1], [6.0, 1e-3], rtol=1e-6)
@@ -194,13 +197,13 @@ def test_a_root_has_its_floor_in_dead_rows_and_columns():
 
 
 @pytest.mark.parametrize("divisor", [0.0, 1e-45, 1e-38])
-def test_a_root_of_squares_below_float32_is_its_floor(divisor):
+def test_factored_root_of_underflowing_squares_is_its_floor(divisor):
     row, column = mx.array([[0.0], [1.4e-45]]), mx.array([[1.4e-45, 0.0]])
     rows, root = f.factored_root(row, column, mx.array(divisor), 1e-8)
     assert np.allclose(np.array(rows * root), 1e-8, rtol=1e-6)
 
 
-def test_a_cautious_step_keeps_what_agrees_over_its_share():
+def test_cautious_step_divides_agreeing_elements_by_their_share():
     def cautious(step, g):
         agrees = f.agreement(step, g)
         return step * agrees * f.cautious_scale(agrees)
@@ -214,22 +217,22 @@ def test_a_cautious_step_keeps_what_agrees_over_its_share():
 
 @pytest.mark.parametrize("layout", ["batched", "experts", "conv", "transposed"])
 @pytest.mark.parametrize("shape", [(), (3,), (3, 4), (2, 3, 4), (2, 3, 4, 5)], ids=str)
-def test_matrices_go_back_to_the_array_they_came_from(shape, layout):
+def test_from_matrices_inverts_as_matrices(shape, layout):
     x = mx.array(parameter(shape))
     back = f.from_matrices(f.as_matrices(x, layout), x.shape, layout)
     assert back.shape == x.shape
     assert mx.array_equal(back, x).item()
 
 
-def test_the_scale_of_muon():
+def test_muon_scale():
     assert f.muon_scale(64, 16, None) == 1
     assert f.muon_scale(64, 16, "spectral") == 2
     assert f.muon_scale(16, 64, "spectral") == 1
     assert f.muon_scale(16, 64, "rms") == pytest.approx(1.6)
 
 
-def test_gathered_weight_is_exact_where_a_difference_is_not():
-    # 1 - 0.999 in float32 is off by 5e-5 of itself.
+def test_bias_correction_is_exact_for_betas_near_one():
+    # In float32, 1 - 0.999 has a relative error of 5e-5.
     assert f.bias_correction(0.999, mx.array(1.0)).item() == pytest.approx(1e-3, rel=1e-6)
     assert f.bias_correction(0.0, mx.array(3.0)).item() == 1.0
 
@@ -245,17 +248,17 @@ def test_gathered_weight_is_exact_where_a_difference_is_not():
         (mx.ones((2, 2)), -1, "steps must be at least 1, got -1"),
     ],
 )
-def test_orthogonalizers_refuse_what_is_no_matrix(orthogonalize, x, steps, message):
+def test_orthogonalizers_refuse_invalid_arguments(orthogonalize, x, steps, message):
     with pytest.raises(ValueError, match=message):
         orthogonalize(x, steps)
 
 
-def test_products_need_a_float_dtype():
+def test_product_dtype_must_be_floating_point():
     with pytest.raises(ValueError, match=r"dtype must be a float's, got .*int32"):
         newton_schulz(mx.ones((2, 2)), dtype=mx.int32)
 
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-def test_what_is_no_array_is_refused(name):
+def test_orthogonalizers_refuse_numpy_arrays(name):
     with pytest.raises(ValueError, match="x must be an array of MLX, got ndarray"):
         ORTHOGONALIZERS[name][0](np.eye(3))

@@ -1,4 +1,4 @@
-"""Bad batches: the global norm, skipped steps, inside compiled steps."""
+"""Guards against bad batches: clipping by the global norm and skipped steps, eager and compiled."""
 
 import copy
 
@@ -14,7 +14,7 @@ from trajectories import parameter
 from mlx_maxfactor import OPTIMIZERS, GuardedOptimizer, MaxFactor, SignSGD, create_optimizer
 from mlx_maxfactor import functional as f
 
-MAKE = {
+BUILDERS = {
     **{name: lambda model, name=name: routed(model, name) for name in OPTIMIZERS},
     "maxfactor bare": lambda model: GuardedOptimizer(MaxFactor(momentum=0.9), max_grad_norm=1.0),
     "mlx AdamW": lambda model: GuardedOptimizer(mlx_optimizers.AdamW(1e-2), max_grad_norm=1.0),
@@ -51,11 +51,11 @@ def gradients_of(model, seed=0, poison=None):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", MAKE)
-def test_a_bad_step_leaves_everything_bit_for_bit(name, poison, compiled):
+@pytest.mark.parametrize("name", BUILDERS)
+def test_skipped_step_changes_nothing(name, poison, compiled):
     model = Table()
     model.set_dtype(mx.bfloat16)
-    optimizer = MAKE[name](model)
+    optimizer = BUILDERS[name](model)
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state]
     traces = []
@@ -81,7 +81,7 @@ def test_a_bad_step_leaves_everything_bit_for_bit(name, poison, compiled):
     assert not compiled or len(traces) == 1
 
 
-def test_a_bad_step_is_as_if_it_had_not_been():
+def test_run_with_skipped_steps_equals_run_without_bad_gradients():
     results = []
     for bad in (False, True):
         mx.random.seed(1)
@@ -98,14 +98,14 @@ def test_a_bad_step_is_as_if_it_had_not_been():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_the_global_norm_is_that_of_float32(dtype):
-    # mlx's clip_grad_norm gives 16 for a thousand ones in bf16, not 31.6.
+def test_global_norm_is_computed_in_float32(dtype):
+    # MLX's clip_grad_norm returns 16 for a thousand ones in bf16, instead of 31.6.
     peak, norm = f.scaled_global_norm([mx.ones(500, dtype), mx.ones((20, 25), dtype), mx.zeros(0)])
     assert (peak * norm).item() == pytest.approx(np.sqrt(1000), rel=1e-6)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_clipping_scales_to_the_limit_at_any_magnitude(magnitude):
+def test_clipping_scales_gradients_of_any_magnitude_to_the_limit(magnitude):
     g = {"a": mx.array(parameter((4, 3)) * np.float32(magnitude)), "b": mx.array(parameter((5,)))}
     optimizer = GuardedOptimizer(mlx_optimizers.SGD(1.0), max_grad_norm=0.5)
     moved = optimizer.apply_gradients(g, tree_map(mx.zeros_like, g))
@@ -115,7 +115,7 @@ def test_clipping_scales_to_the_limit_at_any_magnitude(magnitude):
     assert np.allclose(ours, exact, rtol=1e-5, atol=1e-12)
 
 
-def test_gradients_below_the_limit_and_zero_are_left_as_they_are():
+def test_gradients_below_the_limit_are_not_changed():
     g = {"a": mx.array(parameter((4,)))}
     optimizer = GuardedOptimizer(mlx_optimizers.SGD(1.0), max_grad_norm=100.0)
     assert mx.array_equal(optimizer.apply_gradients(g, {"a": mx.zeros(4)})["a"], -g["a"]).item()
@@ -123,8 +123,8 @@ def test_gradients_below_the_limit_and_zero_are_left_as_they_are():
     assert optimizer.apply_gradients(zero, zero)["a"].tolist() == [0.0] * 4
 
 
-def test_without_skipping_one_inf_does_not_spoil_the_rest():
-    # Clipped by a plain factor, the tree would become NaN and zeros.
+def test_infinite_element_without_skipping_leaves_the_others_finite():
+    # A plain factor would turn the gradients into NaN and zeros.
     optimizer = GuardedOptimizer(
         SignSGD(1.0, weight_decay=0.0), max_grad_norm=1.0, skip_nonfinite=False
     )
@@ -140,7 +140,7 @@ def test_huge_finite_gradients_are_not_skipped():
     assert mx.all(moved["w"] < 1).item()
 
 
-def test_the_count_is_part_of_the_state():
+def test_count_of_skipped_steps_is_part_of_the_state():
     optimizer = GuardedOptimizer(SignSGD())
     tree = {"a": mx.ones(2)}
     optimizer.apply_gradients({"a": mx.array([float("nan"), 1.0])}, tree)
@@ -149,7 +149,7 @@ def test_the_count_is_part_of_the_state():
     assert other.skipped.item() == 1
 
 
-def test_it_passes_on_rates_and_steps():
+def test_guard_passes_on_rates_and_steps():
     optimizer = GuardedOptimizer(MaxFactor(0.1))
     optimizer.learning_rate = 0.2
     assert optimizer.learning_rate.item() == pytest.approx(0.2)
@@ -167,7 +167,7 @@ def test_it_passes_on_rates_and_steps():
     ],
     ids=str,
 )
-def test_options_are_checked(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GuardedOptimizer(SignSGD(), **options)
     with pytest.raises(ValueError, match=message):
@@ -184,8 +184,8 @@ def test_options_are_checked(options, message):
     ],
     ids=["ours", "mlx", "mlx, many in one"],
 )
-def test_a_quiet_layer_moves_beside_a_loud_one(make, dtype):
-    """Clipped to norm 1, 2e-5 beside 1e3 becomes 1e-8: in fp16, nothing."""
+def test_layer_with_tiny_gradients_moves_after_clipping(make, dtype):
+    """Another layer with 1e3 makes the clip scale 2e-5 to 1e-8, which fp16 would round to 0."""
     optimizer = GuardedOptimizer(make(), max_grad_norm=1.0)
     p = {"loud": mx.ones(8, dtype), "quiet": mx.ones(8, dtype)}
     g = {"loud": mx.full(8, 1e3, dtype), "quiet": mx.full(8, 2e-5, dtype)}
@@ -198,7 +198,7 @@ def test_a_quiet_layer_moves_beside_a_loud_one(make, dtype):
     assert (new["quiet"] < 1).all().item()
 
 
-def test_the_guard_counts_both_parts_of_a_complex_gradient():
+def test_guard_handles_both_parts_of_a_complex_gradient():
     def step(gradient, **options):
         optimizer = GuardedOptimizer(mlx_optimizers.SGD(1.0), **options)
         p = {"z": mx.zeros(2, mx.complex64)}
@@ -212,7 +212,7 @@ def test_the_guard_counts_both_parts_of_a_complex_gradient():
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_run_of_bad_steps_ends_in_one_error(compiled):
+def test_too_many_skipped_steps_in_a_row_raise_one_error(compiled):
     model = Table()
     optimizer = create_optimizer(model, skip_nonfinite=True, max_skipped=3)
     state = [model.state, optimizer.state]
@@ -234,7 +234,7 @@ def test_a_run_of_bad_steps_ends_in_one_error(compiled):
     )
     with pytest.raises(FloatingPointError, match=message):
         _ = optimizer.skipped
-    if not compiled:  # where nobody looks, the loop itself does
+    if not compiled:  # the eager loop raises even if nobody reads `skipped`
         steps = (step(bad) for _ in range(4))
         with pytest.raises(FloatingPointError, match="in a row were skipped"):
             list(steps)
@@ -247,7 +247,7 @@ def test_a_run_of_bad_steps_ends_in_one_error(compiled):
 @pytest.mark.parametrize(
     "make", [lambda: mlx_optimizers.SGD(0.1), lambda: mlx_optimizers.Adam(0.1)]
 )
-def test_a_float32_gradient_changes_no_dtype(make, limit):
+def test_float32_gradient_changes_no_dtype(make, limit):
     optimizer = GuardedOptimizer(make(), max_grad_norm=limit)
     p = {"w": mx.ones(2, mx.bfloat16)}
     optimizer.init(p)
@@ -267,7 +267,7 @@ class Broken(mlx_optimizers.SGD):
         return super().apply_single(gradient, parameter, state)
 
 
-def test_whatever_fails_leaves_members_of_members_as_they_were(monkeypatch):
+def test_failed_update_restores_the_state_of_nested_members(monkeypatch):
     p = {"a": mx.ones((2, 2)), "b": mx.ones(2)}
     members = [mlx_optimizers.Adam(0.1), Broken(0.1)]
     for inner in (
@@ -285,7 +285,7 @@ def test_whatever_fails_leaves_members_of_members_as_they_were(monkeypatch):
         assert all(mx.array_equal(x, after[path]).item() for path, x in before.items())
 
 
-def test_a_state_without_counts_counts_from_zero():
+def test_count_starts_at_zero_if_the_state_has_none():
     optimizer = GuardedOptimizer(SignSGD(), max_skipped=2)
     p = {"b": mx.ones(2)}
     optimizer.apply_gradients({"b": mx.array([float("nan"), 1.0])}, p)
