@@ -87,10 +87,10 @@ def scaled_global_norm(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
 
     The norm of finite gradients may itself be beyond float32; the second number never is, unless
     an element is not finite. A complex number counts by both its parts. One array after the other,
-    so that a float32 copy of one is alive.
+    so that a float32 copy of one is alive; the last one first, as a backward pass makes them.
     """
     peaks, squares = [], []
-    for x in (part for array in arrays for part in _real_parts(array)):
+    for x in reversed([part for array in arrays for part in _real_parts(array)]):
         if x.size:
             # A transposed view, as of a Linear's gradient, is slow, and sums in another order.
             x = fusion_barrier(mx.depends(x, squares[-1]) if squares else x)
@@ -99,9 +99,9 @@ def scaled_global_norm(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
             squares.append(mx.sum(mx.square(scaled)))
     if not peaks:
         return mx.array(1.0), mx.array(0.0)
-    each = mx.stack(peaks)
+    each = mx.stack(peaks[::-1])
     peak = _divisor(mx.max(each))
-    return peak, mx.sqrt(mx.sum(mx.stack(squares) * mx.square(_divisor(each) / peak)))
+    return peak, mx.sqrt(mx.sum(mx.stack(squares[::-1]) * mx.square(_divisor(each) / peak)))
 
 
 def _real_parts(x: mx.array) -> list[mx.array]:
