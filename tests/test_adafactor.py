@@ -1,4 +1,4 @@
-"""Adafactor against its twin, and the two defects of the published port."""
+"""Adafactor: its twin, and the two defects of the published port."""
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ OPTIONS = [
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_follows_the_twin(options, shape, zero):
+def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(Adafactor(**options), reference.Adafactor(**options), shape, zero=zero)
 
 
@@ -30,17 +30,17 @@ def test_layouts_follow_the_twin(shape, layout):
     assert_follows(Adafactor(), reference.Adafactor(), shape, layout)
 
 
-def test_the_estimate_is_divided_by_the_mean_of_rows():
-    # The published port divides by their sum: V is m times too small, which its clip then hides.
+def test_second_moment_is_divided_by_the_mean_of_the_row_statistics():
+    # The published port divides by their sum, so V is m times too small; its clip hides this.
     g, p = {"w": mx.array(parameter((8, 5)))}, {"w": mx.zeros((8, 5))}
     step = Adafactor(1.0, clip_threshold=1e9).apply_gradients(g, p)["w"]
-    # At t = 1 the estimate's mean square is the gradient's: u has RMS near 1, not near √8.
+    # At t = 1, V and g² have the same mean, so u has an RMS near 1, not near √8.
     assert 0.8 < np.sqrt(np.mean(np.square(np.array(step)))) < 1.25
 
 
 @pytest.mark.parametrize("threshold", [0.25, 4.0])
-def test_the_clip_scales_to_its_threshold(threshold):
-    # The published port scales by 1 / (RMS · clip) where the paper has clip / RMS.
+def test_clip_scales_the_update_to_its_threshold(threshold):
+    # The published port scales by 1 / (RMS · clip), the paper by clip / RMS.
     optimizer, tree = Adafactor(1.0, clip_threshold=threshold), {"b": mx.zeros(6)}
     for scale in (1.0, 1e3, 1e3):
         before = tree["b"]
@@ -51,15 +51,15 @@ def test_the_clip_scales_to_its_threshold(threshold):
     assert rms == pytest.approx(exact, rel=0.2 if threshold > 1 else 1e-5)
 
 
-def test_its_learning_rate_is_its_learning_rate():
-    # mlx's ignores it unless relative_step=False.
+def test_given_learning_rate_is_used():
+    # MLX's Adafactor ignores it unless relative_step=False.
     g, p = {"b": mx.array([3.0, -2.0])}, {"b": mx.zeros(2)}
     for rate in (0.5, 0.25):
         assert Adafactor(rate).apply_gradients(g, p)["b"].tolist() == [-rate, rate]
 
 
-def test_statistics_still_move_late_in_a_bf16_run():
-    # mlx's computes 1 - t^-0.8 in the parameter's dtype: in bf16 it is 1 from step 2500 on.
+def test_statistics_still_change_late_in_a_bf16_run():
+    # MLX's Adafactor computes 1 - t^-0.8 in the parameter's dtype: in bf16, 1 from step 2500 on.
     optimizer, p = Adafactor(), {"w": mx.ones((4, 4), mx.bfloat16)}
     optimizer.init(p)
     optimizer.state["w"]["count"] = mx.array(5000, mx.uint32)
@@ -67,13 +67,15 @@ def test_statistics_still_move_late_in_a_bf16_run():
     assert np.allclose(np.array(optimizer.state["w"]["row"]), 5001**-0.8, rtol=1e-5)
 
 
-def test_a_layer_unfrozen_late_starts_at_its_own_beginning():
+def test_layer_unfrozen_late_uses_its_own_step_count():
     optimizer, tree = Adafactor(0.1, clip_threshold=1e9), {"a": mx.ones(2)}
     for _ in range(50):
         optimizer.apply_gradients(tree, tree)
     late = {"a": mx.ones(2), "b": mx.zeros(2)}
     moved = optimizer.apply_gradients({"a": mx.ones(2), "b": mx.ones(2)}, late)["b"]
-    assert np.allclose(np.array(moved), -0.1, rtol=1e-5)  # by the global count 4.8 times as far
+    assert np.allclose(
+        np.array(moved), -0.1, rtol=1e-5
+    )  # the global count would give 4.8 times this step
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,6 @@ def test_a_layer_unfrozen_late_starts_at_its_own_beginning():
     ],
     ids=str,
 )
-def test_options_are_checked_when_it_is_built(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Adafactor(**options)

@@ -1,4 +1,4 @@
-"""AdamW against its twin; low precision; layers unfrozen late."""
+"""AdamW: its twin, low precision, layers unfrozen late."""
 
 import mlx.core as mx
 import numpy as np
@@ -21,25 +21,25 @@ from mlx_maxfactor import AdamW
     ],
     ids=str,
 )
-def test_follows_the_twin(options, shape, zero):
+def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(AdamW(**options), reference.AdamW(**options), shape, zero=zero)
 
 
-def test_the_second_moment_of_a_bf16_parameter_decays():
-    # In bf16 0.999 rounds to 1: mlx's v only grows.
+def test_second_moment_of_a_bf16_parameter_decays():
+    # In bf16, 0.999 rounds to 1, so the v of MLX's AdamW only grows.
     optimizer, tree = AdamW(betas=(0.9, 0.999)), {"w": mx.ones((4,), mx.bfloat16)}
     for g in [1.0, *[0.0] * 20]:
         tree = optimizer.apply_gradients({"w": mx.full((4,), g, mx.bfloat16)}, tree)
     assert np.allclose(np.array(optimizer.state["w"]["v"]), 0.001 * 0.999**20, rtol=1e-5)
 
 
-def test_a_layer_unfrozen_late_is_corrected_for_its_own_age():
+def test_bias_correction_of_a_layer_unfrozen_late_uses_its_own_step_count():
     optimizer = AdamW(0.1, weight_decay=0.0)
     a, b = mx.zeros(2), mx.zeros(2)
     for _ in range(50):
         a = optimizer.apply_gradients({"a": mx.ones(2)}, {"a": a})["a"]
     moved = optimizer.apply_gradients({"a": mx.ones(2), "b": mx.ones(2)}, {"a": a, "b": b})["b"]
-    # Its first step is a full one; by the global count it would be 0.1 · (0.1 / √0.05).
+    # Its first step is a full step; with the global count it would be 0.1 · (0.1 / √0.05).
     assert np.allclose(np.array(moved), -0.1, rtol=1e-5)
 
 
@@ -55,6 +55,6 @@ def test_a_layer_unfrozen_late_is_corrected_for_its_own_age():
     ],
     ids=str,
 )
-def test_options_are_checked_when_it_is_built(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AdamW(**options)

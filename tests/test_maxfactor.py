@@ -1,4 +1,4 @@
-"""MaxFactor against its twin, its published defects, its options."""
+"""MaxFactor: its twin, the defects of the published versions, its options."""
 
 import mlx.core as mx
 import numpy as np
@@ -55,16 +55,16 @@ def test_layouts_follow_the_twin(shape, layout):
 # The published defects
 
 
-def test_a_vector_moves_against_its_gradient():
-    # 001 and 000 square the gradient in place before they use it: its sign is lost.
+def test_vector_moves_against_its_gradient():
+    # The hub and speech versions square the gradient in place before they use it: its sign is lost.
     g = np.array([1.0, -2.0, 0.5, -0.1], np.float32)
     optimizer = MaxFactor(weight_decay=0.0)
     moved = optimizer.apply_gradients({"b": mx.array(g)}, {"b": mx.zeros(4)})["b"]
     assert np.array_equal(np.sign(np.array(moved)), -np.sign(g))
 
 
-def test_a_vector_keeps_a_moving_average_of_squares():
-    # All three overwrite the state with the update.
+def test_vector_state_is_a_moving_average_of_squares():
+    # The published versions overwrite the state with the update.
     optimizer, tree = MaxFactor(gamma=0.9), {"b": mx.ones(2)}
     for g in (1.0, 2.0, 3.0):
         tree = optimizer.apply_gradients({"b": mx.full((2,), g)}, tree)
@@ -73,7 +73,7 @@ def test_a_vector_keeps_a_moving_average_of_squares():
 
 
 def test_every_parameter_of_a_tree_moves():
-    # 001 returns inside its loop over groups: the second never moves.
+    # The hub version returns inside its loop over groups, so the second group never moves.
     tree = {"a": {"w": mx.ones((3, 4))}, "b": [{"w": mx.ones((4, 3))}, {"b": mx.ones(5)}]}
     moved = MaxFactor().apply_gradients(tree, tree)
     for p in (moved["a"]["w"], moved["b"][0]["w"], moved["b"][1]["b"]):
@@ -91,7 +91,7 @@ def test_every_parameter_of_a_tree_moves():
     ],
     ids=str,
 )
-def test_a_matrix_costs_its_rows_and_columns(shape, layout, floats):
+def test_state_of_a_matrix_is_its_row_and_column_statistics(shape, layout, floats):
     # All three published versions keep a full second moment for every matrix, and never use it.
     state = {}
     MaxFactor().init_single(mx.zeros(shape), state, layout)
@@ -99,14 +99,14 @@ def test_a_matrix_costs_its_rows_and_columns(shape, layout, floats):
     assert all(x.dtype == mx.float32 for x in state.values())
 
 
-def test_momentum_costs_one_buffer_more():
+def test_momentum_adds_one_buffer():
     state = {}
     MaxFactor(momentum=0.9, nesterov=True, cautious=True).init_single(mx.zeros((48, 32)), state)
     assert sum(x.size for x in state.values()) == 80 + 48 * 32
 
 
-def test_the_clip_clips():
-    # 000 hands its threshold to a function that clips the .grad of an update, which has none.
+def test_clip_threshold_limits_the_update():
+    # The speech version clips the .grad of the update, which has none.
     g, p = {"w": mx.array(parameter((8, 8)))}, {"w": mx.zeros((8, 8))}
     options = {"max_norm": False, "weight_decay": 0.0, "eps": (1e-10, 1.0), "learning_rate": 1.0}
     free = MaxFactor(**options).apply_gradients(g, p)["w"]
@@ -116,21 +116,22 @@ def test_the_clip_clips():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e5, 1e14])
-def test_a_step_does_not_see_the_scale_of_the_gradient(scale):
-    # All three multiply R and C before they divide: from 1e10 on that is inf, and nothing moves.
+def test_step_does_not_depend_on_the_gradient_scale(scale):
+    # The published versions multiply R and C before they divide: from 1e10 on that is inf, so
+    # nothing moves.
     g, p = parameter((6, 5)), {"w": mx.zeros((6, 5))}
     plain, scaled = (
         MaxFactor().apply_gradients({"w": mx.array(g * np.float32(s))}, p)["w"]
         for s in (1.0, scale)
     )
-    # Scaling by a number that is no power of two rounds each gradient once.
+    # Scaling by a number that is not a power of two rounds each gradient once.
     assert np.allclose(np.array(scaled), np.array(plain), rtol=1e-5, atol=0)
 
 
-# What a user should know
+# Step size and options
 
 
-def test_a_matrix_that_starts_at_zero_needs_a_floor():
+def test_min_rms_enlarges_the_step_of_a_zero_matrix():
     g, zero = {"lora_b": mx.array(parameter((4, 6)))}, {"lora_b": mx.zeros((4, 6))}
     bare = MaxFactor().apply_gradients(g, zero)["lora_b"]
     floored = MaxFactor(min_rms=0.1).apply_gradients(g, zero)["lora_b"]
@@ -138,7 +139,7 @@ def test_a_matrix_that_starts_at_zero_needs_a_floor():
     assert mx.max(mx.abs(floored)).item() == pytest.approx(1e-3, rel=1e-5)
 
 
-def test_effective_learning_rate_is_what_the_next_update_moves():
+def test_effective_learning_rate_is_the_size_of_the_next_update():
     optimizer = MaxFactor(lambda step: 0.03 / (step + 1), weight_decay=0.0)
     tree = {"w": mx.array(parameter((6, 5))), "b": mx.zeros(5)}
     for g in hard_gradients((6, 5), steps=4):
@@ -146,7 +147,7 @@ def test_effective_learning_rate_is_what_the_next_update_moves():
         moved = optimizer.apply_gradients({"w": mx.array(g), "b": mx.ones(5)}, tree)
         for key in tree:
             step = mx.max(mx.abs(moved[key] - tree[key])).item()
-            # A difference of parameters of size 1: each is rounded to 6e-8, steps are 1e-2.
+            # A difference of parameters near 1, each rounded to 6e-8; steps are 1e-2.
             assert step == pytest.approx(rates[key], rel=2e-5)
         tree = moved
 
@@ -182,7 +183,7 @@ def test_effective_learning_rate_is_what_the_next_update_moves():
     ],
     ids=str,
 )
-def test_options_are_checked_when_it_is_built(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MaxFactor(**options)
 
@@ -194,7 +195,7 @@ def test_presets_have_the_published_options(name):
     assert set(twin) - set(ours) <= {"learning_rate", "step", "t"}
 
 
-def test_an_option_that_float32_cannot_hold_is_refused():
+def test_options_outside_the_float32_range_are_refused():
     for option in ({"d": 1e-46}, {"weight_decay": 1e300}, {"eps": (1e300, 1e-4)}):
         with pytest.raises(ValueError, match="must be in"):
             MaxFactor(**option)
@@ -203,13 +204,13 @@ def test_an_option_that_float32_cannot_hold_is_refused():
             MaxFactor(rate)
 
 
-def test_a_one_by_one_matrix_is_a_single_number():
+def test_one_by_one_matrix_is_treated_as_a_single_number():
     state = {}
     MaxFactor().init_single(mx.zeros((1, 1)), state)
     assert list(state) == ["v"]
 
 
-def test_an_unknown_preset_lists_the_known():
+def test_error_for_an_unknown_preset_lists_the_presets():
     with pytest.raises(ValueError, match="'early', 'hub', 'speech', got 'late'"):
         MaxFactor.preset("late")
     assert MaxFactor.preset("speech", weight_decay=0.5).weight_decay == 0.5

@@ -1,4 +1,4 @@
-"""Frequency-adaptive momentum against its twin, its closed forms, its state."""
+"""Frequency-adaptive momentum: its twin, closed forms, its state."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ VARIANTS = [
     ({}, {}),
     ({"bands": 1}, {}),
     ({"bands": 3}, {}),
-    ({"bands": 40}, {}),  # more than any of these spectra has bins
+    ({"bands": 40}, {}),  # more bands than any of these spectra has bins
     ({"blend": 0.8, "blend_steps": 20}, {}),
     ({}, {"cautious": True}),
     ({}, {"nesterov": True}),
@@ -41,12 +41,12 @@ VARIANTS = [
 
 
 def coloured_gradients(shape, steps=30, seed=8):
-    """White noise and its rows' and columns' means, other shares and another scale each step.
+    """White noise plus noise shared by rows and by columns; shares and scale change each step.
 
-    Not ``hard_gradients``: its magnitudes fall by up to 1e18 from a step to the next, and a
-    spectrum rounds each element by 1e-7 of its row. Where m is smaller than what that leaves, its
-    sign is a matter of rounding: 8 of 240 trajectories end 1e-3 elsewhere. Here the scale changes
-    100-fold at most, and with this seed no element that steps is below 6e-6 of its row's largest.
+    ``hard_gradients`` does not fit here. Its magnitudes fall by up to 1e18 from one step to the
+    next, and a spectrum rounds each element by 1e-7 of its row. The sign of a smaller m then
+    depends on rounding: 8 of 240 trajectories end 1e-3 apart. Here the scale changes at most
+    100-fold, and with this seed no element that moves is below 6e-6 of the largest in its row.
     """
     rng = np.random.default_rng(seed)
     gradients = []
@@ -60,13 +60,14 @@ def coloured_gradients(shape, steps=30, seed=8):
 
 @pytest.mark.parametrize(("shape", "layout"), ARRAYS, ids=str)
 @pytest.mark.parametrize(("fam", "options"), VARIANTS, ids=str)
-def test_it_follows_the_twin(fam, options, shape, layout):
+def test_optimizer_follows_the_twin(fam, options, shape, layout):
     twin = reference.MaxFactor(momentum=reference.FrequencyAdaptiveMomentum(**fam), **options)
     ours = MaxFactor(momentum=FrequencyAdaptiveMomentum(**fam), **options)
     start, gradients = parameter(shape), coloured_gradients(shape)
     exact = twin_trajectory(twin, start, gradients, layout)
     assert distance(trajectory(ours, start, gradients, layout), exact) < BOUND
-    # The step sees little but the sign of m: m itself as well, to a few roundings of its largest.
+    # The step hardly depends on more than the sign of m, so m is compared too: it may differ by a
+    # few roundings of its largest element.
     m = np.array(ours.state["p"]["m"], np.float64).ravel()
     assert np.max(np.abs(m - twin.m.ravel())) < 1e-6 * np.max(np.abs(twin.m))
     assert ("power" in ours.state["p"]) == (np.ndim(twin.h) > 0 and fam.get("bands") != 1)
@@ -85,7 +86,7 @@ def spectra(n, scale=1.0):
 
 @pytest.mark.parametrize("bands", [1, 3, 10, 40])
 @pytest.mark.parametrize("n", [5, 8, 16, 33])
-def test_formulas_are_the_twins(n, bands):
+def test_formulas_equal_their_twins(n, bands):
     fam = reference.FrequencyAdaptiveMomentum(alpha=0.8, beta=0.7, bands=bands)
     g, F = spectra(n)
     band, rfft, _ = fam.bins(n)
@@ -93,7 +94,7 @@ def test_formulas_are_the_twins(n, bands):
     assert shares.shape == (2, 1, bands)
     assert np.allclose(np.array(shares), fam.shares(g @ rfft, band), rtol=1e-5, atol=0)
     h = np.random.default_rng(0).uniform(0, 0.3, size=(2, 1, bands))
-    h[..., -1] = 0.0  # of 40 bands, damped by 0.9 at most
+    h[..., -1] = 0.0  # with 40 bands, the damping reaches its maximum of 0.9
     damp = f.band_damping(mx.array(h.astype(np.float32)))
     assert np.allclose(np.array(damp), fam.damping(h), rtol=0, atol=1e-6)
 
@@ -105,18 +106,18 @@ def test_formulas_are_the_twins(n, bands):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-20, 1e10, 1e15])
-def test_shares_do_not_see_the_scale(scale):
-    # Squares of these are no float32, and neither are those of a complex magnitude taken bare.
+def test_band_shares_do_not_depend_on_the_scale(scale):
+    # In float32, the squares of these gradients and of complex magnitudes over- or underflow.
     exact = f.band_shares(spectra(16)[1], 4)
     assert np.allclose(f.band_shares(spectra(16, scale)[1], 4), exact, rtol=1e-5, atol=0)
 
 
-def test_the_largest_gradient_has_shares():
-    # 1e15 is what gradients are clamped to; summed over this row it is 2e19, and no square at all.
+def test_band_shares_of_the_largest_gradient_are_finite():
+    # Gradients are clamped to 1e15. This row sums to 2e19, whose square overflows.
     assert np.allclose(f.band_shares(mx.fft.rfft(mx.full((5, 20000), 1e15)), 2), [[1, 0]])
 
 
-def test_zero_gradients_have_no_shares():
+def test_zero_gradients_give_zero_shares_and_momentum():
     assert np.array_equal(f.band_shares(mx.zeros((6, 5), mx.complex64), 3), np.zeros((1, 3)))
     tree = {"w": mx.ones((6, 8))}
     optimizer = MaxFactor(momentum=FrequencyAdaptiveMomentum())
@@ -127,7 +128,7 @@ def test_zero_gradients_have_no_shares():
 
 
 @pytest.mark.parametrize("n", [5, 8])
-def test_equal_bands_are_plain_momentum(n):
+def test_equally_damped_bands_equal_plain_momentum(n):
     g, F = spectra(n)
     m, flat = parameter((2, 6, n), seed=1), mx.ones((2, 1, 3))
     ours = f.band_momentum(F, mx.array(m), 0.9 * flat, 0.1 * flat)
@@ -135,8 +136,8 @@ def test_equal_bands_are_plain_momentum(n):
 
 
 @pytest.mark.parametrize(("shape", "layout"), ARRAYS, ids=str)
-def test_one_band_is_plain_momentum_bit_for_bit(shape, layout):
-    # With gradients of any magnitude.
+def test_one_band_equals_plain_momentum_bit_for_bit(shape, layout):
+    # The gradients have magnitudes from 1e-12 to 1e6.
     plain, fam = (
         trajectory(MaxFactor(momentum=m), parameter(shape), hard_gradients(shape), layout)
         for m in (0.9, FrequencyAdaptiveMomentum(bands=1))
@@ -149,8 +150,8 @@ def test_one_band_is_plain_momentum_bit_for_bit(shape, layout):
     ("bands", "k", "a"),  # of 21 bins: bin k lies in band k * bands // 21
     [(10, 19, 0.1), (10, 19, 0.4), (10, 12, 0.4), (4, 6, 0.2), (10, 19, 1e3), (21, 19, 0.01)],
 )
-def test_a_tone_is_damped_as_the_formula_says(n, bands, k, a):
-    # cos of bin 1, in band 0, and a times cos of bin k: shares 1 : a^2, the same at every step.
+def test_damping_of_a_tone_equals_the_closed_form(n, bands, k, a):
+    # A cosine at bin 1 (band 0) plus a times a cosine at bin k: shares 1 : a^2 at every step.
     alpha, T, b, share = 0.9, 25, k * bands // 21, a**2 / (1 + a**2)
     rows = np.array([[1.0], [-2.0], [0.5], [3.0], [1.0]])
     low, tone = (np.cos(2 * np.pi * i * np.arange(n) / n) for i in (1, k))
@@ -175,7 +176,7 @@ def flat(tree):
     return {path: np.array(a.astype(mx.float32)) for path, a in tree_flatten(tree)}
 
 
-def test_a_late_parameter_counts_its_own_updates():
+def test_late_parameter_counts_its_own_updates():
     optimizer, g = MaxFactor(momentum=FrequencyAdaptiveMomentum()), mx.array(parameter((6, 8)))
     for tree in ({"a": g}, {"a": g}, {"a": g, "b": g}):
         optimizer.apply_gradients(tree, tree)
@@ -203,7 +204,7 @@ def test_compiled_equals_eager():
 
 @pytest.mark.parametrize("state_dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_dtypes_of_parameters_and_state(dtype, state_dtype):
+def test_parameters_and_state_keep_their_dtypes(dtype, state_dtype):
     optimizer = MaxFactor(momentum=FrequencyAdaptiveMomentum(), state_dtype=state_dtype)
     tree = {"w": mx.array(parameter((6, 8))).astype(dtype), "c": mx.ones((2, 8), dtype)}
     moved = optimizer.apply_gradients(tree, tree)
@@ -227,13 +228,13 @@ def test_dtypes_of_parameters_and_state(dtype, state_dtype):
     ],
     ids=str,
 )
-def test_options_are_checked_when_it_is_built(options, message):
+def test_invalid_options_are_refused(options, message):
     kind = MaxFactor if "momentum" in options else FrequencyAdaptiveMomentum
     with pytest.raises(ValueError, match=message):
         kind(**options)
 
 
-def test_a_resumed_run_is_bit_identical(tmp_path):
+def test_resumed_run_is_bit_identical(tmp_path):
     points = []
     for resume in (False, True):
         model, optimizer, step = build(
@@ -253,7 +254,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"bands": 4}, {"beta": 0.99}, {"alpha": 0.5}], ids=str)
-def test_a_file_of_another_momentum_is_refused(other, tmp_path):
+def test_checkpoint_with_another_momentum_is_refused(other, tmp_path):
     model = Table()
     optimizer = create_optimizer(model, "maxfactor", momentum=FrequencyAdaptiveMomentum(bands=10))
     save_checkpoint(tmp_path / "run", model, optimizer)
@@ -263,8 +264,8 @@ def test_a_file_of_another_momentum_is_refused(other, tmp_path):
 
 
 @pytest.mark.parametrize("cautious", [False, True])
-def test_cautious_steps_leave_inputs_without_gradient(cautious):
-    # The filter spreads along the axis, and a step by the sign would move them like the others.
+def test_cautious_steps_do_not_move_inputs_without_gradient(cautious):
+    # The filter spreads along the axis, and a sign step would move these inputs like the others.
     fam = FrequencyAdaptiveMomentum()
     optimizer = MaxFactor(momentum=fam, cautious=cautious, weight_decay=0.0)
     start = {"w": mx.array(parameter((16, 32)))}
@@ -277,7 +278,7 @@ def test_cautious_steps_leave_inputs_without_gradient(cautious):
     assert any(moved[:4]) is not cautious
 
 
-def test_numbers_of_any_kind_are_kept_as_floats():
+def test_numbers_of_any_type_are_stored_as_floats():
     assert type(MaxFactor(momentum=np.float32(0.5)).momentum) is float
     assert FrequencyAdaptiveMomentum(alpha=0, blend=1) == FrequencyAdaptiveMomentum(alpha=0.0)
     assert str(FrequencyAdaptiveMomentum(blend=1)) == str(FrequencyAdaptiveMomentum())

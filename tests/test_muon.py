@@ -1,4 +1,4 @@
-"""Muon against its twin, and what mlx's own gets wrong."""
+"""Muon: its twin, and what MLX's Muon gets wrong."""
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ OPTIONS = [
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", [(32, 17), (17, 32), (3, 4, 5), (1, 7)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_follows_the_twin(options, shape, zero):
+def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(Muon(**options), reference.Muon(**options), shape, zero=zero)
 
 
@@ -33,25 +33,25 @@ def test_layouts_follow_the_twin(shape, scale, layout):
     assert_follows(Muon(scale=scale), reference.Muon(scale=scale), shape, layout)
 
 
-def test_a_convolution_is_scaled_as_the_matrix_it_is():
-    # mlx's takes its scale from the kernel axes, not from the matrix that it orthogonalized.
+def test_convolution_is_scaled_as_a_matrix():
+    # MLX's Muon takes the scale from the kernel axes, not from the orthogonalized matrix.
     p, g = mx.zeros((64, 3, 3, 4)), mx.array(parameter((64, 3, 3, 4)))
     optimizer = Muon(1.0, scale="spectral", layout="conv", method="polar_express", steps=8)
     moved = optimizer.apply_gradients({"w": g}, {"w": p})["w"]
     spectral_norm = np.linalg.norm(np.array(moved).reshape(64, 36), ord=2)
-    # Eight steps reach 1 to float32 rounding of a 36 × 36 Gram matrix.
+    # Eight steps reach 1 within the float32 rounding of a 36 × 36 Gram matrix.
     assert spectral_norm == pytest.approx(np.sqrt(64 / 36), rel=1e-4)
 
 
-def test_decay_is_not_orthogonalized_away():
-    # mlx's adds decay to the gradient, whose magnitude orthogonalization then discards.
+def test_weight_decay_is_not_orthogonalized():
+    # MLX's Muon adds decay to the gradient, and orthogonalization discards its magnitude.
     zero, p = mx.zeros((4, 3)), mx.full((4, 3), 2.0)
     moved = Muon(0.1, weight_decay=0.5).apply_gradients({"w": zero}, {"w": p})["w"]
     assert np.allclose(np.array(moved), 2.0 * (1 - 0.1 * 0.5))
 
 
-def test_each_expert_is_orthogonalized_by_itself():
-    # mlx's flattens (E, m, n) into one matrix.
+def test_each_expert_is_orthogonalized_separately():
+    # MLX's Muon flattens (E, m, n) into one matrix.
     g = parameter((3, 8, 5)) * np.array([1e-3, 1.0, 1e3], np.float32)[:, None, None]
     optimizer = Muon(1.0, method="polar_express", steps=8, layout="experts")
     moved = optimizer.apply_gradients({"w": mx.array(g)}, {"w": mx.zeros((3, 8, 5))})["w"]
@@ -60,17 +60,17 @@ def test_each_expert_is_orthogonalized_by_itself():
 
 
 @pytest.mark.parametrize("magnitude", [6e4, 1e-7])
-def test_fp16_gradients_neither_overflow_nor_underflow(magnitude):
-    # mlx's norm is fp16: large gradients give no update, tiny ones NaN.
+def test_fp16_gradients_do_not_overflow_or_underflow(magnitude):
+    # MLX's Muon computes the norm in fp16: large gradients give no update, tiny ones NaN.
     g = mx.full((16, 16), magnitude, mx.float16)
     moved = Muon(1.0).apply_gradients({"w": g}, {"w": mx.zeros((16, 16), mx.float16)})["w"]
     assert mx.all(mx.isfinite(moved)).item()
     assert np.linalg.norm(np.array(moved.astype(mx.float32)), ord=2) > 0.5
 
 
-def test_lora_is_scaled_as_the_matrix_it_stands_for():
-    # LoRALinear stores A as (in, r): mlx's takes rows for columns.
-    a = mx.array(parameter((64, 4)))  # as the (4, 64) matrix that it is, √max(1, 4/64) = 1
+def test_transposed_lora_matrix_is_scaled_by_its_true_shape():
+    # LoRALinear stores A as (in, r), so MLX's Muon confuses rows and columns.
+    a = mx.array(parameter((64, 4)))  # A is a (4, 64) matrix: its scale is √max(1, 4/64) = 1
     optimizer = Muon(1.0, scale="spectral", method="polar_express", steps=8)
     optimizer.layouts["lora_a"] = "transposed"
     moved = optimizer.apply_gradients({"lora_a": a}, {"lora_a": mx.zeros((64, 4))})["lora_a"]
@@ -79,17 +79,17 @@ def test_lora_is_scaled_as_the_matrix_it_stands_for():
 
 @pytest.mark.parametrize("shape", [(), (7,)], ids=str)
 def test_vectors_are_refused(shape):
-    # mlx's falls to plain SGD without a word.
+    # MLX's Muon silently uses plain SGD for vectors.
     with pytest.raises(ValueError, match=r"cannot take shape .*; route it"):
         Muon().init_single(mx.zeros(shape), {})
 
 
-def test_everything_refused_is_named_at_once():
+def test_one_error_names_all_refused_parameters():
     optimizer = Muon()
     tree = {"w": mx.zeros((3, 3)), "norm": {"weight": mx.zeros(3)}, "b": mx.zeros(2)}
     with pytest.raises(ValueError, match=r"norm.weight: (.|\n)*b: "):
         optimizer.init(tree)
-    assert set(optimizer.state) == {"step", "learning_rate"}, "a refused tree leaves no state"
+    assert set(optimizer.state) == {"step", "learning_rate"}, "the refused tree left a state"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,6 @@ def test_everything_refused_is_named_at_once():
     ],
     ids=str,
 )
-def test_options_are_checked_when_it_is_built(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Muon(**options)

@@ -1,4 +1,4 @@
-"""SignSGD against its twin, and rows without gradient."""
+"""SignSGD: its twin, and rows without gradient."""
 
 import mlx.core as mx
 import numpy as np
@@ -16,17 +16,17 @@ from mlx_maxfactor import SignSGD
     [{}, {"sparse_rows": True}, {"learning_rate": lambda step: 0.05 / (step + 1)}],
     ids=str,
 )
-def test_follows_the_twin(options, shape, zero):
+def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(SignSGD(**options), reference.SignSGD(**options), shape, zero=zero)
 
 
-def test_the_documented_step():
+def test_step_equals_the_documented_example():
     p, g = mx.array([[1.0, 2.0]]), mx.array([[0.5, -3.0]])
     moved = SignSGD(0.1, weight_decay=0.01).apply_gradients({"w": g}, {"w": p})["w"]
     assert np.allclose(np.array(moved), [[0.899, 2.098]], atol=1e-6)
 
 
-def test_a_row_without_gradient_stays_bit_for_bit():
+def test_sparse_rows_leaves_rows_without_gradient_unchanged():
     p = mx.array([[1.1, 2.2], [3.3, 4.4]])
     g = mx.array([[0.0, 0.0], [0.0, 1e-30]])
     sparse = SignSGD(sparse_rows=True).apply_gradients({"w": g}, {"w": p})["w"]
@@ -36,7 +36,7 @@ def test_a_row_without_gradient_stays_bit_for_bit():
     assert dense[0].tolist() != p[0].tolist()
 
 
-def test_it_keeps_no_state():
+def test_optimizer_keeps_no_state():
     state = {}
     SignSGD().init_single(mx.zeros((3, 4)), state)
     assert state == {}
@@ -51,6 +51,6 @@ def test_it_keeps_no_state():
     ],
     ids=str,
 )
-def test_options_are_checked_when_it_is_built(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SignSGD(**options)
