@@ -1,4 +1,4 @@
-"""Accumulation is exact for unequal micro-batches."""
+"""Gradient accumulation is exact for unequal micro-batches."""
 
 import re
 
@@ -40,13 +40,13 @@ def test_unequal_micro_batches_give_the_gradient_of_the_whole_batch():
     plain = dict(tree_flatten(tree_map(lambda g: g / 3, plain)))
     errors = []
     for path, g in tree_flatten(whole):
-        # Sums of float32 in another order, on gradients of up to 1.
+        # float32 sums in another order; gradients are at most 1.
         assert np.allclose(np.array(averaged[path]), np.array(g), atol=1e-6), path
         errors.append(np.abs(np.array(plain[path] - g)).max())
-    assert max(errors) > 1e-2, "the plain mean would have done: the test cannot fail"
+    assert max(errors) > 1e-2, "the plain mean is right too: the test cannot fail"
 
 
-def test_the_sum_is_float32_and_nothing_gives_zero():
+def test_sum_is_float32_and_zero_weight_gives_zero():
     half = {"w": mx.full((2,), 1.0, mx.float16)}
     total = None
     for _ in range(5000):
@@ -57,7 +57,7 @@ def test_the_sum_is_float32_and_nothing_gives_zero():
     assert averaged_gradients(empty)["w"].tolist() == [0.0, 0.0]
 
 
-def test_a_micro_batch_of_no_tokens_adds_nothing_and_a_nan_with_weight_stays():
+def test_nan_is_dropped_with_zero_weight_and_kept_otherwise():
     nan = {"b": mx.array([float("nan"), 1.0])}
     total = accumulate_gradients({"b": mx.array([1.0, 2.0])}, 3)
     assert averaged_gradients(accumulate_gradients(nan, 0, total))["b"].tolist() == [1.0, 2.0]
@@ -66,7 +66,7 @@ def test_a_micro_batch_of_no_tokens_adds_nothing_and_a_nan_with_weight_stays():
     assert mx.isnan(spoiled).tolist() == [True, False]
 
 
-def test_micro_batches_may_have_different_leaves():
+def test_micro_batches_can_have_different_parameters():
     one, two = mx.array([1.0]), mx.array([2.0])
     both = {"a": one, "l": [{"w": one}, {"w": one}]}
     less = {"a": two, "l": [{"w": two}]}
@@ -81,7 +81,7 @@ def test_micro_batches_may_have_different_leaves():
         assert mean["c"]["d"].item() == pytest.approx(2 / 3)
 
 
-def test_what_is_no_weight_is_refused():
+def test_invalid_weights_and_totals_are_refused():
     g = {"b": mx.ones(2)}
     for weight, message in (
         (-1, "weight must be in [0, inf), got -1"),

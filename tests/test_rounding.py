@@ -1,4 +1,4 @@
-"""Stochastic rounding: unbiased, between neighbours, seeded; momentum in bf16."""
+"""Stochastic rounding is unbiased, returns a neighbour and is seeded; momentum in bf16."""
 
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ DTYPES = [mx.bfloat16, mx.float16]
 
 
 def neighbours(x, dtype):
-    """The two values of the dtype around each float32, from rounding towards either side."""
+    """The nearest value of the dtype to each float32, and the spacing of values there."""
     near = np.array(mx.array(x).astype(dtype).astype(mx.float32))
     spacing = {
         mx.bfloat16: np.float32(2.0) ** (np.floor(np.log2(np.abs(x))) - 7),
@@ -27,7 +27,7 @@ def neighbours(x, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-7, 3e-5, 1e-3, 1.0, 777.0, 1e4])
-def test_it_rounds_to_a_neighbour_and_is_unbiased(scale, dtype):
+def test_stochastic_rounding_is_unbiased_and_returns_a_neighbour(scale, dtype):
     x = (parameter((64,)) * scale).astype(np.float32)
     x = x[np.abs(x) > 2.0**-22]
     near, spacing = neighbours(x, dtype)
@@ -38,12 +38,12 @@ def test_it_rounds_to_a_neighbour_and_is_unbiased(scale, dtype):
     values = np.array(rounded.astype(mx.float32)).astype(np.float64)
     assert np.all(np.abs(values - x) <= spacing)
     assert np.all(np.abs(values - near) <= spacing)
-    # The mean of n draws, each off by at most one spacing: 6 standard errors of at most half.
+    # A draw has a standard deviation of at most half a spacing; allow 6 standard errors.
     assert np.all(np.abs(values.mean(axis=0) - x) <= 6 * 0.5 * spacing / np.sqrt(draws))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_the_dtype_holds_stays_and_what_it_does_not_is_as_nearest(dtype):
+def test_exact_values_are_kept_and_overflow_rounds_to_nearest(dtype):
     held = mx.array([0.0, -0.0, 1.0, -2.5, 65504.0 if dtype == mx.float16 else 3.3895e38, 2.0**-14])
     held = held.astype(dtype).astype(mx.float32)
     assert f.stochastic_round(held, dtype, mx.random.key(0)).astype(mx.float32).tolist() == (
@@ -58,11 +58,12 @@ def test_what_the_dtype_holds_stays_and_what_it_does_not_is_as_nearest(dtype):
 @pytest.mark.filterwarnings("ignore:learning_rate 2e-05 is small")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_small_updates_count_on_average(name, dtype):
-    # To nearest they vanish: 1 - 1e-4 is 1 in bf16 and in fp16.
+def test_small_updates_are_right_on_average(name, dtype):
+    # With rounding to nearest they vanish: 1 - 1e-4 is 1 in bf16 and in fp16.
     p = {"w": mx.ones((64, 64), dtype)}
     g = {"w": mx.ones((64, 64), dtype)}
-    rate = 2e-5 * (8 if name == "muon" else 1)  # Muon's step of a rank-one 64 × 64 is 1/64 each
+    # Muon moves each element of a rank-one 64 × 64 matrix by 1/64 of its rate.
+    rate = 2e-5 * (8 if name == "muon" else 1)
     options = {"learning_rate": rate, "weight_decay": 0.0}
     exact = OPTIMIZERS[name].kind(**options)
     reference, nearest, stochastic = {"w": mx.ones((64, 64))}, p, p
@@ -78,13 +79,13 @@ def test_small_updates_count_on_average(name, dtype):
     moved = 1 - mx.mean(stochastic["w"].astype(mx.float32)).item()
     assert ideal > 0
     assert mx.all(nearest["w"] == 1).item()
-    # 4096 elements, each a sum of draws of one spacing (2^-9 below 1 in bf16).
+    # The mean over 4096 elements, each a sum of draws of one spacing (2^-9 below 1 in bf16).
     spread = np.sqrt(ideal * 2.0**-8 / 4096)
     assert abs(moved - ideal) < 6 * spread
 
 
-def test_weight_decay_of_bf16_is_no_no_op():
-    # mlx's AdamW rounds 1 - ηλ to 1.
+def test_weight_decay_changes_bf16_weights():
+    # MLX's AdamW rounds 1 - ηλ to 1.
     zero, p = {"w": mx.zeros((64, 64), mx.bfloat16)}, {"w": mx.ones((64, 64), mx.bfloat16)}
     optimizer = AdamW(1e-3, weight_decay=0.1, rounding="stochastic")
     for _ in range(300):
@@ -93,7 +94,7 @@ def test_weight_decay_of_bf16_is_no_no_op():
     assert mean == pytest.approx(0.9999**300, abs=6 * np.sqrt(0.03 * 2.0**-8 / 4096))
 
 
-def run(seed, compiled=False, steps=20):
+def train(seed, compiled=False, steps=20):
     model = Table()
     model.set_dtype(mx.bfloat16)
     model.apply(lambda p: mx.ones_like(p))
@@ -103,28 +104,28 @@ def run(seed, compiled=False, steps=20):
     def step():
         optimizer.update(model, {"linear1": {"weight": mx.ones((128, 64), mx.bfloat16)}})
 
-    go = mx.compile(step, inputs=state, outputs=state) if compiled else step
+    run_step = mx.compile(step, inputs=state, outputs=state) if compiled else step
     points = []
     for _ in range(steps):
-        go()
+        run_step()
         points.append(np.array(model.linear1.weight.astype(mx.float32)))
     return np.stack(points)
 
 
-def test_it_is_seeded_and_reproducible():
-    assert np.array_equal(run(1), run(1))
-    assert not np.array_equal(run(1), run(2))
-    assert np.array_equal(run(1), run(1, compiled=True))
+def test_rounding_is_reproducible_with_a_seed():
+    assert np.array_equal(train(1), train(1))
+    assert not np.array_equal(train(1), train(2))
+    assert np.array_equal(train(1), train(1, compiled=True))
 
 
-def test_every_compiled_step_draws_anew():
-    # Randomness that mx.compile does not capture repeats at every call.
-    points = run(1, compiled=True)
+def test_every_compiled_step_draws_new_numbers():
+    # If mx.compile does not capture the random state, every call draws the same numbers.
+    points = train(1, compiled=True)
     steps = np.diff(points, axis=0) != 0
     assert not any(np.array_equal(a, b) for a, b in pairwise(steps) if a.any())
 
 
-def test_no_two_parameters_share_a_key():
+def test_every_parameter_has_its_own_random_key():
     model = Table()
     optimizer = create_optimizer(model, rounding="stochastic")
     keys = [tuple(a.tolist()) for path, a in tree_flatten(optimizer.state) if path.endswith("key")]
@@ -138,7 +139,7 @@ def test_float32_parameters_are_not_rounded():
 
 
 @pytest.mark.parametrize("make", [lambda **k: MaxFactor(momentum=0.9, **k), Muon, AdamW])
-def test_momentum_in_bf16_halves_its_bytes_and_tracks_float32(make):
+def test_bf16_momentum_takes_half_the_bytes_and_stays_close_to_float32(make):
     options = {"state_dtype": mx.bfloat16}
     half, full = make(**options), make()
     a = b = {"w": mx.array(parameter((16, 16)))}
@@ -151,11 +152,11 @@ def test_momentum_in_bf16_halves_its_bytes_and_tracks_float32(make):
         assert key == "m" or array.dtype in (mx.float32, mx.uint32)
     start = parameter((16, 16))
     moved, difference = np.array(b["w"]) - start, np.array(a["w"] - b["w"])
-    # m is off by 2^-9 of itself; a step that is a sign differs only where m is that near 0.
+    # m has a relative error of 2^-9; a sign step differs only where m is that close to 0.
     assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(moved)
 
 
-def test_momentum_in_bf16_is_rounded_once_a_step():
+def test_bf16_momentum_is_rounded_once_per_step():
     optimizer, tree = Muon(momentum=0.9, state_dtype=mx.bfloat16), {"w": mx.zeros((16, 16))}
     first, second = mx.array(parameter((16, 16))), mx.array(parameter((16, 16), 1))
     for g in (first, second):
@@ -173,6 +174,6 @@ def test_momentum_in_bf16_is_rounded_once_a_step():
         (lambda: create_optimizer(Table(), rounding="up"), "rounding must be one of"),
     ],
 )
-def test_options_are_checked(make, message):
+def test_invalid_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

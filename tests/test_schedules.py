@@ -1,4 +1,4 @@
-"""Schedules against their twins, at their corners, and in an optimizer."""
+"""Schedules: their twins, edge cases, and use in an optimizer."""
 
 import mlx.core as mx
 import numpy as np
@@ -28,12 +28,12 @@ def test_adaptive_schedule_equals_its_twin(warmup):
         assert schedule(step).item() == pytest.approx(exact, rel=1e-5)
 
 
-def test_the_documented_values():
+def test_warmup_cosine_has_the_documented_values():
     values = [warmup_cosine(1e-4, 10_000)(s).item() for s in (0, 1000, 2000, 6000, 10_000, 20_000)]
     assert np.allclose(values, [0, 5e-5, 1e-4, 5.5e-5, 1e-5, 1e-5], rtol=1e-5, atol=0)
 
 
-def test_an_optimizer_makes_its_first_update_at_step_zero():
+def test_first_update_uses_the_rate_of_step_zero():
     tree = {"b": mx.array([0.0])}
     wasted = SignSGD(warmup_cosine(1.0, 100, 10), weight_decay=0.0)
     used = SignSGD(warmup_cosine(1.0, 100, 10, start_ratio=0.1), weight_decay=0.0)
@@ -41,14 +41,14 @@ def test_an_optimizer_makes_its_first_update_at_step_zero():
     assert used.apply_gradients({"b": mx.array([1.0])}, tree)["b"].item() == pytest.approx(-0.1)
 
 
-def test_the_peak_comes_once():
-    # mlx_lm's build_schedule makes its first update at rate 0 and its peak twice.
+def test_peak_is_reached_exactly_once():
+    # mlx_lm's build_schedule makes the first update at rate 0 and reaches its peak twice.
     rates = [warmup_cosine(1.0, 1000, 100, start_ratio=0.01)(s).item() for s in range(200)]
     assert min(rates) > 0
     assert sum(rate == 1.0 for rate in rates) == 1
 
 
-def test_a_scaled_schedule_knows_its_peak_and_prints_as_what_made_it():
+def test_scaled_schedule_has_a_peak_and_a_repr():
     half = scaled(warmup_cosine(0.02, 100, 10), 0.5)
     assert half.peak == 0.01
     assert half(10).item() == pytest.approx(0.01)
@@ -57,7 +57,7 @@ def test_a_scaled_schedule_knows_its_peak_and_prints_as_what_made_it():
 
 
 @pytest.mark.parametrize("schedule", [warmup_cosine(1e-2, 20, 5), adaptive_schedule(1e-2, 5)])
-def test_a_compiled_step_follows_the_schedule(schedule):
+def test_compiled_step_follows_the_schedule(schedule):
     optimizer, tree = SignSGD(schedule, weight_decay=0.0), {"b": mx.zeros(1)}
     optimizer.init(tree)
     step = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
@@ -80,6 +80,6 @@ def test_a_compiled_step_follows_the_schedule(schedule):
         (lambda: adaptive_schedule(1.0, 1, 2.0), "decay_factor must be in"),
     ],
 )
-def test_arguments_are_checked(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
