@@ -1,4 +1,4 @@
-"""Whatever is finite stays finite: shapes, dtypes, gradients and options found by hypothesis."""
+"""Finite inputs stay finite: hypothesis picks shapes, dtypes, gradients and options."""
 
 import mlx.core as mx
 import numpy as np
@@ -81,7 +81,7 @@ def test_finite_gradients_keep_parameters_and_state_finite(case):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(), st.sampled_from([float("inf"), -float("inf"), float("nan")]), st.integers(0))
-def test_what_is_not_finite_is_skipped_bit_for_bit(case, poison, where):
+def test_step_with_nonfinite_gradients_changes_nothing(case, poison, position):
     name, options, dtype, p, gradients, layout = case
     if p.size == 0:
         return
@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_skipped_bit_for_bit(case, poison, where):
         tree = optimizer.apply_gradients({"p": cast(g, dtype)}, tree)
         before = dict(tree_flatten({"tree": tree, "state": member.state}))
         bad = np.array(g)
-        bad.reshape(-1)[where % bad.size] = poison
+        bad.reshape(-1)[position % bad.size] = poison
         tree = optimizer.apply_gradients({"p": cast(bad, dtype)}, tree)
         for path, array in tree_flatten({"tree": tree, "state": member.state}):
             assert mx.array_equal(array, before[path]).item(), path

@@ -1,4 +1,4 @@
-"""Momentum in few bits: nearest levels, groups of 64, no ghosts, no leaps; small, and resumed."""
+"""Momentum in 4 and 8 bits: levels, groups, momentum that fades, bounded steps, size, resuming."""
 
 import mlx.core as mx
 import numpy as np
@@ -29,12 +29,12 @@ KINDS = [
 ]
 
 
-def coded(x, bits, decay=0.0):
+def round_trip(x, bits, decay=0.0):
     codes, scale = f.quantize(mx.array(x), bits, decay)
     return np.array(f.dequantize(codes, scale, x.shape)), np.array(scale.astype(mx.float32))
 
 
-def test_the_levels_are_the_best_for_a_unit_normal():
+def test_levels_are_the_lloyd_max_levels_of_a_unit_normal():
     level, error = reference.lloyd_max(15)
     assert np.allclose(level, f.LEVELS, atol=6e-5)  # four decimals
     assert error == pytest.approx(0.0107, abs=5e-5)
@@ -44,7 +44,7 @@ def test_the_levels_are_the_best_for_a_unit_normal():
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (64,), (65,), (40, 33), (3, 5, 60)], ids=str)
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
-def test_it_takes_the_level_of_the_twin(shape, size, bits, decay):
+def test_quantization_equals_its_twin(shape, size, bits, decay):
     x = np.asarray(parameter(shape) * np.float32(size))
     codes, scale = f.quantize(mx.array(x), bits, decay)
     groups = -(-x.size // 64)
@@ -53,39 +53,39 @@ def test_it_takes_the_level_of_the_twin(shape, size, bits, decay):
         8: (mx.int8, (groups, 64)),
     }[bits]
     assert (scale.dtype, scale.shape) == (mx.bfloat16, (groups,))
-    back, scales = coded(x, bits, decay)
+    back, scales = round_trip(x, bits, decay)
     exact = reference.quantized(x, bits, decay, scales)
-    # The value of a code is rounded to float32 a few times.
+    # Decoding rounds to float32 a few times.
     assert np.allclose(back, exact, rtol=1e-6, atol=0)
     flat = np.pad(np.float64(x).reshape(-1), (0, -x.size % 64)).reshape(-1, 64)
     measured = np.sqrt(np.mean(flat**2, axis=1)) if bits == 4 else np.max(np.abs(flat), axis=1)
     assert np.allclose(scales, measured, rtol=2**-8)  # bf16 has 8 bits
 
 
-def test_the_error_is_that_of_the_levels():
+def test_quantization_error_of_a_normal_is_as_expected():
     x = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
-    errors = [np.mean((coded(x, bits)[0] - x) ** 2) for bits in BITS]
-    # The RMS of 64 elements is not the normal's own; 8 bits leave a few parts in 1e5.
+    errors = [np.mean((round_trip(x, bits)[0] - x) ** 2) for bits in BITS]
+    # The RMS of 64 elements differs from that of the normal; the error with 8 bits is a few 1e-5.
     assert errors[0] == pytest.approx(0.0107, rel=0.1)
     assert errors[1] < 1e-4
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_halfway_is_away_from_zero(bits):
+def test_halfway_values_round_away_from_zero(bits):
     x = np.zeros(64, np.float32)
     low, high = f.LEVELS[1:3] if bits == 4 else np.array([3, 4]) ** 2 / 127**2
     x[0] = (low + high) / 2 if bits == 4 else 3.5**2 / 127**2
     x[1] = np.sqrt(64 - x[0] ** 2) if bits == 4 else 1.0  # the scale is 1
     for sign in (1, -1):
-        assert coded(sign * x, bits)[0][0] == pytest.approx(sign * high, rel=1e-5)
+        assert round_trip(sign * x, bits)[0][0] == pytest.approx(sign * high, rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_zeros_stay_zero_between_others(bits):
+def test_zeros_stay_zero_next_to_other_values(bits):
     x = parameter((8, 64))
     x[:, 5] = 0
     x[3] = 0
-    back, _ = coded(x, bits)
+    back, _ = round_trip(x, bits)
     assert not back[:, 5].any()
     assert not back[3].any()
     assert back.any()
@@ -93,23 +93,25 @@ def test_zeros_stay_zero_between_others(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("decay", DECAYS[1:])
-def test_what_gets_no_gradient_any_more_is_forgotten(decay, bits):
-    # To nearest alone, 0.8 times the second level comes back to the second level, for ever.
+def test_momentum_without_gradients_falls_to_zero(decay, bits):
+    # With rounding to nearest alone, 0.8 times the second level is rounded back to it forever.
     rng, moment = np.random.default_rng(0), parameter((16, 64)) * 3
     dead = np.arange(64) % 3 == 0
     for _ in range(10):
-        moment = coded(decay * moment + (1 - decay) * rng.normal(size=moment.shape), bits, decay)[0]
+        moment = round_trip(
+            decay * moment + (1 - decay) * rng.normal(size=moment.shape), bits, decay
+        )[0]
     assert np.abs(moment[:, dead]).max() > 0
     for _ in range(300):
         g = np.where(dead, 0.0, rng.normal(size=moment.shape))
-        moment = coded(np.float32(decay * moment + (1 - decay) * g), bits, decay)[0]
+        moment = round_trip(np.float32(decay * moment + (1 - decay) * g), bits, decay)[0]
     assert not moment[:, dead].any()
     assert moment[:, ~dead].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("state_dtype", ["int4", "int8"])
-def test_a_column_that_dies_stays_finite_and_the_others_go_on(kind, state_dtype):
+def test_column_without_gradient_slows_down_and_stays_finite(kind, state_dtype):
     optimizer = kind(state_dtype=state_dtype, weight_decay=0.0)
     tree = {"w": mx.array(parameter((32, 64)))}
     live = mx.array((np.arange(64) != 5).astype(np.float32))
@@ -124,12 +126,12 @@ def test_a_column_that_dies_stays_finite_and_the_others_go_on(kind, state_dtype)
     assert mx.all(mx.isfinite(tree["w"])).item()
 
 
-# AdamW does not leap
+# The bound on AdamW's step
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.8, 0.8), (0.95, 0.9), (0.0, 0.5)])
 @pytest.mark.parametrize("t", [1, 2, 7, 60])
-def test_the_bound_is_the_largest_that_gradients_can_reach(betas, t):
+def test_largest_moment_equals_its_twin(betas, t):
     bound = f.largest_moment(*betas, mx.array(float(t))).item()
     assert bound == pytest.approx(reference.largest_moment(*betas, t), rel=1e-4)
 
@@ -137,8 +139,8 @@ def test_the_bound_is_the_largest_that_gradients_can_reach(betas, t):
 @pytest.mark.parametrize("bias_correction", [True, False])
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
 @pytest.mark.parametrize("state_dtype", ["int4", "int8"])
-def test_no_element_of_adamw_moves_more_than_in_float32(state_dtype, betas, bias_correction):
-    # Six decades of gradients in every group: small elements share a scale with large ones.
+def test_adamw_with_few_bits_respects_the_float32_bound(state_dtype, betas, bias_correction):
+    # Every group has gradients of six decades, so small elements share a scale with large ones.
     rng = np.random.default_rng(0)
     sizes = np.logspace(-6, 0, 64, dtype=np.float32)
     options = {
@@ -164,17 +166,17 @@ def test_no_element_of_adamw_moves_more_than_in_float32(state_dtype, betas, bias
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8", "int4"])
-def test_a_step_uses_momentum_before_it_is_rounded(kind, state_dtype):
+def test_step_uses_momentum_before_rounding(kind, state_dtype):
     p, g = {"w": mx.array(parameter((20, 20)))}, {"w": mx.array(parameter((20, 20), 1))}
     moved = [
         kind(state_dtype=dtype).apply_gradients(g, p)["w"] for dtype in ("float32", state_dtype)
     ]
-    assert mx.allclose(*moved, rtol=0, atol=1e-7).item()  # the bound of AdamW may round once
+    assert mx.allclose(*moved, rtol=0, atol=1e-7).item()  # AdamW's bound may round once
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("state_dtype", ["int8", "int4"])
-def test_the_state_is_what_the_twin_reads_back(kind, state_dtype):
+def test_state_equals_the_quantized_momentum_of_the_twin(kind, state_dtype):
     optimizer, tree = kind(state_dtype=state_dtype), {"w": mx.array(parameter((20, 33)))}
     bits = {"int8": 8, "int4": 4}[state_dtype]
     beta = getattr(optimizer, "momentum", None) or optimizer.betas[0]
@@ -187,14 +189,14 @@ def test_the_state_is_what_the_twin_reads_back(kind, state_dtype):
         scale = np.array(state["m_scale"].astype(mx.float32))
         after = np.array(f.dequantize(state["m"], state["m_scale"], (20, 33)))
         exact = reference.quantized(beta * before + weight * g, bits, beta, scale)
-        # Of float32 and float64 one may fall on the other side of an edge: rarely.
+        # Rarely, float32 and float64 fall on different sides of a rounding threshold.
         assert np.mean(~np.isclose(after, exact, rtol=1e-5)) < 0.01
         before = after
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-37, 1e-25, 1e15, 1e30])
-def test_gradients_of_any_size_give_finite_steps_and_state(kind, size):
+def test_gradients_of_any_magnitude_give_finite_steps_and_state(kind, size):
     for state_dtype in ("int4", "int8"):
         optimizer, tree = kind(state_dtype=state_dtype), {"w": mx.array(parameter((20, 33)))}
         for t in range(4):
@@ -204,7 +206,7 @@ def test_gradients_of_any_size_give_finite_steps_and_state(kind, size):
         assert all(mx.all(mx.isfinite(x.astype(mx.float32))).item() for x in arrays)
 
 
-def test_the_state_of_hidden_matrices_is_small():
+def test_state_size_of_hidden_matrices():
     def bytes_of(optimizer, shape):
         state = {}
         optimizer.init_single(mx.zeros(shape), state)
@@ -218,7 +220,7 @@ def test_the_state_of_hidden_matrices_is_small():
     assert bytes_of(OrthoMaxFactor(), (128, 128)) <= 0.075 * bytes_of(AdamW(), (128, 128))
 
 
-def test_only_momentum_has_few_bits_and_no_key():
+def test_only_momentum_is_quantized_and_no_key_is_kept():
     for state_dtype, dtype in (("int4", "uint8"), ("int8", "int8")):
         state = {}
         OrthoMaxFactor(state_dtype=state_dtype).init_single(mx.zeros((6, 5)), state)
@@ -228,7 +230,7 @@ def test_only_momentum_has_few_bits_and_no_key():
 
 
 @pytest.mark.parametrize("kind", [OrthoMaxFactor, Muon, MaxFactor])
-def test_without_momentum_there_is_no_buffer_whatever_its_dtype(kind):
+def test_no_momentum_buffer_without_momentum(kind):
     for state_dtype in ("float32", "bfloat16", "int8", "int4"):
         state = {}
         kind(
@@ -240,7 +242,7 @@ def test_without_momentum_there_is_no_buffer_whatever_its_dtype(kind):
 
 
 @pytest.mark.parametrize("kind", [OrthoMaxFactor, Muon, MaxFactor, AdamW])
-def test_a_dtype_has_a_name(kind):
+def test_state_dtype_can_be_a_dtype_or_its_name(kind):
     assert kind(state_dtype=mx.int8).state_dtype == kind(state_dtype="int8").state_dtype == "int8"
     names = "'float32', 'bfloat16', 'int8', 'int4'"
     with pytest.raises(ValueError, match=f"^state_dtype must be one of {names}, got 'uint8'"):
@@ -252,7 +254,7 @@ def test_a_dtype_has_a_name(kind):
 @pytest.mark.parametrize("name", ["orthomaxfactor", "maxfactor", "muon", "adamw"])
 @pytest.mark.parametrize("state_dtype", ["int4", "int8"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_it_resumes_bit_for_bit(name, state_dtype, rounding, tmp_path):
+def test_resumed_run_is_bit_identical(name, state_dtype, rounding, tmp_path):
     def built():
         mx.random.seed(0)
         model = Table()
@@ -282,7 +284,7 @@ def test_it_resumes_bit_for_bit(name, state_dtype, rounding, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(12, 64), (12, 32), (12, 5), (130, 1)], ids=str)
-def test_it_may_be_cut_between_two_groups(shape):
+def test_arrays_can_be_divided_between_groups(shape):
     rows = f.rows_of_groups(shape)
     assert rows * np.prod(shape[1:]) % 64 == 0
     x = mx.array(parameter(shape))
@@ -293,7 +295,7 @@ def test_it_may_be_cut_between_two_groups(shape):
         assert mx.array_equal(mx.concatenate(parts), whole).item()
 
 
-def test_hard_gradients_and_few_bits_end_near_float32():
+def test_few_bits_stay_close_to_float32_on_hard_gradients():
     gradients = hard_gradients((32, 17))
     ends = []
     for state_dtype in ("float32", "int8", "int4"):
