@@ -1,4 +1,4 @@
-"""The command ``mlx-maxfactor check``: it passes here, and it finds defects in the formulas."""
+"""The command ``mlx-maxfactor check`` passes here and finds defects in the formulas."""
 
 import json
 
@@ -10,7 +10,7 @@ from mlx_maxfactor import functional as f
 from mlx_maxfactor.commands import check, main
 
 
-def test_every_check_passes_and_the_report_holds_no_path(tmp_path, capsys):
+def test_every_check_passes_and_the_report_contains_no_path(tmp_path, capsys):
     path = tmp_path / "report.json"
     assert main(["check", "--output", str(path), "--seconds", "600"]) == 0
     text = path.read_text()
@@ -25,7 +25,7 @@ def test_every_check_passes_and_the_report_holds_no_path(tmp_path, capsys):
     )
 
 
-def test_checks_that_find_no_time_are_named_and_fail_nothing(tmp_path, capsys):
+def test_checks_skipped_for_lack_of_time_are_reported(tmp_path, capsys):
     path = tmp_path / "report.json"
     assert main(["check", "--output", str(path), "--seconds", "1"]) in (0, 1)
     report = json.loads(path.read_text())
@@ -33,13 +33,13 @@ def test_checks_that_find_no_time_are_named_and_fail_nothing(tmp_path, capsys):
     assert "not run for lack of time" in capsys.readouterr().out
 
 
-def newton_schulz_with_a_wrong_coefficient(monkeypatch):
+def change_a_newton_schulz_coefficient(monkeypatch):
     from mlx_maxfactor.functional import orthogonalization
 
     monkeypatch.setattr(orthogonalization, "NEWTON_SCHULZ", (3.4445, -4.6750, 2.0315))
 
 
-def statistics_of_the_wrong_axis(monkeypatch):
+def reduce_statistics_over_the_wrong_axis(monkeypatch):
     right = f.factored_second_moment
 
     def wrong(g, row, column, b, *others):
@@ -49,45 +49,45 @@ def statistics_of_the_wrong_axis(monkeypatch):
     monkeypatch.setattr(f, "factored_second_moment", wrong)
 
 
-def a_weight_of_statistics_that_lags_a_step(monkeypatch):
+def shift_the_weight_of_statistics_by_a_step(monkeypatch):
     right = f.second_moment_weight
     monkeypatch.setattr(f, "second_moment_weight", lambda t, *others: right(t + 1, *others))
 
 
-def levels_that_are_shifted(monkeypatch):
+def scale_the_quantization_levels(monkeypatch):
     from mlx_maxfactor.functional import quantization
 
     levels = tuple(1.02 * level for level in quantization.LEVELS)
     monkeypatch.setattr(quantization, "LEVELS", levels)
 
 
-def a_muon_without_its_scale(monkeypatch):
+def remove_the_scale_of_muon(monkeypatch):
     monkeypatch.setattr(f, "muon_scale", lambda *_: 1.0)
 
 
 DEFECTS = [
-    newton_schulz_with_a_wrong_coefficient,
-    statistics_of_the_wrong_axis,
-    a_weight_of_statistics_that_lags_a_step,
-    levels_that_are_shifted,
-    a_muon_without_its_scale,
+    change_a_newton_schulz_coefficient,
+    reduce_statistics_over_the_wrong_axis,
+    shift_the_weight_of_statistics_by_a_step,
+    scale_the_quantization_levels,
+    remove_the_scale_of_muon,
 ]
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_in_a_formula_is_found(defect, monkeypatch):
+def test_defect_in_a_formula_is_found(defect, monkeypatch):
     assert all(row.passed for row in check.formulas())
     defect(monkeypatch)
     failed = [row.name for row in check.formulas() if not row.passed]
     assert failed
 
 
-def test_a_sign_that_is_lost_is_found(monkeypatch):
+def test_lost_update_is_found(monkeypatch):
     monkeypatch.setattr(SignSGD, "apply_single", lambda self, g, p, state, layout=None: p)
     assert any("SignSGD" in row.name for row in check.formulas() if not row.passed)
 
 
-def test_a_nan_passes_no_limit():
+def test_nan_fails_every_check():
     assert not check.Check("x", float("nan"), 1.0, "one").passed
 
 
@@ -100,7 +100,7 @@ def test_a_nan_passes_no_limit():
         (["check", "--seconds", "0"], "must be at least 1, got 0"),
     ],
 )
-def test_wrong_arguments_get_one_line(arguments, message, capsys):
+def test_wrong_arguments_give_a_one_line_error(arguments, message, capsys):
     if message is None:
         assert main(arguments) == 2
         assert "commands" in capsys.readouterr().out

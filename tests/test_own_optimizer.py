@@ -1,4 +1,4 @@
-"""The tutorial of NOTES.md: an optimizer of one's own, by name, compiled, guarded, saved."""
+"""The tutorial of NOTES.md: a custom optimizer works by name, compiled, guarded and saved."""
 
 import re
 from pathlib import Path
@@ -63,7 +63,7 @@ def train(model, optimizer, steps, compiled=False, bad=()):
         mx.eval(run(mx.full((3, 4), float("nan")) if i in bad else mx.ones((3, 4))), state)
 
 
-def test_the_tutorial_is_short_and_follows_the_paper(lion):
+def test_tutorial_is_short_and_follows_the_paper(lion):
     assert TUTORIAL
     code = [line for line in TUTORIAL[1].splitlines() if line and "import" not in line]
     assert len(code) <= 25
@@ -74,10 +74,10 @@ def test_the_tutorial_is_short_and_follows_the_paper(lion):
         tree = optimizer.apply_gradients({"p": mx.array(g)}, tree)
         p = p * (1 - 0.01 * 0.1) - 0.01 * np.sign(0.9 * m + 0.1 * np.float64(g))
         m = 0.99 * m + 0.01 * np.float64(g)
-    assert np.allclose(np.array(tree["p"]), p, atol=1e-6)  # 20 roundings of numbers near 1
+    assert np.allclose(np.array(tree["p"]), p, atol=1e-6)  # numbers near 1 are rounded 20 times
 
 
-def test_it_works_by_name_compiled_and_guarded(lion):
+def test_tutorial_optimizer_works_by_name_compiled_and_guarded(lion):
     eager, compiled, skipped = make(), make(), make(skip_nonfinite=True)
     train(*eager, 5)
     train(*compiled, 5, compiled=True)
@@ -91,7 +91,7 @@ def test_it_works_by_name_compiled_and_guarded(lion):
     assert plan["layers.1.bias"] == "lion, no decay"
 
 
-def test_it_resumes_bit_for_bit(lion, tmp_path):
+def test_tutorial_optimizer_resumes_bit_for_bit(lion, tmp_path):
     whole, first, second = make(rounding="stochastic"), make(), make()
     train(*whole, 6)
     train(*first, 3)
@@ -102,7 +102,7 @@ def test_it_resumes_bit_for_bit(lion, tmp_path):
         assert np.array_equal(x, parameters(second[0])[path])
 
 
-def test_its_options_are_checked_like_any_others(lion):
+def test_unknown_options_of_a_registered_optimizer_are_refused(lion):
     model = nn.Linear(3, 2)
     assert create_optimizer(model, "lion", betas=(0.95, 0.98)).optimizers[0].betas == (0.95, 0.98)
     with pytest.raises(ValueError, match=r"lion has no option 'beta' \(did you mean 'betas'"):
@@ -119,7 +119,7 @@ def test_its_options_are_checked_like_any_others(lion):
     ],
     ids=str,
 )
-def test_what_cannot_be_registered_is_refused(arguments, message):
+def test_invalid_registrations_are_refused(arguments, message):
     before = dict(OPTIMIZERS)
     with pytest.raises(ValueError, match=message):
         register_optimizer(*arguments)
@@ -128,12 +128,14 @@ def test_what_cannot_be_registered_is_refused(arguments, message):
 
 @pytest.mark.parametrize("kind", [Muon, OrthoMaxFactor])
 @pytest.mark.parametrize("block", [None, 4])
-def test_the_orthogonalization_may_be_a_function(kind, block):
+def test_orthogonalization_method_can_be_a_function(kind, block):
     def method(x):
         return f.newton_schulz(x, 3)
 
     p, g = {"w": mx.ones((6, 8))}, {"w": mx.random.normal((6, 8))}
     own = kind(0.1, method=method, block=block).apply_gradients(g, p)["w"]
     named = kind(0.1, steps=3, block=block).apply_gradients(g, p)["w"]
-    assert mx.allclose(own, named, atol=1e-5).item()  # in blocks the named one shares Gram matrices
+    assert mx.allclose(
+        own, named, atol=1e-5
+    ).item()  # with blocks, the named method shares Gram matrices
     assert not mx.allclose(own, kind(0.1, block=block).apply_gradients(g, p)["w"], atol=1e-5).item()

@@ -1,4 +1,4 @@
-"""What the puzzles promise: rules as they are said, one solution of a Sudoku, nothing leaked."""
+"""The puzzles: rules do what they say, a Sudoku has one solution, held-out data is separate."""
 
 from itertools import permutations, product
 
@@ -38,7 +38,7 @@ def drawn():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_puzzles_are_those_of_their_seed(kind):
+def test_puzzles_depend_only_on_their_seed(kind):
     one, same, other = (KINDS[kind](2, seed) for seed in (1, 1, 2))
     assert one.digest == same.digest != other.digest
     batches = [one.training(20, np.random.default_rng(seed)) for seed in (3, 3, 4)]
@@ -52,14 +52,14 @@ def test_puzzles_are_those_of_their_seed(kind):
 # Rules
 
 
-def test_a_rule_moves_and_recolours_as_its_parts_say():
+def test_rule_applies_its_shift_symmetry_and_colours():
     grid = np.arange(RULE_SIDE**2).reshape(RULE_SIDE, RULE_SIDE) % SYMBOLS
     assert np.array_equal(Rule()(grid), grid)
     top = Rule(shift=(1, 2))(grid)
-    assert top[0, 0] == grid[-1, -2], "what leaves on one side comes in on the other"
+    assert top[0, 0] == grid[-1, -2], "a shift must wrap around"
     colours = Rule((1, 2, 3, 4, 5, 0))(grid)
     assert np.array_equal(colours, (grid + 1) % SYMBOLS)
-    # All eight are isometries of the square that keep its centre, and differ.
+    # The eight symmetries differ and keep the centre of the square.
     marked = np.arange(RULE_SIDE**2).reshape(RULE_SIDE, -1)
     identity = tuple(range(RULE_SIDE**2))
     turned = [Rule(identity, symmetry)(marked) for symmetry in range(8)]
@@ -71,7 +71,7 @@ def test_a_rule_moves_and_recolours_as_its_parts_say():
     assert np.array_equal(both, one_by_one)
 
 
-def test_rules_differ_in_what_they_do_and_have_one_two_or_three_parts():
+def test_drawn_rules_differ_and_have_one_to_three_parts():
     rules = draw_rules(100, np.random.default_rng(0))
     marked = np.arange(RULE_SIDE**2).reshape(RULE_SIDE, -1)
     moves = {(r.colours, r._replace(colours=tuple(range(25)))(marked).tobytes()) for r in rules}
@@ -82,7 +82,7 @@ def test_rules_differ_in_what_they_do_and_have_one_two_or_three_parts():
     assert min(parts.count(n) for n in (1, 2, 3)) >= 10
 
 
-def test_held_out_inputs_are_of_every_rule_and_never_trained_on():
+def test_held_out_inputs_cover_every_rule_and_are_never_trained_on():
     rules = Rules(30)
     assert sorted(set(rules.held_out.identities)) == list(range(30))
     batch = rules.training(2000, np.random.default_rng(1))
@@ -103,19 +103,19 @@ def is_solved(grid):
     return all({grid[i] for i in unit} == set(range(1, SIDE + 1)) for unit in UNITS)
 
 
-def by_hand(unit_of):
+def as_sorted_lists(unit_of):
     return sorted(map(sorted, unit_of))
 
 
-def test_units_are_rows_columns_and_boxes_of_two_by_three():
+def test_units_are_rows_columns_and_two_by_three_boxes():
     square = np.arange(CELLS).reshape(SIDE, SIDE)
     boxes = [square[r : r + 2, c : c + 3].ravel() for r, c in product((0, 2, 4), (0, 3))]
-    assert by_hand(UNITS) == by_hand([*square, *square.T, *boxes])
+    assert as_sorted_lists(UNITS) == as_sorted_lists([*square, *square.T, *boxes])
 
 
-def test_the_search_finds_every_solution(drawn):
+def test_search_finds_every_solution(drawn):
     _, grid = drawn[0]
-    # Without the rows of a band each column lacks two digits, in this order or in that.
+    # Without two rows of a band, each column lacks two digits, which have two possible orders.
     cells = [0] * 12 + grid[12:]
     lacks = [sorted({*range(1, SIDE + 1)} - {*grid[12 + c :: SIDE]}) for c in range(SIDE)]
     orders = product(*(permutations(two) for two in lacks))
@@ -129,7 +129,7 @@ def test_the_search_finds_every_solution(drawn):
     assert solutions(impossible, 1) == []
 
 
-def test_a_puzzle_has_one_solution_and_no_given_too_many(drawn):
+def test_puzzle_has_one_solution_and_no_redundant_given(drawn):
     for puzzle, grid in drawn[:10]:
         assert is_solved(grid)
         assert solutions(puzzle, 2) == [grid]
@@ -140,7 +140,7 @@ def test_a_puzzle_has_one_solution_and_no_given_too_many(drawn):
 
 
 def forced(cells, hidden):
-    """Cells that a single names, found with sets."""
+    """The cells forced by a single (a hidden one too, if asked), found with sets."""
     left = [
         set(range(1, SIDE + 1)) - {cells[j] for unit in UNITS if i in unit for j in unit}
         if not cells[i]
@@ -156,7 +156,7 @@ def forced(cells, hidden):
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_filling_forced_cells_is_right_and_ends_where_none_is_left(hidden, drawn, sudoku):
+def test_fill_forced_is_right_and_leaves_no_forced_cell(hidden, drawn, sudoku):
     hard = [(q.tolist(), (a + 1).tolist()) for _, q, a in zip(*sudoku.held_out, strict=True)]
     ends = []
     for puzzle, grid in [*drawn, *hard]:
@@ -165,39 +165,41 @@ def test_filling_forced_cells_is_right_and_ends_where_none_is_left(hidden, drawn
         assert all(f == p for f, p in zip(filled, puzzle, strict=True) if p)
         assert not forced(filled, hidden)
         ends.append(filled == grid)
-    # Most puzzles with the fewest givens are solved by singles; those that are kept are not.
+    # Singles solve most puzzles with the fewest givens, but none of the puzzles that are kept.
     assert np.mean(ends[: len(drawn)]) > (0.8 if hidden else 0.3)
     assert not any(ends[len(drawn) :])
 
 
-def test_forced_cells_alone_solve_none_of_what_is_held_out(sudoku):
+def test_forced_cells_alone_solve_no_held_out_puzzle(sudoku):
     naked, both = sudoku.baselines.values()
     assert naked["exact match"] <= both["exact match"] <= 0.2
     assert naked["cells"] < both["cells"] < 1
 
 
-def first_come(grid):
+def numbered_by_first_use(grid):
     names = {}
     return tuple(names.setdefault(digit, len(names)) for digit in grid)
 
 
-def test_grids_are_told_apart_but_for_the_names_of_digits(drawn):
+def test_renamed_digits_give_the_same_grid(drawn):
     grids = np.array([grid for _, grid in drawn])
     names = np.array([0, 4, 2, 6, 1, 3, 5])
     assert np.array_equal(renamed(names[grids]), renamed(grids))
     assert np.array_equal(is_held_out(names[grids]), is_held_out(grids))
-    assert {tuple(r) for r in renamed(grids).tolist()} == {first_come(g) for g in grids.tolist()}
+    assert {tuple(r) for r in renamed(grids).tolist()} == {
+        numbered_by_first_use(g) for g in grids.tolist()
+    }
 
 
 def test_no_held_out_grid_is_a_training_grid_with_its_digits_renamed(sudoku):
     batch = sudoku.training(20_000, np.random.default_rng(1))
-    trained = {first_come(grid) for grid in batch.answers.tolist()}
-    held_out = {first_come(grid) for grid in sudoku.held_out.answers.tolist()}
+    trained = {numbered_by_first_use(grid) for grid in batch.answers.tolist()}
+    held_out = {numbered_by_first_use(grid) for grid in sudoku.held_out.answers.tolist()}
     assert len(trained) > 1000
     assert not trained & held_out
 
 
-def test_training_puzzles_keep_their_one_solution(sudoku):
+def test_training_puzzles_have_exactly_one_solution(sudoku):
     batch = sudoku.training(60, np.random.default_rng(2))
     for question, answer in zip(
         batch.questions.tolist(), (batch.answers + 1).tolist(), strict=True
@@ -206,7 +208,7 @@ def test_training_puzzles_keep_their_one_solution(sudoku):
         assert fill_forced(question, hidden=True) != answer
 
 
-def test_every_order_of_lines_keeps_boxes_whole():
+def test_every_order_of_lines_keeps_the_boxes():
     for orders, lines, count in ((ROW_ORDERS, 2, 48), (COLUMN_ORDERS, 3, 72)):
         assert len({tuple(order) for order in orders}) == len(orders) == count
         bands = orders.reshape(count, -1, lines) // lines
