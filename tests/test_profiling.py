@@ -1,4 +1,4 @@
-"""What a profile shows, and that it leaves everything as it was."""
+"""Profiles: what they show, and that profiling changes nothing."""
 
 import time
 from functools import partial
@@ -30,7 +30,7 @@ def split():
     return mlx_optimizers.MultiOptimizer(members, [lambda path, p: p.ndim == 2])
 
 
-MAKE = {
+BUILDERS = {
     "routed": lambda model: create_optimizer(model, momentum=0.8, **ROUTED),
     "8-bit momentum": lambda model: create_optimizer(
         model, "muon", state_dtype=mx.int8, rest="adafactor", **ROUTED
@@ -55,7 +55,7 @@ PARTS = {
 
 
 class Noisy(nn.Module):
-    """Its forward pass draws, counts in place, keeps statistics, and remembers in Python."""
+    """A model whose forward pass draws random numbers and changes arrays and attributes."""
 
     def __init__(self):
         super().__init__()
@@ -75,12 +75,12 @@ class Noisy(nn.Module):
         return self.frozen(self.head(self.norm(x)))
 
 
-def training(name, dtype=mx.bfloat16):
+def model_and_optimizer(name, dtype=mx.bfloat16):
     mx.random.seed(3)
     model = Noisy()
     model.set_dtype(dtype)
     loss_and_gradients = nn.value_and_grad(model, lambda x: mx.mean(model(x) ** 2))
-    return model, MAKE[name](model), loss_and_gradients
+    return model, BUILDERS[name](model), loss_and_gradients
 
 
 def batch(poison=0.0):
@@ -91,7 +91,7 @@ def arrays(model, optimizer):
     return dict(tree_flatten([model.state, optimizer.state, {"random": [mx.random.state[0]]}]))
 
 
-def bits(model, optimizer):
+def numpy_arrays(model, optimizer):
     found = arrays(model, optimizer)
     return {
         k: np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for k, a in found.items()
@@ -111,15 +111,15 @@ def attributes(optimizer):
 
 
 @pytest.mark.parametrize("poison", [0.0, float("nan")], ids=["good", "bad"])
-@pytest.mark.parametrize("name", MAKE)
-def test_a_profile_changes_nothing(name, poison):
-    model, optimizer, loss_and_gradients = training(name)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_profiling_changes_nothing(name, poison):
+    model, optimizer, loss_and_gradients = model_and_optimizer(name)
     mx.eval(model.state, optimizer.state)
-    before, objects = bits(model, optimizer), arrays(model, optimizer)
+    before, objects = numpy_arrays(model, optimizer), arrays(model, optimizer)
     seen, inside = model.seen, attributes(optimizer)
     compiled = name == "guarded"  # compiling is slow on a CPU
     profile_step(model, optimizer, loss_and_gradients, batch(poison), rounds=1, compiled=compiled)
-    assert_equal(bits(model, optimizer), before)
+    assert_equal(numpy_arrays(model, optimizer), before)
     now = arrays(model, optimizer)
     assert [k for k in now if now[k] is not objects[k] and "random" not in k] == []
     assert model.seen == seen
@@ -128,10 +128,10 @@ def test_a_profile_changes_nothing(name, poison):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["routed", "mlx"])
-def test_a_training_goes_on_as_if_it_had_not_been_profiled(name, compiled):
+def test_profiling_does_not_change_later_training(name, compiled):
     ends = []
     for profiled in (False, True):
-        model, optimizer, loss_and_gradients = training(name)
+        model, optimizer, loss_and_gradients = model_and_optimizer(name)
         state = [model.state, optimizer.state, mx.random.state]
 
         def step(x, model=model, optimizer=optimizer, loss_and_gradients=loss_and_gradients):
@@ -143,41 +143,41 @@ def test_a_training_goes_on_as_if_it_had_not_been_profiled(name, compiled):
             optimizer.init(model.trainable_parameters())
             step = mx.compile(step, inputs=state, outputs=state)
         for number in range(4):
-            if profiled and number in (0, 2):  # before a state is there, and later
+            if profiled and number in (0, 2):  # before the state exists, and later
                 profile_step(
                     model, optimizer, loss_and_gradients, batch(), rounds=1, compiled=compiled
                 )
             mx.eval(step(batch()), model.state, optimizer.state)
-        ends.append(bits(model, optimizer))
+        ends.append(numpy_arrays(model, optimizer))
     assert_equal(*ends)
 
 
 @pytest.mark.parametrize("poison", [0.0, float("nan")], ids=["good", "bad"])
 @pytest.mark.parametrize(
-    ("name", "compiled"), [*((name, False) for name in MAKE), ("routed", True), ("mlx", True)]
+    ("name", "compiled"), [*((name, False) for name in BUILDERS), ("routed", True), ("mlx", True)]
 )
-def test_the_parts_make_the_step(name, poison, compiled):
-    model, optimizer, loss_and_gradients = training(name, mx.float32)
+def test_profiled_parts_together_equal_the_whole_step(name, poison, compiled):
+    model, optimizer, loss_and_gradients = model_and_optimizer(name, mx.float32)
     optimizer.init(model.trainable_parameters())
     mx.eval(model.state, optimizer.state)
-    before = bits(model, optimizer)
+    before = numpy_arrays(model, optimizer)
     kept, step = Snapshot(model, optimizer), _Step(model, optimizer, loss_and_gradients, compiled)
     ends = []
     for run in (step.whole, step.apart):
         kept.copy()
         run([batch(poison)], _seconds)
-        ends.append(bits(model, optimizer))
+        ends.append(numpy_arrays(model, optimizer))
     assert any(not np.array_equal(ends[0][path], before[path]) for path in before)
     if not compiled:
         assert_equal(*ends)
     for path, array in ends[0].items():
-        # Compiled apart, other operations are fused: float32 rounding.
+        # Parts that are compiled separately fuse other operations, which changes float32 rounding.
         np.testing.assert_allclose(ends[1][path], array, 1e-4, 1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_each_member_has_a_line(name):
-    model, optimizer, loss_and_gradients = training(name)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_profile_has_one_line_for_each_member(name):
+    model, optimizer, loss_and_gradients = model_and_optimizer(name)
     compiled = name == "mlx"
     profile = profile_step(
         model, optimizer, loss_and_gradients, batch(), rounds=1, compiled=compiled
@@ -190,7 +190,7 @@ def test_each_member_has_a_line(name):
         assert sum(line.startswith(f"{part}  ") for line in lines) == 1, profile
 
 
-def test_members_of_one_name_have_lines_of_their_own():
+def test_members_with_the_same_name_have_separate_lines():
     model = Noisy()
     optimizer = mlx_optimizers.MultiOptimizer(
         [AdamW(), AdamW(), AdamW()],
@@ -202,7 +202,7 @@ def test_members_of_one_name_have_lines_of_their_own():
     assert profile.compiled is None
 
 
-def test_time_is_told_of_the_part_that_takes_it():
+def test_time_is_attributed_to_the_right_part():
     def slow(seconds, value, *_):
         time.sleep(seconds)
         return value
@@ -214,7 +214,7 @@ def test_time_is_told_of_the_part_that_takes_it():
     run = nn.value_and_grad(model, lambda x: slow(0.1, mx.mean(model(x) ** 2)))
     profile = profile_step(model, optimizer, run, mx.ones((4, 8)), rounds=1, compiled=False)
     eager = profile.eager
-    # Sleep is never shorter than asked for; how much longer all else takes is not asked.
+    # A sleep never ends early, so these are lower bounds; there are no upper bounds.
     assert eager.parts["forward and backward"].python_seconds >= 0.1
     rest = [name for name in eager.parts if "AdamW" in name]
     assert len(rest) == 1
@@ -224,7 +224,7 @@ def test_time_is_told_of_the_part_that_takes_it():
     assert eager.total.seconds >= eager.total.python_seconds >= 0.3
 
 
-def test_memory_is_told_of_the_part_that_takes_it():
+def test_memory_is_attributed_to_the_right_part():
     model = nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 8, bias=False))
     optimizer = create_optimizer(model, "adamw", **GUARDS)
     run = nn.value_and_grad(model, lambda x: mx.mean(model(x) ** 2))
@@ -235,24 +235,25 @@ def test_memory_is_told_of_the_part_that_takes_it():
     weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     assert abs(profile.held_bytes - held) < weights / 4
     for way in (profile.eager, profile.compiled):
-        # The gradients come beside what is held; the copies that stand in are not counted.
+        # Gradients are needed on top of what is held; the profiler's own copies are not counted.
         for name in ("forward and backward", "guard"):
-            # The guard also makes a transposed gradient contiguous, one at a time.
+            # The guard also makes transposed gradients contiguous, one at a time.
             assert 0.9 * weights < way.parts[name].peak_bytes - held < 3.5 * weights, profile
         assert way.total.peak_bytes == max(cost.peak_bytes for cost in way.parts.values())
-        # An eager AdamW's temporaries are allocated ahead: 6.8 to 7.9 here, compiled 3.9 to 5.
+        # The temporaries of an eager AdamW are allocated ahead: measured 6.8 to 7.9, compiled 3.9
+        # to 5.
         assert way.step.peak_bytes - held < 10 * weights
-    assert abs(mx.get_active_memory() - held) < weights / 4, "something is still held"
+    assert abs(mx.get_active_memory() - held) < weights / 4, "profiling leaks memory"
 
 
-def test_what_the_numbers_say():
+def test_breakdown_totals_and_ratio():
     parts = {"a": Cost(2.0, 0.5, 7), "b": Cost(3.0, 0.25, 9)}
     way = Breakdown(Cost(4.0, 0.5, 8), parts, (3.0, 5.0))
     assert way.total == Cost(5.0, 0.75, 9)
     assert way.ratio == 1.25
 
 
-def test_the_faster_half_of_the_rounds_counts_and_adds_up():
+def test_breakdown_uses_the_faster_half_of_the_rounds():
     lengths = [(9, 9), (1, 4), (2, 3), (3, 4), (90, 1)]  # sums 18, 5, 5, 7, 91: 5, 5 and 7 count
     apart = [{"a": _Seconds(a, 0.5), "b": _Seconds(b, 0.5)} for a, b in lengths]
     whole = [{"whole step": _Seconds(seconds, 1.0)} for seconds in (10, 4, 5, 6, 0.1)]
@@ -263,7 +264,7 @@ def test_the_faster_half_of_the_rounds_counts_and_adds_up():
     assert way.spread == (0.1, 10)
 
 
-def test_what_a_part_takes_beside_its_work_is_taken_off(monkeypatch):
+def test_overhead_is_subtracted_from_the_time(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
@@ -274,10 +275,10 @@ def test_what_a_part_takes_beside_its_work_is_taken_off(monkeypatch):
     assert seconds == _Seconds(3.0, 3.0)
 
 
-def test_a_loss_that_fails_leaves_everything_as_it_was():
-    model, optimizer, loss_and_gradients = training("routed")
+def test_failing_loss_leaves_model_and_optimizer_unchanged():
+    model, optimizer, loss_and_gradients = model_and_optimizer("routed")
     mx.eval(model.state, optimizer.state)
-    before, calls = bits(model, optimizer), []
+    before, calls = numpy_arrays(model, optimizer), []
 
     def failing(x):
         calls.append(1)
@@ -287,11 +288,11 @@ def test_a_loss_that_fails_leaves_everything_as_it_was():
 
     with pytest.raises(RuntimeError, match="no"):
         profile_step(model, optimizer, failing, batch(), rounds=2)
-    assert_equal(bits(model, optimizer), before)
+    assert_equal(numpy_arrays(model, optimizer), before)
 
 
 @pytest.mark.parametrize("rounds", [0, 1.5, True])
-def test_rounds_are_checked(rounds):
-    model, optimizer, loss_and_gradients = training("mlx")
+def test_invalid_rounds_are_refused(rounds):
+    model, optimizer, loss_and_gradients = model_and_optimizer("mlx")
     with pytest.raises(ValueError, match="rounds must be"):
         profile_step(model, optimizer, loss_and_gradients, batch(), rounds=rounds)
