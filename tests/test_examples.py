@@ -1,4 +1,4 @@
-"""Each example from the command line, small; what README shows, run."""
+"""Each example runs from the command line at a small size; README's snippets run."""
 
 import json
 import re
@@ -31,7 +31,7 @@ COMPARE = ROOT / "examples" / "compare_optimizers.py"
 SMALL = ("--steps", "12", "--width", "16", "--context", "16", "--batch-size", "2")
 
 
-def test_a_profile_is_printed_and_the_training_goes_on_as_without(tmp_path):
+def test_profile_option_prints_a_table_and_does_not_change_training(tmp_path):
     ends = []
     for asked in ([], ["--profile"]):
         done = run(LANGUAGE_MODEL, *asked, "--optimizer", "signsgd", *SMALL, cwd=tmp_path)
@@ -44,7 +44,7 @@ def test_a_profile_is_printed_and_the_training_goes_on_as_without(tmp_path):
         assert sum(line.startswith(f"{part} ") and " ms" in line for line in lines) == 1
 
 
-def test_the_language_model_trains_compares_and_draws(tmp_path):
+def test_language_model_example_trains_compares_and_draws(tmp_path):
     names = ["orthomaxfactor", "maxfactor", "adafactor", "signsgd", "muon", "adamw"]
     done = run(LANGUAGE_MODEL, "--compare", ",".join(names), *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -53,14 +53,14 @@ def test_the_language_model_trains_compares_and_draws(tmp_path):
     curves = json.loads((folder / "curves.json").read_text())
     assert [run["optimizer"] for run in curves["runs"]] == names
     starts = {run["training_loss"][0] for run in curves["runs"]}
-    assert len(starts) == len(names), "each optimizer must have taken its own steps"
+    assert len(starts) == len(names), "two runs have the same losses"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     for name in names:
         assert re.search(rf"^{name} writes:\ndef ", done.stdout, re.MULTILINE)
     assert "step/s" in done.stderr
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
+def test_resumed_run_equals_the_uninterrupted_run(tmp_path):
     arguments = (*SMALL, "--dtype", "bfloat16", "--rounding", "stochastic", "--save-every", "5")
     assert run(LANGUAGE_MODEL, *arguments, "--output", "a", cwd=tmp_path).returncode == 0
     files = sorted((tmp_path / "a").glob("*.safetensors"))
@@ -88,19 +88,19 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_new_run_in_an_old_folder_keeps_and_resumes_its_own(tmp_path):
+def test_new_run_in_an_old_folder_keeps_other_files_and_resumes_its_own(tmp_path):
     folder = tmp_path / "runs" / "language_model"
     steps = lambda: sorted(int(file.stem[-6:]) for file in folder.glob("*.safetensors"))  # noqa: E731
     assert run(LANGUAGE_MODEL, *SMALL, "--save-every", "5", cwd=tmp_path).returncode == 0
     shorter = (*SMALL, "--steps", "8", "--save-every", "4")
     assert run(LANGUAGE_MODEL, *shorter, cwd=tmp_path).returncode == 0
-    assert steps() == [4, 8, 10, 12], "the files of the first run are not the second's to delete"
+    assert steps() == [4, 8, 10, 12], "the second run deleted files of the first"
     done = run(LANGUAGE_MODEL, *shorter, "--resume", cwd=tmp_path)
     assert "after 8 steps" in done.stdout, done.stderr
     (folder / "orthomaxfactor-000008.safetensors").unlink()
     done = run(LANGUAGE_MODEL, *shorter, "--keep", "1", "--resume", cwd=tmp_path)
     assert "after 4 steps" in done.stdout, done.stderr
-    assert steps() == [8, 10, 12], "a resumed run deletes what it had written itself"
+    assert steps() == [8, 10, 12], "a resumed run deletes only its own files"
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path):
@@ -118,7 +118,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path):
     assert (tmp_path / path).exists()
 
 
-def test_options_reach_the_optimizer(tmp_path):
+def test_command_line_options_reach_the_optimizer(tmp_path):
     published = ("--optimizer", "maxfactor", "--option", "cautious=true")
     eight = ("--option", "block=5", "--option", 'state_dtype="int8"')
     for options, size in ((published, 4 * 16 * 16), (eight, 16 * 16 + 4 * 2)):
@@ -151,7 +151,7 @@ def test_options_reach_the_optimizer(tmp_path):
     ],
     ids=str,
 )
-def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
+def test_bad_arguments_give_one_line_and_status_2(arguments, message, tmp_path):
     done = run(LANGUAGE_MODEL, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -164,7 +164,7 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """Three speakers of a user's own, who say what their pitch is."""
+    """Recordings of three speakers; each text is the pitch of the tone."""
     folder = tmp_path_factory.mktemp("recordings")
     random = np.random.default_rng(0)
     for speaker in ("anna", "ben", "carl"):
@@ -181,7 +181,7 @@ def recordings(tmp_path_factory):
 TINY = ("--steps", "8", "--width", "16", "--batch-size", "2", "--eval-every", "4")
 
 
-def test_speech_trains_on_a_users_recordings_compares_and_draws(recordings, tmp_path):
+def test_speech_example_trains_on_own_recordings_compares_and_draws(recordings, tmp_path):
     convolution = ("--convolution-option", "momentum=0.9")
     arguments = ("--data", str(recordings), *TINY, *convolution)
     done = run(SPEECH, "--compare", "orthomaxfactor,muon,mlx_adafactor", *arguments, cwd=tmp_path)
@@ -200,7 +200,7 @@ def test_speech_trains_on_a_users_recordings_compares_and_draws(recordings, tmp_
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_speech_is_synthesized_once_and_its_bands_are_drawn(tmp_path):
+def test_speech_example_synthesizes_once_and_draws_bands(tmp_path):
     fam = 'momentum={"bands": 3}'
     row_max = ("--optimizer", "maxfactor", "--option", fam)
     arguments = ("--clips", "12", *row_max, "--convolution-option", fam, *TINY)
@@ -221,7 +221,7 @@ def test_speech_is_synthesized_once_and_its_bands_are_drawn(tmp_path):
     assert "synthesizing speech" not in again.stderr
 
 
-def test_no_run_goes_on_with_other_data(recordings, tmp_path):
+def test_resuming_with_other_batches_is_refused(recordings, tmp_path):
     assert run(SPEECH, "--data", str(recordings), *TINY, cwd=tmp_path).returncode == 0
     batches = (*TINY[:4], "--batch-size", "3")
     done = run(SPEECH, "--data", str(recordings), *batches, "--resume", cwd=tmp_path)
@@ -230,7 +230,7 @@ def test_no_run_goes_on_with_other_data(recordings, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_texts_may_hold_what_a_picture_takes_for_mathematics(recordings, tmp_path):
+def test_texts_with_dollar_signs_can_be_drawn(recordings, tmp_path):
     copy = tmp_path / "recordings"
     shutil.copytree(recordings, copy)
     for text in copy.rglob("*.txt"):
@@ -239,7 +239,7 @@ def test_texts_may_hold_what_a_picture_takes_for_mathematics(recordings, tmp_pat
     assert done.returncode == 0, done.stderr
 
 
-def test_speech_resumes_where_it_was(recordings, tmp_path):
+def test_resumed_speech_run_equals_the_uninterrupted_run(recordings, tmp_path):
     fam = ("--optimizer", "maxfactor", "--option", "momentum={}")
     arguments = ("--data", str(recordings), *TINY, "--save-every", "5", *fam)
     assert run(SPEECH, *arguments, "--output", "a", cwd=tmp_path).returncode == 0
@@ -265,7 +265,7 @@ def test_speech_resumes_where_it_was(recordings, tmp_path):
     ],
     ids=str,
 )
-def test_bad_arguments_of_speech_get_one_line_and_status_2(arguments, message, tmp_path):
+def test_bad_speech_arguments_give_one_line_and_status_2(arguments, message, tmp_path):
     done = run(SPEECH, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -273,7 +273,7 @@ def test_bad_arguments_of_speech_get_one_line_and_status_2(arguments, message, t
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_moves_the_weights_and_stays_finite(name):
+def test_every_momentum_variant_changes_the_update_and_stays_finite(name):
     tree = {"w": mx.zeros((8, 12))}
     optimizer = MaxFactor(momentum=VARIANTS[name](bands=3), cautious=True)
     plain = MaxFactor(momentum=0.9, cautious=True)
@@ -282,10 +282,10 @@ def test_every_variant_moves_the_weights_and_stays_finite(name):
         g = {"w": mx.random.normal((8, 12), key=mx.random.key(seed)) + mx.arange(12) / 4}
         tree, other = optimizer.apply_gradients(g, tree), plain.apply_gradients(g, other)
     assert mx.all(mx.isfinite(tree["w"])).item()
-    assert not mx.array_equal(tree["w"], other["w"]).item(), "its rule must matter"
+    assert not mx.array_equal(tree["w"], other["w"]).item(), "the variant equals plain momentum"
 
 
-def test_a_persistent_band_is_kept_and_a_noisy_one_damped():
+def test_persistent_variant_keeps_a_constant_band_and_damps_a_noisy_one():
     fam = VARIANTS["persistent"](bands=2, alpha=0.9, beta=0.9)
     state, m, g = fam.init((64, 32)), mx.zeros((64, 32)), mx.zeros((64, 32))
     tone = mx.broadcast_to(mx.cos(2 * mx.pi * mx.arange(32) * 2 / 32), (64, 32))
@@ -300,8 +300,8 @@ def test_a_persistent_band_is_kept_and_a_noisy_one_damped():
     assert kept[0, 12].item() == pytest.approx(0.1, abs=0.05)
 
 
-def test_normuon_gives_rows_of_equal_size():
-    # Its rows end with one size where the gradients' have many; Muon's do not.
+def test_normuon_updates_all_rows_by_the_same_size():
+    # The gradient's rows have many sizes. NorMuon's rows end with one size, Muon's do not.
     g = parameter((16, 12)) * np.logspace(-3, 0, 16, dtype=np.float32)[:, None]
     sizes = []
     for optimizer in (NorMuon(1.0, momentum=0), Muon(1.0, momentum=0, steps=2)):
@@ -321,8 +321,8 @@ def fake_record(name, rate, seed, loss):
     return Record(name, rate, seed, "", "", 1, 10, 5, 0.1, {"loss": loss})
 
 
-def search(losses, names=("AdamW",), training="speech"):
-    """Every run that the search asks for, when the loss is a function of rate and seed."""
+def searched_runs(losses, names=("AdamW",), training="speech"):
+    """Every run that the search asks for, if the loss is this function of rate and seed."""
     records = []
     while missing := [(name, *run) for name in names for run in next_runs(name, training, records)]:
         records += [fake_record(*run, losses(*run[1:])) for run in missing]
@@ -330,8 +330,8 @@ def search(losses, names=("AdamW",), training="speech"):
 
 
 @pytest.mark.parametrize("best", [1e-4, 1.5e-3, 1e-2])
-def test_the_search_ends_with_its_best_rate_inside_and_three_seeds_there(best):
-    runs = search(lambda rate, seed: abs(np.log(rate / best)) + seed)
+def test_search_ends_with_three_seeds_at_the_best_rate(best):
+    runs = searched_runs(lambda rate, seed: abs(np.log(rate / best)) + seed)
     rates = sorted(rate for rate, seed in runs if seed == 1)
     assert len(runs) == len(set(runs)) == len(rates) + 2
     assert len(rates) >= 4
@@ -340,32 +340,32 @@ def test_the_search_ends_with_its_best_rate_inside_and_three_seeds_there(best):
     assert set(rates) <= set(LADDER)
 
 
-def test_what_is_only_stored_in_fewer_bits_takes_the_rate_of_the_other():
+def test_eight_bit_configuration_uses_the_rate_of_the_default():
     losses = lambda rate, seed: abs(np.log(rate / 0.03)) + seed  # noqa: E731
     names = ("OrthoMaxFactor", "OrthoMaxFactor, momentum in 8 bits")
-    assert search(losses, names) == [(0.03, 1), (0.03, 2), (0.03, 3)]
-    assert search(losses, names[1:]) == [], "it waits for the other"
+    assert searched_runs(losses, names) == [(0.03, 1), (0.03, 2), (0.03, 3)]
+    assert searched_runs(losses, names[1:]) == [], "it must wait for the default"
 
 
-def test_rates_that_the_library_picks_are_not_searched():
-    picked = search(lambda rate, seed: rate + seed, ("OrthoMaxFactor, total_steps alone",))
+def test_rates_picked_by_total_steps_are_not_searched():
+    picked = searched_runs(lambda rate, seed: rate + seed, ("OrthoMaxFactor, total_steps alone",))
     assert picked == [(0.0, 1), (0.0, 2), (0.0, 3)]
 
 
-def test_a_run_that_was_lost_is_no_best_rate():
-    runs = search(lambda rate, seed: None if rate > 1.6e-3 else 1 / rate)
+def test_diverged_run_is_never_the_best_rate():
+    runs = searched_runs(lambda rate, seed: None if rate > 1.6e-3 else 1 / rate)
     assert {rate for rate, seed in runs if seed > 1} == {1.5e-3}
 
 
-def test_a_search_that_finds_nothing_ends():
+def test_search_without_a_best_rate_raises_an_error():
     with pytest.raises(RuntimeError, match="AdamW: no best rate inside"):
-        search(lambda rate, seed: None)
+        searched_runs(lambda rate, seed: None)
     with pytest.raises(RuntimeError, match="AdamW: no best rate inside"):
-        search(lambda rate, seed: rate)
+        searched_runs(lambda rate, seed: rate)
 
 
-def test_no_two_configurations_are_the_same_optimizer():
-    # One named "momentum" once was the cautious one: the factory's default had stayed.
+def test_every_configuration_is_a_different_optimizer():
+    # One called "momentum" was once the cautious one, because it kept the factory's default.
     made = set()
     for name, configuration in CONFIGURATIONS.items():
         parser = Parser("", steps=10, batch_size=2, rest_learning_rate=1e-2, eval_every=5)
@@ -376,7 +376,7 @@ def test_no_two_configurations_are_the_same_optimizer():
         rates = dict.fromkeys(NAMES, 0.1) if searched else {}
         optimizer = make_optimizer(given.optimizer, Probe(), {}, rates, given)
         options = [
-            {k: str(v) for k, v in vars(member).items() if k[0] != "_" and k not in PLACES}
+            {k: str(v) for k, v in vars(member).items() if k[0] != "_" and k not in NOT_OPTIONS}
             for member in optimizer.optimizers
         ]
         kinds = [type(member) for member in optimizer.optimizers]
@@ -393,10 +393,10 @@ def test_no_two_configurations_are_the_same_optimizer():
     assert len(made) == len(CONFIGURATIONS)
 
 
-PLACES = ("layouts", "paths", "optimizers", "seed")
+NOT_OPTIONS = ("layouts", "paths", "optimizers", "seed")
 
 
-def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
+def test_comparison_makes_missing_runs_and_prints_its_table(tmp_path):
     few = ("--run", "--only", "AdamW", "--records", str(tmp_path / "r.jsonl"), "--", *SMALL)
     done = run(COMPARE, "language_model", *few, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -415,20 +415,20 @@ def test_the_comparison_makes_what_is_missing_and_tables_what_it_kept(tmp_path):
     ]
 
 
-def test_runs_of_another_length_need_records_of_their_own(tmp_path):
+def test_runs_of_another_length_need_their_own_records_file(tmp_path):
     done = run(COMPARE, "speech", "--run", "--", "--steps=3", cwd=tmp_path)
     assert done.returncode == 2
     assert "give --records" in done.stderr
 
 
-def test_the_comparison_without_records_says_how_to_make_them(tmp_path):
+def test_error_for_missing_records_says_how_to_make_them(tmp_path):
     done = run(COMPARE, "speech", "--records", "none.jsonl", cwd=tmp_path)
     assert done.returncode != 0
     assert "make them with --run" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_every_figure_of_the_kept_tables_comes_from_a_kept_record():
+def test_published_tables_equal_the_report_of_the_records():
     folder = ROOT / "examples" / "records"
     names = compare_optimizers.kept_trainings()
     assert set(names) <= set(TRAININGS)
@@ -437,13 +437,13 @@ def test_every_figure_of_the_kept_tables_comes_from_a_kept_record():
     assert compare_optimizers.overview(records) in (ROOT / "examples/records/README.md").read_text()
 
 
-def test_every_point_of_the_pictures_has_its_own_colour():
+def test_every_configuration_in_the_pictures_has_its_own_colour():
     colours = compare_optimizers.COLOURS
     assert list(colours) == compare_optimizers.DRAWN
     assert len(set(colours.values())) == len(colours)
 
 
-def test_the_benchmark_prints_ratios_and_keeps_every_round(tmp_path, monkeypatch):
+def test_benchmark_prints_ratios_and_saves_every_round(tmp_path, monkeypatch):
     import benchmark_optimizers as benchmark
 
     shapes = {"0.5b": benchmark.Shape(32, 48, 4, 2)}
@@ -460,10 +460,10 @@ def test_the_benchmark_prints_ratios_and_keeps_every_round(tmp_path, monkeypatch
     (measured,) = json.loads((tmp_path / "benchmark.json").read_text())["results"].values()
     assert list(measured) == ["mlx AdamW", *names]
     weights = 4 * (40 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 3 * 32)
-    for of in measured.values():
-        assert [len(times) for times in of["seconds"].values()] == [2, 2]
-        # Weights and state are there, whatever else is.
-        assert of["peak"] > weights + of["state"]
+    for result in measured.values():
+        assert [len(times) for times in result["seconds"].values()] == [2, 2]
+        # The peak includes weights and state.
+        assert result["peak"] > weights + result["state"]
     assert measured["mlx AdamW"]["state"] == pytest.approx(2 * weights, rel=1e-3)
     rows = benchmark.rows_of(measured)
     assert [row[0] for row in rows[1:-1]] == list(measured)
@@ -471,7 +471,7 @@ def test_the_benchmark_prints_ratios_and_keeps_every_round(tmp_path, monkeypatch
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_of_orthogonality_is_whole_and_the_same_each_time(tmp_path):
+def test_orthogonality_table_is_complete_and_reproducible(tmp_path):
     script = ROOT / "examples" / "orthogonality.py"
     one, other = (run(script, "--rows", "8", "--columns", "16", cwd=tmp_path) for _ in range(2))
     assert one.returncode == 0, one.stderr
@@ -479,16 +479,16 @@ def test_the_table_of_orthogonality_is_whole_and_the_same_each_time(tmp_path):
     rows = [line.split("|")[2:-1] for line in one.stdout.splitlines()[2:]]
     errors = np.array(rows, dtype=float)
     assert errors[:, 0].tolist() == [*range(2, 9)] * 2
-    # Eight steps of the Polar Express end at 1; the other's quintic has no fixed point there.
+    # Eight steps of the Polar Express end at 1; the Newton–Schulz quintic has no fixed point there.
     assert errors[13, 1] < 1e-3 < errors[6, 1]
 
 
-def test_the_first_snippet_of_readme_runs_as_it_stands(tmp_path):
+def test_readme_snippets_run(tmp_path):
     readme = (ROOT / "README.md").read_text()
     first, *others = re.findall(r"```python\n(.*?)```", readme, re.S)
     done = run("-c", first, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.5  # from 3, chance
+    assert float(done.stdout) < 0.5  # chance level is 3
     assert len(others) == 2
     table = re.search(r"The plan of the model above:\n\n```\n(.*?)```", readme, re.S)
     assert table
@@ -501,7 +501,7 @@ def test_the_first_snippet_of_readme_runs_as_it_stands(tmp_path):
     assert "forward and backward" in done.stdout
 
 
-def test_a_plan_of_communication_allocates_nothing():
+def test_communication_plan_allocates_nothing():
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     cost = communication.plan_of(communication.Model(*communication.SHAPES["8 B"]), 2)
