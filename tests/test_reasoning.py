@@ -1,4 +1,4 @@
-"""The reasoning example: its model's promises, its optimizers, its runs from the command line."""
+"""The reasoning example: its model, its optimizers, its command line, its comparison."""
 
 import json
 import re
@@ -55,12 +55,12 @@ def flat(tree):
 # The model
 
 
-def test_the_gradient_is_that_of_each_modules_last_run(rules):
+def test_gradient_flows_only_through_the_last_run_of_each_module(rules):
     model = reasoner(rules)
     identities, questions, answers = batch_of(rules)
     key = mx.random.key(1)
     start = mx.random.normal((6, 25, 8), key=key)
-    # The runs before the last ones, by hand.
+    # Compute all runs but the last ones by hand.
     x = model.read(identities, questions)
     low = high = start
     low = model.low(model.low(low + high + x) + high + x)
@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_each_modules_last_run(rules):
         np.testing.assert_allclose(gradient, flat(expected)[path], rtol=1e-4, atol=1e-6)
 
 
-def test_the_oldest_puzzles_leave_and_new_ones_start_from_nothing():
+def test_carry_replaces_the_oldest_puzzles_and_starts_new_ones_at_zero():
     carry = Carry(batch=6, places=3, width=2, cells=4)
     assert not carry.trainable_parameters()
     for step in range(4):
@@ -93,11 +93,11 @@ def test_the_oldest_puzzles_leave_and_new_ones_start_from_nothing():
         carry.low, carry.high = carry.low + 1, carry.high + 1
     assert carry.identities.tolist() == [1, 1, 2, 2, 3, 3]
     assert carry.answers[:, 0].tolist() == carry.questions[:, 3].tolist() == [1, 1, 2, 2, 3, 3]
-    # How often each has been thought about: as long as it stays, three times.
+    # The state counts the steps of each puzzle; a puzzle stays for three steps.
     assert carry.low[:, 0, 0].tolist() == [3, 3, 2, 2, 1, 1]
 
 
-def test_what_is_not_known_costs_nothing():
+def test_unknown_answers_do_not_count_in_the_loss():
     logits = mx.random.normal((2, 3, SYMBOLS), key=mx.random.key(0))
     answers = mx.array([[0, 1, 2], [-1, -1, -1]])
     known = nn.losses.cross_entropy(logits[0], answers[0], reduction="mean")
@@ -105,7 +105,7 @@ def test_what_is_not_known_costs_nothing():
     assert cross_entropy(logits, mx.full((2, 3), -1)).item() == 0
 
 
-def test_no_digit_and_no_line_of_a_sudoku_is_told_from_another():
+def test_sudoku_block_is_equivariant_to_digits_and_lines():
     block = UnitBlock(arguments())
     x = mx.random.normal((1, 6, 6, SYMBOLS, 8), key=mx.random.key(0))
 
@@ -122,7 +122,7 @@ def test_no_digit_and_no_line_of_a_sudoku_is_told_from_another():
     for axis, order in exchanged.values():
         moved = of(mx.take(x, mx.array(order), axis=axis))
         np.testing.assert_allclose(moved, np.take(y, order, axis=axis), rtol=0, atol=1e-5)
-    # But boxes are: a row that leaves its band changes what its cells hear.
+    # Boxes are distinguished: a row that moves to another band changes the output.
     order = [0, 2, 1, 3, 4, 5]
     moved = of(mx.take(x, mx.array(order), axis=1))
     assert np.abs(moved - np.take(y, order, axis=1)).max() > 1e-2
@@ -132,7 +132,7 @@ def test_no_digit_and_no_line_of_a_sudoku_is_told_from_another():
 
 
 def trained(model, optimizers, rules, steps=12):
-    """The parameters after a few steps, each optimizer in turn."""
+    """The parameters after a few steps; the optimizers update the model one after the other."""
     for seed in range(steps):
         batch = batch_of(rules, 3, seed)
 
@@ -148,11 +148,11 @@ def trained(model, optimizers, rules, steps=12):
     return {k: np.array(v) for k, v in flat(model.trainable_parameters()).items()}
 
 
-def same(one, other):
+def differing_paths(one, other):
     return [path for path in one if not np.array_equal(one[path], other[path])]
 
 
-def test_the_two_of_hrm_behind_one_are_the_two(rules):
+def test_routed_hrm_optimizers_equal_the_separate_ones(rules):
     schedules = [
         warmup_cosine(r, total_steps=12, warmup_steps=3, start_ratio=0.25) for r in (0.01, 1)
     ]
@@ -160,19 +160,19 @@ def test_the_two_of_hrm_behind_one_are_the_two(rules):
     apart = trained(one, create_optimizer_for_hrm(one, *schedules).values(), rules)
     pair = create_optimizer_for_hrm(other, *schedules)
     routed = create_optimizer(other, pair["main"], pair["main"], rules={"*puzzle*": pair["puzzle"]})
-    assert not same(apart, trained(other, [routed], rules))
-    # By name they spare norms and biases the decay, and are the same in all else.
+    assert not differing_paths(apart, trained(other, [routed], rules))
+    # Optimizers built by name do not decay norms and biases; all else is the same.
     one, third = reasoner(rules), reasoner(rules)
     apart = trained(one, create_optimizer_for_hrm(one, *schedules).values(), rules, 1)
     puzzles = SignSGD(schedules[1], sparse_rows=True)
     rates = {"learning_rate": schedules[0], "rest_learning_rate": schedules[0]}
     named = create_optimizer(third, "adamw", rules={"*puzzle*": puzzles}, **rates)
-    spared = [path for path in apart if "norm" in path or "bias" in path]
-    assert same(apart, trained(third, [named], rules, 1)) == spared
+    undecayed = [path for path in apart if "norm" in path or "bias" in path]
+    assert differing_paths(apart, trained(third, [named], rules, 1)) == undecayed
     assert routed.plan[0].optimizer == "SignSGD"
 
 
-def test_sparse_rows_matter_through_the_decay_alone(rules):
+def test_sparse_rows_change_only_the_decay(rules):
     after = {}
     for decay in (0.0, 0.1):
         for sparse in (True, False):
@@ -180,11 +180,11 @@ def test_sparse_rows_matter_through_the_decay_alone(rules):
             puzzles = SignSGD(0.1, weight_decay=decay, sparse_rows=sparse)
             optimizer = create_optimizer(model, rules={"puzzles*": puzzles})
             after[decay, sparse] = trained(model, [optimizer], rules, 3)
-    assert not same(after[0.0, True], after[0.0, False])
-    assert "puzzles.weight" in same(after[0.1, True], after[0.1, False])
+    assert not differing_paths(after[0.0, True], after[0.0, False])
+    assert "puzzles.weight" in differing_paths(after[0.1, True], after[0.1, False])
 
 
-def test_the_examples_pair_has_the_rates_that_it_says(rules):
+def test_hrm_option_of_the_example_builds_the_documented_pair(rules):
     given = arguments(
         steps=100, learning_rate=None, puzzle_learning_rate=None, option=[("weight_decay", 0.0)]
     )
@@ -208,7 +208,7 @@ def run(*arguments, cwd):
     return command_line.run(SCRIPT, *arguments, cwd=cwd)
 
 
-def test_rules_are_trained_compared_and_drawn(tmp_path):
+def test_rules_example_trains_compares_and_draws(tmp_path):
     done = run("rules", "--compare", "orthomaxfactor,hrm", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("puzzles.weight")]
@@ -223,7 +223,7 @@ def test_rules_are_trained_compared_and_drawn(tmp_path):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_sudoku_resumes_with_the_puzzles_it_was_at(tmp_path):
+def test_resumed_sudoku_run_equals_the_uninterrupted_run(tmp_path):
     rounded = ("--dtype", "bfloat16", "--rounding", "stochastic")
     arguments = ("sudoku", *SMALL, *rounded, "--save-every", "3")
     done = run(*arguments, "--output", "a", cwd=tmp_path)
@@ -254,7 +254,7 @@ def test_sudoku_resumes_with_the_puzzles_it_was_at(tmp_path):
     ],
     ids=str,
 )
-def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
+def test_bad_arguments_give_one_line_and_status_2(arguments, message, tmp_path):
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -264,7 +264,7 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, tmp_path):
 # The comparison
 
 
-def test_the_comparison_asks_for_each_run_once_and_the_example_first():
+def test_comparison_lists_each_run_once_and_the_example_first():
     given = SimpleNamespace(only=None, others=[], seeds=2)
     runs = [" ".join(command) for command in compare_reasoning.wanted(given)]
     assert len(runs) == len(set(runs)) == 2 * (2 + sum(map(len, CONFIGURATIONS.values())))
@@ -276,7 +276,7 @@ def test_the_comparison_asks_for_each_run_once_and_the_example_first():
     ]
 
 
-def test_a_table_has_the_mean_and_the_ends_of_its_seeds():
+def test_table_shows_mean_and_range_over_seeds():
     records = {}
     for command, right in zip(commands("sudoku", "MaxFactor", (), 2), (0.5, 1.0), strict=True):
         values = {"loss": 0.25, "exact match": right, "cells": 1.0}
@@ -288,18 +288,18 @@ def test_a_table_has_the_mean_and_the_ends_of_its_seeds():
     assert len(lines) == 5
 
 
-def test_a_run_is_read_as_a_user_would_see_it(tmp_path):
+def test_comparison_reads_results_from_a_command_line_run(tmp_path):
     record = run_one(["python", "examples/train_reasoning.py", "rules", *SMALL], tmp_path)
     assert set(record.validation) == {"loss", "exact match", "cells"}
     assert 0 < record.validation["cells"] < 1
     assert record.cpu_seconds > 0
-    assert not list(tmp_path.iterdir()), "a picture is kept of the example as it is alone"
+    assert not list(tmp_path.iterdir()), "only the unchanged example saves a picture"
 
 
-def test_the_bar_is_met_in_every_kept_run_of_the_example_as_it_is():
+def test_every_recorded_run_of_the_example_reaches_its_target():
     kept = compare_reasoning.read(compare_reasoning.RECORDS)
-    for kind, bar in (("rules", 0.9), ("sudoku", 0.8)):
+    for kind, target in (("rules", 0.9), ("sudoku", 0.8)):
         (first, *_) = CONFIGURATIONS[kind]
         found = [kept.get(" ".join(command)) for command in commands(kind, first, (), 3)]
         assert found[0], f"{kind} was never run"
-        assert all(record.validation["exact match"] >= bar for record in found if record)
+        assert all(record.validation["exact match"] >= target for record in found if record)

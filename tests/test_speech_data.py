@@ -1,4 +1,4 @@
-"""The speech that the recognizer's example trains on: features, synthesis, a user's recordings."""
+"""The data of the speech example: features, synthetic speech, a user's own recordings."""
 
 import hashlib
 import subprocess
@@ -30,7 +30,7 @@ def slaney_mel(hertz):
 
 
 def whisper_log_mel(samples):
-    """In float64, by another Fourier transform; edges by inverting Slaney's scale on a grid."""
+    """Whisper's features in float64, by another Fourier transform and a grid for Slaney's scale."""
     torch = pytest.importorskip("torch")
     stft = torch.stft(
         torch.from_numpy(samples),
@@ -56,41 +56,41 @@ def whisper_log_mel(samples):
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_log_mel_is_whispers(name):
+def test_log_mel_equals_whispers_features(name):
     features = log_mel(SIGNALS[name])
     assert features.dtype == np.float32
     assert features.shape == (len(SIGNALS[name]) // 160, 80)
-    # Ours is float64 but for the last cast: 1.2e-7 below 2. The grid's edges are good to 1e-9.
+    # Ours is float64 except for the last cast (1.2e-7 below 2). The grid is accurate to 1e-9.
     np.testing.assert_allclose(features, whisper_log_mel(SIGNALS[name]), rtol=0, atol=1e-6)
 
 
-def test_log_mel_is_that_of_transformers():
+def test_log_mel_equals_transformers_features():
     from transformers import WhisperFeatureExtractor
 
     extractor = WhisperFeatureExtractor()
     for samples in SIGNALS.values():
         theirs = extractor(samples, sampling_rate=RATE, padding=False, return_tensors="np")
-        # Theirs keeps spectra in complex64: 2e-6 on noise, 4e-5 eight decades below a tone.
+        # transformers keeps spectra in complex64: 2e-6 on noise, 4e-5 eight decades below a tone.
         expected = theirs["input_features"][0].T
         np.testing.assert_allclose(log_mel(samples), expected, rtol=0, atol=2e-4)
 
 
-def test_mel_filters_have_slaneys_centres_and_area():
+def test_mel_filters_have_slaneys_centres_and_areas():
     filters = speech_data.mel_filters()
     bins = np.arange(201) * 40.0
     assert filters.shape == (201, 80)
     centroids = bins @ filters / filters.sum(axis=0)
     assert (np.diff(centroids) > 0).all()
     wide = centroids > 3000
-    # 40 Hz bins sample triangles of over 250 Hz here: the sum is within a few percent of area 1.
+    # Here 40 Hz bins sample triangles of over 250 Hz: sums are within a few percent of area 1.
     np.testing.assert_allclose(filters.sum(axis=0)[wide] * 40, 1, atol=0.03)
-    # 1 kHz is 15 mel of 45.2: between the 26th and the 27th of 81 steps, much nearer the latter.
+    # 1 kHz is 15 of 45.2 mel: between the 26th and the 27th of 81 steps, closer to the 27th.
     tone = np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)
     assert log_mel(tone).mean(axis=0).argmax() == 26
 
 
 @pytest.mark.parametrize("length", [0, 1, 159, 200])
-def test_log_mel_pads_what_is_too_short_to_reflect(length):
+def test_log_mel_pads_clips_too_short_to_reflect(length):
     features = log_mel(np.full(length, 0.5, np.float32))
     assert features.shape == (1, 80)
     assert np.isfinite(features).all()
@@ -105,11 +105,11 @@ def test_resampling_keeps_time_and_frequency(rate):
     resampled = resample(tone(rate), rate)
     assert resampled.dtype == np.float32
     assert len(resampled) == round(0.8 * RATE)
-    # float32 is 6e-8 below 1; the fourth power's ends leave 1e-6 beyond any band.
+    # float32 rounds by 6e-8 below 1; the ends of the fade leave 1e-6 outside any band.
     np.testing.assert_allclose(resampled, tone(RATE), rtol=0, atol=2e-6)
 
 
-def test_resampling_drops_what_would_alias():
+def test_resampling_removes_frequencies_that_would_alias():
     tone = np.sin(2 * np.pi * 10_000 * np.arange(44_100) / 44_100) * np.hanning(44_100)
     assert np.abs(resample(tone, 44_100)).max() < 1e-4
 
@@ -131,10 +131,11 @@ def voices(clips):
     return {clip.speaker.split("+")[1] for clip in clips}
 
 
-def test_no_validation_voice_is_heard_in_training(synthetic):
+def test_training_and_validation_share_no_voice(synthetic):
     training, validation = synthetic
     assert (len(training), len(validation)) == (120, 60)
-    # 120 speakers of 126, and 60 of 28: every voice is heard, so that a leak would be.
+    # Training has 120 of 126 speakers, validation 60 clips of 28 speakers: every voice occurs, so a
+    # leak would show.
     assert voices(training) == set(speech_data.TRAINING_VOICES)
     assert voices(validation) == set(speech_data.HELD_OUT_VOICES)
     assert not voices(training) & voices(validation)
@@ -157,7 +158,7 @@ def test_clips_are_loud_enough_and_not_clipped(synthetic):
     clips = [clip for part in synthetic for clip in part]
     peaks = np.array([np.abs(clip.samples).max() for clip in clips])
     assert all(clip.samples.dtype == np.float32 for clip in clips)
-    # -20 to -1 dB, but for the rounding to 16 bits.
+    # -20 to -1 dB, except for the rounding to 16 bits.
     assert 0.1 - 2**-16 <= peaks.min() < 0.2
     assert 0.7 < peaks.max() <= 10 ** (-1 / 20) + 2**-16
     seconds = np.array([len(clip.samples) / RATE for clip in clips])
@@ -165,11 +166,11 @@ def test_clips_are_loud_enough_and_not_clipped(synthetic):
     assert seconds.max() < 4
 
 
-def test_the_noise_is_10_to_40_db_below_the_speech(synthetic):
+def test_noise_is_10_to_40_db_below_the_speech(synthetic):
     clips = [clip.samples for part in synthetic for clip in part]
-    # The first 40 ms are margin: noise alone.
+    # The first 40 ms hold only noise.
     decibels = [10 * np.log10(np.mean(x**2) / np.mean(x[:640] ** 2)) for x in clips]
-    # The median of 180 uniform draws is 25 +- 1.1; pink noise over 40 ms adds a few dB to one.
+    # The median of 180 uniform draws is 25 ± 1.1; pink noise over 40 ms varies by a few dB.
     assert 21 < np.median(decibels) < 29
     assert np.percentile(decibels, 5) < 15
     assert np.percentile(decibels, 95) > 35
@@ -185,19 +186,19 @@ for seed in (5, 6):
 """
 
 
-def test_two_processes_make_the_same_clips_of_a_seed():
+def test_two_processes_make_the_same_clips_from_a_seed():
     def hashes():
         command = [sys.executable, "-c", f"import sys\nsys.path = {sys.path}\n{HASH}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout.split()
 
     one = hashes()
-    time.sleep(1)  # eSpeak NG would else take its seed from the clock, in seconds
+    time.sleep(1)  # without a seed, eSpeak NG would take the clock's seconds
     assert one == hashes()
     assert one[0] != one[1]
 
 
-def test_the_synthesizer_obeys_speed_and_pitch():
+def test_synthesizer_obeys_speed_and_pitch():
     synthesizer = Synthesizer(seed=1)
 
     def say(speed=170, pitch=50):
@@ -215,14 +216,14 @@ def test_the_synthesizer_obeys_speed_and_pitch():
     assert fundamental(say(pitch=80)) > 1.2 * fundamental(say(pitch=20))
 
 
-def test_trimming_leaves_50_ms_at_either_end():
+def test_trimming_keeps_50_ms_at_both_ends():
     speech = np.r_[np.zeros(5000), np.ones(1000), np.full(3000, 0.001)]
     trimmed = speech_data.trimmed(speech)
     assert len(trimmed) == 800 + 1000 + 800
     assert (trimmed[800:1800] == 1).all()
 
 
-def test_what_espeak_cannot_do_is_one_clear_error(monkeypatch):
+def test_espeak_failures_give_clear_errors(monkeypatch):
     synthesizer = Synthesizer(seed=1)
     with pytest.raises(RuntimeError, match=r"SetVoiceByName failed .* 'no-such\+m1'"):
         synthesizer("one", "no-such+m1", speed=170, pitch=50, pitch_range=50)
@@ -246,13 +247,13 @@ def digest(clips):
     return hashlib.sha256(repr(said).encode()).hexdigest(), [len(part) for part in clips]
 
 
-def test_a_second_load_reads_what_the_first_wrote(folder, synthetic, monkeypatch):
+def test_second_load_reads_the_cached_file(folder, synthetic, monkeypatch):
     def synthesize(*_):
         raise AssertionError("synthesized again")
 
     monkeypatch.setattr(speech_data, "synthetic_clips", synthesize)
     assert digest(load_synthetic(folder, 120, 60, 3)) == digest(synthetic)
-    assert len(list(folder.iterdir())) == 1, "no temporary file stays"
+    assert len(list(folder.iterdir())) == 1, "a temporary file is left"
     for other in [(121, 60, 3), (120, 61, 3), (120, 60, 4)]:
         with pytest.raises(AssertionError, match="synthesized again"):
             load_synthetic(folder, *other)
@@ -268,7 +269,7 @@ def test_a_second_load_reads_what_the_first_wrote(folder, synthetic, monkeypatch
     ],
     ids=["empty", "other", "truncated", "one bit"],
 )
-def test_a_damaged_file_is_made_anew(damage, synthetic, tmp_path, monkeypatch):
+def test_damaged_cache_file_is_rebuilt(damage, synthetic, tmp_path, monkeypatch):
     calls, clips = [], (synthetic[0][:5], synthetic[1][:3])
 
     def synthesize(*arguments):
@@ -288,7 +289,7 @@ def test_a_damaged_file_is_made_anew(damage, synthetic, tmp_path, monkeypatch):
 
 
 def record(path, text="hello", rate=RATE, width=2, channels=1, seconds=0.5):
-    """Write a tone of 440 Hz at half of full scale, the second channel silent."""
+    """Write a tone of 440 Hz at half of full scale; the second channel is silent."""
     t = np.arange(round(rate * seconds)) / rate
     samples = np.zeros((len(t), channels))
     samples[:, 0] = 0.5 * np.sin(2 * np.pi * 440 * t) * np.hanning(len(t))
@@ -307,7 +308,7 @@ def record(path, text="hello", rate=RATE, width=2, channels=1, seconds=0.5):
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [16_000, 44_100])
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_wav_files_of_any_width_rate_and_channels(width, rate, channels, tmp_path):
+def test_wav_files_of_any_width_rate_and_channels_are_read(width, rate, channels, tmp_path):
     record(tmp_path / "a.wav", "  Good\n MORNING \n", rate, width, channels)
     record(tmp_path / "b.WAV", "\ufeffÜber", rate, width, channels)
     [clip], [held_out] = clips_of_folder(tmp_path)
@@ -316,19 +317,19 @@ def test_wav_files_of_any_width_rate_and_channels(width, rate, channels, tmp_pat
     assert len(clip.samples) == RATE // 2
     t = np.arange(RATE // 2) / RATE
     expected = 0.5 * np.sin(2 * np.pi * 440 * t) * np.hanning(len(t)) / channels
-    # Half a step of the coarsest word; the two windows' ends differ by a sample in 22,050.
+    # Half a step of the sample width; the ends of the two windows differ by one sample in 22,050.
     tolerance = 2.0 ** (1 - 8 * min(width, 2)) + 1e-4
     np.testing.assert_allclose(clip.samples, expected, rtol=0, atol=tolerance)
 
 
-def test_write_wav_and_back(tmp_path):
+def test_written_wav_file_reads_back(tmp_path):
     samples = np.random.default_rng(0).uniform(-1, 1, 5000).astype(np.float32)
     samples[:2] = -1, 1
     for name in ("a", "b"):
         speech_data.write_wav(tmp_path / f"{name}.wav", Clip(samples, name, "me"))
         (tmp_path / f"{name}.txt").write_text(name)
     [clip], _ = clips_of_folder(tmp_path)
-    # Half a step of 16 bits, and a whole one at +1, which 16 bits do not have.
+    # Half a step of 16 bits; a whole step at +1, which 16 bits cannot represent.
     np.testing.assert_allclose(clip.samples[2:], samples[2:], rtol=0, atol=2.0**-16)
     np.testing.assert_array_equal(clip.samples[:2], np.float32([-1, 1 - 2.0**-15]))
 
@@ -345,7 +346,7 @@ def test_every_eighth_speaker_is_held_out(speakers, held_out, tmp_path):
     assert not {clip.speaker for clip in training} & {clip.speaker for clip in validation}
 
 
-def test_of_one_speaker_every_eighth_clip_is_held_out(tmp_path):
+def test_every_eighth_clip_of_a_single_speaker_is_held_out(tmp_path):
     for i in range(10):
         record(tmp_path / f"{i}.wav", str(i), seconds=0.1)
     training, validation = clips_of_folder(tmp_path)
@@ -353,7 +354,7 @@ def test_of_one_speaker_every_eighth_clip_is_held_out(tmp_path):
     assert [clip.text for clip in training] == list("1234567" + "9")
 
 
-def test_every_problem_is_told_at_once(tmp_path):
+def test_one_error_names_every_bad_file(tmp_path):
     record(tmp_path / "good.wav")
     record(tmp_path / "empty text.wav", " \n")
     record(tmp_path / "no text.wav")
@@ -368,7 +369,7 @@ def test_every_problem_is_told_at_once(tmp_path):
     data = bytearray((tmp_path / "float.wav").read_bytes())
     data[20] = 3  # WAVE_FORMAT_IEEE_FLOAT
     (tmp_path / "float.wav").write_bytes(data)
-    (tmp_path / "._good.wav").write_bytes(b"what macOS leaves on other disks")
+    (tmp_path / "._good.wav").write_bytes(b"what macOS leaves on other disks")  # is ignored
 
     with pytest.raises(ValueError, match="not a PCM file") as caught:
         clips_of_folder(tmp_path)
@@ -386,14 +387,14 @@ def test_every_problem_is_told_at_once(tmp_path):
     assert "ffmpeg -i float.wav -c:a pcm_s16le new.wav" in str(caught.value)
 
 
-def test_a_clip_of_just_30_seconds_is_taken(tmp_path):
+def test_clip_of_exactly_30_seconds_is_accepted(tmp_path):
     record(tmp_path / "a.wav", seconds=30, rate=4000)
     record(tmp_path / "b.wav")
     assert len(clips_of_folder(tmp_path)[1][0].samples) == 30 * RATE
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_too_few_files(count, tmp_path):
+def test_too_few_files_are_refused(count, tmp_path):
     for i in range(count):
         record(tmp_path / f"{i}.wav")
     with pytest.raises(ValueError, match=rf"{count} \.wav files; put at least 2 below it"):
