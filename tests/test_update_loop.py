@@ -1,4 +1,4 @@
-"""One parameter at a time: what is alive during a step, and what is left after it."""
+"""The update loop updates one parameter at a time: memory during and after a step, its result."""
 
 import gc
 
@@ -19,8 +19,8 @@ def trees(dtype):
     return parameters, {key: mx.full((SIDE, SIDE), 0.01, dtype) for key in parameters}
 
 
-def peak_of_a_step(optimizer, dtype, compiled):
-    """Matrices of float32 that an update needs beyond what there is before it."""
+def extra_memory_of_a_step(optimizer, dtype, compiled):
+    """The peak memory of an update beyond the memory before it, in float32 matrices."""
     parameters, before = trees(dtype)[0], 0
     optimizer.init(parameters)
     update = optimizer.apply_gradients
@@ -39,16 +39,16 @@ def peak_of_a_step(optimizer, dtype, compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_float32_copies_of_few_weights_are_alive_at_once(compiled):
-    # Of 64 matrices 3 to 9 here, as MLX's CPU allocates a hundred kernels ahead; where updates
-    # did not wait for one another 20 to 29.
-    assert peak_of_a_step(MaxFactor(), mx.bfloat16, compiled) < COUNT / 4
+def test_few_float32_copies_exist_at_once(compiled):
+    # Measured: 3 to 9 of 64 matrices, because MLX's CPU backend allocates a hundred kernels ahead;
+    # 20 to 29 when updates did not wait for each other.
+    assert extra_memory_of_a_step(MaxFactor(), mx.bfloat16, compiled) < COUNT / 4
 
 
 @pytest.mark.parametrize("make", [AdamW, lambda: GuardedOptimizer(AdamW(), max_grad_norm=1.0)])
-def test_nothing_of_a_step_outlives_it(make):
+def test_steps_do_not_leak_memory(make):
     gc.collect()
-    gc.disable()  # what waits for the collector waits for more memory than there is
+    gc.disable()  # memory must not wait for the collector
     try:
         parameters, gradients = trees(mx.float32)
         optimizer = make()
@@ -63,7 +63,7 @@ def test_nothing_of_a_step_outlives_it(make):
         gc.enable()
 
 
-def test_the_first_weights_are_released_without_a_collection():
+def test_old_weights_are_released_without_garbage_collection():
     gc.disable()
     try:
         model = nn.Sequential(*[nn.Linear(SIDE, SIDE, bias=False) for _ in range(8)])
@@ -77,16 +77,16 @@ def test_the_first_weights_are_released_without_a_collection():
         gc.enable()
 
 
-def test_leaves_come_with_what_each_optimizer_keeps():
+def test_find_slots_returns_the_states_of_each_optimizer():
     x, y, z = mx.zeros(1), mx.zeros(2), mx.zeros(3)
     gradients = {"a": [{"w": x}, {"w": y}], "b": {"c": (z,)}}
     states = [{"a": [{"w": {"m": x}}]}, {"step": x, "b": {"c": [{}]}}]
-    leaves = find_slots(gradients, gradients, states)
-    assert [leaf.path for leaf in leaves] == ["a.0.w", "a.1.w", "b.c.0"]
-    assert [leaf.states for leaf in leaves] == [({"m": x}, None), (None, None), (None, {})]
+    slots = find_slots(gradients, gradients, states)
+    assert [slot.path for slot in slots] == ["a.0.w", "a.1.w", "b.c.0"]
+    assert [slot.states for slot in slots] == [({"m": x}, None), (None, None), (None, {})]
 
 
-def test_what_comes_back_has_the_structure_of_the_gradients():
+def test_result_has_the_structure_of_the_gradients():
     gradients = {"a": [{"w": mx.ones(2)}, {}], "b": (mx.ones(3), mx.ones(1))}
     updated = AdamW().apply_gradients(gradients, gradients | {"frozen": mx.ones(4)})
     assert updated.keys() == gradients.keys()
@@ -95,7 +95,7 @@ def test_what_comes_back_has_the_structure_of_the_gradients():
     assert [x.size for x in updated["b"]] == [3, 1]
 
 
-def test_an_optimizer_with_its_own_way_through_the_tree_is_a_member_too():
+def test_multi_optimizer_can_be_guarded():
     def split():
         members = [mlx_optimizers.SGD(0.1), mlx_optimizers.Lion(0.01)]
         return mlx_optimizers.MultiOptimizer(members, [lambda path, _: path == "a"])
@@ -112,7 +112,7 @@ def test_an_optimizer_with_its_own_way_through_the_tree_is_a_member_too():
     assert (ours.skipped.item(), ours.optimizers[0].optimizers[1].step.item()) == (1, 2)
 
 
-def test_a_step_is_counted_once_for_each_member():
+def test_each_member_counts_a_step_once():
     from models import Table
 
     model = Table()
@@ -124,7 +124,7 @@ def test_a_step_is_counted_once_for_each_member():
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_guards_keep_the_memory_that_checkpointing_saves(kind):
-    # A norm that read the first gradients first kept the activations of all layers: 1.6 times.
+    # When the norm read the first gradients first, the activations of all layers stayed: 1.6 times.
     from compare_step_memory import METHODS, MODEL, peak
 
     from mlx_maxfactor.finetuning.memory import Request
