@@ -366,7 +366,7 @@ def test_peak_depends_on_steps_and_width():
     ],
     ids=str,
 )
-def test_total_steps_is_checked(options, message):
+def test_invalid_total_steps_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_optimizer(Table(), **options)
 
@@ -560,7 +560,7 @@ def test_first_layer_can_be_excluded():
     ],
     ids=str,
 )
-def test_arguments_are_checked(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_optimizer(Table(), **arguments)
 
