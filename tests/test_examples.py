@@ -490,15 +490,9 @@ def test_readme_snippets_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.5  # chance level is 3
     assert len(others) == 2
-    table = re.search(r"The plan of the model above:\n\n```\n(.*?)```", readme, re.S)
-    assert table
-    batch = "batch = mx.random.randint(0, 100, (8, 16))"
-    more = re.findall(r"`(print\(profile_step.*?\)\))`", readme, re.S)
-    imports = "from mlx_maxfactor import GuardedOptimizer, profile_step"
-    done = run("-c", "\n".join([first, *others, imports, batch, *more]), cwd=tmp_path)
+    done = run("-c", "\n".join([first, *others]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert table.group(1) in done.stdout
-    assert "forward and backward" in done.stdout
+    assert "layers.1.weight  (256, 64)  hidden" in done.stdout
 
 
 def test_communication_plan_allocates_nothing():
