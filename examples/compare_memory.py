@@ -58,9 +58,16 @@ SIZES = ((4, 1024, WIDE), (8, 512, WIDE), (16, 256, WIDE), (8, 1024, NARROW), (1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare estimates with real peaks.")
-    parser.add_argument("--rows", type=int, default=32, help="how many rows (32)")
+    parser.add_argument("--rows", type=int, default=28, help="how many rows (28)")
+    parser.add_argument("--checkpointed", action="store_true", help="rows with checkpoints alone")
+    given = parser.parse_args()
+    wanted = [
+        (request, name)
+        for request, name in list(requests())[: given.rows]
+        if request.grad_checkpoint or not given.checkpointed
+    ]
     rows = [HEAD]
-    for request, name in tqdm(list(requests())[: parser.parse_args().rows]):
+    for request, name in tqdm(wanted):
         rows.append(row(request, name))
         print("|", " | ".join(rows[-1]), "|", flush=True)
     print("\n" + markdown(rows))

@@ -42,7 +42,7 @@ MODEL = {
 
 def main() -> None:
     given = parse_arguments()
-    cases = itertools.product(("lora", "full"), (False, True), given.layers, given.tokens)
+    cases: Any = itertools.product(("lora", "full"), (False, True), given.layers, given.tokens)
     rows = [["training", "layers", "tokens", *METHODS]]
     for kind, checkpointed, layers, tokens in tqdm(list(cases)):
         sizes = {"hidden_size": given.width, "intermediate_size": 11 * given.width // 4}
@@ -115,10 +115,10 @@ def accumulated(model: nn.Module, name: str) -> Step:
         optimizer.update(model, tree_map(lambda x, y: (x + y) / 2, gradients, before))
         return None
 
-    def both(*batch: mx.array) -> None:
-        before = step(*batch, None)
+    def both(tokens: mx.array, lengths: mx.array) -> None:
+        before = step(tokens, lengths, None)
         mx.eval(before)
-        step(*batch, before)
+        step(tokens, lengths, before)
         mx.eval(state)
 
     return both

@@ -3,10 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 from trajectories import SHAPES, assert_follows, parameter
 
-from mlx_maxfactor import Adafactor
+from mlx_maxfactor import Adafactor, reference
 
 OPTIONS = [
     {},

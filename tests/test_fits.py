@@ -51,7 +51,7 @@ def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimi
     assert memory.estimate(request).peak == pytest.approx(real, rel=0.1)
 
 
-def test_nothing_of_the_size_of_the_model_is_allocated():
+def test_estimating_does_not_allocate_the_model():
     # 400 layers would need 75 MB of weights and 10 times as much for activations.
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -60,7 +60,7 @@ def test_nothing_of_the_size_of_the_model_is_allocated():
     assert mx.get_peak_memory() - before < 0.2 * found.weights
 
 
-def test_parts_depend_on_what_they_should():
+def test_memory_parts_depend_on_layers_optimizer_and_bits():
     small = estimate_training_memory(CONFIG, "mlx_adamw", num_layers=2, **QUICK)
     more = estimate_training_memory(CONFIG, "mlx_adamw", num_layers=6, **QUICK)
     assert 2 < more.state / small.state < 3.1
@@ -81,24 +81,24 @@ def test_longest_sequence_fits_and_the_next_one_does_not():
     assert memory.estimate(request, (1,)).peak > limit
 
 
-def test_a_wide_model_is_measured_at_a_part_of_its_width(monkeypatch):
+def test_estimate_from_half_the_width_is_close(monkeypatch):
     exact = estimate_training_memory(CONFIG, num_layers=-1, **QUICK)
     monkeypatch.setattr(memory, "_halvings", lambda *_: 1)
     scaled = estimate_training_memory(CONFIG, num_layers=-1, **QUICK)
     assert "1/2 of width" in scaled.measured
     assert scaled.weights == exact.weights
-    # LoRA's rank is not halved, and the embedding's rows are.
+    # Halving the width halves the rows of the embedding but not LoRA's rank.
     assert scaled.step == pytest.approx(exact.step, rel=0.2)
 
 
-def test_layers_that_need_more_than_two_of_them():
-    # Gemma 3 asks for the cache of its sixth layer.
+def test_models_that_need_more_than_two_layers_are_measured():
+    # Gemma 3 reads the cache of its sixth layer.
     config = CONFIG | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window_pattern": 3}
     found = estimate_training_memory(config, **QUICK)
     assert found.measured.startswith(("3 and 6 layers", "1 and 2 layers"))
 
 
-def test_the_command_prints_parts_macs_and_what_to_change(folder, capsys):
+def test_fits_command_prints_parts_macs_and_suggestions(folder, capsys):
     arguments = ["fits", str(folder), "--max-seq-length", "128"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_the_command_prints_parts_macs_and_what_to_change(folder, capsys):
     assert "--batch-size 1 --grad-accumulation-steps 4: " in out
 
 
-def test_a_yaml_file_of_mlx_lm_is_read(folder, tmp_path):
+def test_mlx_lm_yaml_file_is_read(folder, tmp_path):
     path = tmp_path / "lora.yaml"
     path.write_text(f"model: {folder}\nfine_tune_type: full\nnum_layers: 2\noptimizer: muon\n")
     request, title = fits.request_of({"config": str(path), "batch_size": 1})
@@ -119,7 +119,7 @@ def test_a_yaml_file_of_mlx_lm_is_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize("memory_gb", [16, 64])
-def test_metal_may_use_a_share_of_the_memory(memory_gb):
+def test_usable_memory_is_a_share_of_all_memory(memory_gb):
     assert fits.usable_bytes(memory_gb) / 2**30 / memory_gb in (2 / 3, 3 / 4)
 
 
@@ -139,7 +139,7 @@ def test_metal_may_use_a_share_of_the_memory(memory_gb):
     ],
     ids=str,
 )
-def test_wrong_input_gets_one_line_and_status_2(arguments, message, folder, capsys):
+def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, capsys):
     contents = {"broken": "{model: 1}", "empty": "{}", "short": '{"model_type": "llama"}'}
     contents["unknown"] = json.dumps({**CONFIG, "model_type": "nonesuch"})
     for name, text in contents.items():

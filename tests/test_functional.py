@@ -3,11 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 from trajectories import parameter
 
 from mlx_maxfactor import functional as f
-from mlx_maxfactor import newton_schulz, polar_express
+from mlx_maxfactor import newton_schulz, polar_express, reference
 
 ORTHOGONALIZERS = {
     "newton_schulz": (newton_schulz, reference.newton_schulz),

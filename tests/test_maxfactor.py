@@ -3,10 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 from trajectories import SHAPES, assert_follows, hard_gradients, parameter
 
-from mlx_maxfactor import MaxFactor
+from mlx_maxfactor import MaxFactor, reference
 
 VARIANTS = [
     {"momentum": 0.9},

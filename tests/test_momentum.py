@@ -5,7 +5,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 from killed_run import build
 from mlx.utils import tree_flatten
 from models import Table
@@ -17,6 +16,7 @@ from mlx_maxfactor import (
     MaxFactor,
     create_optimizer,
     load_checkpoint,
+    reference,
     save_checkpoint,
 )
 from mlx_maxfactor import functional as f

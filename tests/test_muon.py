@@ -3,10 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 from trajectories import assert_follows, parameter
 
-from mlx_maxfactor import Muon
+from mlx_maxfactor import Muon, reference
 
 OPTIONS = [
     {},

@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import reference
 from mlx.utils import tree_flatten
 from models import CASES, Table
 from trajectories import SHAPES, assert_follows, parameter, trajectory
@@ -19,6 +18,7 @@ from mlx_maxfactor import (
     create_optimizer,
     load_checkpoint,
     newton_schulz,
+    reference,
     save_checkpoint,
 )
 from mlx_maxfactor import functional as f

@@ -11,12 +11,11 @@ import mlx.core as mx
 import mlx.optimizers as peers
 import numpy as np
 import pytest
-import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trajectories import BOUND, distance, hard_gradients, parameter, trajectory, twin_trajectory
 
-from mlx_maxfactor import Adafactor, AdamW, Muon, SignSGD
+from mlx_maxfactor import Adafactor, AdamW, Muon, SignSGD, reference
 
 STEPS = 30
 SHAPES = [(10, 5), (3, 4, 5), (1, 7), (7, 1), (10,), (1,), ()]

@@ -3,7 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 from mlx.utils import tree_flatten
 from models import Table
 from trajectories import hard_gradients, parameter
@@ -15,6 +14,7 @@ from mlx_maxfactor import (
     OrthoMaxFactor,
     create_optimizer,
     load_checkpoint,
+    reference,
     save_checkpoint,
 )
 from mlx_maxfactor import functional as f

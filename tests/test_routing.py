@@ -8,7 +8,6 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
-import reference
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import (
     CASES,
@@ -36,6 +35,7 @@ from mlx_maxfactor import (
     create_optimizer,
     create_optimizer_for_hrm,
     estimate_state_bytes,
+    reference,
     warmup_cosine,
 )
 from mlx_maxfactor.routing.rates import Run

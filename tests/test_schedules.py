@@ -3,9 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 
-from mlx_maxfactor import SignSGD, adaptive_schedule, warmup_cosine
+from mlx_maxfactor import SignSGD, adaptive_schedule, reference, warmup_cosine
 from mlx_maxfactor.schedules import scaled
 
 STEPS = [0, 1, 5, 10, 11, 50, 99, 100, 101, 10_000]

@@ -3,10 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import reference
 from trajectories import SHAPES, assert_follows
 
-from mlx_maxfactor import SignSGD
+from mlx_maxfactor import SignSGD, reference
 
 
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])

@@ -1,4 +1,4 @@
-"""Averages of the weights: against their sums, compiled, in checkpoints, swapped in and back."""
+"""Averages of the weights: their values, compiled steps, checkpoints, applying and restoring."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,24 +34,24 @@ def test_exponential_average_equals_its_weighted_sum(decay):
     values = points()
     weights = decay ** np.arange(len(values))[::-1].astype(np.float64)
     exact = sum(w * x for w, x in zip(weights, values, strict=True)) / weights.sum()
-    # 30 roundings to float32 of numbers of size 1; 1 - 0.999^t has 1e-4 of their precision.
+    # 30 float32 roundings of numbers near 1; 1 - 0.999^t is only accurate to 1e-4.
     assert np.allclose(averaged(values, decay=decay), exact, atol=1e-4)
 
 
-def test_decay_one_is_the_plain_mean_since_start():
+def test_decay_one_gives_the_plain_mean_since_start():
     values = points()
     assert np.allclose(averaged(values, decay=1), np.mean(values, axis=0), atol=1e-6)
     late = averaged(values, decay=1, start=20)
     assert np.allclose(late, np.mean(values[20:], axis=0), atol=1e-6)
 
 
-def test_until_start_the_average_is_the_current_weights():
+def test_average_equals_the_current_weights_until_start():
     values = points(5)
     assert np.array_equal(averaged(values, decay=0.9, start=10), values[-1])
 
 
-def test_bfloat16_follows_float32_on_average():
-    # Steps of 1/1000 are below bf16's spacing at 1: rounded to nearest, nothing would move.
+def test_bfloat16_average_is_close_to_float32():
+    # Steps of 1/1000 are below bf16's spacing at 1: rounding to nearest would lose them all.
     model = nn.Linear(64, 64, bias=False)
     model.weight = mx.zeros((64, 64))
     average = WeightAverage(model, 0.999, dtype=mx.bfloat16)
@@ -94,7 +94,7 @@ def flat(average):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_a_compiled_step_updates_the_average_and_is_traced_once(dtype):
+def test_compiled_step_updates_the_average_and_is_traced_once(dtype):
     results = []
     for compiled in (False, True):
         model, optimizer, average, step, traces = training(compiled, dtype)
@@ -105,7 +105,7 @@ def test_a_compiled_step_updates_the_average_and_is_traced_once(dtype):
         assert np.allclose(x, results[1][path], atol=1e-2 if dtype == mx.bfloat16 else 1e-6)
 
 
-def test_frozen_weights_are_not_averaged_and_late_ones_join():
+def test_only_trainable_weights_are_averaged():
     model, optimizer, average, step, _ = training(compiled=False)
     assert "layers.0.bias" not in average.state["weights"]
     run(step, model, optimizer, average, 2)
@@ -114,7 +114,7 @@ def test_frozen_weights_are_not_averaged_and_late_ones_join():
     assert "layers.0.bias" in average.state["weights"]
 
 
-def test_weights_come_back_after_an_error_inside():
+def test_weights_are_restored_after_an_error_inside_applied():
     model, optimizer, average, step, _ = training(compiled=False)
     run(step, model, optimizer, average, 4)
     own = {path: np.array(x) for path, x in tree_flatten(model.parameters())}
@@ -133,7 +133,7 @@ def test_weights_come_back_after_an_error_inside():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_a_resumed_average_ends_as_the_uninterrupted_one(dtype, tmp_path):
+def test_resumed_average_equals_the_uninterrupted_one(dtype, tmp_path):
     path = tmp_path / "run.safetensors"
     model, optimizer, average, step, _ = training(True, dtype)
     run(step, model, optimizer, average, 3)
@@ -141,14 +141,14 @@ def test_a_resumed_average_ends_as_the_uninterrupted_one(dtype, tmp_path):
     run(step, model, optimizer, average, 3, first=3)
     whole = flat(average)
     model, optimizer, average, step, _ = training(True, dtype)
-    run(step, model, optimizer, average, 1)  # a load reaches a step that is compiled
+    run(step, model, optimizer, average, 1)  # the load must also reach a compiled step
     assert load_checkpoint(path, model, optimizer, average=average) == {"epoch": 1}
     run(step, model, optimizer, average, 3, first=3)
     for name, x in flat(average).items():
         assert np.array_equal(x, whole[name])
 
 
-def test_a_saved_average_is_not_forgotten_silently(tmp_path):
+def test_checkpoint_with_and_without_average_do_not_mix(tmp_path):
     path = tmp_path / "run.safetensors"
     model, optimizer, average, *_ = training(False)
     save_checkpoint(path, model, optimizer, average=average)
@@ -169,6 +169,6 @@ def test_a_saved_average_is_not_forgotten_silently(tmp_path):
         ({"dtype": mx.int8}, "dtype must be mx.float32 or mx.bfloat16"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         WeightAverage(nn.Linear(2, 2), **options)

@@ -33,6 +33,10 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 PAIRS = ((1, 2), (2, 4), (3, 6), (4, 8), (6, 12))
 """Numbers of layers that are measured: the first pair with which the model runs."""
 
+CHECKPOINTED = (2, 3)
+"""The first pair with gradient checkpointing, where a second layer adds what a third does not: its
+backward pass runs beside the update of the first."""
+
 SECONDS = 10.0
 """Models that cannot be measured in this time are measured at a part of their width."""
 
@@ -278,7 +282,7 @@ def _measure_pair(
     """Measure with one and two layers, or more where the model does not run with so few."""
     problem: Exception | None = None
     high, low = cast(Any, mx.random.state)[0].tolist()
-    for pair in PAIRS:
+    for pair in (CHECKPOINTED, *PAIRS) if request.grad_checkpoint else PAIRS:
         try:
             few, many = (measure_steps(request, n, lengths, halvings) for n in pair)
             return pair, few, many

@@ -1,5 +1,0 @@
-import sys
-
-from mlx_maxfactor import reference
-
-sys.modules[__name__] = reference
