@@ -273,3 +273,22 @@ def test_only_the_convolution_that_reads_the_input_is_conv_input():
     assert found["inc.layers.0.weight"] == "conv_input"
     assert found["inc.layers.2.weight"] == "conv"
     assert (found["time_mlp.layers.2.weight"], found["outc.weight"]) == ("hidden", "head")
+
+
+@pytest.mark.parametrize("head", [16, 8])
+def test_norm_of_attention_heads_does_not_hide_the_output_layer(head):
+    # A diffusion transformer: its output is as wide as one attention head.
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q, self.norm_q = nn.Linear(32, 32, bias=False), nn.RMSNorm(head)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedder = nn.Linear(6, 32, bias=False)
+            self.layers = [Block()]
+            self.final_linear = nn.Linear(32, 8, bias=False)
+
+    roles = {p.path: p.role for p in find_roles(Model())}
+    assert roles["final_linear.weight"] == "head"

@@ -370,7 +370,8 @@ def _find_heads(
 ) -> dict[Node, str]:
     """The layers that make the model's output, with a note on how sure that is."""
     linears = [n for n in nodes if n.is_a(*LINEAR) and n not in gates and not _is_modulation(n)]
-    takers = [n for n in nodes if n not in readers]  # of what other layers make
+    # Readers of what other layers make. A norm in a block may have the width of an attention head.
+    takers = [n for n in nodes if n not in readers and not (n.is_norm and n.in_list)]
 
     def is_read(node: Node) -> bool:
         return any(n.reads == node.makes for n in takers if n is not node)
