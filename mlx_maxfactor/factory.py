@@ -102,7 +102,8 @@ def create_optimizer(
         exclude_first: Send a Linear that reads the model's input to ``rest``.
         strict: Raise if an array belongs to no known layer and no rule names it.
         pretrained: Use the default rates for trained weights. Models with LoRA always do, and A and
-            B have their own rates and options. The rate of AdamW, 1e-3, is the same.
+            B have their own rates and options. AdamW on the rest stays at 1e-3; on A and B it has
+            3e-4.
         rest_options: Options of ``rest`` if it is a name.
         max_grad_norm: Largest global norm of the gradients, computed in float32. Larger gradients
             are scaled down to it. None: no limit.

@@ -117,9 +117,9 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
 """Every optimizer that has a name.
 
 LoRA's B starts at zero, where a rate relative to its size would move nothing. So LoRA's rates are
-absolute: the RMS of an update (Muon: five times that), for mlx_lm's scale of 20. AdamW has no bias
-correction there, as in MLX: its first steps are then six times larger, and no constant rate has the
-same effect.
+absolute: the RMS of an update, for mlx_lm's scale of 20 (Muon's rate is five times the RMS). AdamW
+has no bias correction there, as in MLX: its first steps are then six times larger, and no constant
+rate has the same effect.
 """
 
 
