@@ -129,7 +129,7 @@ def test_empty_and_integer_arrays_are_not_changed(make):
 
 
 def test_lazy_init_does_not_read_the_gradients(make):
-    # MLX calls init late and passes gradients to init_single.
+    # MLX calls init lazily and passes gradients to init_single.
     tree = {"w": mx.ones((4, 3))}
     gradients = {"w": mx.full((4, 3), 5.0, mx.float16)}
     lazy, eager = make(), make()

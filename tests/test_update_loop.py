@@ -124,7 +124,8 @@ def test_each_member_counts_a_step_once():
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_guards_keep_the_memory_that_checkpointing_saves(kind):
-    # When the norm read the first gradients first, the activations of all layers stayed: 1.6 times.
+    # A norm that reads the first gradients first keeps the activations of all layers: 1.6 times as
+    # much memory.
     from compare_step_memory import METHODS, MODEL, peak
 
     from mlx_maxfactor.finetuning.memory import Request

@@ -34,7 +34,7 @@ def trajectory(optimizer, start, gradients, layout="batched"):
 
 
 def twin_trajectory(twin, start, gradients, layout="batched"):
-    """The parameter after each update by a float64 twin from tests/reference.py."""
+    """The parameter after each update by a float64 twin from mlx_maxfactor/reference.py."""
     p, points = np.float64(start), []
     for g in gradients:
         p = twin.update(p, np.float64(g), layout)
