@@ -129,11 +129,11 @@ def optimizers_table(found: MemoryEstimate) -> str:
     """State and peak with each optimizer. Only the first one's step was measured."""
     rest = found.weights + found.step
     rows = [
-        (name, _gb(state), _gb(rest + state))
+        (name, f"{state / 1e6:,.2f}", _gb(rest + state))
         for name, state in sorted(found.states.items(), key=lambda item: item[1])
         if name in OPTIMIZERS or name.startswith("mlx_")
     ]
-    return table([("optimizer", "state, GB", "peak, about"), *rows])
+    return table([("optimizer", "state, MB", "peak, about GB"), *rows])
 
 
 def macs_table(found: MemoryEstimate) -> str:
@@ -189,4 +189,4 @@ def changes(request: Request) -> Iterator[tuple[str, Request]]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:.2f}" if size > 0.1 * GB else f"{size / GB:.4f}"
+    return f"{size / GB:.3f}"
