@@ -167,7 +167,7 @@ def test_no_checkpoint_is_written_while_the_trainer_holds_gradients():
     assert tuning.Tuning.save(run) is False
 
 
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(home):
+def test_run_killed_at_random_moments_resumes_bit_for_bit(home):
     dice, checkpoint = random.Random(0), home / "killed" / "checkpoint.safetensors"
     stamp = lambda: checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0  # noqa: E731
     for i in range(KILLS):
@@ -282,7 +282,7 @@ def adapted(home, arguments):
     return lora.optimizer_of(model, arguments)
 
 
-def test_a_file_of_mlx_lm_is_read_as_it_is(home, capsys):
+def test_yaml_file_of_mlx_lm_is_read_as_it_is(home, capsys):
     path = home / "mlx_lm.yaml"
     path.write_text(MLX_LM_FILE + "speed: 9\n")
     arguments = parsed("-c", path, "--model", home / "model", "--iters", "7")
@@ -299,7 +299,7 @@ def test_a_file_of_mlx_lm_is_read_as_it_is(home, capsys):
         assert rate == pytest.approx(schedule(mx.array(step)).item())
 
 
-def test_our_names_and_schedules_stand_in_a_file(home):
+def test_yaml_file_takes_our_names_and_schedules(home):
     path = home / "ours.yaml"
     path.write_text(
         "optimizer: OrthoMaxFactor\n"
@@ -422,14 +422,14 @@ def test_losses_equal_those_of_mlx_lm_to_the_printed_digit(home, name, kind, mon
     assert len(theirs["validation"]) == 4
 
 
-def test_a_run_says_that_it_replaces_another_or_has_nothing_to_do(home):
+def test_run_reports_what_it_replaces_or_that_it_is_done(home):
     assert "replaced" not in run(home, "twice", "--iters", "4")
     done = run(home, "twice", "--iters", "4", "--resume")
     assert "nothing is left to train: iters is 4, 4 are done" in done
     assert "holds a run of 4 iterations, which is replaced" in run(home, "twice", "--iters", "2")
 
 
-def test_no_run_goes_on_as_another_run(home, monkeypatch, capsys):
+def test_resume_refuses_another_configuration(home, monkeypatch, capsys):
     run(home, "first", "--iters", "2")
     again = ("-c", home / "short.yaml", "--adapter-path", home / "first", "--resume")
     for other, message in (
@@ -444,7 +444,7 @@ def test_no_run_goes_on_as_another_run(home, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_run_does_not_go_on_with_another_base(home, capsys):
+def test_resume_refuses_another_base_model(home, capsys):
     run(home, "based", "--iters", "2")
     other = home / "other"
     other.mkdir()
@@ -459,7 +459,7 @@ def test_a_run_does_not_go_on_with_another_base(home, capsys):
     assert "model" in capsys.readouterr().err
 
 
-def test_a_new_rate_counts_on_resume_with_mlx_optimizers_too(home):
+def test_new_rate_is_used_on_resume_with_mlx_optimizers_too(home):
     run(home, "mlx", "--optimizer", "mlx_adamw", "--iters", "2", "--learning-rate", "0.001")
     again = ("--optimizer", "mlx_adamw", "--iters", "4", "--learning-rate", "0.002", "--resume")
     run(home, "mlx", *again)
@@ -497,7 +497,7 @@ def test_batches_without_a_token_to_learn_are_left_out(home):
     assert all(info["train_loss"] > 0 for info in kept["training"])
 
 
-def test_a_set_without_a_token_to_learn_is_one_error(home):
+def test_data_set_without_tokens_to_learn_is_one_error(home):
     data = prompts(home, "all long", *[500] * 4)
     child, output = start(home, "all_long", *LORA, "--mask-prompt", "--data", data)
     child.join()
@@ -531,7 +531,7 @@ def test_weights_that_are_not_finite_are_never_saved(home, monkeypatch, capsys):
         assert np.array_equal(array, good[name])
 
 
-def test_iterations_of_bad_gradients_are_skipped_and_told(home, monkeypatch, capsys):
+def test_iterations_with_nan_gradients_are_skipped_and_counted(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     train, calls = tuning.train, []
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -377,11 +378,18 @@ def _at_length(lengths: Sequence[int], steps: Sequence[int], length: int) -> int
 
 
 def _at_lengths(lengths: Sequence[int], steps: Sequence[int], wanted: np.ndarray) -> np.ndarray:
-    """A quadratic through the longest three: attention scores grow with the square.
+    """A quadratic through the measured lengths, as attention scores grow with the square.
 
-    Below a certain length the update of the weights needs more than the activations; a step never
-    counts as less than that.
+    No coefficient is negative: a longer sequence never needs less. Relative errors count.
     """
-    x, y = np.array(lengths[-3:], float), np.array(steps[-3:], float)
-    curve = np.polyfit(x / x[-1], y, len(x) - 1)
-    return np.maximum(np.polyval(curve, wanted / x[-1]), min(steps))
+    x, y = np.array(lengths, float) / lengths[-1], np.array(steps, float)
+    powers, best, found = np.stack([x**0, x, x**2], axis=1), np.inf, np.zeros(3)
+    for count in range(1, min(3, len(x)) + 1):
+        for columns in map(list, combinations(range(3), count)):
+            part = powers[:, columns] / y[:, None]
+            coefficients = np.linalg.lstsq(part, np.ones(len(y)), rcond=None)[0]
+            error = float(np.sum((part @ coefficients - 1) ** 2))
+            if np.all(coefficients >= 0) and error < best - 1e-12:
+                best, found = error, np.zeros(3)
+                found[columns] = coefficients
+    return np.polyval(found[::-1], wanted / lengths[-1])

@@ -21,7 +21,7 @@ Bits = Literal[4, 8]
 LEVELS = (0.0, 0.2739, 0.5548, 0.8511, 1.1749, 1.5461, 2.0065, 2.6809)
 """Magnitudes of a 4-bit code over the RMS of its group: the best 15 levels for a unit normal.
 
-The Lloyd–Max quantizer (Max 1960), mean squared error 0.0107; tests/reference.py derives it.
+The Lloyd–Max quantizer (Max 1960), mean squared error 0.0107; reference.py derives it.
 """
 
 UNIT = 1e-4
