@@ -34,9 +34,11 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 PAIRS = ((1, 2), (2, 4), (3, 6), (4, 8), (6, 12))
 """Numbers of layers that are measured: the first pair with which the model runs."""
 
-CHECKPOINTED = (2, 3)
-"""The first pair with gradient checkpointing, where a second layer adds what a third does not: its
-backward pass runs beside the update of the first."""
+CHECKPOINTED = {True: (2, 3), False: (1, 3)}
+"""The first pair with gradient checkpointing, by whether updates wait for one another, as ours do.
+
+The second layer then adds what a third does not: its backward pass runs beside the first's update.
+"""
 
 SECONDS = 10.0
 """Models that cannot be measured in this time are measured at a part of their width."""
@@ -283,7 +285,8 @@ def _measure_pair(
     """Measure with one and two layers, or more where the model does not run with so few."""
     problem: Exception | None = None
     high, low = cast(Any, mx.random.state)[0].tolist()
-    for pair in (CHECKPOINTED, *PAIRS) if request.grad_checkpoint else PAIRS:
+    first = [CHECKPOINTED[request.optimizer in OPTIMIZERS]] if request.grad_checkpoint else []
+    for pair in (*first, *PAIRS):
         try:
             few, many = (measure_steps(request, n, lengths, halvings) for n in pair)
             return pair, few, many
