@@ -31,6 +31,8 @@ from .routing import (
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
 from .weight_average import WeightAverage
 
+__docformat__ = "google"  # for pdoc
+
 __all__ = [
     "OPTIMIZERS",
     "ROLES",

@@ -16,11 +16,13 @@ class Adafactor(Float32Optimizer):
 
     .. math::
 
+        \begin{aligned}
         R_i &\leftarrow R_i + b_t (\mathrm{mean}_j (g_{ij}^2 + \epsilon_1) - R_i), \qquad
         C_j \leftarrow C_j + b_t (\mathrm{mean}_i (g_{ij}^2 + \epsilon_1) - C_j) \\
         V &= R C^\top / \mathrm{mean}(R), \qquad u = g / \sqrt V, \qquad
         u \leftarrow u / \max(1, \mathrm{RMS}(u) / \text{clip\_threshold}) \\
         p &\leftarrow p (1 - \alpha\lambda) - \alpha u
+        \end{aligned}
 
     and for a vector the full :math:`v` in place of :math:`V`. The rate :math:`\alpha` is
     ``learning_rate``; where that is None it is relative,

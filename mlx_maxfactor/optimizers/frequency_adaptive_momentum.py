@@ -21,6 +21,7 @@ class FrequencyAdaptiveMomentum:
 
     .. math::
 
+        \begin{aligned}
         \pi_b &= \text{share of } \textstyle\sum |F|^2 \text{ in band } b, \qquad
         h_b = \beta h_b + (1 - \beta) \pi_b \quad \text{(bias-corrected)} \\
         \delta_b &= \mathrm{clip}(\tfrac{b}{B} (1 - 5 h_b),\, 0,\, 0.9), \qquad
@@ -29,6 +30,7 @@ class FrequencyAdaptiveMomentum:
             + (1 - \alpha)(1 + \delta_b)\, F\bigr) \\
         g' &= (1 - \kappa_t) g + \kappa_t m, \qquad
             \kappa_t = \text{blend} \cdot \min(1, t / \text{blend\_steps})
+        \end{aligned}
 
     and :math:`g'` stands for the gradient in MaxFactor's update. With one band this is plain
     momentum :math:`\alpha`, which vectors and matrices with a side under five always get.

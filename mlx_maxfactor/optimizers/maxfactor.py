@@ -64,6 +64,7 @@ class MaxFactor(Float32Optimizer):
 
     .. math::
 
+        \begin{aligned}
         R_i &\leftarrow R_i + b_t (\mathrm{mean}_j\, g_{ij}^2 - R_i), \qquad
         C_j \leftarrow C_j + b_t (\mathrm{mean}_i\, g_{ij}^2 - C_j) \\
         V_{ij} &= R_i C_j / \max(\max_i R_i, \epsilon_1), \qquad
@@ -73,6 +74,7 @@ class MaxFactor(Float32Optimizer):
             - \frac{\alpha}{\max(1, \mathrm{RMS}(u)/d)}\, \mathrm{sign}(u_{ij}) \max_k |u_{ik}| \\
         \alpha &= \max(\epsilon_2, \mathrm{RMS}(p)) \cdot
             \max(\text{min\_lr}, \min(\eta, 1/\sqrt{t}))
+        \end{aligned}
 
     A vector keeps :math:`v \leftarrow \gamma v + (1-\gamma) g^2`, as many floats as it has
     elements, with :math:`u = g / \sqrt{\max(v, \epsilon_1^2)}`, the same norms, and the step

@@ -26,6 +26,7 @@ class OrthoMaxFactor(Float32Optimizer):
 
     .. math::
 
+        \begin{aligned}
         R_i &\leftarrow R_i + b_t (\mathrm{mean}_j\, g_{ij}^2 - R_i), \qquad
         C_j \leftarrow C_j + b_t (\mathrm{mean}_i\, g_{ij}^2 - C_j) \\
         m &\leftarrow \beta m + (1-\beta) g, \qquad
@@ -33,6 +34,7 @@ class OrthoMaxFactor(Float32Optimizer):
         u_{ij} &= h_{ij} / \sqrt{R_i C_j}, \qquad O = \mathrm{orthogonalize}(u) \\
         p &\leftarrow p (1 - \eta\lambda)
             - \eta \max(\text{floor}, \mathrm{RMS}(p))\, O / \mathrm{RMS}(O)
+        \end{aligned}
 
     The rate is relative: with ``learning_rate`` 0.02 the RMS of a step is 2 % of the matrix's RMS.
     What is best shrinks as runs get longer, about as :math:`0.8/\sqrt{\text{steps}}`;
