@@ -282,7 +282,7 @@ class _Loading:
         self.here |= {name: kind_of(spread.shape) for name, spread in self.spread.items()}
         self.expected = {**kept, **state, **self.spread}.keys()
         self.used = description.find_used(optimizer)
-        self.standing: set[str] = set()
+        self.kept_here: set[str] = set()
         """Names of state that keeps its value here, whatever the file holds."""
 
     def check(self, strict: bool) -> None:
@@ -314,7 +314,7 @@ class _Loading:
         assert self.key is not None
         high, low = _own_key(self.key, *self.rank_and_size)
         for name in self._fitting():
-            # One at a time: its elder is let go before the next one is read.
+            # One at a time: the old array is released before the next one is read.
             array = self.arrays.pop(name).astype(self.here[name].dtype)
             if name not in self.places:  # another rank has it
                 continue
@@ -336,7 +336,7 @@ class _Loading:
         return old == new or (self.cast and _differ_in_dtype(old, new))
 
     def _fitting(self) -> set[str]:
-        names = (self.kinds.keys() & self.here.keys()) - self.standing
+        names = (self.kinds.keys() & self.here.keys()) - self.kept_here
         return {name for name in names if self._fits(name)}
 
     @property
@@ -360,7 +360,7 @@ class _Loading:
     def _misfits(self) -> list[str]:
         """Names of arrays that differ, the weights' first."""
         names = {**self.kinds, **dict.fromkeys(self.expected)}
-        found = [name for name in names if name not in self.standing and not self._fits(name)]
+        found = [name for name in names if name not in self.kept_here and not self._fits(name)]
         return sorted(found, key=lambda name: name.startswith(STATE))
 
     def _different_arrays(self) -> Iterator[str]:
@@ -377,15 +377,15 @@ class _Loading:
         for i, ((prefix, member), old, new) in enumerate(members):
             names = _rate_names(prefix)
             if not description.same_class(old, new):  # nor is its state of use
-                self.standing |= {name for name in self.here if name.startswith(STATE + prefix)}
+                self.kept_here |= {name for name in self.here if name.startswith(STATE + prefix)}
             elif self.rates == "here" or (
                 self.rates == "built" and description.schedules_differ(old, new)
             ):
-                self.standing |= names
+                self.kept_here |= names
             elif self.rates == "built":
                 there, here, built = self._constant_rates(prefix, member, old, new)
                 if there != here:
-                    self.standing |= names
+                    self.kept_here |= names
                     line = f"learning_rate is {there:.6g} in the file, {here:.6g} here"
                     line = f"{self.used.get(i)}: {line}"
                     if i not in self.used:

@@ -33,7 +33,7 @@ FORM = {
     "library": str,
     "weights": str,
     "optimizers": [MEMBER],
-    "around": [{"class": str, "options": {str: object}}],
+    "wrappers": [{"class": str, "options": {str: object}}],
     "plan": {str: [object]},
     "frozen": {str: str},
 }
@@ -48,7 +48,7 @@ def describe(
     A schedule of the user's own is asked for steps that it gave a rate for, of the optimizer's or
     of the ``made`` ones in a file: MLX does not check the index of a table.
     """
-    members, around = find_members(optimizer).values(), _around(optimizer)
+    members, wrappers = find_members(optimizer).values(), _wrappers(optimizer)
     description = {
         "library": __version__,
         "weights": weights,
@@ -63,7 +63,7 @@ def describe(
             }
             for m in members
         ],
-        "around": [_class_and_options(m) for m in around],
+        "wrappers": [_class_and_options(m) for m in wrappers],
         "plan": {
             entry.path: [list(entry.shape), entry.role, entry.layout, entry.optimizer]
             for entry in getattr(optimizer, "plan", ())
@@ -118,11 +118,11 @@ def find_used(optimizer: Optimizer) -> dict[int, str]:
     return {i: f"optimizer {i}, {n}" if counts[n] > 1 else n for i, n in names.items()}
 
 
-def _around(optimizer: Optimizer) -> list[Optimizer]:
+def _wrappers(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that hold others."""
     if not isinstance(optimizer, MultiOptimizer):
         return []
-    return [optimizer, *(inner for member in optimizer.optimizers for inner in _around(member))]
+    return [optimizer, *(inner for member in optimizer.optimizers for inner in _wrappers(member))]
 
 
 def _class_and_options(optimizer: Optimizer) -> dict[str, Any]:
@@ -229,8 +229,8 @@ def find_differences(
         yield from _different_optimizers(place, old, new)
         if i in schedules and same_class(old, new):
             yield from _different_schedules(place, old, new)
-    for old, new in zip_longest(saved["around"], live["around"]):
-        yield from _different_optimizers("around the optimizers", old, new)
+    for old, new in zip_longest(saved["wrappers"], live["wrappers"]):
+        yield from _different_optimizers("what holds the optimizers", old, new)
     frozen = {**saved["frozen"], **live["frozen"]}
     others = [path for path in frozen if saved["frozen"].get(path) != live["frozen"].get(path)]
     if others:
