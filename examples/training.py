@@ -9,15 +9,13 @@ import argparse
 import json
 import math
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +41,7 @@ from mlx_maxfactor import (
     profile_step,
     save_checkpoint,
 )
+from mlx_maxfactor.commands.terminal import OneLineParser, catching_interrupts
 from mlx_maxfactor.factory import HIDDEN_ROLES
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -58,51 +57,51 @@ Batch = tuple[mx.array, ...]
 
 
 class Task(Protocol):
-    """What a program teaches: a model, its data, its loss."""
+    """What a program trains: a model, its data, its loss."""
 
     @property
     def identity(self) -> str:
-        """What tells this data from other data, so that no run goes on with other data."""
+        """Identifies the data, so that a run never resumes with other data."""
         ...
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """Measures, named as in `validate`, of guesses that ignore the input, by their names."""
+        """Measures (named as in `validate`) of guesses that ignore the input, by name."""
         ...
 
     def model(self) -> nn.Module:
-        """A new model; its weights come from MLX's global random state alone."""
+        """A new model. Its weights come only from MLX's global random state."""
         ...
 
     def rules(self) -> dict[str, Any]:
-        """What the router cannot know."""
+        """Rules for what the router cannot know."""
         ...
 
     def training_batch(self, random: np.random.Generator) -> Batch:
-        """The next batch that the generator gives."""
+        """The next random batch."""
         ...
 
     def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
-        """Mean over the batch, in nats."""
+        """The mean loss over the batch, in nats."""
         ...
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """The loss on what was held out, and other measures by name."""
+        """The loss on held-out data, and other measures, by name."""
         ...
 
     def sample(self, model: nn.Module) -> str:
-        """What the model makes, to look at."""
+        """A text that the model produces."""
         ...
 
     @property
     def watched(self) -> Sequence[str]:
-        """Paths of two layers whose frequency bands are worth a picture."""
+        """Paths of two layers whose frequency bands are drawn."""
         ...
 
 
 @dataclass
 class Run:
-    """What one training leaves behind."""
+    """The results of one training."""
 
     optimizer: str
     state_bytes: int
@@ -134,7 +133,7 @@ def train_all(
     arguments: Arguments,
     make: Callable[..., RoutedOptimizer] | None = None,
 ) -> list[Run]:
-    """Train with each optimizer that was asked for; print and draw what came of it.
+    """Train with each optimizer that was asked for. Print and draw the results.
 
     Optimizers come from `make_optimizer`, unless `make` takes its place.
     """
@@ -154,7 +153,7 @@ def train_all(
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program; Ctrl-C is one line too while its data are made, or its pictures drawn."""
+    """Run a program. Ctrl-C outside of the training prints one line as well."""
     try:
         main()
     except KeyboardInterrupt:
@@ -169,7 +168,7 @@ def train(
     arguments: Arguments,
     make: Callable[..., RoutedOptimizer],
 ) -> Run:
-    """Train a new model. Its first weights come from the seed alone: every optimizer gets them."""
+    """Train a new model. Its initial weights depend only on the seed."""
     mx.random.seed(arguments.seed)
     model = task.model()
     model.set_dtype(DTYPES[arguments.dtype])
@@ -188,7 +187,9 @@ def train(
     start = time.perf_counter()
     with (
         tqdm(desc=name, total=arguments.steps, initial=first, unit="step") as progress,
-        catching_interrupts(progress, "step") as interrupts,
+        catching_interrupts(
+            lambda: progress.set_postfix_str("stopping after this step")
+        ) as interrupts,
     ):
         progress.set_postfix_str("compiling the first step")
         for done in range(first + 1, arguments.steps + 1):
@@ -226,7 +227,7 @@ def record(
     optimizer: RoutedOptimizer,
     task: Task,
 ) -> None:
-    """Add to the curves what the steps since the last look made; waits for the device."""
+    """Add the steps since the last record to the curves. Waits for the device."""
     run.steps.append(done)
     run.training_loss.append(float(mx.mean(mx.stack(losses))))
     run.learning_rate.append(float(optimizer.learning_rate))
@@ -241,7 +242,7 @@ def make_optimizer(
     rates: Mapping[str, float],
     arguments: Arguments,
 ) -> RoutedOptimizer:
-    """Hidden matrices to the optimizer of that name, all else to AdamW, both on one schedule.
+    """Hidden matrices go to the named optimizer, the rest to AdamW, both on one schedule.
 
     Where neither the command line nor `rates` gives a rate, the library picks it from the steps.
     """
@@ -266,7 +267,7 @@ def make_optimizer(
 
 
 def compiled_step(model: nn.Module, optimizer: Optimizer, task: Task) -> Callable[..., mx.array]:
-    """One update of the model and the optimizer, in place, as one compiled function."""
+    """A compiled function that makes one training step in place."""
     state = [model.state, optimizer.state]
     loss_and_gradients = nn.value_and_grad(model, partial(task.loss, model))
 
@@ -282,14 +283,14 @@ def compiled_step(model: nn.Module, optimizer: Optimizer, task: Task) -> Callabl
 def print_profile(
     task: Task, model: nn.Module, optimizer: RoutedOptimizer, arguments: Arguments
 ) -> None:
-    """Where a step's time and memory go. The training goes on as if nothing had been asked."""
+    """Print where a step's time and memory go. The training is not affected."""
     loss_and_gradients = nn.value_and_grad(model, partial(task.loss, model))
     batch = task.training_batch(np.random.default_rng(arguments.seed))
     print(profile_step(model, optimizer, loss_and_gradients, *batch, rounds=25), flush=True)
 
 
 def record_bands(run: Run, optimizer: RoutedOptimizer, watched: Sequence[str]) -> None:
-    """Share of the gradient's power and momentum of each band, where an optimizer has bands."""
+    """Record each band's share of the gradient's power and its momentum, if there are bands."""
     for member in optimizer.optimizers:
         momentum = getattr(member, "momentum", None)
         if not isinstance(momentum, FrequencyAdaptiveMomentum):
@@ -318,7 +319,7 @@ def save(
     done: int,
     arguments: Arguments,
 ) -> None:
-    """Keep the run, with its curves and the order of its data; and of its older files the last."""
+    """Save the run with its curves and the state of its data. Keep only the last few files."""
     run.saved_steps = [*(step for step in run.saved_steps if step != done), done]
     path = checkpoint(run.optimizer, done, arguments)
     data = {"identity": task.identity, "order": random.bit_generator.state}
@@ -336,7 +337,7 @@ def resume(
     random: np.random.Generator,
     arguments: Arguments,
 ) -> int:
-    """Go back to the newest checkpoint, if there is one; the number of steps it had made."""
+    """Load the newest checkpoint, if there is one. Returns the steps that it had made."""
     for path in checkpoints(run.optimizer, arguments)[:1]:
         extra = load_checkpoint(path, model, optimizer)
         if extra["data"]["identity"] != task.identity:
@@ -355,7 +356,7 @@ def checkpoint(name: str, done: int, arguments: Arguments) -> Path:
 
 
 def checkpoints(name: str, arguments: Arguments) -> list[Path]:
-    """Last written first: an older run in the same folder may have made more steps."""
+    """The newest file first. An older run in the same folder may have made more steps."""
     files = arguments.output.glob(f"{name}-*.safetensors")
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
 
@@ -363,29 +364,8 @@ def checkpoints(name: str, arguments: Arguments) -> list[Path]:
 # Ctrl-C
 
 
-@contextmanager
-def catching_interrupts(bar: tqdm[Any], what: str) -> Iterator[list[int]]:
-    """Note Ctrl-C in the list, so that what is on can end; a second one ends it at once."""
-    caught: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        caught.append(number)
-        bar.set_postfix_str(f"stopping after this {what}")
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield caught
-    except RuntimeError:
-        if caught:  # it reached a compiler that MLX was waiting for
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def how_to_resume() -> str:
-    """The command that goes on with a run that was cut off."""
+    """The command that resumes an interrupted run."""
     again = [Path(sys.executable).name, *(a for a in sys.argv if a != "--resume"), "--resume"]
     return f"go on with: {shlex.join(again)}"
 
@@ -394,7 +374,7 @@ def how_to_resume() -> str:
 
 
 def print_results(runs: Sequence[Run], task: Task) -> None:
-    """A table of the runs under the baselines, then what each model makes."""
+    """Print the baselines and the runs as a table, then a sample of each model."""
     measures = list(runs[0].final)
     row = "{:16}" + " {:>14}" * (len(measures) + 2) + " {:>8}"
     print("\n" + row.format("", *(f"{m}," for m in measures), "optimizer", "median", "steps"))
@@ -412,7 +392,7 @@ def print_results(runs: Sequence[Run], task: Task) -> None:
 
 
 def save_results(runs: Sequence[Run], task: Task, title: str, folder: Path) -> None:
-    """Write curves.json, curves.png and, where an optimizer has frequency bands, bands.png."""
+    """Write curves.json, curves.png, and bands.png if an optimizer has frequency bands."""
     curves = {"baselines": task.baselines, "runs": [asdict(run) for run in runs]}
     finite = json.loads(json.dumps(curves), parse_constant=lambda _: None)  # JSON has no NaN
     (folder / "curves.json").write_text(json.dumps(finite), encoding="utf-8")
@@ -450,7 +430,7 @@ def draw_losses(
 
 
 def draw_bands(run: Run) -> Figure:
-    """Of each watched layer, the bands' shares of the gradient's power, and their momentum."""
+    """Draw each watched layer's bands: their share of the gradient's power, and momentum."""
     figure = Figure(figsize=(12, 4 * len(run.bands)), dpi=100, layout="constrained")
     rows = figure.subplots(len(run.bands), 2, sharex=True, squeeze=False)
     colours = colormaps["viridis"]
@@ -499,14 +479,6 @@ class Arguments(argparse.Namespace):
     output: Path
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """One line for an error, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 class Parser(OneLineParser):
     """The command line that the examples share."""
 
@@ -546,7 +518,7 @@ class Parser(OneLineParser):
         self.set_defaults(**defaults)
 
     def parse(self, arguments: Arguments) -> None:
-        """Read the command line, and say what is wrong with it before any work."""
+        """Read the command line and report wrong arguments before any work."""
         self.parse_args(namespace=arguments)
         for name in {*(arguments.compare or [arguments.optimizer])} & {*NAMES}:
             try:
@@ -555,7 +527,7 @@ class Parser(OneLineParser):
                 self.error(f"--option or --rest-option: {problem}")
 
     def open_output(self, arguments: Arguments, *names: str) -> None:
-        """Make the folder, and see that every file can be written."""
+        """Make the folder and check that every file can be written."""
         try:
             arguments.output.mkdir(parents=True, exist_ok=True)
             for name in names:
@@ -565,7 +537,7 @@ class Parser(OneLineParser):
 
 
 class Probe(nn.Module):
-    """The least model that every optimizer takes, to see their options before any work."""
+    """The smallest model that every optimizer accepts, to check options before any work."""
 
     def __init__(self) -> None:
         super().__init__()
