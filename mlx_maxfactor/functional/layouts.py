@@ -1,4 +1,4 @@
-"""Arrays as the matrices they hold."""
+"""View arrays as the matrices they hold."""
 
 import math
 from typing import Literal, get_args
@@ -7,18 +7,18 @@ import mlx.core as mx
 
 Layout = Literal["batched", "experts", "conv"]
 LAYOUTS = get_args(Layout)
-"""How an array of more than two axes holds matrices. An array alone cannot say which it is.
+"""How an array of more than two axes holds matrices. The shape alone does not tell.
 
-- ``batched``: the last two axes are matrices; norms span the whole array.
-- ``experts``: the same matrices, each with norms of its own.
+- ``batched``: the last two axes are a matrix; norms span the whole array.
+- ``experts``: as ``batched``, but each matrix has its own norms.
 - ``conv``: ``(out, k..., in)``, one matrix ``(out, k... * in)``.
 
-The router also uses ``transposed``: a matrix stored as ``(in, out)``, as LoRALinear stores its two.
+The router also uses ``transposed``: a matrix stored as ``(in, out)``, like the two of LoRALinear.
 """
 
 
 def as_matrices(x: mx.array, layout: str) -> mx.array:
-    """View an array as the matrices it holds. Arrays without matrices come back as they are."""
+    """View an array as the matrices it holds. Arrays without matrices are returned unchanged."""
     if layout == "conv" and x.ndim > 2:
         return x.reshape(x.shape[0], -1)
     if layout == "transposed" and x.ndim > 1:
@@ -27,12 +27,12 @@ def as_matrices(x: mx.array, layout: str) -> mx.array:
 
 
 def from_matrices(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
-    """Undo :func:`as_matrices`: the array of the given shape that ``x`` was a view of."""
+    """Undo :func:`as_matrices`: return ``x`` in the original shape."""
     return x.swapaxes(-1, -2) if layout == "transposed" and x.ndim > 1 else x.reshape(shape)
 
 
 def input_axis_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """Shape with the input axis last: a convolution's before its kernel is flattened into it."""
+    """The shape with the input axis last. For ``conv``, the kernel axes join the output axis."""
     if layout == "conv" and len(shape) > 2:
         return (math.prod(shape[:-1]), shape[-1])
     if layout == "transposed" and len(shape) > 1:
@@ -41,18 +41,18 @@ def input_axis_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 
 def norm_axes(ndim: int, layout: str) -> tuple[int, int] | None:
-    """The axes that a norm spans: each matrix by itself for experts, else the whole array."""
+    """The axes of a norm: one norm per matrix for ``experts``, else one for the whole array."""
     return (-2, -1) if layout == "experts" and ndim > 2 else None
 
 
 def filled(x: mx.array, axis: int, multiple: int) -> mx.array:
-    """Zeros at the end of an axis, until its length is a multiple."""
+    """Pad the end of an axis with zeros, up to the next multiple of ``multiple``."""
     shape = list(x.shape)
     shape[axis] = -shape[axis] % multiple
     return mx.concatenate([x, mx.zeros(shape, x.dtype)], axis) if shape[axis] else x
 
 
 def cut(x: mx.array, axis: int, length: int) -> mx.array:
-    """The first ``length`` places of an axis: what :func:`filled` was given."""
-    # By take: a slice and a pad cannot be compiled shapeless.
+    """Undo :func:`filled`: keep the first ``length`` elements of an axis."""
+    # take, because a slice or a pad cannot be compiled shapeless.
     return x if x.shape[axis] == length else mx.take(x, mx.arange(length), axis)

@@ -1,4 +1,4 @@
-"""Float32 to fewer bits."""
+"""Rounding of float32 to 16-bit dtypes."""
 
 import math
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 BITS_DROPPED = {mx.bfloat16: 16, mx.float16: 13}
-"""Mantissa bits of float32 that the dtype lacks."""
+"""Mantissa bits that rounding from float32 to the dtype drops."""
 
 
 class ElementRange(NamedTuple):
-    """Where the elements of an array stand in a whole one that is cut: first of them, and of all.
+    """The position of a shard in the flattened whole array: its first element, and the whole size.
 
-    A part draws what the whole would have drawn there.
+    A shard draws the same random numbers as the whole array would at the same elements.
     """
 
     start: int
@@ -23,7 +23,7 @@ class ElementRange(NamedTuple):
 def drawn(
     draw: Callable[[tuple[int, ...]], mx.array], shape: tuple[int, ...], part: ElementRange | None
 ) -> mx.array:
-    """Random numbers of a shape; of a part, those that the whole array has at its place."""
+    """Draw random numbers of a shape. A part gets the whole array's numbers at its position."""
     if part is None:
         return draw(shape)
     stop = part.start + math.prod(shape)
@@ -33,10 +33,10 @@ def drawn(
 def stochastic_round(
     x: mx.array, dtype: mx.Dtype, key: mx.array, part: ElementRange | None = None
 ) -> mx.array:
-    """Round float32 to bf16 or fp16, up or down with probability by nearness: unbiased.
+    """Round float32 to bf16 or fp16, up or down at random, without bias.
 
-    Random bits are added below the last bit that stays, and what is below it is cut off. Beyond the
-    range of the dtype, and for inf and NaN, rounding is to nearest.
+    Random bits are added below the last bit kept, then all lower bits are cut off. The nearer value
+    is the more likely one. Values beyond the dtype's range, inf and NaN are rounded to nearest.
     """
     dropped = BITS_DROPPED[dtype]
     noise = drawn(
@@ -45,7 +45,7 @@ def stochastic_round(
     kept = 0xFFFFFFFF << dropped & 0xFFFFFFFF
     rounded = ((x.view(mx.uint32) + noise) & kept).view(mx.float32)
     if dtype == mx.float16:
-        # Below 2^-14 fp16 has one spacing, 2^-24, and float32 many.
+        # Below 2^-14, fp16 values are evenly spaced by 2^-24; float32 values are not.
         least = 2.0**-24
         steps = mx.floor(x / least + noise.astype(mx.float32) / (1 << dropped))
         rounded = mx.where(mx.abs(x) < 2.0**-14, steps * least, rounded)
