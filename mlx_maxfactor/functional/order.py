@@ -4,9 +4,9 @@ import mlx.core as mx
 
 
 def read_after(x: mx.array, after: mx.array) -> mx.array:
-    """The array ``x``, read once ``after`` has been computed. Nothing is copied.
+    """Return ``x``, but read it only after ``after`` is computed. Nothing is copied.
 
-    Two fused kernels that use one float32 copy of a bf16 array write that copy to memory. If the
-    second kernel reads the original again, there is no copy.
+    When two fused kernels share one float32 copy of a bf16 array, that copy is written to memory.
+    If the second kernel reads the original array again, no copy is written.
     """
     return mx.depends(x, after)

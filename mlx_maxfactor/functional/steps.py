@@ -1,14 +1,14 @@
-"""From an update to a step: MaxFactor's normalizations, row maxima, caution."""
+"""Scale an update into a step: MaxFactor's normalizations, and the cautious step."""
 
 import mlx.core as mx
 
 from .norms import fusion_barrier, rms
 
 ROOT_FLOOR = 1e-20
-"""Least divisor of an update: a gradient at the limit divided by it, 1e35, is still finite."""
+"""Smallest divisor of an update: the largest gradient divided by it, 1e35, is still finite."""
 
 LEAST_SHARE = 1e-3
-"""Least share of kept elements that a cautious step divides by (as its authors' code does)."""
+"""A cautious step divides by at least this share of kept elements, as its authors' code does."""
 
 
 def unit_rms(x: mx.array) -> mx.array:
@@ -26,11 +26,11 @@ def update_scale(
     d: float,
     axes: tuple[int, ...] | None = None,
 ) -> mx.array:
-    """The factor that MaxFactor's three normalizations put on ``u``, one number per norm.
+    """The factor by which MaxFactor's three normalizations scale ``u``: one number per norm.
 
-    ``u / max(‖u‖_∞, eps)``, then ``min(1, clip_threshold / ‖u‖₂)`` where one is given, then
+    ``u / max(‖u‖_∞, eps)``, then ``min(1, clip_threshold / ‖u‖₂)`` if it is given, then
     ``1 / max(1, RMS(u) / d)``. ``peak`` is ``‖u‖_∞``. The row-max step is homogeneous in ``u``, so
-    one factor at the end serves it as well.
+    the factor can also be applied after it.
     """
     scale = 1.0 / mx.maximum(peak, eps)
     if clip_threshold is not None:
@@ -42,16 +42,16 @@ def update_scale(
 
 
 def agreement(momentum: mx.array, gradient: mx.array) -> mx.array:
-    """1 where a momentum agrees in sign with the gradient, else 0, in a byte an element."""
-    # The sign of one: a product of two small numbers may be zero. No boolean: C++ compilers make
-    # a branch of one where it is read, which goes the wrong way half of the time.
+    """1 where momentum and gradient have the same sign, else 0; one byte per element."""
+    # mx.sign, because the product of two small numbers may underflow to zero. Not a boolean: C++
+    # compilers turn one into a branch, which is mispredicted half of the time.
     return (mx.sign(momentum) * gradient > 0).astype(mx.uint8)
 
 
 def cautious_scale(agrees: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
-    """The factor on a cautious step: one over the share of the elements that were kept.
+    """The factor on a cautious step: one over the share of kept elements.
 
-    Liang et al. 2024, arXiv 2411.16085. The share counts as at least 1e-3.
+    Liang et al. 2024, arXiv 2411.16085. The share is taken as at least 1e-3.
     """
     rows = mx.sum(agrees, axis=-2, keepdims=True) if agrees.ndim > 1 else agrees
     total = mx.sum(rows.astype(mx.float32), axis=axes, keepdims=True)

@@ -1,6 +1,7 @@
-"""Symmetric matrices as their blocks on and below the diagonal: the others are never computed.
+"""Symmetric matrices, stored as their blocks on and below the diagonal.
 
-Of k × k blocks that is a share of (k + 1) / 2k of every product whose result is symmetric.
+The blocks above it are never computed. With k × k blocks, a product with a symmetric result costs
+(k + 1) / 2k of the full product.
 """
 
 from itertools import pairwise
@@ -16,7 +17,7 @@ def parts(x: mx.array, axis: int, count: int) -> list[mx.array]:
     if count == 1:
         return [x]
     axis, cuts = x.ndim + axis, [x.shape[axis] * i // count for i in range(count + 1)]
-    # By a start that is an array: one that is a number cannot be compiled shapeless.
+    # The start is an array: a slice that starts at a number cannot be compiled shapeless.
     return [
         mx.slice(x, mx.array([a]), [axis], [*x.shape[:axis], b - a, *x.shape[axis + 1 :]])
         for a, b in pairwise(cuts)
@@ -24,7 +25,7 @@ def parts(x: mx.array, axis: int, count: int) -> list[mx.array]:
 
 
 def gram_matrix(x: list[mx.array], axis: int) -> Symmetric:
-    """Return XXᵀ of rows (``axis`` -2), or XᵀX of columns (-1)."""
+    """Return XXᵀ for X cut into rows (``axis`` -2), or XᵀX for X cut into columns (-1)."""
     turned = [part.swapaxes(-1, -2) for part in x]
     left, right = (x, turned) if axis == -2 else (turned, x)
     return [[left[i] @ right[j] for j in range(i + 1)] for i in range(len(x))]
@@ -44,12 +45,12 @@ def quadratic(s: Symmetric, a: float, b: float, c: float) -> Symmetric:
 
 
 def product(s: Symmetric, t: Symmetric) -> Symmetric:
-    """Return ST of two that commute: otherwise it is not symmetric."""
+    """Return ST. S and T must commute: otherwise ST is not symmetric."""
     return [[_summed(_met(s, t, i, j)) for j in range(i + 1)] for i in range(len(s))]
 
 
 def applied(s: Symmetric, x: list[mx.array], axis: int) -> list[mx.array]:
-    """Return SX of rows (``axis`` -2), or XS of columns (-1)."""
+    """Return SX for X cut into rows (``axis`` -2), or XS for X cut into columns (-1)."""
     if axis == -2:
         return [_summed([(_at(s, i, k), y) for k, y in enumerate(x)]) for i in range(len(x))]
     return [_summed([(y, _at(s, k, j)) for k, y in enumerate(x)]) for j in range(len(x))]
@@ -60,14 +61,14 @@ def _at(s: Symmetric, i: int, j: int) -> mx.array:
 
 
 def _met(s: Symmetric, t: Symmetric, i: int, j: int) -> list[tuple[mx.array, mx.array]]:
-    """Row i of S beside column j of T."""
+    """The pairs of blocks whose products sum to block (i, j) of ST."""
     return [(_at(s, i, k), _at(t, k, j)) for k in range(len(s))]
 
 
 def _summed(
     pairs: list[tuple[mx.array, mx.array]], start: mx.array | None = None, alpha: float = 1.0
 ) -> mx.array:
-    """Return start + α Σ ab, or Σ ab."""
+    """Return start + α Σ ab, or Σ ab without a start."""
     if start is None:
         (a, b), *pairs = pairs
         start = a @ b
