@@ -1,4 +1,4 @@
-"""A run without its arrays, as JSON: optimizers, rates, plan; and how two runs differ."""
+"""Describe a run without its arrays, as JSON, and compare two descriptions."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from ..schedules import Schedule, takes_any_step
 from .file import CheckpointError, kind_of
 
 STEPS = [0, *sorted({round(10 ** (i / 10)) for i in range(61)})]
-"""Where schedules are compared: ten steps a decade, to a million, or as far as they were run."""
+"""Steps at which schedules are compared: ten per decade, up to a million."""
 
 SAMPLE = 1024
-"""Elements of a frozen array that tell it from another, at least, where it has as many."""
+"""At least this many elements of a frozen array are hashed, or all if it has fewer."""
 
 NUMBER = (float, type(None))
 MEMBER = {
@@ -37,16 +37,16 @@ FORM = {
     "plan": {str: [object]},
     "frozen": {str: str},
 }
-"""The form of a description: a type, alternatives, a list of one form, a table by name."""
+"""The form of a description: a type, a tuple of types, a list of one form, a dict of forms."""
 
 
 def describe(
     optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array], made: int = 0
 ) -> dict[str, Any]:
-    """A run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays.
+    """Describe a run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays.
 
-    A schedule of the user's own is asked for steps that it gave a rate for, of the optimizer's or
-    of the ``made`` ones in a file: MLX does not check the index of a table.
+    A user's own schedule is sampled only at steps that were already run: by this optimizer, or the
+    ``made`` steps in a file. It may index a table, and MLX does not check the index.
     """
     members, wrappers = find_members(optimizer).values(), _wrappers(optimizer)
     description = {
@@ -74,10 +74,10 @@ def describe(
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The description that a file holds, if it has the form of one.
+    """Parse the description in a file.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: It does not have the form of a description.
     """
     try:
         run = json.loads(text)
@@ -89,7 +89,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def find_members(optimizer: Optimizer, prefix: str = "") -> dict[str, Optimizer]:
-    """The optimizers that update parameters, by what their state's names begin with."""
+    """Find the optimizers that update parameters, keyed by the prefix of their state's names."""
     if not isinstance(optimizer, MultiOptimizer):
         return {prefix: optimizer}
     found = {}
@@ -99,10 +99,10 @@ def find_members(optimizer: Optimizer, prefix: str = "") -> dict[str, Optimizer]
 
 
 def find_used(optimizer: Optimizer) -> dict[int, str]:
-    """The members that update anything, by index: a router may have made others.
+    """Find the members that update any parameter. A router may have made others.
 
     Returns:
-        What to call each: its label or class, with its number where that is not its own.
+        A name for each, by index: its label or class, with its index if others share the name.
     """
     labels = {f"states.{i}.": m.label for i, m in enumerate(getattr(optimizer, "members", ()))}
     updating = {
@@ -119,14 +119,14 @@ def find_used(optimizer: Optimizer) -> dict[int, str]:
 
 
 def _wrappers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that hold others."""
+    """The optimizers that contain other optimizers."""
     if not isinstance(optimizer, MultiOptimizer):
         return []
     return [optimizer, *(inner for member in optimizer.optimizers for inner in _wrappers(member))]
 
 
 def _class_and_options(optimizer: Optimizer) -> dict[str, Any]:
-    """Its class, and its public attributes that are plain values."""
+    """The optimizer's class, and its public attributes that are plain values."""
     public = {k: v for k, v in vars(optimizer).items() if k[0] != "_"}
     options = {k: v for k, v in public.items() if _is_plain(v)}
     named = {k: v for k, v in public.items() if isinstance(v, mx.Dtype) or is_dataclass(v)}
@@ -144,13 +144,13 @@ def _is_plain(value: Any) -> bool:
 
 
 def _built_rate(optimizer: Optimizer) -> float | None:
-    """The constant rate it was built with; MLX's own optimizers do not remember it."""
+    """The constant rate it was built with. MLX's own optimizers do not remember theirs."""
     rate = getattr(optimizer, "built_rate", None)
     return None if rate is None else float(rate)
 
 
 def _schedules(optimizer: Optimizer) -> dict[str, Callable[[mx.array], Any]]:
-    """Its schedules by what they move, without one that a constant took the place of."""
+    """Its schedules by option name, without a rate schedule that a constant rate replaced."""
     schedules = dict(optimizer._schedulers)
     if _built_rate(optimizer) is not None:
         schedules.pop("learning_rate", None)
@@ -158,12 +158,12 @@ def _schedules(optimizer: Optimizer) -> dict[str, Callable[[mx.array], Any]]:
 
 
 def _sampled(schedule: Callable[[mx.array], Any], made: int) -> dict[str, Any]:
-    """What a schedule is called, for the reader, and the values that tell it from another."""
+    """A schedule's name, for messages, and its values at some steps, for comparison."""
     steps = STEPS if takes_any_step(schedule) else [step for step in STEPS if step <= made]
     name = type(schedule).__qualname__
     name = repr(schedule) if isinstance(schedule, Schedule) else name
     values = _try(lambda: schedule(mx.array(steps, mx.uint64)).tolist())
-    if not isinstance(values, list) or len(values) != len(steps):  # it takes one step at a time
+    if not isinstance(values, list) or len(values) != len(steps):  # it takes one step per call
         values = [_try(lambda s=s: schedule(mx.array(s, mx.uint64))) for s in steps]
     rounded = [_try(lambda v=v: float(f"{float(v):.6g}")) for v in values]
     return {
@@ -173,7 +173,7 @@ def _sampled(schedule: Callable[[mx.array], Any], made: int) -> dict[str, Any]:
 
 
 def _try(compute: Callable[[], Any]) -> Any:
-    """A value, or None: a table that ends before a million steps must not stop a save."""
+    """The value, or None on an error: a save must not fail because a table of rates ends early."""
     try:
         return compute()
     except Exception:
@@ -181,7 +181,7 @@ def _try(compute: Callable[[], Any]) -> Any:
 
 
 def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
-    """Kind of each array and a hash of some of its elements: gigabytes are not read."""
+    """The kind of each array and a hash of a sample of it, to avoid reading gigabytes."""
     samples = {path: _sample(array) for path, array in arrays.items()}
     mx.eval(samples)
     return {
@@ -191,7 +191,7 @@ def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
 
 
 def _sample(array: mx.array) -> mx.array:
-    """Bits of elements spread over an array; the odd stride meets every column."""
+    """The bytes of elements spread over an array. The odd stride reaches every column."""
     stride = max(1, array.size // SAMPLE) | 1
     return mx.contiguous(mx.flatten(array)[::stride]).view(mx.uint8)
 
@@ -214,15 +214,15 @@ def _has_form(value: Any, form: Any) -> bool:
     return type(value) is form
 
 
-# What does not fit
+# Differences
 
 
 def find_differences(
     saved: Mapping[str, Any], live: Mapping[str, Any], *, schedules: Collection[int]
 ) -> Iterator[str]:
-    """What differs between two descriptions, a line each; rates are not compared here.
+    """Yield one line for each difference between two descriptions. Rates are not compared.
 
-    Schedules are compared of the members at the indices ``schedules``.
+    Schedules are compared only for the members whose indices are in ``schedules``.
     """
     for i, (old, new) in enumerate(zip_longest(saved["optimizers"], live["optimizers"])):
         place = f"optimizer {i}"
@@ -246,18 +246,18 @@ def find_differences(
 
 
 def same_class(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
-    """Whether two members are there, and of one class."""
+    """Whether both members exist and have the same class."""
     return old is not None and new is not None and old["class"] == new["class"]
 
 
 def schedules_differ(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the rates of two members follow other schedules, or only one follows any."""
+    """Whether the rate schedules of two members differ, or only one member has one."""
     pair = [member["schedules"].get("learning_rate") for member in (old, new)]
     return pair != [None, None] and _difference(*pair) is not None
 
 
 def _row(row: list[Any] | None, other: list[Any] | None) -> str:
-    """A row of the plan, to be read: who updates what shape; role and layout where they differ."""
+    """A readable row of the plan: optimizer and shape, and role and layout where they differ."""
     if not row:
         return "nothing"
     *rest, label = row
@@ -286,13 +286,13 @@ def _different_schedules(place: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str | None:
-    """How two schedules differ: the first step where they give other values."""
+    """How two schedules differ: the first step at which their values differ. None if they agree."""
     if old is None or new is None:
         names = [schedule and schedule["name"] for schedule in (old, new)]
         return f"is {names[0]} in the file, {names[1]} here"
     largest = max((abs(v) for v in old["values"] + new["values"] if v is not None), default=0.0)
     for step, a, b in zip(STEPS, old["values"], new["values"], strict=False):
-        # Another device rounds a cosine otherwise: a hundred thousandth is no difference.
+        # Devices round a cosine differently, so a relative difference of 1e-5 is ignored.
         near = a is not None and b is not None and abs(a - b) <= 1e-5 * largest
         if not near and a != b:
             return (
@@ -303,13 +303,13 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
 
 
 def _told_apart(old: str, new: str) -> tuple[str, str]:
-    """Names of two classes, with the module if they need it."""
+    """The names of two classes, with their modules if the short names are equal."""
     short = _short(old), _short(new)
     return short if short[0] != short[1] else (old, new)
 
 
 def _in_package(name: str) -> str:
-    """A class as a user imports it."""
+    """The name from which a user imports a class."""
     homes = (home for home in ("mlx_maxfactor", "mlx.optimizers") if name.startswith(f"{home}."))
     return next((f"{home}.{_short(name)}" for home in homes), name)
 

@@ -1,4 +1,4 @@
-"""A safetensors file under a checksum of its bytes: written whole or not at all, read warily."""
+"""A safetensors file with a checksum: written completely or not at all, verified when read."""
 
 import errno
 import fcntl
@@ -21,13 +21,13 @@ BLANK = b"0" * 64
 """Placeholder of the checksum while it is computed."""
 
 LARGEST_HEADER = 100_000_000 - 1
-"""Bytes of a header that MLX still reads."""
+"""The longest header, in bytes, that MLX reads."""
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
-"""What a file system answers that cannot sync."""
+"""Errors from a file system that cannot sync."""
 
 _WRITING = Lock()
-"""Two threads that write to one path would share its second file."""
+"""Two threads that write to one path would share its temporary file."""
 
 DTYPES = {
     **{"BOOL": mx.bool_, "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32},
@@ -37,10 +37,10 @@ DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or does not fit; nothing was changed, or it says so.
+    """A checkpoint cannot be written or does not fit. If anything was changed, the message says so.
 
     Attributes:
-        differences: All that does not fit, a line each; the message shows the first ones.
+        differences: Everything that does not fit, one line each. The message shows the first ones.
     """
 
     def __init__(self, message: str, differences: Iterable[str] = ()):
@@ -66,7 +66,7 @@ def kind_of(array: Any) -> Kind:
 
 @dataclass(frozen=True)
 class File:
-    """An undamaged file.
+    """A file whose checksum was verified.
 
     Attributes:
         metadata: Text by name.
@@ -80,9 +80,9 @@ class File:
 
 
 def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write to a second file, sync, rename: a reader finds the old file or the new one, whole.
+    """Write to a temporary file, sync, rename. A reader finds the complete old or new file.
 
-    A link is followed, and the mode of an older file is kept. Threads write one after the other.
+    A link is followed. The mode of an existing file is kept. Threads write one after the other.
     """
     with _WRITING:
         try:
@@ -96,8 +96,8 @@ def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) 
 
 
 def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> None:
-    # One name for each target: the next save overwrites what a killed process left. A short one,
-    # because file systems limit names to 255 bytes.
+    # One name per target, so that the next save overwrites what a killed process left. The name is
+    # short, because file systems limit names to 255 bytes.
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     beside = path.with_name(f".{name}.partial.safetensors")
     if not path.parent.exists():
@@ -117,10 +117,10 @@ def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str])
 
 
 def read(path: Path, formats: tuple[str, ...]) -> File:
-    """Check every byte of a file against its checksum, and its header against itself.
+    """Open a file, after checking its bytes against the checksum and its header for consistency.
 
     Raises:
-        CheckpointError: It is damaged, of another format, or no checkpoint at all.
+        CheckpointError: The file is damaged, has another format, or is not a checkpoint.
     """
     try:
         with path.open("rb") as file:
@@ -151,7 +151,7 @@ def read(path: Path, formats: tuple[str, ...]) -> File:
 
 
 def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, if no key of it comes twice."""
+    """Build a dict from a JSON object. A repeated key is an error."""
     if len(found := dict(pairs)) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
         raise ValueError(f"it says {twice[:100]!r} twice")
@@ -159,7 +159,7 @@ def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(path: Path, metadata: Any, formats: tuple[str, ...]) -> dict[str, str]:
-    """The metadata, if ``write`` made them and the format is known."""
+    """Return the metadata, if ``write`` made them and the format is known."""
     if not isinstance(metadata, dict) or not metadata.keys() & {"checksum", "run"}:
         raise CheckpointError(
             f"{path} holds weights alone, as mlx-lm and model.save_weights write them: "
@@ -178,7 +178,7 @@ def _metadata(path: Path, metadata: Any, formats: tuple[str, ...]) -> dict[str, 
 
 
 def _kinds(entries: Mapping[str, Any], size: int) -> dict[str, Kind]:
-    """Dtype and shape of each array, if the arrays fill the file from end to end."""
+    """Dtype and shape of each array. The arrays must fill the file without gaps."""
     kinds, spans = {}, []
     for name, entry in entries.items():
         shape, span = entry.get("shape"), entry.get("data_offsets")
@@ -207,7 +207,7 @@ def _text(dtype: Any) -> str:
 
 
 def _header(file: BinaryIO) -> bytes:
-    """The first bytes of a safetensors file: eight for a length, then JSON of that length."""
+    """The JSON header of a safetensors file. The first eight bytes hold its length."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
     if len(length) < 8 or size > os.fstat(file.fileno()).st_size - 8:
@@ -216,7 +216,7 @@ def _header(file: BinaryIO) -> bytes:
 
 
 def _checksum(file: BinaryIO, header: bytes, stands: str) -> str:
-    """SHA-256 of the whole file with the placeholder in the place of the checksum."""
+    """SHA-256 of the whole file, with the checksum replaced by its placeholder."""
     blank = header.replace(CHECKSUM % stands.encode(), CHECKSUM % BLANK, 1)
     digest = hashlib.sha256(len(header).to_bytes(8, "little") + blank)
     file.seek(8 + len(header))
@@ -226,7 +226,7 @@ def _checksum(file: BinaryIO, header: bytes, stands: str) -> str:
 
 
 def _seal(path: Path) -> None:
-    """Write the checksum into its blanks, and everything to the disk."""
+    """Replace the placeholder by the checksum, and sync the file to the disk."""
     with path.open("r+b") as file:
         header = _header(file)
         if len(header) > LARGEST_HEADER:
@@ -243,8 +243,8 @@ def _seal(path: Path) -> None:
 
 def _sync(descriptor: int) -> None:
     """Write a file through to the disk, as far as its file system can."""
-    # On macOS fsync leaves the data in the drive's cache. F_FULLFSYNC does not, and SMB, NTFS and
-    # WebDAV refuse it.
+    # On macOS fsync leaves the data in the drive's cache. F_FULLFSYNC does not, but SMB, NTFS
+    # and WebDAV refuse it.
     if full_sync := getattr(fcntl, "F_FULLFSYNC", None):
         with _unless_unsupported():
             fcntl.fcntl(descriptor, full_sync)
@@ -255,7 +255,7 @@ def _sync(descriptor: int) -> None:
 
 @contextmanager
 def _unless_unsupported() -> Iterator[None]:
-    """Go on where a file system does not know the call; any other error is one."""
+    """Ignore the error of a file system that does not support the call. Raise any other."""
     try:
         yield
     except OSError as problem:
@@ -264,7 +264,7 @@ def _unless_unsupported() -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the file system can."""
+    """Make the rename itself durable, if the file system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
