@@ -1,4 +1,4 @@
-"""Save and load a training run: one file, whole or not at all."""
+"""Save and load a training run in one file, written completely or not at all."""
 
 import json
 import os
@@ -19,18 +19,18 @@ from . import description, file
 from .file import CheckpointError, File, Kind, kind_of
 
 FORMATS = ("3",)
-"""Versions of the layout that are read; the last one is written."""
+"""Format versions that can be read. The last one is written."""
 
 STATE = "_run.optimizer."
 AVERAGE = "_run.average."
 KEY = "_run.random"
-"""Names in the file of what is not a weight. MLX never uses a name that begins with _ for a weight.
+"""Prefixes of arrays that are not weights. MLX never gives a weight a name that begins with _.
 
-There is one random key, or one row for each rank.
+``KEY`` holds one random key, or one row per rank.
 """
 
 SHOWN = 10
-"""Differences that a message shows."""
+"""The most differences that a message lists."""
 
 
 class Place(NamedTuple):
@@ -47,11 +47,11 @@ class Place(NamedTuple):
 
 
 class SpreadArray(Protocol):
-    """An array of state that several ranks hold among them."""
+    """A state array whose rows are spread over several ranks."""
 
     @property
     def shape(self) -> mx.array:
-        """An array of the shape and dtype of the whole; it is not evaluated."""
+        """An array with the shape and dtype of the whole array. It is not evaluated."""
         ...
 
     def own(self, whole: mx.array) -> mx.array:
@@ -73,7 +73,7 @@ class Spread(Protocol):
         ...
 
     def spread_state(self) -> Mapping[str, SpreadArray]:
-        """The arrays that are spread, by the name that one machine would give them."""
+        """The spread arrays, by the names they would have on one machine."""
         ...
 
     def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
@@ -114,8 +114,8 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimizer state, random state and ``extra`` to one ``.safetensors`` file.
 
-    The file is written under another name, synced, and renamed. A reader finds the old file or the
-    new one, whole. The header holds a SHA-256 of every byte. Weights have their own names, so
+    The file is written under another name, synced, and renamed. A reader finds the complete
+    old or new file. The header holds a SHA-256 of every byte. Weights have their own names, so
     ``model.load_weights(path, strict=False)`` and ``mlx_lm.lora --resume-adapter-file`` read them.
     ``mlx_lm.fuse`` and ``mlx_lm.load`` refuse a file that holds more than adapters: write one for
     them with ``mx.save_safetensors``.
@@ -125,19 +125,20 @@ def save_checkpoint(
         model: The model.
         optimizer: Any MLX optimizer. If it has no state yet, it is initialized.
         weights: "all" also saves the frozen weights. "trainable", for LoRA and QLoRA, saves the
-            trained weights, the running statistics of BatchNorm, and a hash of some 1,000 elements
-            of each frozen array, so that a load notices another base model. Use "all" if your model
-            changes other frozen arrays.
+            trained weights, the running statistics of BatchNorm, and a hash of about 1,000 elements
+            of each frozen array, so that a load detects a different base model. Use "all" if your
+            model changes other frozen arrays.
         random_key: The random state to save. MLX has one for each thread. If the thread that saves
-            is not the one that trains, pass ``mx.array(mx.random.state[0])``, evaluated, from the
-            thread that trains. None: the state of this thread.
+            is not the one that trains, evaluate ``mx.array(mx.random.state[0])`` in the training
+            thread and pass it here. None: the state of this thread.
         average: A ``WeightAverage`` to save as well.
         **extra: JSON values to save: an epoch, the state of a data loader. Scalars of NumPy and MLX
             count as numbers.
 
     Raises:
         ValueError: ``random_key`` is not a key of ``mx.random``.
-        CheckpointError: ``extra`` is not JSON, or the file cannot be written. An older file stays.
+        CheckpointError: ``extra`` is not JSON, or the file cannot be written. An existing
+            file is kept.
 
     Example:
         >>> import mlx.nn as nn
@@ -156,7 +157,7 @@ def save_checkpoint(
     if random_key is not None and not is_key:
         raise ValueError(f"random_key must be a key of mx.random, {got(random_key, ())}")
     for name, value in extra.items():
-        try:  # what cannot be read back must not be written: too deep, or with keys 1 and "1"
+        try:  # refuse what cannot be read back: too deep, or with keys 1 and "1"
             text = json.dumps({name: value}, default=_scalar)
             json.loads(text, object_pairs_hook=file.table)
         except (TypeError, ValueError, RecursionError) as problem:
@@ -170,7 +171,7 @@ def save_checkpoint(
     arrays[KEY] = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     if spread := _spread(optimizer):
         arrays[KEY] = spread.of_all(arrays[KEY])
-        mx.eval(arrays[KEY])  # by all of them, though one writes it
+        mx.eval(arrays[KEY])  # on all ranks, though only one writes it
     metadata = {"format": FORMATS[-1], "run": json.dumps(run)}
     metadata["extra"] = json.dumps(extra, default=_scalar)
 
@@ -192,28 +193,28 @@ def load_checkpoint(
 ) -> Extra:
     """Restore a run into live objects, so that a step compiled before the load sees it.
 
-    Everything is checked before anything changes. Then one array after the other replaces the old
-    one, so no memory for a second model is needed. If the disk fails at that moment, the error says
-    that model and optimizer are half loaded.
+    Everything is checked before anything changes. Then the arrays are replaced one by one, so no
+    memory for a second model is needed. If the disk fails during that, the error says that model
+    and optimizer are half loaded.
 
-    With several ranks each one gets its own random state back. New ranks get states of their own,
-    unless all ranks had the same.
+    With several ranks, each rank gets its own random state back. Additional ranks get new random
+    states, unless all ranks had the same one.
 
     Args:
         path: A file of ``save_checkpoint``. It holds arrays and JSON; loading it runs no code.
-        model: The model, built as it was.
-        optimizer: The optimizer, built as it was.
+        model: The model, built as when it was saved.
+        optimizer: The optimizer, built as when it was saved.
         strict: False loads what fits and lists the rest in ``.differences``. A damaged file, or one
-            without any weight that fits, is an error anyway.
-        cast: Whether to cast floating-point arrays to the dtype that they have here.
-        rates: "built" uses the file's rates, also those that were set by hand, if both optimizers
-            were built with the same rate. If this optimizer was built with another constant rate,
-            its new rate is used. "file" uses the file's rates. "here" uses the rates and schedules
-            of this optimizer and does not compare schedules. MLX's own optimizers do not know what
-            they were built with: for one that has made no step and has another rate than the file,
-            say "file" or "here".
-        average: The ``WeightAverage`` that was saved. One that was saved must be loaded, except
-            with ``strict=False``.
+            in which no weight fits, is still an error.
+        cast: Whether to cast floating-point arrays to the dtypes of this model and optimizer.
+        rates: "built" uses the file's rates, even if they were set by hand, as long as both
+            optimizers were built with the same rate. If this optimizer was built with another
+            constant rate, its new rate is used. "file" uses the file's rates. "here" uses the rates
+            and schedules of this optimizer and does not compare schedules. MLX's own optimizers do
+            not remember the rate they were built with. If such an optimizer has made no step and
+            its rate differs from the file's, pass "file" or "here".
+        average: The ``WeightAverage`` that was saved. If the file holds one, it must be passed,
+            except with ``strict=False``.
 
     Returns:
         The ``extra`` values, a dict, with ``.differences``.
@@ -221,7 +222,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: The file is damaged, or belongs to another model or optimizer. The message
             lists the first differences, and ``differences`` holds all. Model, optimizer and random
-            state have not changed.
+            state are unchanged.
     """
     _check_arguments(path, model, optimizer)
     check_flags(strict=strict, cast=cast)
@@ -283,10 +284,10 @@ class _Loading:
         self.expected = {**kept, **state, **self.spread}.keys()
         self.used = description.find_used(optimizer)
         self.kept_here: set[str] = set()
-        """Names of state that keeps its value here, whatever the file holds."""
+        """Names of state arrays that keep their live values, whatever the file holds."""
 
     def check(self, strict: bool) -> None:
-        """Find what differs, and raise if that must not be."""
+        """Find the differences, and raise if they are not allowed."""
         notes, problems = self._settle_rates()
         differences = [
             *problems,
@@ -310,7 +311,7 @@ class _Loading:
         self.extra.differences = (*notes, *differences)
 
     def apply(self) -> None:
-        """Put what fits into the live containers; the containers stay the same objects."""
+        """Put the arrays that fit into the live containers, which stay the same objects."""
         assert self.key is not None
         high, low = _own_key(self.key, *self.rank_and_size)
         for name in self._fitting():
@@ -323,10 +324,10 @@ class _Loading:
             mx.eval(array)
             container, key = self.places[name]
             container[key] = array
-        mx.random.seed(high << 32 | low)  # the key of a seed is its two halves
+        mx.random.seed(high << 32 | low)  # a key is the two halves of its seed
 
     def _steps_made(self) -> int:
-        """The most steps that a member had made when it was saved."""
+        """The largest step count of any member in the file."""
         steps = [self.arrays.get(f"{STATE}{prefix}step") for prefix in self.members]
         counts = [s for s in steps if s is not None and kind_of(s) == Kind(mx.uint64, ())]
         return max((int(cast(Any, count)) for count in counts), default=0)
@@ -350,7 +351,7 @@ class _Loading:
         return "\ncast=True casts floating-point arrays of another dtype"
 
     def _remedy(self) -> str:
-        """Another remedy than to build it as it was: keep the rates, if nothing else differs."""
+        """The alternative to rebuilding the run: keep the rates here, if nothing else differs."""
         others = description.find_differences(self.saved, self.live, schedules=())
         rates = {name for prefix in self.members for name in _rate_names(prefix)}
         if any(others) or any(name not in rates for name in self._misfits()):
@@ -358,7 +359,7 @@ class _Loading:
         return 'keep the rates and schedules of this optimizer with rates="here"'
 
     def _misfits(self) -> list[str]:
-        """Names of arrays that differ, the weights' first."""
+        """The names of arrays that differ, weights first."""
         names = {**self.kinds, **dict.fromkeys(self.expected)}
         found = [name for name in names if name not in self.kept_here and not self._fits(name)]
         return sorted(found, key=lambda name: name.startswith(STATE))
@@ -369,14 +370,14 @@ class _Loading:
             yield f"{name.removeprefix('_run.')}: {old} in the file, {new} here"
 
     def _settle_rates(self) -> tuple[list[str], list[str]]:
-        """Decide whose rates are used. Returns what to report, and what the user must decide."""
+        """Decide whose rates to use. Return notes, and conflicts that the user must resolve."""
         told: list[str] = []
         asked: list[str] = []
         runs = self.saved["optimizers"], self.live["optimizers"]
         members = zip(self.members.items(), *runs, strict=False)
         for i, ((prefix, member), old, new) in enumerate(members):
             names = _rate_names(prefix)
-            if not description.same_class(old, new):  # nor is its state of use
+            if not description.same_class(old, new):  # then its state is useless too
                 self.kept_here |= {name for name in self.here if name.startswith(STATE + prefix)}
             elif self.rates == "here" or (
                 self.rates == "built" and description.schedules_differ(old, new)
@@ -399,7 +400,7 @@ class _Loading:
     def _constant_rates(
         self, prefix: str, member: Optimizer, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> tuple[float, float, bool]:
-        """The rates to compare, there and here, and whether members were built with them."""
+        """The rates to compare, in the file and here, and whether members were built with them."""
         if None not in (built := (old["built rate"], new["built rate"])):
             return *built, True
         name = f"{STATE}{prefix}learning_rate"
@@ -411,7 +412,7 @@ class _Loading:
 
 @contextmanager
 def _undone_on_error(optimizer: Optimizer) -> Iterator[None]:
-    """Optimizers as they were, if something is raised; their live states stay the same objects."""
+    """Restore the optimizers if anything is raised. Their live states stay the same objects."""
     before = [
         (member, dict(vars(member)), tree_map(lambda array: array, member.state))
         for member in description.find_members(optimizer).values()
@@ -426,11 +427,11 @@ def _undone_on_error(optimizer: Optimizer) -> Iterator[None]:
         raise
 
 
-# What a file holds
+# Contents of a file
 
 
 def _find_weights(model: nn.Module) -> dict[str, Place]:
-    """Every parameter by its path, once if it has several."""
+    """Every parameter by its path. A shared parameter is listed once."""
     aliases = find_aliases(model)
     return _by_name((path, place) for path, place in _walk(model) if path not in aliases)
 
@@ -455,20 +456,20 @@ def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
 
 
 def _find_spread(optimizer: Optimizer) -> dict[str, SpreadArray]:
-    """Arrays of the state of which other ranks have some or all, by their names in the file."""
+    """State arrays that are wholly or partly on other ranks, by their names in the file."""
     spread = _spread(optimizer)
     arrays = spread.spread_state() if spread else {}
     return {STATE + name: array for name, array in arrays.items()}
 
 
 def _spread(optimizer: Optimizer) -> Spread | None:
-    """What spreads the optimizer over several ranks, if anything does."""
+    """The strategy that spreads the optimizer over several ranks, if it has one."""
     strategy = getattr(optimizer, "strategy", None)
     return strategy if isinstance(strategy, Spread) else None
 
 
 def _with_whole_state(optimizer: Optimizer, write: Callable[[dict[str, mx.array]], None]) -> None:
-    """Write the state by its names in the file: once, however many ranks there are."""
+    """Write the state by its names in the file. With several ranks, only one writes."""
     here = {name: place.array for name, place in _find_state(optimizer).items()}
     if spread := _spread(optimizer):
         spread.with_whole_state(
@@ -484,7 +485,7 @@ def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
     items = container.items() if isinstance(container, dict) else enumerate(container)
     for key, value in items:
         name = f"{prefix}{key}"
-        if module and str(key).startswith("_"):  # MLX counts such arrays as no parameters
+        if module and str(key).startswith("_"):  # MLX does not count these as parameters
             continue
         if isinstance(value, (dict, list)):
             yield from _walk(value, f"{name}.")
@@ -497,12 +498,12 @@ def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
 def _split(
     places: Mapping[str, Place], model: nn.Module, weights: str
 ) -> tuple[dict[str, Place], dict[str, mx.array]]:
-    """The weights that are kept, and the frozen arrays that are not."""
+    """Split the weights into those that are saved, and the frozen ones that are not."""
     aliases = find_aliases(model)
     trained = {aliases.get(path, path) for path in flatten(model.trainable_parameters())}
 
     def is_kept(path: str) -> bool:
-        # BatchNorm's statistics are frozen, and yet every forward pass changes them.
+        # BatchNorm's statistics are frozen, but every forward pass changes them.
         moves = path.rpartition(".")[2].startswith("running_")
         return weights == "all" or path in trained or moves
 
@@ -525,35 +526,35 @@ def _is_random_key(kind: Kind) -> bool:
 
 
 def _own_key(keys: mx.array, rank: int, ranks: int) -> list[int]:
-    """The random key of a rank: what it was, or what a rank that there was not yet gets."""
+    """The random key of a rank: the saved one, or a new one for an additional rank."""
     known = cast(list[list[int]], keys.reshape(-1, 2).tolist())
     if rank < len(known):
         return known[rank]
-    if len(known) > 1 and all(key == known[0] for key in known):  # as their loop wants it
+    if len(known) > 1 and all(key == known[0] for key in known):  # the run shares one key
         return known[0]
     return cast(Any, mx.random.split(mx.array(known[0], mx.uint32), ranks)[rank]).tolist()
 
 
 def _rate_names(prefix: str) -> set[str]:
-    """Names of a member's state that is its rate."""
+    """The names of the state arrays that hold a member's rate."""
     return {f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled")}
 
 
 def _listed(differences: Sequence[str]) -> str:
-    """The first differences, a line each, and how many there are beyond."""
+    """The first differences, one line each, and the number of the others."""
     more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
     return "\n  ".join(["", *(line[:500] for line in differences[:SHOWN]), *more])
 
 
 def _scalar(value: Any) -> Any:
-    """The number in an array without axes, of any library."""
+    """The number in a zero-dimensional array of any library."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _differ_in_dtype(old: Kind | None, new: Kind | None) -> bool:
-    """Whether two arrays differ in their floating-point dtype alone."""
+    """Whether two arrays differ only in their floating-point dtype."""
     if old is None or new is None or old.shape != new.shape or old.dtype == new.dtype:
         return False
     return all(mx.issubdtype(kind.dtype, mx.floating) for kind in (old, new))
