@@ -46,7 +46,7 @@ SEQUENCE = 512  # tokens of a sequence at most
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a transformer's block: Qwen2.5's of so many parameters."""
+    """Sizes of a transformer block."""
 
     width: int
     inner: int
@@ -151,7 +151,7 @@ class Trial:
         self.step = step
 
     def seconds(self, tokens: mx.array) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         mx.synchronize()
         start = time.perf_counter()
         mx.eval(self.step(tokens), self.state)
@@ -159,7 +159,7 @@ class Trial:
         return time.perf_counter() - start
 
     def peak(self, tokens: mx.array) -> int:
-        """Bytes at most of all that is this trial's, where memory is short."""
+        """Peak bytes of this trial under a memory limit that every step exceeds."""
         mx.clear_cache()
         mx.reset_peak_memory()
         limit = mx.set_memory_limit(1)
@@ -221,7 +221,7 @@ def time_steps(
 
 
 def measure_bytes(name: str, shape: Shape, dtype: mx.Dtype, given: Arguments) -> tuple[int, int]:
-    """Of the state, and the peak of a step of few tokens: activations are not what is compared."""
+    """Bytes of the state, and the peak of a step with few tokens, so that activations are few."""
     batch = batch_of(min(SEQUENCE, *given.tokens), given.vocabulary)
     trial = Trial(name, shape, dtype, given)
     trial.seconds(batch)

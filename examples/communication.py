@@ -43,7 +43,7 @@ TOKENS = 8192  # of all ranks, a step
 
 
 class Group(NamedTuple):
-    """What a plan needs of ``mx.distributed.Group``, without other processes."""
+    """A stand-in for ``mx.distributed.Group`` without other processes."""
 
     ranks: int
 
@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one rank and one step."""
+    """The cost of one step for one rank."""
 
     sent: float
     messages: int
@@ -66,7 +66,7 @@ class Cost(NamedTuple):
     work: float
 
     def seconds(self, rate: float, latency: float = 0.0) -> float:
-        """On a link of so many bytes a second; each message passes every rank in turn."""
+        """Seconds on a link of this speed. Each message passes every rank in turn."""
         return self.sent / rate + self.messages * latency
 
 
@@ -163,7 +163,7 @@ def print_model() -> None:
 
 
 def measure(repeats: int) -> None:
-    """Steps of a small model: bytes and seconds, counted and by the model."""
+    """Bytes and seconds of a small model's steps, measured and predicted."""
     group = mx.distributed.init(strict=True)
     model = Model(256, 2, 1024, 128, 4096, True)
     model.set_dtype(mx.float32)

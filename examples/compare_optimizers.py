@@ -64,7 +64,7 @@ TITLES = "; ".join(f"{name}: {training.title}" for name, training in TRAININGS.i
 
 @dataclass(frozen=True)
 class Record:
-    """One run: what was run, where, and what came of it."""
+    """One run, where it ran, and its results."""
 
     configuration: str
     rate: float  # 0: the library picked it
@@ -78,7 +78,7 @@ class Record:
     validation: dict[str, float | None]
 
     def final(self, measure: str) -> float:
-        """At the end of the run; infinite if it was not finite."""
+        """The measure at the end of the run. Infinity if it was not finite."""
         value = self.validation[measure]
         return math.inf if value is None else value
 
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def run_missing(records: dict[str, list[Record]], arguments: Arguments) -> None:
-    """Make every run that the searches ask for next, until they ask for none."""
+    """Make every run that the searches need, until they need none."""
     running: dict[Future[Record], tuple[str, str, float, int]] = {}
     progress = tqdm(unit="run")
     with ThreadPoolExecutor(arguments.workers) as pool:
@@ -149,7 +149,7 @@ def run_missing(records: dict[str, list[Record]], arguments: Arguments) -> None:
 def next_runs(
     name: str, training: str, records: Sequence[Record], count: int | None = None
 ) -> list[tuple[float, int]]:
-    """Rates and seeds that the search of one configuration asks for next."""
+    """Rates and seeds that the search of one configuration needs next."""
     configuration, of = CONFIGURATIONS[name], TRAININGS[training]
     seeds = range(1, (count or of.seeds) + 1)
     losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
@@ -177,7 +177,7 @@ def next_runs(
 
 
 def best_rate(name: str, training: str, records: Sequence[Record]) -> float | None:
-    """The rate that a search has settled on, if it has."""
+    """The best rate of a finished search, or None."""
     if any(seed == SEEDS[0] for _, seed in next_runs(name, training, records)):
         return None
     first = [r for r in records if r.configuration == name and r.seed == SEEDS[0]]
@@ -185,7 +185,7 @@ def best_rate(name: str, training: str, records: Sequence[Record]) -> float | No
 
 
 def run_one(training: str, name: str, rate: float, seed: int, arguments: Arguments) -> Record:
-    """Run the example as a user would, and read what it wrote."""
+    """Run the example as a user would, and read its results."""
     configuration, of = CONFIGURATIONS[name], TRAININGS[training]
     script = f"train_{of.task}.py"
     options = [*of.arguments, *configuration.arguments]
@@ -214,14 +214,14 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
 
 
 def gpu() -> str:
-    """Its name, if there is one."""
+    """The name of the GPU, if there is one."""
     return (
         "" if mx.default_device() == mx.cpu else f", {mx.device_info().get('device_name', 'GPU')}"
     )
 
 
 def run_example(script: str, options: Sequence[str], folder: str) -> dict[str, Any]:
-    """Run an example to its end, and read what it wrote into a folder of its curves."""
+    """Run an example to its end, and read the curves that it wrote into a folder."""
     only_the_end = ["--eval-every=999999", "--save-every=999999", f"--output={folder}"]
     done = subprocess.run(
         [sys.executable, str(FOLDER / script), *options, *only_the_end],
@@ -237,7 +237,7 @@ def run_example(script: str, options: Sequence[str], folder: str) -> dict[str, A
 
 
 def time_steps(records: Mapping[str, Sequence[Record]], arguments: Arguments) -> None:
-    """Time short runs of what is drawn, one at a time and in turn, in place of older timings."""
+    """Time short runs of what is drawn, one at a time, and replace older timings."""
     arguments.workers, arguments.others = 1, [f"--steps={TIMED_STEPS}"]
     best = {training: at_best(kept) for training, kept in records.items()}
     timed: dict[str, list[Record]] = {training: [] for training in records}
@@ -264,7 +264,7 @@ def read(path: Path) -> list[Record]:
 
 
 def at_best(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Of each configuration all seeds at its best rate, the least mean loss first."""
+    """All seeds of each configuration at its best rate, sorted by mean loss."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.configuration].append(record)
@@ -294,7 +294,7 @@ def report(records: Mapping[str, Sequence[Record]]) -> str:
 
 
 def tables(records: Sequence[Record], training: str) -> str:
-    """A table for each question, as Markdown."""
+    """A Markdown table for each question."""
     best = at_best(records)
     questions = dict.fromkeys(configuration.question for configuration in CONFIGURATIONS.values())
     parts = []

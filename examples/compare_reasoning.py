@@ -55,7 +55,7 @@ CONFIGURATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Record:
-    """One run: what was run, and what came of it."""
+    """One run and its results."""
 
     command: str
     cpu_seconds: float  # of the whole run, whatever else the machine did
@@ -79,13 +79,13 @@ def main() -> None:
 
 
 def commands(kind: str, name: str, short: Sequence[str], seeds: int) -> list[list[str]]:
-    """What a user would give, for each seed."""
+    """The command of each seed."""
     given = ["python", "examples/train_reasoning.py", kind, *short, *CONFIGURATIONS[kind][name]]
     return [[*given, f"--seed={seed}"] for seed in range(1, seeds + 1)]
 
 
 def wanted(arguments: Arguments) -> list[list[str]]:
-    """Every run: the example as it is, then the shorter comparison, a seed after the other."""
+    """All runs: the example with its defaults, then the shorter comparison, seed by seed."""
     kinds = [arguments.only] if arguments.only else list(CONFIGURATIONS)
     whole, shorter = [], []
     for kind in kinds:
@@ -96,7 +96,7 @@ def wanted(arguments: Arguments) -> list[list[str]]:
 
 
 def run_one(command: Sequence[str], pictures: Path) -> Record:
-    """Run the example, and read what it wrote; of the example as it is, keep the picture."""
+    """Run the example and read its results. Keep the picture of the run with defaults."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         run = run_example("train_reasoning.py", command[2:], folder)

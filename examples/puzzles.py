@@ -40,7 +40,7 @@ class Puzzles(Protocol):
 
     @property
     def digest(self) -> str:
-        """What tells these puzzles from others."""
+        """Identifies these puzzles."""
         ...
 
     @property
@@ -49,12 +49,12 @@ class Puzzles(Protocol):
         ...
 
     def training(self, count: int, random: np.random.Generator) -> Examples:
-        """The next puzzles that the generator gives."""
+        """The next random puzzles."""
         ...
 
 
 def shares(answers: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """Of puzzles that are right in every cell, and of right cells."""
+    """Shares of puzzles that are right in every cell, and of right cells."""
     cells = answers == right
     return {"exact match": float(cells.all(axis=1).mean()), "cells": float(cells.mean())}
 
@@ -67,7 +67,7 @@ def digest(examples: Examples) -> str:
 
 
 class Rule(NamedTuple):
-    """What becomes of a grid: it is turned or mirrored, shifted, then its colours change."""
+    """A rule: turn or mirror a grid, shift it, then change its colours."""
 
     colours: tuple[int, ...] = tuple(range(SYMBOLS))
     symmetry: int = 0  # quarter turns; from 4 on, mirrored after them
@@ -95,7 +95,7 @@ def draw_rules(count: int, random: np.random.Generator) -> list[Rule]:
 
 
 class Rules:
-    """Grids and what a rule makes of them; the rule is known by its number alone."""
+    """Grids before and after a rule. The model sees only the number of the rule."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ class Rules:
 
     @property
     def digest(self) -> str:
-        """What tells these puzzles from others."""
+        """Identifies these puzzles."""
         return digest(self.held_out)
 
     @property
@@ -114,7 +114,7 @@ class Rules:
         return {"unchanged": shares(self.held_out.questions, self.held_out.answers)}
 
     def training(self, count: int, random: np.random.Generator) -> Examples:
-        """New inputs of known rules: of 6^25 grids, none comes twice."""
+        """New inputs for known rules. Among 6^25 grids none repeats."""
         return self.examples(random.integers(self.identities, size=count), random)
 
     def examples(self, identities: np.ndarray, random: np.random.Generator) -> Examples:
@@ -184,7 +184,7 @@ def solutions(
 
 
 def draw_puzzle(random: np.random.Generator) -> tuple[list[int], list[int]]:
-    """A puzzle with one solution, of which no given can be left out, and the solution."""
+    """A puzzle with one solution and without a redundant given, and the solution."""
     grid = solutions([0] * SIDE**2, 1, random)[0]
     puzzle = list(grid)
     for i in random.permutation(SIDE**2).tolist():
@@ -252,7 +252,7 @@ ROW_ORDERS, COLUMN_ORDERS = line_orders(2), line_orders(3)
 
 
 class Sudoku:
-    """Hard puzzles: filling forced cells, naked and hidden singles, ends before their solution."""
+    """Hard puzzles: filling forced cells (naked and hidden singles) does not solve them."""
 
     identities = 1  # an embedding would say nothing
 
@@ -273,7 +273,7 @@ class Sudoku:
 
     @property
     def digest(self) -> str:
-        """What tells these puzzles from others."""
+        """Identifies these puzzles."""
         trained = Examples(np.zeros(1), self.puzzles, self.grids)
         return digest(trained) + digest(self.held_out)
 

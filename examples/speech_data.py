@@ -191,7 +191,7 @@ def endless_clips(
 
 
 def balanced(random: np.random.Generator, items: Sequence[str]) -> Iterator[str]:
-    """Endlessly: each item twice, shuffled, and again, so that a word may follow itself."""
+    """Yield every item twice in random order, again and again. A word may follow itself."""
     while True:
         yield from random.permutation([*items, *items]).tolist()
 
@@ -217,7 +217,7 @@ def synthetic_clip(
 
 
 def trimmed(speech: np.ndarray) -> np.ndarray:
-    """Without the silence at both ends, but with a margin."""
+    """Cut the silence at both ends, except for a margin."""
     heard = np.flatnonzero(np.abs(speech) > SILENCE * np.abs(speech).max())
     return np.pad(speech, MARGIN)[heard[0] : heard[-1] + 1 + 2 * MARGIN]
 
@@ -284,7 +284,7 @@ class Synthesizer:
         return resample(samples / 2**15, self.rate)
 
     def hear(self, samples: int | None, count: int, events: int | None) -> int:
-        """Keep what eSpeak NG has spoken; 0 lets it go on."""
+        """Collect samples from eSpeak NG. Returning 0 lets it continue."""
         if samples:
             self.heard.append(ctypes.string_at(samples, 2 * count))
         return 0
@@ -346,7 +346,7 @@ def clips_of_folder(folder: Path) -> tuple[list[Clip], list[Clip]]:
 
 
 def read_text(path: Path) -> str:
-    """What a clip says, in lower case, with single spaces."""
+    """The text of a clip in lower case with single spaces."""
     try:
         text = unicodedata.normalize("NFC", path.read_text("utf-8-sig"))
         text = " ".join(text.lower().split())

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 class LanguageModel:
-    """Each next character of source code."""
+    """Predict the next character of source code."""
 
     def __init__(self, text: Text, arguments: LanguageArguments) -> None:
         self.text, self.arguments = text, arguments
@@ -59,11 +59,11 @@ class LanguageModel:
         return model
 
     def rules(self) -> dict[str, Any]:
-        """None: the router knows every layer."""
+        """No rules: the router knows every layer."""
         return {}
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array]:
-        """Random windows, the next that the generator gives."""
+        """The next random windows."""
         return (self.text.training_batch(random, self.arguments),)
 
     def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
@@ -78,7 +78,7 @@ class LanguageModel:
         return {"loss": float(mx.mean(mx.stack(losses)))}
 
     def sample(self, model: nn.Module) -> str:
-        """A start of code, and 200 characters more, at temperature 0.8."""
+        """200 characters after a start of code, sampled at temperature 0.8."""
         characters = [CHARACTERS.index(character) for character in "def "]
         for _ in range(200):
             logits = model(mx.array([characters[-self.arguments.context :]]))[0, -1]
@@ -156,23 +156,23 @@ class Text:
 
     @classmethod
     def of(cls, files: list[Path]) -> Text:
-        """Read every file; each eighth is for validation."""
+        """Read every file. Every eighth is for validation."""
         return cls(read([f for i, f in enumerate(files) if i % 8]), read(files[::8]))
 
     @property
     def digest(self) -> str:
-        """What tells this text from others."""
+        """A hash of the text."""
         return sha256(self.training.tobytes() + self.validation.tobytes()).hexdigest()
 
     @property
     def unigram_entropy(self) -> float:
-        """Of the validation text: the least loss, in nats, of a model that ignores all context."""
+        """The least loss on the validation text, in nats, of a model that ignores context."""
         counts = np.bincount(self.validation)
         p = counts[counts > 0] / counts.sum()
         return -float(np.sum(p * np.log(p)))
 
     def training_batch(self, random: np.random.Generator, arguments: LanguageArguments) -> mx.array:
-        """Random windows, the next that the generator gives."""
+        """The next random windows."""
         starts = random.integers(len(self.training) - arguments.context, size=arguments.batch_size)
         return windows(self.training, starts, arguments.context + 1)
 
@@ -199,7 +199,7 @@ def windows(text: np.ndarray, starts: np.ndarray, length: int) -> mx.array:
 
 
 class LanguageArguments(Arguments):
-    """And the text, the length of a window, and how output projections start."""
+    """The shared arguments, the text, the length of a window, and zero-initialized outputs."""
 
     source: Path | None
     context: int
@@ -207,7 +207,7 @@ class LanguageArguments(Arguments):
 
 
 def parse_arguments() -> tuple[LanguageArguments, Text]:
-    """Read the command line and the text, and say what is wrong with them before any work."""
+    """Read the command line and the text, and report what is wrong before any work."""
     parser = Parser(
         "Train a character transformer on the source of Python's standard library.",
         steps=300,

@@ -111,12 +111,12 @@ class Reasoning:
         return {"puzzles*": puzzle_optimizer(a)} if a.puzzle_optimizer == "signsgd" else {}
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, ...]:
-        """As many new puzzles as leave."""
+        """As many new puzzles as old ones are dropped."""
         new = self.arguments.batch_size // self.arguments.segments
         return arrays(self.puzzles.training(new, random))
 
     def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
-        """Mean cross-entropy of every cell, after one more segment of every puzzle at work."""
+        """Mean cross-entropy of all cells, after one more segment of each current puzzle."""
         assert isinstance(model, Reasoner)
         carry = model.carry
         carry.take(*batch)
@@ -140,7 +140,7 @@ class Reasoning:
         return {"loss": loss, **shares(np.concatenate(found), held_out.answers)}
 
     def sample(self, model: nn.Module) -> str:
-        """Of a few held-out puzzles, how many cells are right after each segment."""
+        """How many cells of a few held-out puzzles are right after each segment."""
         assert isinstance(model, Reasoner)
         held_out = self.puzzles.held_out
         chosen = np.unique(np.linspace(0, len(held_out.answers) - 1, PICTURED, dtype=int))
@@ -170,7 +170,7 @@ def cross_entropy(logits: mx.array, answers: mx.array) -> mx.array:
 
 
 def puzzle_optimizer(arguments: ReasoningArguments) -> SignSGD:
-    """What create_optimizer_for_hrm gives them, with options of one's own."""
+    """The optimizers of create_optimizer_for_hrm, with other options."""
     return SignSGD(
         arguments.puzzle_learning_rate or PUZZLE_RATE,
         rounding=arguments.rounding,
@@ -183,7 +183,7 @@ def puzzle_optimizer(arguments: ReasoningArguments) -> SignSGD:
 
 
 class Reasoner(nn.Module):
-    """Two recurrent modules at two time scales, and what they hold of the puzzles at work."""
+    """Two recurrent modules at two time scales, and their states for the current puzzles."""
 
     def __init__(self, kind: Kind, puzzles: Puzzles, arguments: ReasoningArguments) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Reasoner(nn.Module):
         self.carry = Carry(a.batch_size, places, a.width, cells)
 
     def read(self, identities: mx.array, questions: mx.array) -> mx.array:
-        """What the modules hear at every step: (batch, places, width)."""
+        """The input of both modules at every step: (batch, places, width)."""
         puzzle = self.puzzles(identities)[:, None]
         return self.question(questions) * (1 + self.scale(puzzle)) + self.shift(puzzle)
 
@@ -231,7 +231,7 @@ class Reasoner(nn.Module):
 
 
 class Carry(nn.Module):
-    """The puzzles at work and the states of both modules; part of the model, so of checkpoints."""
+    """The current puzzles and both modules' states. They are in the model, so in checkpoints."""
 
     def __init__(self, batch: int, places: int, width: int, cells: int) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class Carry(nn.Module):
         self.freeze()
 
     def take(self, identities: mx.array, questions: mx.array, answers: mx.array) -> None:
-        """Let the oldest puzzles go for new ones, whose states are zero."""
+        """Replace the oldest puzzles by new ones, whose states are zero."""
         new = len(identities)
         states = mx.zeros((new, *self.low.shape[1:]), self.low.dtype)
 
@@ -257,7 +257,7 @@ class Carry(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks, and a norm that keeps the state of a recurrent module in size."""
+    """Blocks, and a norm that bounds the state of a recurrent module."""
 
     def __init__(self, block: Callable[[ReasoningArguments], nn.Module], a: ReasoningArguments):
         super().__init__()
@@ -509,7 +509,7 @@ KINDS = {
 
 
 class ReasoningArguments(Arguments):
-    """And the puzzles, the recurrence, and what trains puzzle embeddings."""
+    """The shared arguments, the puzzles, the recurrence, and the optimizer of embeddings."""
 
     puzzles: str
     count: int
@@ -523,7 +523,7 @@ class ReasoningArguments(Arguments):
 
 
 def parse_arguments() -> ReasoningArguments:
-    """Read the command line, and say what is wrong with it before any work."""
+    """Read the command line and report wrong arguments before any work."""
     kind = next((argument for argument in sys.argv[1:] if argument in KINDS), "rules")
     parser = Parser(
         "Train a small hierarchical reasoning model on puzzles that are made on the spot.",

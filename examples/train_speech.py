@@ -47,7 +47,7 @@ def main() -> None:
 
 
 class Speech:
-    """Sound to characters."""
+    """Turn sound into characters."""
 
     watched = ("encoder.conv1.weight", "encoder.blocks.0.up.weight")
 
@@ -92,7 +92,7 @@ class Speech:
         return rules
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, mx.array]:
-        """Random clips, the next that the generator gives."""
+        """The next random clips."""
         count = len(self.training_features)
         chosen = mx.array(random.integers(count, size=self.arguments.batch_size))
         return self.training_features[chosen], self.training_texts[chosen]
@@ -139,12 +139,12 @@ class Speech:
         }
 
     def untrained(self) -> dict[str, float]:
-        """What a new model makes of the held-out speakers."""
+        """Transcripts of held-out speakers by an untrained model."""
         mx.random.seed(self.arguments.seed)
         return self.validate(self.model())
 
     def sample(self, model: nn.Module) -> str:
-        """What was said, and what was understood, for a few held-out clips."""
+        """The text and the transcript of a few held-out clips."""
         few = self.held_out[:8]
         transcripts = self.transcribe(model, self.features[: len(few)])
         width = max(len(clip.text) for clip in few)
@@ -325,7 +325,7 @@ def save_transcripts(run: Run, task: Speech, folder: Path) -> None:
 
 
 class SpeechArguments(Arguments):
-    """And where the sound comes from."""
+    """The shared arguments, and where the sound comes from."""
 
     convolution_option: list[tuple[str, Any]]
     convolution_learning_rate: float | None
@@ -335,7 +335,7 @@ class SpeechArguments(Arguments):
 
 
 def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
-    """Read the command line and the sound, and say what is wrong with them before any work."""
+    """Read the command line and the sound, and report what is wrong before any work."""
     parser = Parser(
         "Train a small speech recognizer in Whisper's shape on voices that eSpeak NG makes.",
         steps=400,
