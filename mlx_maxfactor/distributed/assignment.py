@@ -1,19 +1,19 @@
-"""Which rank updates what: the same computation, state and communication for every rank."""
+"""Assign parameters to ranks, so that computation, state and communication are even."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 SMALLEST_CUT = 1 / 16
-"""Share of a rank's load below which a parameter is not cut."""
+"""A parameter with less than this share of a rank's load is not cut."""
 
 
 class ParameterCost(NamedTuple):
     """A parameter to assign.
 
     Attributes:
-        path: Its path.
+        path: Path of the parameter.
         rows: Length of its first axis.
-        granularity: How many rows can be updated without the others. 0: the parameter is not cut.
+        granularity: The parameter can be cut at multiples of this many rows. 0: it is not cut.
         loads: Operations of its update, bytes of its state, bytes of the parameter.
     """
 
@@ -32,11 +32,12 @@ class RowRange(NamedTuple):
 
 
 class Assignment:
-    """The ranges of rows of every parameter, and the rank of each range.
+    """The row ranges of every parameter, and the rank of each range.
 
-    Whole parameters come first, the largest first. Each goes to the rank whose largest load stays
-    smallest. Then the rows of the parameters that can be cut fill up what is uneven. All ranks
-    compute the same assignment from the same parameters, without communication.
+    Parameters that are not cut are assigned first, in order of decreasing size. Each goes to the
+    rank whose largest load stays smallest. Then the other parameters are cut so that they even out
+    the loads. All ranks compute the same assignment from the same parameters, without
+    communication.
 
     Args:
         ranks: Number of ranks.
@@ -60,7 +61,7 @@ class Assignment:
         self.loads = [[0.0, 0.0, 0.0] for _ in range(ranks)]
 
     def add(self, costs: Iterable[ParameterCost]) -> None:
-        """Give out more parameters; those of a path that has its ranges are left out."""
+        """Assign more parameters. Paths that are already assigned are skipped."""
         costs = [cost for cost in costs if cost.path not in self.ranges]
         given = [sum(rank[i] for rank in self.loads) for i in range(3)]
         totals = [given[i] + sum(cost.loads[i] for cost in costs) or 1.0 for i in range(3)]
@@ -92,7 +93,7 @@ class Assignment:
         self._give(cost, (RowRange(rank, 0, cost.rows),))
 
     def _give_rows(self, cost: ParameterCost, i: int) -> None:
-        """Rows to each rank, so that all have the same of the load that it is the most of."""
+        """Give each rank rows so that load ``i``, the parameter's largest, is even."""
         level = _level([rank[i] for rank in self.loads], cost.loads[i])
         ranges, start, filled = [], 0, 0.0
         for rank in range(self.ranks):
@@ -113,10 +114,10 @@ class Assignment:
 
 
 def _level(loads: Sequence[float], added: float) -> float:
-    """How high all loads stand once the lowest are filled up with what is added."""
+    """The level that the lowest loads reach when ``added`` is shared out among them."""
     rising = sorted(loads)
     for n in range(1, len(rising) + 1):
         level = (sum(rising[:n]) + added) / n
         if n == len(rising) or level <= rising[n]:
             return level
-    raise AssertionError  # of no rank at all
+    raise AssertionError  # only without ranks

@@ -15,22 +15,22 @@ from .._validate import check_number
 from .assignment import RowRange
 
 MESSAGE_BYTES = 32 << 20
-"""Most that a rank hands to one collective, as in ``mlx.nn.average_gradients``."""
+"""The most bytes that a rank sends in one collective, as in ``mlx.nn.average_gradients``."""
 
 STALLED = 70
 """Exit status of a rank whose wait was ended."""
 
 
 class LostRankError(RuntimeError):
-    """Another rank has ended, or its connection has."""
+    """Another rank, or the connection to it, has ended."""
 
 
 @contextmanager
 def bounded_wait(seconds: float = 300.0) -> Iterator[None]:
-    """Evaluate a step within a bounded wait: a rank that died or stalled is an error, not a hang.
+    """Bound the wait for other ranks: a rank that died or stalled becomes an error, not a hang.
 
     MLX reports most closed connections within a second as a ``RuntimeError``, which becomes a
-    :class:`LostRankError` here. If it misses one, or if a rank is alive and does not answer, MLX
+    :class:`LostRankError` here. If it misses one, or if a rank is alive but does not answer, MLX
     waits forever and cannot be interrupted. After ``seconds`` this function prints a message to
     standard error and ends the process with status 70. That closes its connections, which ends the
     other ranks. An incomplete checkpoint never replaces the one before it.
@@ -38,8 +38,8 @@ def bounded_wait(seconds: float = 300.0) -> Iterator[None]:
     Put everything that waits inside: the ``mx.eval`` of a step, ``save_checkpoint``.
 
     Args:
-        seconds: More than the longest step takes, including the compilation of the first one and
-            other work of the slowest rank, such as a checkpoint. Default 300.
+        seconds: The limit. It must exceed the longest step, including the first one's compilation
+            and other work of the slowest rank, such as a checkpoint. Default 300.
 
     Raises:
         LostRankError: The connection to another rank was lost.
@@ -88,8 +88,8 @@ class ShardedArray(NamedTuple):
 
     Attributes:
         shape: Shape of the whole array.
-        dtype: Its dtype.
-        ranges: Which rank has which rows, in order.
+        dtype: Dtype of the array.
+        ranges: Which rank has which rows, in row order.
         own: The rows of this rank, or None.
     """
 
@@ -135,7 +135,7 @@ class OrderedCollectives:
         return self._last[0]
 
     def averaged(self, arrays: Sequence[mx.array]) -> list[mx.array]:
-        """The mean of each array over the ranks, in few messages, the last arrays first."""
+        """The mean of each array over the ranks, sent in few messages, last arrays first."""
         means = list(arrays)
         for message in _messages(arrays):
             flat = mx.concatenate([arrays[i].reshape(-1) for i in message])
@@ -148,10 +148,10 @@ class OrderedCollectives:
         return means
 
     def gathered(self, arrays: Mapping[str, ShardedArray]) -> dict[str, mx.array]:
-        """Every array whole, in few messages of equal size.
+        """Gather every whole array, in few messages of equal size.
 
-        The rows of a rank, of all arrays of one dtype, make one long buffer. Shorter buffers are
-        filled with zeros. A message is the same section of every rank's buffer.
+        For each dtype, a rank joins its rows of all arrays into one long buffer. Shorter buffers
+        are padded with zeros. A message is the same section of every rank's buffer.
         """
         whole: dict[str, mx.array] = {}
         for dtype in {array.dtype: None for array in arrays.values()}:
@@ -179,7 +179,7 @@ class OrderedCollectives:
 
 
 def _messages(arrays: Sequence[mx.array]) -> list[list[int]]:
-    """Indices of the arrays of each message, from the last array to the first. One dtype each."""
+    """Indices of the arrays in each message, last array first. A message has one dtype."""
     messages: list[list[int]] = []
     open_messages: dict[mx.Dtype, tuple[list[int], int]] = {}
     for i in reversed(range(len(arrays))):
