@@ -1,4 +1,4 @@
-"""Several machines: each rank updates some of the parameters and keeps the state of these."""
+"""Several machines: each rank updates some of the parameters and keeps only their state."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,23 +16,24 @@ from .collectives import MESSAGE_BYTES, OrderedCollectives, ShardedArray
 
 
 class Sharding:
-    """The update strategy of several ranks: each one makes a share of the updates.
+    """The update strategy for several ranks: each rank makes a share of the updates.
 
     :func:`mlx_maxfactor.create_optimizer` makes it from ``group``. Every rank has the whole model
     and computes the gradients of its own batch. The gradients are averaged. Then each rank updates
-    its own parameters, keeps state for these alone, and sends them to the others. All ranks end a
-    step with the same bits.
+    its own parameters, keeps state only for them, and sends them to the others. After a step, all
+    ranks have the same bits.
 
-    A parameter belongs to one rank, or its rows are divided if that makes the loads more even and
-    its optimizer allows it (``row_granularity``): parameters of AdamW and SignSGD, stacks of
-    matrices that are updated one by one, matrices that Muon orthogonalizes in blocks of rows.
+    A parameter belongs to one rank. Its rows are divided among ranks if that makes the loads more
+    even and its optimizer allows it (``row_granularity``). That holds for parameters of AdamW and
+    SignSGD, for stacks of matrices that are updated one by one, and for matrices that Muon
+    orthogonalizes in blocks of rows.
 
     A step sends ``2(N - 1)/N`` of the gradients' bytes, and ``N - 1`` times the largest share of
-    the parameters' bytes, which is about ``(N - 1)/N`` of all. The guard sends nothing, because
-    every rank has all gradients and decides alike.
+    the parameters' bytes, which is about ``(N - 1)/N`` of all of them. The guard sends nothing,
+    because every rank has all gradients and reaches the same verdict.
 
     All ranks must make the same steps, evaluate the same arrays, and save and load checkpoints
-    together. Other collectives must be evaluated apart from a step.
+    together. Evaluate other collectives separately from a step.
 
     Args:
         group: The ranks, from ``mx.distributed.init()``.
@@ -46,7 +47,7 @@ class Sharding:
         self._group = group
         self._collectives = OrderedCollectives(group)
         self._shapes: dict[str, dict[str, mx.array]] = {}
-        """Arrays of each parameter's whole state. They are never evaluated: shapes and dtypes."""
+        """Whole state of each parameter, never evaluated: only shapes and dtypes are used."""
         self._parameter_shapes: dict[str, tuple[int, ...]] = {}
         self._optimizer: Callable[[], Any] = lambda: None
         self.assignment = Assignment(group.size())
@@ -55,7 +56,7 @@ class Sharding:
     # The strategy of an optimizer
 
     def prepare(self, optimizer: CombinedOptimizer, parameters: dict) -> None:
-        """Keep this rank's share of the state that was just made for these parameters.
+        """Keep only this rank's share of the state that was just made for these parameters.
 
         Raises:
             ValueError: A member updates all of its parameters at once.
@@ -66,7 +67,7 @@ class Sharding:
                 "among ranks: give its members to create_optimizer"
             )
         self._optimizer = ref(optimizer)  # weak: a cycle would keep its state alive
-        # State was made whole, so that random keys have their usual numbers. It is not evaluated.
+        # The whole state was made, so that random keys are numbered as usual. It is not evaluated.
         arrays = {
             path: x
             for path, x in flatten(parameters).items()
@@ -86,7 +87,7 @@ class Sharding:
                 self._cut_state(path, arrays[path], rows)
 
     def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
-        """The slots with the mean of the gradients of all ranks."""
+        """The slots, with each gradient averaged over all ranks."""
         self._collectives = OrderedCollectives(self._group, self.stream)
         means = self._collectives.averaged([slot.gradient for slot in slots])
         return [slot._replace(gradient=g) for slot, g in zip(slots, means, strict=True)]
@@ -136,7 +137,7 @@ class Sharding:
         return self._optimizer().optimizers[self._optimizer().index_of(path)]
 
     def _cost(self, path: str, parameter: mx.array) -> ParameterCost:
-        """What a parameter costs, and whether it may be cut."""
+        """The cost of a parameter, and whether it may be cut."""
         optimizer, shape = self._member_of(path), parameter.shape
         flops, granularity = float(parameter.size), 0
         if isinstance(optimizer, Float32Optimizer):
@@ -163,18 +164,18 @@ class Sharding:
         )
 
     def _is_common(self, path: str, key: str) -> bool:
-        """Whether every rank with rows of a parameter has this array of its state whole.
+        """Whether every rank that has rows of the parameter keeps the whole of this state array.
 
         Counts and random keys belong to the whole parameter.
         """
         return self._shapes[path][key].dtype == mx.uint32
 
     def _cut_state(self, path: str, parameter: mx.array, rows: RowRange) -> None:
-        """Replace a state by that of some rows. It is made anew: a slice keeps the whole alive."""
+        """Replace a state by a new one for some rows. A slice would keep the whole alive."""
         optimizer, state = self._member_of(path), self._state_of(path)
         common = {key: x for key, x in state.items() if self._is_common(path, key)}
         state.clear()
-        state.update(common)  # includes its random key, or it would be given another
+        state.update(common)  # includes the random key: init_single must not make another
         shape = (rows.stop - rows.start, *parameter.shape[1:])
         optimizer.init_single(mx.zeros(shape), state, optimizer.layout_of(path))
         state.update(common)
@@ -194,22 +195,22 @@ class Sharding:
         """Call ``write`` with the whole state, on the first rank. All ranks must call it.
 
         Raises:
-            CheckpointError: The first rank could not write it; all ranks raise.
+            CheckpointError: The first rank could not write it. All ranks raise.
         """
         whole, problem = self.gather_state(), None
         if self._group.rank() == 0:
             try:
                 write(whole)
-            except Exception as error:  # the other ranks wait to hear of it, whatever it is
+            except Exception as error:  # any error: the other ranks wait for the result
                 problem = error
         failed = mx.array(int(problem is not None))
         if OrderedCollectives(self._group).all_sum(failed).item():
             raise problem or CheckpointError("the checkpoint was not written, see the first rank")
 
     def gather_state(self) -> dict[str, mx.array]:
-        """The whole state of every parameter by name. All ranks must call it.
+        """Gather the whole state of every parameter, by name. All ranks must call it.
 
-        Only the first rank gets it. The others hold one message at a time and get nothing.
+        Only the first rank gets it. The others hold one message at a time and return nothing.
         """
         whole: dict[str, mx.array] = {}
         batch: dict[str, ShardedArray] = {}
@@ -228,7 +229,7 @@ class Sharding:
         return whole
 
     def spread_state(self) -> dict[str, "StateArray"]:
-        """Every array of the parameters' state by name, in the same order on all ranks."""
+        """Every state array of the parameters, by name, in the same order on all ranks."""
         spread, rank = {}, self._group.rank()
         for path, shapes in self._shapes.items():
             shape = self._parameter_shapes[path]
@@ -248,7 +249,7 @@ class Sharding:
 class StateArray(NamedTuple):
     """An array of a parameter's state: its whole shape, and which rank has which rows.
 
-    A common array is whole on every rank that has rows of the parameter.
+    Every rank that has rows of the parameter has the whole of a common array.
     """
 
     path: str
@@ -267,7 +268,7 @@ class StateArray(NamedTuple):
 
 
 def _state_rows(state: mx.array, rows: RowRange, total: int) -> RowRange:
-    """The rows of a state's array that belong to some of the parameter's ``total`` rows."""
+    """The rows of a state array that belong to ``rows`` of the parameter's ``total`` rows."""
     # A scale belongs to many elements. The last one may belong to fewer, so ends are rounded up.
     start, stop = (row * _rows(state) // total for row in (rows.start, rows.stop))
     return RowRange(rows.rank, start, stop)
