@@ -1,4 +1,4 @@
-"""Where a training step's time and memory go: each part, and the whole step."""
+"""Measure the time and memory of a training step, as a whole and in parts."""
 
 import copy
 import time
@@ -25,14 +25,14 @@ WHOLE, FORWARD, GUARD, WAIT = "whole step", "forward and backward", "guard", "wa
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step, or a part of it, takes.
+    """Time and memory of a step or a part of it.
 
     Attributes:
-        seconds: Until all that it computes is there; the mean of the faster half of the rounds, as
-            what else a machine does only adds.
-        python_seconds: Of these, until the call returned, which is before anything is computed:
-            Python, and MLX building the graph or handing over the compiled one.
-        peak_bytes: The most that all arrays of the process took meanwhile.
+        seconds: Time until all results are computed. Mean of the faster half of the rounds, because
+            other load on the machine only adds time.
+        python_seconds: The part of ``seconds`` before the call returned, when nothing is computed
+            yet: Python, and MLX building the graph or submitting the compiled one.
+        peak_bytes: Peak memory of all arrays of the process meanwhile.
     """
 
     seconds: float
@@ -42,12 +42,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One step, whole and in parts.
+    """The costs of one step, as a whole and in parts.
 
     Attributes:
         step: The whole step.
         parts: Each part by its name, in order.
-        spread: Seconds of the shortest and of the longest whole step.
+        spread: Seconds of the shortest and the longest whole step.
     """
 
     step: Cost
@@ -56,14 +56,14 @@ class Breakdown:
 
     @property
     def total(self) -> Cost:
-        """The parts together: the sums of their seconds, the largest of their peaks."""
+        """The sum of the parts' seconds, and the largest of their peaks."""
         each = self.parts.values()
         seconds, python = sum(c.seconds for c in each), sum(c.python_seconds for c in each)
         return Cost(seconds, python, max(c.peak_bytes for c in each))
 
     @property
     def ratio(self) -> float:
-        """Seconds of the parts together over those of the whole step."""
+        """Total seconds of the parts, divided by the seconds of the whole step."""
         return self.total.seconds / self.step.seconds
 
 
@@ -73,12 +73,12 @@ class Profile:
 
     Attributes:
         eager: The step without ``mx.compile``.
-        compiled: The step as one compiled function, and each part as one; None where that was not
-            asked for.
-        rounds: How often each was timed.
-        held_bytes: What the arrays of the process take before the step: weights, state, data.
-        wait_seconds: Of evaluating one number: what each part pays beside its work, for handing it
-            over and waiting.
+        compiled: The step as one compiled function, and each part as one. None if the compiled step
+            was not measured.
+        rounds: How often each run was timed.
+        held_bytes: Memory of the process's arrays before the step: weights, state, data.
+        wait_seconds: Time to evaluate one number. Each part includes this overhead of submitting
+            work and waiting for it.
     """
 
     eager: Breakdown
@@ -130,27 +130,27 @@ def profile_step(
     """Measure where the time and the memory of a training step go.
 
     MLX is lazy, and a compiled step is one graph, so nothing inside a step can be timed. Instead
-    each part runs by itself until it is evaluated: loss and gradients; the guard; the update of
-    each member of the optimizer, including the scaling of gradients. The time of an update that
-    changes nothing is subtracted. The whole step runs in turn with the parts, and the profile shows
-    the ratio of their sum to it. The sum contains what separate parts cannot share: a kernel, a
-    wait, Python that runs while the device computes.
+    each part runs and is evaluated separately: loss and gradients; the guard; the update of each
+    member of the optimizer, including the scaling of gradients. The time of an update that changes
+    nothing is subtracted. Runs of the whole step alternate with runs of the parts, and the profile
+    shows the ratio of the parts' total time to the whole step's. The total also counts what only a
+    whole step can share or overlap: a kernel, a wait, Python that runs while the device computes.
 
     Every run makes the same step, on copies. Afterwards model, optimizer and random state hold the
     same arrays as before. ``mx.get_peak_memory`` is reset, and the cache is emptied. The copies of
-    weights and state take memory meanwhile, which is not counted in the peaks. Peaks contain what
-    MLX allocates ahead, which varies between runs on a CPU.
+    weights and state take memory meanwhile, but the peaks do not count it. Peaks include memory
+    that MLX allocates in advance, which varies between runs on a CPU.
 
     Args:
-        model: The model that is trained.
+        model: The model to train.
         optimizer: Any MLX optimizer. One with members has a line for each member.
         loss_and_gradients: The function that ``nn.value_and_grad(model, loss_of)`` returns.
-        *batch: Its arguments.
+        *batch: The arguments of ``loss_and_gradients``.
         rounds: How often each part is timed. Default 9.
         compiled: Whether to measure the compiled step as well. Default True.
 
     Returns:
-        The profile: print it.
+        The profile. Print it to see the table.
 
     Raises:
         ValueError: ``rounds`` is not a whole number of at least 1, or the optimizer was made with
@@ -187,7 +187,7 @@ def profile_step(
         times = _times([*runs, _wait], kept, rounds)
         wait = fmean(each[WAIT].whole for each in _faster(times.pop()))
         peaks = [_peaks(run, kept) for run in runs]
-        # Of each step the whole and the parts.
+        # Each step has two runs: the whole step, and its parts.
         eager, *rest = (
             _breakdown(times[i], times[i + 1], peaks[i], peaks[i + 1])
             for i in range(0, len(runs), 2)
@@ -203,18 +203,18 @@ class _Seconds(NamedTuple):
 
 
 Measure = Callable[..., tuple[Any, Any]]
-"""Makes a call, and evaluates what it returns and what it changes: the result, and the measure.
+"""Makes a call, evaluates its result and the arrays it changes, and returns result and measurement.
 
-Its third argument, if there is one, is called beforehand and does all that the call does beside its
-work: handing arrays in and out."""
+An optional third argument is called first. It does what the call does apart from the actual work:
+passing arrays in and out. Its time is subtracted."""
 
 
 Run = Callable[[Measure], dict[str, Any]]
-"""Makes a step in one way: what was measured, by the name of each part."""
+"""Makes a step, whole or in parts. Returns the measurements by the name of each part."""
 
 
 def _times(runs: Sequence[Run], kept: "Snapshot", rounds: int) -> list[list[dict[str, _Seconds]]]:
-    """Of each run its rounds. One goes before, in which functions are compiled."""
+    """Time each run in several rounds. A first round, which compiles functions, is discarded."""
     times: list[list[dict[str, _Seconds]]] = [[] for _ in runs]
     for number in range(rounds + 1):
         for run, found in list(zip(runs, times, strict=True))[:: 1 if number % 2 else -1]:
@@ -240,7 +240,7 @@ def _wait(measure: Measure) -> dict[str, Any]:
 
 
 def _peaks(run: Run, kept: "Snapshot") -> dict[str, int]:
-    """Peak bytes, without the copies."""
+    """Peak bytes of each part, without the copies."""
     kept.put_back()
     others = mx.get_active_memory()
     kept.copy()
@@ -250,7 +250,7 @@ def _peaks(run: Run, kept: "Snapshot") -> dict[str, int]:
 def _peak(copies: int, call: Callable[[], Any], changed: Any, *_: Any) -> tuple[Any, int]:
     mx.clear_cache()
     mx.reset_peak_memory()
-    # Not under a memory limit, where MLX allocates nothing ahead: 0.32.1 was seen to wait for ever.
+    # A memory limit would stop MLX from allocating in advance, but 0.32.1 then may wait forever.
     result = call()
     mx.eval(result, changed)
     return result, mx.get_peak_memory() - copies
@@ -272,13 +272,13 @@ def _breakdown(
 
 
 def _faster(rounds: Sequence[dict[str, _Seconds]]) -> Sequence[dict[str, _Seconds]]:
-    """The faster half of the rounds: unlike medians of parts, their means add up."""
+    """The faster half of the rounds. Unlike medians, means of the parts add up."""
     ordered = sorted(rounds, key=lambda each: sum(seconds.whole for seconds in each.values()))
     return ordered[: (len(ordered) + 1) // 2]
 
 
 class _Step:
-    """A training step, whole and in parts."""
+    """A training step that can run as a whole or in parts."""
 
     def __init__(
         self,
@@ -307,12 +307,12 @@ class _Step:
         ]
 
     def whole(self, batch: Sequence[Any], measure: Measure) -> dict[str, Any]:
-        """Make the step at once."""
+        """Run the step as a whole."""
         state = [self.model.state, self.optimizer.state, _random_key()]
         return {WHOLE: measure(lambda: self.step(*batch), state)[1]}
 
     def apart(self, batch: Sequence[Any], measure: Measure) -> dict[str, Any]:
-        """Make the same step one part after the other."""
+        """Run the same step one part after the other."""
         costs, verdict = {}, (None, None)
         state = [self.model.state, _random_key()]
         (_, gradients), costs[FORWARD] = measure(lambda: self.forward(*batch), state)
@@ -321,7 +321,7 @@ class _Step:
             verdict, costs[GUARD] = measure(guard, self.optimizer.state)
             del guard
         shares = _shares(self.optimizer, gradients)
-        del gradients  # each update gets what nobody else holds, and frees it as it goes
+        del gradients  # so that each update holds the last reference and frees as it goes
         for name, state, update in self.updates:
             if flatten(shares[0]):
                 share = shares.pop(0)
@@ -343,7 +343,7 @@ def _unchanged(gradients: Any, parameters: Any, *_: Any) -> Any:
 
 
 def _judge(guard: Guard, gradients: Any) -> tuple[Any, Any]:
-    """The guard's verdict on the gradients."""
+    """Return the guard's verdict on the gradients."""
     verdict = guard.judge(list(flatten(gradients).values()))
     guard.count(verdict)
     return verdict.factor, verdict.finite
@@ -359,7 +359,7 @@ def _shares(optimizer: Optimizer, gradients: Any) -> list[Any]:
 
 
 def _members(optimizer: Optimizer) -> list[tuple[str, Optimizer, Callable[..., Any]]]:
-    """Name, optimizer and update of each member, given what the guard decided."""
+    """Name, optimizer and update function of each member. The update takes the guard's verdict."""
     if not isinstance(optimizer, MultiOptimizer):
         return [(type(optimizer).__name__, optimizer, partial(_apply, optimizer))]
     members = []
@@ -392,9 +392,9 @@ def _random_key() -> mx.array:
 
 
 class Snapshot:
-    """A model, an optimizer and the random state as they are, to be put back.
+    """The arrays of a model, an optimizer and the random state, to restore later.
 
-    Containers are filled anew and stay the same objects, as compiled functions hold them.
+    Containers are refilled and stay the same objects, because compiled functions hold them.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
@@ -418,18 +418,18 @@ class Snapshot:
                 self._visit(child)
 
     def put_back(self) -> None:
-        """Put every array back that was there."""
+        """Restore every original array."""
         self._fill(lambda x: x)
 
     def copy(self) -> None:
-        """Put copies in their place, real ones of the arrays that a step releases."""
+        """Replace the arrays by copies. Arrays that a step releases are copied in memory."""
         self._fill(self._stand_in)
         mx.eval([container for container, _ in self._contents.values()])
 
     def _stand_in(self, x: Any) -> Any:
         if not isinstance(x, mx.array):
             return x
-        # An object of its own, or `x += 1` in a model would change the one that is kept.
+        # Always a new object: `x += 1` in a model would change the original.
         return mx.array(x) if id(x) in self._moving else copy.copy(x)
 
     def _fill(self, stand_in: Callable[[Any], Any]) -> None:
@@ -443,4 +443,4 @@ class Snapshot:
                 container.clear()
                 container.update(content)
         high, low = self._key
-        mx.random.seed(high << 32 | low)  # the key of a seed is its two halves
+        mx.random.seed(high << 32 | low)  # a key is the two halves of its seed

@@ -1,7 +1,7 @@
-"""What each parameter of a model is, read from the module tree.
+"""Find the role of each parameter of a model from the module tree.
 
 An array alone does not show whether it is an embedding or a hidden matrix, a convolution or a stack
-of experts. The module that holds it does, together with its place in the model.
+of experts. The module that holds it, and its place in the model, do.
 """
 
 import re
@@ -31,7 +31,7 @@ ROLES = (
     "vector",
     "unknown",
 )
-"""Every role; README.md says where each goes by default."""
+"""Every role. README.md lists the default optimizer of each."""
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear, AllToShardedLinear, ShardedToAllLinear)
@@ -44,7 +44,7 @@ CONVOLUTION = (
     nn.ConvTranspose3d,
 )
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
-# mlx_lm's stacks of matrices: one per expert, and one per head (latent attention).
+# mlx_lm's stacks of matrices: one matrix per expert, or per head (latent attention).
 STACKED = ("SwitchLinear", "QuantizedSwitchLinear", "MultiLinear")
 
 LORA = (("lora_a", "lora_b"), ("lora_A", "lora_B"), ("A", "B"), ("lora_down", "lora_up"))
@@ -81,28 +81,28 @@ class Node:
     path: str
     module: nn.Module
     above: "ref[Node] | None" = None
-    """The node it hangs on, weakly: a cycle would keep its module, and a model that is gone."""
+    """The parent, as a weak reference: a cycle would keep a deleted model alive."""
     listed: bool = False
-    """Whether it is an item of a list, as the blocks of a transformer are."""
+    """Whether it is an item of a list, like the blocks of a transformer."""
     is_part: bool = False
     """Whether it is a named part of the model: an encoder, a tower."""
     children: list["Node"] = field(default_factory=list)
     shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    """Paths and shapes of its own arrays."""
+    """Paths and shapes of the module's own arrays."""
 
     def walk(self) -> Iterator["Node"]:
-        """This node and all below it, in order of definition."""
+        """Yield this node and all below it, in order of definition."""
         yield self
         for child in self.children:
             yield from child.walk()
 
     def is_a(self, *classes: type) -> bool:
-        """Whether the module is of one of the classes."""
+        """Whether the module is an instance of one of the classes."""
         return isinstance(self.module, classes)
 
     @property
     def parent(self) -> "Node | None":
-        """The node it hangs on."""
+        """The node above this one."""
         return self.above and self.above()
 
     @property
@@ -112,7 +112,7 @@ class Node:
 
     @property
     def in_list(self) -> bool:
-        """Whether the node or one above it is an item of a list, other than a Sequential's."""
+        """Whether this node or one above it is a list item. A Sequential's list does not count."""
         above = self.parent
         listed = self.listed and not (above is not None and above.is_a(nn.Sequential))
         return listed or (above is not None and above.in_list)
@@ -124,17 +124,17 @@ class Node:
 
     @property
     def is_norm(self) -> bool:
-        """Whether the layer normalizes; by name, as decoders bring norms of their own."""
+        """Whether the layer is a norm, judged by its class name: models often define their own."""
         return NORM_NAME.fullmatch(type(self.module).__name__) is not None and not self.is_layer
 
     @property
     def is_layer(self) -> bool:
-        """Whether the module is a layer with weights that this page knows."""
+        """Whether the module is a layer with weights of a known class."""
         return self.is_a(*EMBEDDING, *LINEAR, *CONVOLUTION, *RECURRENT) or self.is_stacked
 
     @property
     def reads(self) -> int | None:
-        """Width of the features that the layer takes."""
+        """Width of the layer's input features."""
         m: Any = self.module
         if self.is_a(nn.QuantizedLinear):
             return m.scales.shape[-1] * m.group_size
@@ -152,7 +152,7 @@ class Node:
 
     @property
     def makes(self) -> int | None:
-        """Width of the features that the layer gives."""
+        """Width of the layer's output features."""
         m: Any = self.module
         if self.is_a(*EMBEDDING):
             return getattr(m, "dims", m.weight.shape[-1])
@@ -166,7 +166,7 @@ class Node:
 
 
 def build_tree(model: nn.Module) -> Node:
-    """The module tree, in order of definition, with the floating-point arrays of each module."""
+    """Build the module tree, in order of definition, with each module's floating-point arrays."""
 
     def visit(node: Node, value: Any, path: str, listed: bool) -> None:
         if isinstance(value, nn.Module):
@@ -184,7 +184,7 @@ def build_tree(model: nn.Module) -> Node:
 
     def visit_items(node: Node, module: nn.Module) -> None:
         for key, value in module.items():
-            if not key.startswith("_"):  # MLX counts such arrays as no parameters
+            if not key.startswith("_"):  # MLX does not count these as parameters
                 visit(node, value, f"{node.path}.{key}" if node.path else key, False)
 
     root = Node("", model)
@@ -193,14 +193,14 @@ def build_tree(model: nn.Module) -> Node:
 
 
 def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> list[Parameter]:
-    """The role of every floating-point parameter of a model, the frozen ones too.
+    """Find the role of every floating-point parameter of a model, including frozen ones.
 
-    A module that is reachable under several names is listed once, under the last of them: MLX gives
-    the others no gradient.
+    A module with several paths is listed once, under the last one: MLX gives no gradient for the
+    others.
 
     Args:
         model: The model.
-        declared: Roles by path that replace those that would be found.
+        declared: Roles by path. They replace the roles that would be found.
 
     Returns:
         The parameters in order of definition.
@@ -227,7 +227,7 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
             if role == "unknown" and sum(n > 1 for n in shape) < 2:
                 role = "vector"  # a class token (1, 1, n), the gains (n, 1, 1) of weight norm
             if path in declared:
-                # A kernel that goes with the hidden matrices still is one: `(out, k..., in)`.
+                # A kernel declared hidden keeps its convolution layout, `(out, k..., in)`.
                 kernel = role == "conv" and declared[path] == "hidden"
                 role = "conv" if kernel else declared[path]
             elif role in ("hidden", "conv") and node in heads:
@@ -245,7 +245,7 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
 
 
 def find_aliases(model: nn.Module) -> dict[str, str]:
-    """Paths under which :func:`find_roles` does not list a parameter, to the one it does."""
+    """Map each path that :func:`find_roles` leaves out to the path that it lists instead."""
     nodes = list(build_tree(model).walk())
     last = {id(node.module): node for node in nodes}
     return {
@@ -257,7 +257,7 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
 
 
 def _role(node: Node, key: str, axes: int) -> str:
-    """The role of an array from its own module alone."""
+    """The role of an array, judged only by its own module."""
     if node.is_norm:
         return "norm"
     if (key in BIASES and node.is_layer) or (axes < 2 and key.endswith("bias")):
@@ -283,7 +283,7 @@ def _layout(role: str, node: Node) -> str:
 
 
 def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
-    """Role and layout of the low-rank matrices, by path: arrays of a module, or Linears of it."""
+    """Role and layout of the LoRA matrices, by path. They are arrays or Linears of a module."""
     found = {}
     for node in nodes:
         own = {path.removeprefix(f"{node.path}."): (path, shape) for path, shape in node.shapes}
@@ -311,10 +311,10 @@ def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
 
 
 def _lora_layout(a: tuple[int, ...], b: tuple[int, ...]) -> str:
-    """How A and B hold matrices; empty if no product of the two is meant.
+    """The layout of A and B, or "" if their shapes do not form a product.
 
-    ``(in, r)`` and ``(r, out)``, as in mlx_lm, or as of Linears ``(r, in)`` and ``(out, r)``; where
-    both fit, the rank is the smaller number.
+    They are ``(in, r)`` and ``(r, out)``, as in mlx_lm, or ``(r, in)`` and ``(out, r)``, as in
+    Linears. If both fit, the smaller number is taken as the rank.
     """
     if len(a) != len(b) or len(a) < 2:
         return ""
@@ -326,12 +326,12 @@ def _lora_layout(a: tuple[int, ...], b: tuple[int, ...]) -> str:
 
 
 def _is_low_rank(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether the rank of A and B is below what they take and what they give."""
+    """Whether the rank of A and B is below both their input and their output width."""
     return min(a) < max(a) and min(a) == min(b) < max(b)
 
 
 def _tops(root: Node) -> list[Node]:
-    """The model, without wrappers of one child, and its named parts: encoder, decoder, tower."""
+    """The model, the modules inside wrappers of one child, and named parts such as an encoder."""
     tops = [root]
     parts = root.children
     while len(parts) == 1 and parts[0].children:
@@ -344,9 +344,11 @@ def _tops(root: Node) -> list[Node]:
 
 
 def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
-    """Layers that read the model's input: the first of all, and the first of a part if nothing
-    outside the part makes features of the width that it takes. And the first convolution: layers
-    that embed the time of a diffusion model may be defined before it.
+    """Find the layers that read the model's input.
+
+    These are the first layer of the model, and the first layer of a part if no layer outside the
+    part makes features of its input width. The first convolution can be one too: a diffusion model
+    may define the layers that embed the time before it.
     """
     readers = set()
     for top in tops:
@@ -368,9 +370,9 @@ def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
 def _find_heads(
     tops: list[Node], nodes: list[Node], gates: set[Node], readers: set[Node]
 ) -> dict[Node, str]:
-    """The layers that make the model's output, with a note on how sure that is."""
+    """Find the layers that make the model's output, with a note if that is a guess."""
     linears = [n for n in nodes if n.is_a(*LINEAR) and n not in gates and not _is_modulation(n)]
-    # Readers of what other layers make. A norm in a block may have the width of an attention head.
+    # Layers that read other layers' output. A norm in a block may be as wide as an attention head.
     takers = [n for n in nodes if n not in readers and not (n.is_norm and n.in_list)]
 
     def is_read(node: Node) -> bool:
@@ -391,11 +393,11 @@ def _find_heads(
 def _named_heads(
     tops: list[Node], layers: list[Node], is_read: Callable[[Node], bool]
 ) -> dict[Node, str]:
-    """The last layer of each module that is called a head, and projections of two towers."""
+    """The last layer of each module named like a head, and the projections of two towers."""
     named = [n for top in tops for n in top.children if _is_named_head(n)]
     inside = [(n, [m for m in n.walk() if m in layers]) for n in named]
     last = {n: found[-1] for n, found in inside if found}
-    # A part may call a projection of its own so: then something reads what it makes.
+    # A part may use such a name for an inner projection. Then another layer reads its output.
     at_top = {head: "" for n, head in last.items() if n.parent and not n.parent.is_part}
     in_parts = {head: "" for head in last.values() if not is_read(head)}
     towers = [n for n in layers if n.parent in tops and TOWER_NAME.fullmatch(n.name)]
@@ -405,8 +407,10 @@ def _named_heads(
 
 
 def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) -> Iterator[Node]:
-    """Output layers beside one: of modules next to it that read the same width, where nothing
-    reads what they make; and all items of a list whose items all read the same.
+    """Find more output layers next to a head.
+
+    These are the last layers of neighbouring modules with the same input width, if no layer reads
+    their output. If the head is an item of a list of parallel layers, all items are heads.
     """
     branch = head
     while branch.parent is not None:
@@ -430,7 +434,7 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
 
 
 def _are_parallel(items: list[Node]) -> bool:
-    """Whether they are Linears that read one width, and no chain."""
+    """Whether the items are Linears with the same input width that do not form a chain."""
     chain = all(a.makes == b.reads for a, b in pairwise(items))
     return not chain and all(n.is_a(*LINEAR) and n.reads == items[0].reads for n in items)
 
@@ -448,7 +452,7 @@ def _is_named_head(node: Node) -> bool:
 
 
 def _find_gates(nodes: list[Node]) -> set[Node]:
-    """Modules that choose among experts: called a router, or a gate next to stacked experts."""
+    """Find modules that choose among experts: named a router, or a gate next to the experts."""
     gates = set()
     for block in nodes:
         below = [n for child in block.children for n in (child, *child.children)]
