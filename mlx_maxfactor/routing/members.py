@@ -1,4 +1,4 @@
-"""The members of a routed optimizer: from names, rates and options to optimizers."""
+"""Make the members of a routed optimizer from names, rates and options."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ from .rates import OPTIMIZERS, OptimizerName, RatePreset, Run, default_rate, sch
 from .routed import Member, set_rate
 
 HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
-"""What the name of the hidden optimizer is called elsewhere."""
+"""Wrong option names under which a user may pass an optimizer's name."""
 
 RATE_WORDS = ("lr", "rest_lr", "rate", "eta", "learning_rate", "rest_learning_rate")
-"""What a rate is called elsewhere, or in the other place."""
+"""Wrong option names under which a user may pass a rate."""
 
 
 @dataclass(frozen=True, eq=False)
 class MemberSpec:
-    """What was asked for: an optimizer, or a name with a rate and options."""
+    """A requested member: an optimizer, or a name with a rate and options."""
 
     place: str
     choice: OptimizerName | Optimizer
@@ -32,7 +32,7 @@ class MemberSpec:
 
     @property
     def rate_name(self) -> str:
-        """What its rate is called where it was asked for."""
+        """The name of the argument that sets its rate."""
         return "learning_rate" if self.place == "hidden" else f"{self.place}_learning_rate"
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class MemberSpec:
             object.__setattr__(self, "rate", with_peak(rate) if callable(rate) else rate)
 
     def check_options(self, beside: Iterable[str], other: "MemberSpec") -> None:
-        """Raise for an option that its optimizer lacks; ``beside`` are names that were near."""
+        """Raise for an unknown option. The message may also suggest the names in ``beside``."""
         if isinstance(self.choice, Optimizer):
             return
         known = options_for(self.choice)
@@ -83,21 +83,20 @@ class MemberSpec:
 
 
 class MemberFactory:
-    """Makes each member when a parameter first needs it, at its own rate.
+    """Makes each member, with its own rate, when a parameter first needs it.
 
-    The rate of the primary spec also scales the rates of the other members that were asked for by
-    name: a number in proportion to the default rates, a schedule as a multiple of itself. In a
-    model with LoRA matrices it is their rate.
+    The rate of the primary spec also scales the rates of the other members that were requested by
+    name, in proportion to their default rates. If it is a schedule, theirs are multiples of it. In
+    a model with LoRA matrices, it is their rate.
 
     Args:
-        hidden: What was asked for hidden matrices.
-        rest: What was asked for the other parameters.
+        hidden: The member requested for hidden matrices.
+        rest: The member requested for the other parameters.
         shared: Options of every member that is made from a name.
-        pretrained: Whether the weights are trained already.
+        pretrained: Whether the weights are already trained.
         lora: Whether there are LoRA matrices to train.
         primary: The spec whose rate scales the others: ``rest`` if no hidden matrix is trained.
-        run: The length of the run, and what else the law of the rates needs. None: rates are
-            constant.
+        run: The length of the run, and the other inputs of the rate law. None: rates are constant.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class MemberFactory:
         if isinstance(spec.choice, Optimizer):
             self._share_schedule(spec.choice)
             return Member(type(spec.choice).__name__, spec.choice, peak_rate_of(spec.choice))
-        # Different seeds, or the first parameters of two members would be rounded alike.
+        # With one seed, the first parameters of two members would be rounded with the same bits.
         seed = (self.shared["seed"] + len(self.members)) % (LARGEST_SEED + 1)
         defaults = OPTIMIZERS[spec.choice].lora_options if preset == "lora" else {}
         options = {**self.shared, "seed": seed, **defaults, **spec.options}
@@ -185,7 +184,7 @@ class MemberFactory:
         return default_rate(spec.choice, preset, self.run)
 
     def _rate_of(self, spec: "MemberSpec", default: float) -> Rate:
-        """The rate of a member that was asked for by name and is not the primary one."""
+        """The rate of a member that was requested by name and is not the primary one."""
         if spec.rate is None or spec is self.primary:
             return self._in_proportion(default, default)
         if not callable(spec.rate) and callable(self.rate):
@@ -193,7 +192,7 @@ class MemberFactory:
         return spec.rate
 
     def _in_proportion(self, rate: Rate, default: float) -> Any:
-        """A default rate, scaled as the primary's rate is to its own default."""
+        """A default rate times the ratio of the primary's rate to its default."""
         primary = self.rate
         if primary is None or not self.unit:
             return rate
@@ -204,14 +203,14 @@ class MemberFactory:
         return scaled(primary, ratio) if callable(primary) else primary * ratio
 
     def _share_schedule(self, optimizer: Optimizer) -> None:
-        """Let the primary's schedule shape the rate of an optimizer whose rate is constant."""
+        """Give an optimizer with a constant rate the shape of the primary's schedule."""
         if callable(self.rate) and "learning_rate" not in optimizer._schedulers:
             peak = _known_peak(self.rate, f"the rate of {type(optimizer).__name__}")
             set_rate(optimizer, scaled(self.rate, float(optimizer.learning_rate) / peak))
 
 
 def peak_rate_of(optimizer: Optimizer) -> float:
-    """The rate, or the peak of the schedule where it is known."""
+    """The peak of the schedule if it is known, else the current rate."""
     peak = getattr(optimizer._schedulers.get("learning_rate"), "peak", None)
     return float(optimizer.state.get("learning_rate", 0.0) if peak is None else peak)
 

@@ -1,4 +1,4 @@
-"""Rules: what a user says about parameters, in addition to the module tree."""
+"""Rules: a user's own choices for parameters, which override the module tree."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ from .roles import ROLES, Parameter, find_aliases, find_roles
 def apply_rules(
     model: nn.Module, rules: Mapping[str, str | Optimizer]
 ) -> tuple[list[Parameter], dict[str, str | Optimizer]]:
-    """The parameters with their roles, and the optimizer of those that a rule names, by path."""
+    """Return the parameters with their roles, and by path the optimizers that rules choose."""
     if not isinstance(rules, Mapping) or not all(isinstance(key, str) for key in rules):
         raise ValueError(
             f"rules must map roles and path patterns to optimizers, got {shown(rules)}"
@@ -59,7 +59,7 @@ def apply_rules(
 def check_explained(
     model: nn.Module, parameters: list[Parameter], exceptions: Mapping[str, Any]
 ) -> None:
-    """Raise for trainable arrays that belong to no known layer and that no rule names."""
+    """Raise if trainable arrays belong to no known layer and match no rule."""
     paths = flatten(model.trainable_parameters())
     unexplained = [
         f"{p.path} {p.shape}"
