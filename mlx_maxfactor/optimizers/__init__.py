@@ -1,4 +1,4 @@
-"""One algorithm in each file. None imports another."""
+"""The optimizers, one algorithm per file. No optimizer imports another."""
 
 from .adafactor import Adafactor
 from .adamw import AdamW

@@ -9,10 +9,10 @@ from .moments import init_factored
 
 
 class Adafactor(Float32Optimizer):
-    r"""Adafactor without first moment: ``m + n`` floats for an ``m × n`` matrix.
+    r"""Adafactor without first moment. Its state is ``m + n`` floats for an ``m × n`` matrix.
 
-    With :math:`b_t = t^{\text{decay\_rate}}`, :math:`t` counting the parameter's own updates, for a
-    matrix
+    :math:`t` counts the parameter's own updates. For a matrix, with
+    :math:`b_t = t^{\text{decay\_rate}}`,
 
     .. math::
 
@@ -24,15 +24,15 @@ class Adafactor(Float32Optimizer):
         p &\leftarrow p (1 - \alpha\lambda) - \alpha u
         \end{aligned}
 
-    and for a vector the full :math:`v` in place of :math:`V`. The rate :math:`\alpha` is
-    ``learning_rate``; where that is None it is relative,
+    A vector keeps the full :math:`v` instead of :math:`V`. The rate :math:`\alpha` is
+    ``learning_rate``. If that is None, the rate is relative:
     :math:`\min(10^{-2}, 1/\sqrt t) \cdot \max(\epsilon_2, \mathrm{RMS}(p))`.
 
     Args:
-        learning_rate: α, a number or a function of the step; None for the relative step, in which
-            case a rate set later stands for min(1e-2, 1/√t). Default None.
-        eps: (ε₁, ε₂): added to each squared gradient, above 0; floor of RMS(p) in the relative
-            step. Default (1e-30, 1e-3).
+        learning_rate: α, a number or a function of the step. None: the relative step. If a rate is
+            set later, it then replaces min(1e-2, 1/√t). Default None.
+        eps: (ε₁, ε₂). ε₁ is added to each squared gradient. ε₂ is the floor of RMS(p) in the
+            relative step. Both are above 0. Default (1e-30, 1e-3).
         clip_threshold: Largest RMS of an update. Default 1.
         decay_rate: Exponent of the weight of the newest squared gradient. Default -0.8.
         weight_decay: λ, decoupled: each update multiplies p by 1 - αλ. Default 0.
@@ -40,7 +40,7 @@ class Adafactor(Float32Optimizer):
         rounding, seed: As for ``OrthoMaxFactor``.
 
     Raises:
-        ValueError: An option outside its range.
+        ValueError: An option is outside its range.
 
     Example:
         >>> import mlx.core as mx
@@ -79,7 +79,7 @@ class Adafactor(Float32Optimizer):
         return "None" if relative else super()._shown_rate()
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Row and column statistics of a matrix, a second moment for a vector; their own count."""
+        """Make row and column statistics, or a vector's second moment, and a count of updates."""
         super().init_single(parameter, state)
         state["count"] = mx.array(0, mx.uint32)
         shape = f.as_matrices(parameter, layout or self.layout).shape
@@ -91,7 +91,7 @@ class Adafactor(Float32Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """One update of one parameter."""
+        """Update one parameter."""
         layout = layout or self.layout
         alpha = self.step_size(self.load(parameter, layout), self.step, self.learning_rate, layout)
         g = self.load(f.read_after(gradient, alpha), layout)
@@ -106,13 +106,13 @@ class Adafactor(Float32Optimizer):
         clip = mx.maximum(1.0, f.rms(u, f.norm_axes(g.ndim, layout)) / self.clip_threshold)
         scale = f.fusion_barrier(alpha / clip)
         if gradient.dtype != mx.float32:
-            u = update(scale)  # to read half as many bytes again is faster than to keep u
+            u = update(scale)  # recomputing it from 16 bits is faster than keeping it
         p = self.load(f.read_after(parameter, scale), layout)
         p = p * f.fusion_barrier(1 - alpha * self.weight_decay) - u * scale
         return self.store(p, parameter, state, layout)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
-        """√V in two factors, the first one number a row."""
+        """√V as two factors. The first has one number per row."""
         state["count"] = state["count"] + 1
         weight = f.second_moment_weight(state["count"], self.decay_rate)
         if "v" in state:
@@ -126,7 +126,7 @@ class Adafactor(Float32Optimizer):
         return f.factored_root(row, column, mx.mean(row, axis=-2, keepdims=True), f.ROOT_FLOOR)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
-        """The rate, times max(ε₂, RMS(p)) in the relative step."""
+        """The rate. In the relative step it is multiplied by max(ε₂, RMS(p))."""
         if not self.relative_step:
             return rate
         size = f.rms(parameter, f.norm_axes(parameter.ndim, layout))

@@ -25,8 +25,8 @@ class AdamW(Float32Optimizer):
         m \leftarrow \beta_1 m + (1-\beta_1) g, \qquad v \leftarrow \beta_2 v + (1-\beta_2) g^2,
         \qquad p \leftarrow p (1 - \eta\lambda) - \eta\, \hat m / (\sqrt{\hat v} + \epsilon)
 
-    with :math:`\hat m = m / (1 - \beta_1^t)`, :math:`\hat v = v / (1 - \beta_2^t)`, where
-    :math:`t` counts the parameter's own updates, so that a layer unfrozen late starts right.
+    with :math:`\hat m = m / (1 - \beta_1^t)` and :math:`\hat v = v / (1 - \beta_2^t)`.
+    :math:`t` counts the parameter's own updates, so a layer that is unfrozen late is corrected too.
 
     Args:
         learning_rate: η, a number or a function of the step. Default 1e-4.
@@ -37,11 +37,11 @@ class AdamW(Float32Optimizer):
         factored: Keep only the row and column means of v for arrays with two or more axes, as
             Adafactor does, and use :math:`R_i C_j / \\mathrm{mean}(R)` for v. Default False.
         rounding, seed: As for ``OrthoMaxFactor``.
-        state_dtype: Dtype of m, as for ``OrthoMaxFactor``; v stays float32. In few bits, m is
-            bounded by the largest value that float32 could have with this v. Default float32.
+        state_dtype: Dtype of m, as for ``OrthoMaxFactor``. v stays float32. With "int8" and "int4",
+            m is bounded by the largest value that is possible with this v. Default float32.
 
     Raises:
-        ValueError: An option outside its range.
+        ValueError: An option is outside its range.
 
     Example:
         >>> import mlx.core as mx
@@ -77,7 +77,7 @@ class AdamW(Float32Optimizer):
         self.factored = check_flag("factored", factored)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Two moments, and a count of the parameter's own updates."""
+        """Make both moments, and a count of the parameter's own updates."""
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, self._layout(layout)).shape
         init_momentum(state, shape, self.state_dtype)
@@ -90,7 +90,7 @@ class AdamW(Float32Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """One update of one parameter."""
+        """Update one parameter."""
         layout = self._layout(layout)
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
         eta, (beta1, beta2) = self.learning_rate, self.betas
@@ -100,14 +100,14 @@ class AdamW(Float32Optimizer):
         root = self._second_moment_root(g, state)
         m = beta1 * read_momentum(state, g.shape) + (1 - beta1) * g
         if self.state_dtype in BITS:
-            # A code is coarse for an element far below its group's largest: no leaps.
+            # Elements far below their group's largest are rounded coarsely: limit their step.
             bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
             m = mx.maximum(-bound, mx.minimum(bound, m))
         m = write_momentum(m, state, beta1)
 
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
-            # m/c₁ / (√(v/c₂) + ε), with both corrections moved to numbers.
+            # m/c₁ / (√(v/c₂) + ε), with both corrections moved into scalars.
             correction = mx.sqrt(f.bias_correction(beta2, t))
             rate, eps = eta * correction / f.bias_correction(beta1, t), eps * correction
         decay = f.fusion_barrier(1 - eta * self.weight_decay)
@@ -115,7 +115,7 @@ class AdamW(Float32Optimizer):
         return self.store(new, parameter, state, layout)
 
     def _layout(self, layout: str | None) -> str:
-        # Element by element it does not matter, and the state has the shapes of MLX's own.
+        # Elementwise updates need no layout, and so the state has the same shapes as MLX's AdamW.
         return layout or self.layout if self.factored else "batched"
 
     def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
@@ -134,6 +134,6 @@ class AdamW(Float32Optimizer):
         return rows * root
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """Anywhere; in few bits between two groups of the momentum; factored not at all."""
+        """Cuts can be at any row, for "int8" and "int4" between groups of m. Factored: no cuts."""
         rows = 0 if self.factored and len(shape) > 1 else 1
         return aligned_to_groups(rows, shape, self.state_dtype)
