@@ -1,4 +1,4 @@
-"""The base class of every optimizer here, and of your own: float32, layouts, rates, state."""
+"""The base class of all optimizers here and of your own: float32, layouts, rates, state."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ COMPLEX = (
     "complex parameters are not supported: store the real and imaginary parts as two arrays, or "
     "freeze them"
 )
-"""What is wrong with a complex parameter, after its path."""
+"""The message for a complex parameter. It follows the path."""
 
 RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 """Keys of the state that belong to no parameter."""
@@ -45,7 +45,7 @@ Rounding = Literal["nearest", "stochastic"]
 """How updates of bf16 and fp16 parameters are rounded."""
 
 ELEMENTWISE_FLOPS = 300.0
-"""Operations of a matrix product that take as long as ten passes over one element."""
+"""Matrix-product operations that take as long as ten elementwise passes, per element."""
 
 
 class Float32Optimizer(Optimizer):
@@ -57,8 +57,8 @@ class Float32Optimizer(Optimizer):
     NOTES.md has a complete example. Beyond MLX's class:
 
     - a layer that is unfrozen late gets its state with its first gradient;
-    - integer arrays and empty arrays stay as they are;
-    - a rate that is set by hand ends the schedule, inside a compiled step too;
+    - integer arrays and empty arrays are not changed;
+    - a rate that is set by hand ends the schedule, also in a compiled step;
     - a state that is assigned is copied into the live dictionary, where a compiled step sees it.
 
     Args:
@@ -77,7 +77,7 @@ class Float32Optimizer(Optimizer):
             update and before any load. None with a schedule.
 
     Raises:
-        ValueError: An option outside its range.
+        ValueError: An option is outside its range.
 
     Example:
         >>> import mlx.core as mx
@@ -91,7 +91,7 @@ class Float32Optimizer(Optimizer):
     """
 
     _usual_rate: float | None = None
-    """A usual rate, if the rate is relative to the weights, and therefore unlike AdamW's."""
+    """A typical rate, if rates are relative to the weights and therefore unlike AdamW's."""
 
     def __init__(
         self,
@@ -128,9 +128,9 @@ class Float32Optimizer(Optimizer):
         self.warn_if_small(learning_rate)
 
     def warn_if_small(self, rate: Any) -> None:
-        """Warn once of a rate that would suit AdamW, where a rate is relative to the weights.
+        """Warn once if a rate suits AdamW but this optimizer's rate is relative to the weights.
 
-        An array is not looked at: that would wait for its value.
+        An array is not checked: reading it would wait for its value.
         """
         rate = getattr(rate, "peak", rate)
         usual = None if self._has_warned else self._usual_rate
@@ -143,7 +143,7 @@ class Float32Optimizer(Optimizer):
             )
 
     def set_rate(self, learning_rate: Rate) -> None:
-        """Set a rate that was checked; unlike the property it never waits for an array's value."""
+        """Set a checked rate. Unlike the property, this never waits for an array's value."""
         if callable(learning_rate):
             self._schedulers["learning_rate"] = learning_rate
             self.state["learning_rate"] = _as_rate(learning_rate(self.step))
@@ -151,10 +151,10 @@ class Float32Optimizer(Optimizer):
             self.built_rate = None
             return
         self.state["learning_rate"] = _as_rate(learning_rate)
-        if self.step is self._first_step:  # no update, load or trace has put another in its place
+        if self.step is self._first_step:  # no update, load or trace has replaced it
             self.built_rate = self.state["learning_rate"]
         if "scheduled" in self.state:
-            # In the state, not in Python: a compiled step must see it without a new trace.
+            # Kept in the state, so that a compiled step sees it without a new trace.
             self.state["scheduled"] = mx.array(False)
 
     def _next_rate(self) -> mx.array:
@@ -167,17 +167,17 @@ class Float32Optimizer(Optimizer):
         return mx.where(self.state["scheduled"], scheduled, rate)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
-        """What update ``t`` multiplies its step by. ``parameter`` is float32, seen as matrices."""
+        """The factor on the step of update ``t``. ``parameter`` is float32, viewed as matrices."""
         return rate
 
     def effective_learning_rates(self, model: dict) -> dict[str, float]:
-        """Each parameter's own step size at the next update, by path, for logging.
+        """Return each parameter's step size at the next update, by path, for logging.
 
         Args:
             model: The model, or any tree of parameters.
 
         Returns:
-            Path to rate; for a stack of experts the mean over its matrices.
+            Rates by path. A stack of experts has the mean over its matrices.
         """
         t, rate = self.step + 1, self._next_rate()
         sizes = {}
@@ -199,20 +199,21 @@ class Float32Optimizer(Optimizer):
         return self.layouts.get(path, self.layout)
 
     def _layout_argument(self, path: str) -> tuple[str, ...]:
-        """The layout, where it is not the optimizer's own: a subclass may know MLX's methods only,
-        which take none.
+        """The layout argument, left out if it is the optimizer's own layout.
+
+        A subclass may define only MLX's methods, which take no layout.
         """
         layout = self.layout_of(path)
         return () if layout == self.layout else (layout,)
 
     def load(self, x: mx.array, layout: str | None = None) -> mx.array:
-        """An array in float32, viewed as the matrices that it holds."""
+        """Return an array in float32, viewed as the matrices that it holds."""
         return f.as_matrices(x.astype(mx.float32), layout or self.layout)
 
     def store(
         self, x: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """An updated array from :meth:`load`, in the shape and dtype of the parameter."""
+        """Return an updated array from :meth:`load` in the parameter's shape and dtype."""
         x = f.from_matrices(x, parameter.shape, layout or self.layout)
         if parameter.dtype == mx.float16:
             x = f.clamp(x, mx.finfo(mx.float16).max)
@@ -228,9 +229,9 @@ class Float32Optimizer(Optimizer):
         """Make the state of every parameter that has none yet.
 
         Raises:
-            ValueError: Names every parameter that this optimizer cannot take; no state is changed.
+            ValueError: Some parameters cannot be taken. The message names each. No state changes.
         """
-        parameters = parameters or {}  # MLX 0.32.1 gives a member that gets nothing an empty list
+        parameters = parameters or {}  # MLX 0.32.1 gives a member without parameters an empty list
         problems = [
             f"{key!r} is the optimizer's own name: rename what the model calls so at its top"
             for key in RESERVED & parameters.keys()
@@ -244,7 +245,7 @@ class Float32Optimizer(Optimizer):
         self._initialized = True
 
     def _grown(self, tree: Any, state: Any, path: str, problems: list[str]) -> Any:
-        """A copy of the containers of ``state`` with leaves for what ``tree`` has beyond it."""
+        """Copy the containers of ``state``, and add state for the new leaves of ``tree``."""
         if isinstance(tree, dict):
             grown = dict(state or {})
             for key, child in tree.items():
@@ -259,7 +260,7 @@ class Float32Optimizer(Optimizer):
             return grown
         if state is None:
             state = {}
-            # Called lazily, `tree` holds gradients: only shapes may be read here.
+            # In a lazy call, `tree` holds gradients: only shapes may be read here.
             if self.owns(path) and is_complex(tree):
                 problems.append(f"{path}: {COMPLEX}")
             elif _is_trained(tree) and self.owns(path):
@@ -293,7 +294,7 @@ class Float32Optimizer(Optimizer):
         self.state["step"] = self.step + 1
 
     def update_at(self, path: str) -> Update:
-        """``apply_single`` of the parameter at a path; what is not trained stays as it is."""
+        """The update of the parameter at a path. A parameter that is not trained is unchanged."""
         owns, layout = self.owns(path), self._layout_argument(path)
 
         def update(gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
@@ -304,21 +305,21 @@ class Float32Optimizer(Optimizer):
         return update
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """How many rows (places of the first axis) can be updated without the others.
+        """The smallest number of rows (along the first axis) that can be updated on their own.
 
-        Any multiple of it can, too. 0: the rows depend on one another. It is only asked of the
-        class that defines it: a subclass may read all rows where its parent does not.
+        Multiples of it can be, too. 0: the rows depend on one another. The value counts only for
+        the class that defines the method, because a subclass may need all rows.
         """
         return 0
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
-        """About how many operations of a matrix product take as long as an update."""
+        """The cost of an update, as the number of matrix-product operations that take as long."""
         return ELEMENTWISE_FLOPS * math.prod(shape)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make the state of one parameter, from its shape alone.
 
-        Here the key of its stochastic rounding; a subclass adds its statistics.
+        The base class makes the key for stochastic rounding. A subclass adds its statistics.
         """
         if self.rounding == "stochastic" and "key" not in state:
             state["key"] = mx.random.key(self.seed << 32 | self._keys)
@@ -327,12 +328,12 @@ class Float32Optimizer(Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """Return one parameter, updated; its state changes in place."""
+        """Return the updated parameter. Its state changes in place."""
         raise NotImplementedError
 
     @property
     def state(self) -> dict:
-        """The live state. Assigning copies into it, so that a compiled step sees the new one."""
+        """The live state. An assigned state is copied into it, so a compiled step sees it."""
         return self._state
 
     @state.setter
@@ -364,7 +365,7 @@ class Float32Optimizer(Optimizer):
 
 
 def options_of(kind: type) -> dict[str, Any]:
-    """Options of an optimizer with their defaults, also those that ``**options`` passes on."""
+    """Options of an optimizer with their defaults, including those passed on by ``**options``."""
     options: dict[str, Any] = {}
     for base in kind.__mro__:
         if "__init__" in vars(base):
@@ -382,7 +383,7 @@ def flatten(tree: Any) -> dict[str, mx.array]:
 
 
 def trainable(model: Any) -> Any:
-    """The trainable parameters of a model; of a tree, all of it."""
+    """The trainable parameters of a model. A tree is returned unchanged."""
     return model.trainable_parameters() if isinstance(model, nn.Module) else model
 
 
@@ -392,13 +393,13 @@ def _as_rate(rate: Any) -> mx.array:
 
 
 def refuse_complex(arrays: Mapping[str, mx.array]) -> None:
-    """Raise if parameters are complex, naming each."""
+    """Raise if any parameters are complex. The message names each."""
     if odd := [f"{path}: {COMPLEX}" for path, x in arrays.items() if is_complex(x)]:
         raise ValueError("\n".join(odd))
 
 
 def is_complex(x: mx.array) -> bool:
-    """Whether its numbers are complex."""
+    """Whether an array is complex."""
     return mx.issubdtype(x.dtype, mx.complexfloating)
 
 

@@ -1,4 +1,4 @@
-"""One parameter at a time: what a step knows about each path, and the order of its evaluation."""
+"""Update one parameter at a time: the arrays of each path, and the order of evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,15 +27,15 @@ class ParameterSlot(NamedTuple):
 
 
 UpdateRule = Callable[[ParameterSlot], tuple[Update, dict] | None]
-"""What updates a parameter, and its state. None leaves the parameter as it is."""
+"""Returns a parameter's update function and state, or None to leave it unchanged."""
 
 
 class Verdict(NamedTuple):
     """What the guard decided about a step.
 
     Attributes:
-        factor: Number that multiplies every gradient, in float32. None: 1.
-        finite: Whether the step is made. If not, every array keeps its value. None: it is made.
+        factor: Float32 factor on every gradient. None: 1.
+        finite: Whether to make the step. If not, every array keeps its value. None: make it.
     """
 
     factor: mx.array | None = None
@@ -51,7 +51,7 @@ class Verdict(NamedTuple):
 
 
 def find_slots(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[ParameterSlot]:
-    """Every gradient with its parameter and states, in the order of the gradients.
+    """Match every gradient with its parameter and states, in the order of the gradients.
 
     Raises:
         ValueError: A gradient has no parameter, or they differ in shape. MLX would broadcast
@@ -65,7 +65,7 @@ def find_slots(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[P
 def _visit(
     path: str, gradient: Any, parameter: Any, states: Any, slots: list[ParameterSlot]
 ) -> None:
-    # Not nested in find_slots: a closure that calls itself is a cycle, which keeps the gradients.
+    # Not nested in find_slots: a recursive closure is a cycle, which would keep gradients alive.
     if not isinstance(gradient, (dict, list, tuple)):
         _check_slot(path, gradient, parameter)
         slots.append(ParameterSlot(path, gradient, parameter, tuple(states)))
@@ -103,7 +103,7 @@ def in_order(
 
 
 def top_level_arrays(state: dict) -> dict[str, mx.array]:
-    """The arrays of an optimizer's state that belong to no parameter: its step and its rate."""
+    """The state arrays that belong to no parameter, such as the step and the rate."""
     return {key: x for key, x in state.items() if isinstance(x, mx.array)}
 
 
@@ -124,9 +124,9 @@ class LiveState(dict):
 
 
 class UpdateLoop:
-    """Updates that are evaluated one after the other, whatever the order of the graph.
+    """Evaluates updates one after the other, whatever the order of the graph.
 
-    MLX evaluates breadth first: float32 copies of twenty bf16 weights, and all that is computed
+    MLX evaluates breadth first: the float32 copies of twenty bf16 weights, and everything computed
     from them, exist at the same time. Here each update waits for the one before it, so that its
     temporary arrays and its gradient are released first. The last parameters come first, because a
     backward pass ends with the first layers.
@@ -153,15 +153,15 @@ class UpdateLoop:
         names = [key for key, x in state.items() if isinstance(x, mx.array)]
         arrays = [slot.gradient, slot.parameter, *(state[key] for key in names)]
         if self._before:
-            # One call for each array: arrays of one call are held together, and none is reused.
+            # One call per array: arrays of one call are held together, so none could be reused.
             arrays = [mx.depends(x, self._before) for x in arrays]
         gradient, parameter, *old = arrays
-        # A Linear's gradient comes transposed, and every pass over a transposed array is slow.
+        # A Linear's gradient is a transposed array, over which every pass is slow.
         gradient = f.fusion_barrier(gradient)
         state.update(zip(names, old, strict=True))
         live = state
         if self.verdict.finite is not None or slot.elements is not None:
-            # A formula that reads back what it wrote gets the chosen array: no second copy.
+            # An update that reads back a new state array gets the chosen one: no second copy.
             live = LiveState(state, self.verdict, slot.elements)
         try:
             new = apply_single(self.verdict.scaled(gradient), parameter, live)
@@ -172,7 +172,7 @@ class UpdateLoop:
                 "create the optimizer again if the model has changed"
             ) from problem
         if any(x is not None for x in self.verdict):
-            # MLX's own optimizers answer a float32 gradient with float32 weights and states.
+            # With a float32 gradient, MLX's own optimizers return float32 weights and states.
             new = new.astype(parameter.dtype)
             live.update({k: live[k].astype(x.dtype) for k, x in zip(names, old, strict=True)})
         state.update(live)
@@ -187,7 +187,7 @@ def unchanged_on_error(states: Sequence[dict], slots: Sequence[ParameterSlot]) -
 
     Args:
         states: The optimizers' live states.
-        slots: What is updated. Of other parameters nothing changes.
+        slots: The parameters to update. The state of others does not change.
     """
     kept = [(s, dict(s)) for slot in slots for s in slot.states if isinstance(s, dict)]
     numbers = [(state, top_level_arrays(state)) for state in states]
