@@ -1,4 +1,4 @@
-"""Frequency-adaptive momentum: each frequency band of a gradient has a momentum of its own."""
+"""Frequency-adaptive momentum: each frequency band of a gradient has its own momentum."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from .. import functional as f
 from .._validate import check_integer, check_number
 
 LEAST_SIDE = 5
-"""Matrices with a shorter side have no bands to speak of, and get plain momentum."""
+"""Matrices with a shorter side are too small for bands and get plain momentum."""
 
 
 @dataclass(frozen=True)
 class FrequencyAdaptiveMomentum:
     r"""Frequency-adaptive momentum (FAM), an option of :class:`MaxFactor`.
 
-    With :math:`F` the real Fourier transform of the gradient along its input axis (the channels
-    of a convolution, before its kernel is flattened; the mel bins of a spectrogram's first layer),
-    and bin :math:`k` in band :math:`\min(B - 1, \lfloor k B / \text{bins} \rfloor)`,
+    :math:`F` is the real Fourier transform of the gradient along its input axis: the channels of a
+    convolution, before its kernel is flattened; in the first layer of a speech model, the mel bins.
+    Bin :math:`k` is in band :math:`\min(B - 1, \lfloor k B / \text{bins} \rfloor)`. Then
 
     .. math::
 
@@ -32,21 +32,22 @@ class FrequencyAdaptiveMomentum:
             \kappa_t = \text{blend} \cdot \min(1, t / \text{blend\_steps})
         \end{aligned}
 
-    and :math:`g'` stands for the gradient in MaxFactor's update. With one band this is plain
-    momentum :math:`\alpha`, which vectors and matrices with a side under five always get.
+    and :math:`g'` replaces the gradient in MaxFactor's update. With one band this is plain momentum
+    :math:`\alpha`. Vectors and matrices with a side under five always get plain momentum.
 
-    Where bands are damped unlike, the filter spreads along the axis, to inputs without gradient
-    too, and MaxFactor steps by the sign: ``cautious=True`` leaves those as they are.
+    If bands are damped differently, the filter spreads the gradient along the axis, also to inputs
+    that have none. MaxFactor steps by the sign, so it would move their weights by full steps.
+    ``cautious=True`` leaves them unchanged.
 
     Args:
         alpha: α, momentum of a band that is not damped. Default 0.9.
-        beta: β, of the moving average of the bands' shares. Default 0.999.
+        beta: β, decay of the moving average of the bands' shares. Default 0.999.
         bands: B, number of bands. Default 10.
-        blend: Weight of the momentum in the end, in [0, 1]. Default 1.
-        blend_steps: Updates until it has that weight. Default 1.
+        blend: Final weight of the momentum, in [0, 1]. Default 1.
+        blend_steps: Number of updates until that weight is reached. Default 1.
 
     Raises:
-        ValueError: An option outside its range.
+        ValueError: An option is outside its range.
 
     Example:
         >>> from mlx_maxfactor import FrequencyAdaptiveMomentum, MaxFactor
@@ -54,7 +55,7 @@ class FrequencyAdaptiveMomentum:
         4
 
     Reference:
-        The idea is the published speech optimizer's, which computed it and threw it away.
+        The idea comes from the published speech optimizer, which computed it but did not use it.
     """
 
     alpha: float = 0.9
@@ -65,14 +66,14 @@ class FrequencyAdaptiveMomentum:
 
     def __post_init__(self) -> None:
         for name, ends in {"alpha": "[)", "beta": "[)", "blend": "[]"}.items():
-            # As floats, so that a file saved with blend=1 is one saved with blend=1.0.
+            # Floats, so that blend=1 and blend=1.0 are equal in a checkpoint.
             value = check_number(name, getattr(self, name), 0.0, 1.0, ends)
             object.__setattr__(self, name, value)
         for name in ("bands", "blend_steps"):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
 
     def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
-        """State in addition to the buffer ``m``. The last axis of the shape is the input's."""
+        """Make the state besides the buffer ``m``. The input axis is the last one of the shape."""
         if len(shape) < 2 or min(shape[-2:]) < LEAST_SIDE:
             return {}
         state = {"count": mx.array(0, mx.uint32)}
@@ -81,7 +82,7 @@ class FrequencyAdaptiveMomentum:
         return state
 
     def update(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
-        """The buffer ``m`` after a gradient; both have the input's axis last."""
+        """Return the updated buffer ``m``. Gradient and buffer have the input axis last."""
         if "count" in state:
             state["count"] = state["count"] + 1
         if "power" not in state:
@@ -93,10 +94,11 @@ class FrequencyAdaptiveMomentum:
         return f.band_momentum(spectrum, momentum, decay, gain)
 
     def response(self, state: dict) -> tuple[mx.array, mx.array, mx.array]:
-        """What the state says of each band: its share ``h_b``, decay ``μ_b`` and gain.
+        """Each band's share ``h_b``, decay ``μ_b`` and gain, read from the state.
 
         Args:
-            state: Of one parameter, ``optimizer.state["encoder"]["conv1"]["weight"]``.
+            state: State of one parameter, such as
+                ``optimizer.state["encoder"]["conv1"]["weight"]``.
 
         Returns:
             Three arrays ``(..., 1, bands)``.
@@ -106,16 +108,16 @@ class FrequencyAdaptiveMomentum:
         return share, *self.weights(share)
 
     def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
-        """Decay and gain of each band from its share. A subclass may have another rule."""
+        """Decay and gain of each band, computed from its share. A subclass may override this."""
         damping = self.damping(share)
         return self.alpha * (1 - damping), (1 - self.alpha) * (1 + damping)
 
     def damping(self, share: mx.array) -> mx.array:
-        """``δ_b`` of each band from its share."""
+        """``δ_b`` of each band, computed from its share."""
         return f.band_damping(share)
 
     def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
-        """What replaces the gradient: a mixture that moves from it to the momentum."""
+        """The replacement for the gradient: a mixture that shifts from it to the momentum."""
         if "count" not in state or (self.blend == 1 and self.blend_steps == 1):
             return momentum
         t = state["count"].astype(mx.float32)

@@ -31,7 +31,7 @@ STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes th
 FLOAT32_EPS = 2.0**-23
 
 Reader = Callable[[mx.array], mx.array]
-"""Reads the gradient, or its momentum, after another array: see ``functional.read_after``."""
+"""Reads the gradient or its momentum after another array, see ``functional.read_after``."""
 
 Preset = Literal["early", "hub", "speech"]
 
@@ -58,7 +58,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 
 
 class MaxFactor(Float32Optimizer):
-    r"""MaxFactor: an optimizer that keeps ``m + n`` floats for an ``m × n`` matrix.
+    r"""MaxFactor. Its state is ``m + n`` floats for an ``m × n`` matrix.
 
     For a matrix, with :math:`b_t = \mathrm{clip}(t^{\text{beta2\_decay}}, \text{beta2\_bounds})`,
 
@@ -76,9 +76,9 @@ class MaxFactor(Float32Optimizer):
             \max(\text{min\_lr}, \min(\eta, 1/\sqrt{t}))
         \end{aligned}
 
-    A vector keeps :math:`v \leftarrow \gamma v + (1-\gamma) g^2`, as many floats as it has
-    elements, with :math:`u = g / \sqrt{\max(v, \epsilon_1^2)}`, the same norms, and the step
-    :math:`u`. A single number steps by
+    A vector keeps :math:`v \leftarrow \gamma v + (1-\gamma) g^2`, one float per element. It has
+    :math:`u = g / \sqrt{\max(v, \epsilon_1^2)}` with the same norms, and steps by :math:`u`. A
+    parameter with a single element steps by
     :math:`\alpha \cdot \text{scalar\_boost} \cdot g / (\sqrt v + \epsilon_1)`.
 
     The rate is relative: ``learning_rate`` 0.01 moves the largest elements by 1 % of the matrix's
@@ -89,36 +89,38 @@ class MaxFactor(Float32Optimizer):
         learning_rate: η, a number or a function of the step. Default 0.01.
         beta2_decay: Exponent of the weight of the newest squared gradient. Default -0.8.
         beta2_bounds: Bounds of that weight. Default (0.001, 0.999).
-        eps: (ε₁, ε₂): floor of divisors, at least 1e-15; floor of RMS(p). Default (1e-10, 1e-4).
-        d: RMS(u) above which an update is scaled down; 1 and more never does. Default 1.
+        eps: (ε₁, ε₂). ε₁ is the floor of divisors, at least 1e-15. ε₂ is the floor of RMS(p).
+            Default (1e-10, 1e-4).
+        d: An update with RMS(u) above d is scaled down. At 1 or more, none ever is. Default 1.
         weight_decay: λ, decoupled: each update multiplies p by 1 - ηλ (1 - αλ with
             ``relative_step``). Default 0.01.
         gamma: γ, decay of a vector's second moment. Default 0.99.
-        max_norm: Divide V by the largest R and step by the row maximum; False: neither.
+        max_norm: Divide V by the largest R, and step by the row maximum. False: do neither.
             Default True.
         min_lr: Floor of the relative rate. Default 1e-7.
-        scalar_boost: Factor on the step of a parameter of size 1; None treats it as a vector.
+        scalar_boost: Factor on the step of a parameter of size 1. None: treat it as a vector.
             Default 2.
         clip_threshold: Largest ‖u‖₂ after the infinity norm, or None. Default None.
-        full_matrix: Matrices keep a full second moment as vectors do. Default False.
+        full_matrix: Matrices keep a full second moment, like vectors. Default False.
         relative_step: α = min(η, max(ε₂, RMS(p)) · min(1e-6·t, 1/√t)). Default False.
         vector_sign: Vectors step by sign(u)·max|u|. Default False.
-        maximize: Ascend. Default False.
-        momentum: β of m ← βm + (1-β)g, which then stands for g in u, not in the statistics; one
-            more buffer of the parameter's size. In [0, 1), or a ``FrequencyAdaptiveMomentum``.
-            Default 0: no buffer.
-        nesterov: βm + (1-β)g stands for g in u instead. Needs momentum. Default False.
-        cautious: Keep only elements of the step that agree in sign with g, over the share that was
-            kept (Liang et al. 2024, arXiv 2411.16085). Needs momentum. Default False.
-        eps_rms: Added to ε₁ where it floors max R and ‖u‖_∞. Default 0.
-        min_rms: RMS(p) counts as at least this much in α. Default 0.
-        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``; norms of
-            "batched" ones span the whole array. Default "batched".
+        maximize: Maximize the objective. Default False.
+        momentum: β of m ← βm + (1-β)g, in [0, 1), or a ``FrequencyAdaptiveMomentum``. m replaces g
+            in u, but not in the statistics. It takes one buffer of the parameter's size. Default 0:
+            no buffer.
+        nesterov: βm + (1-β)g replaces g in u instead. Needs momentum. Default False.
+        cautious: Keep only elements of the step that have the same sign as g, and divide them by
+            the share that was kept (Liang et al. 2024, arXiv 2411.16085). Needs momentum.
+            Default False.
+        eps_rms: Added to ε₁ in the floors of max R and ‖u‖_∞. Default 0.
+        min_rms: Floor of RMS(p) in α, in addition to ε₂. Default 0.
+        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``. The norms
+            of a "batched" array span all of it. Default "batched".
         rounding, seed: As for ``OrthoMaxFactor``.
-        state_dtype: Of the momentum, as for ``OrthoMaxFactor``. Default float32.
+        state_dtype: Dtype of the momentum, as for ``OrthoMaxFactor``. Default float32.
 
     Raises:
-        ValueError: An option outside its range; the message names it, its range and the value.
+        ValueError: An option is outside its range. The message gives its name, range and value.
 
     Example:
         >>> import mlx.core as mx
@@ -129,7 +131,7 @@ class MaxFactor(Float32Optimizer):
         0.9900000095367432
 
     Reference:
-        The published PyTorch optimizer of this name; NOTES.md lists its defects, none of them here.
+        The published PyTorch optimizer of this name. NOTES.md lists its defects, fixed here.
         Shazeer and Stern, *Adafactor*, 2018, arXiv 1804.04235, for the factored moments.
     """
 
@@ -188,7 +190,7 @@ class MaxFactor(Float32Optimizer):
         self.min_rms = check_number("min_rms", min_rms, 0.0)
 
     def __new__(cls, *_: Any, **options: Any) -> "MaxFactor":
-        """Say where the orthogonal step of version 0.1.0 has gone."""
+        """Refuse the option ``step`` of version 0.1.0, and name its replacement."""
         if "step" in options:
             raise ValueError(f"MaxFactor has no option 'step': {STEP_MOVED}")
         return super().__new__(cls)
@@ -207,15 +209,15 @@ class MaxFactor(Float32Optimizer):
         return cls(**{**PRESETS[check_choice("preset", name, PRESETS)], **overrides})
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """Between experts; a matrix stays whole, as its norms are of all rows."""
-        # A number is updated in another way, and bands are those of the whole stack.
+        """A stack is cut between experts. A matrix is not cut, because its norms span all rows."""
+        # Single numbers are updated differently, and bands are computed for the whole stack.
         plain = not isinstance(self.momentum, FrequencyAdaptiveMomentum)
         apart = f.norm_axes(len(shape), layout) and plain and not self._is_scalar(shape[1:])
         dtype = self.state_dtype if self.momentum else "float32"
         return aligned_to_groups(int(bool(apart)), shape, dtype)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Row and column statistics of a matrix; a second moment for all else."""
+        """Make row and column statistics for a matrix, or a second moment for other arrays."""
         super().init_single(parameter, state)
         layout = layout or self.layout
         shape = f.as_matrices(parameter, layout).shape
@@ -231,7 +233,7 @@ class MaxFactor(Float32Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """One update of one parameter."""
+        """Update one parameter."""
         layout = layout or self.layout
         p = self.load(parameter, layout)
         axes = f.norm_axes(p.ndim, layout)
@@ -246,7 +248,7 @@ class MaxFactor(Float32Optimizer):
         rows, root = self._second_moment_root(g(alpha), state)
         scale = self._scale(h(rows), rows, root, alpha, axes)
         if self.cautious:
-            # A product, not a selection: a NaN must stay a NaN.
+            # Multiplied, not selected, so that a NaN stays a NaN.
             agrees = f.agreement(h(rows), g(rows))
             scale = f.fusion_barrier(scale * f.cautious_scale(agrees, axes))
             step = self._step(h(scale), rows, root, scale) * agrees
@@ -256,8 +258,8 @@ class MaxFactor(Float32Optimizer):
         return self.store(p * f.fusion_barrier(1 - decay) - step, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
-        """α, which is relative to RMS(p): of the whole array, or of each expert's matrix."""
-        t = mx.maximum(t.astype(mx.float32), 1.0)  # apply_single may be called by itself
+        """α, relative to the RMS of the whole array, or of each expert's matrix."""
+        t = mx.maximum(t.astype(mx.float32), 1.0)  # apply_single may be called on its own
         size = f.rms(parameter, f.norm_axes(parameter.ndim, layout))
         size = mx.maximum(size, max(self.eps[1], self.min_rms))
         if self.relative_step:
@@ -273,9 +275,9 @@ class MaxFactor(Float32Optimizer):
         alpha: mx.array,
         axes: tuple[int, ...] | None,
     ) -> mx.array:
-        """What the step is multiplied by: α and the three norms of ``u = h / (rows · root)``.
+        """The factor on the step: α and the three norms of ``u = h / (rows · root)``.
 
-        For the row-max step also the maximum of each row.
+        For the row-max step it includes the maximum of each row.
         """
         if self._is_scalar(h.shape):
             return alpha * (self.scalar_boost or 1.0)
@@ -307,7 +309,7 @@ class MaxFactor(Float32Optimizer):
         return self.max_norm if ndim > 1 else self.vector_sign
 
     def _momentum(self, read: Reader, state: dict, shape: tuple[int, ...]) -> Reader:
-        """What replaces the gradient in the update. The last axis of ``shape`` is the input's."""
+        """The replacement for the gradient in the update. ``shape`` has the input axis last."""
         if not self.momentum:
             return read
         g = f.clamp_gradient(read(self.step))
@@ -335,7 +337,7 @@ class MaxFactor(Float32Optimizer):
         return momentum.blended(g, ahead, state).reshape(view)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
-        """``max(√V, ε₁)`` in two factors, the first one number a row; of a number √V itself."""
+        """``max(√V, ε₁)`` as two factors, the first with one number per row. A scalar has √V."""
         if not self._is_factored(g.shape):
             state["v"] = self.gamma * state["v"] + (1 - self.gamma) * f.clamped_square(g)
             root = mx.sqrt(state["v"])
@@ -357,7 +359,7 @@ def check_optional(name: str, value: Any) -> float | None:
 
 
 def check_momentum_is_there(momentum: Any, **flags: bool) -> None:
-    """Raise for a flag that needs momentum where there is none."""
+    """Raise if a flag is set that needs momentum, but momentum is 0."""
     for name, flag in flags.items():
         if flag and not momentum:
             raise ValueError(
