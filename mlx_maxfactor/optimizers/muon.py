@@ -21,7 +21,7 @@ Scale = Literal["spectral", "rms"]
 
 
 class Muon(Float32Optimizer):
-    r"""Muon, for hidden matrices; one momentum buffer of the matrix's size.
+    r"""Muon, for hidden matrices. Its state is one momentum buffer of the matrix's size.
 
     .. math::
 
@@ -29,27 +29,27 @@ class Muon(Float32Optimizer):
         p \leftarrow p (1 - \eta\lambda) - \eta\, s\, \mathrm{orthogonalize}(u)
 
     Args:
-        learning_rate: η, the spectral norm of an update where s is 1; a number or a function of the
+        learning_rate: η, the spectral norm of an update if s is 1. A number or a function of the
             step. Default 0.02.
-        momentum: β, in [0, 1); 0 keeps no buffer. Default 0.95.
+        momentum: β, in [0, 1). 0: no buffer. Default 0.95.
         nesterov: Look ahead by one step of momentum. Default True.
-        weight_decay: λ, decoupled: it is not orthogonalized away. Default 0.
-        scale: s, from the rows and columns of the matrix that was orthogonalized. None: 1;
-            "spectral": √max(1, rows/columns) (Keller Jordan); "rms": 0.2·√max(rows, columns)
-            (Moonshot), so that a rate and a decay found for AdamW carry over. Default None.
-        method: "newton_schulz" or "polar_express", or a function of your own that maps
-            a batch of matrices to one. Default "newton_schulz".
+        weight_decay: λ, decoupled: it is not part of the matrix that is orthogonalized. Default 0.
+        scale: s, which depends on the shape of the matrix. None: 1. "spectral":
+            √max(1, rows/columns) (Keller Jordan). "rms": 0.2·√max(rows, columns) (Moonshot), so
+            that a rate and a decay tuned for AdamW carry over. Default None.
+        method: "newton_schulz", "polar_express", or your own function from a batch of matrices to
+            a batch of matrices. Default "newton_schulz".
         steps: Iterations of the method. Default 5.
-        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``; each
-            matrix is orthogonalized by itself.
+        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``. Each
+            matrix is orthogonalized separately.
         rounding, seed: As for ``OrthoMaxFactor``.
-        state_dtype: Of the momentum, as for ``OrthoMaxFactor``. Default float32.
-        block: Rows that are orthogonalized at a time, as for ``OrthoMaxFactor``; ``scale`` stays
-            that of the whole matrix. Default None: all.
+        state_dtype: Dtype of the momentum, as for ``OrthoMaxFactor``. Default float32.
+        block: Number of rows to orthogonalize together, as for ``OrthoMaxFactor``. ``scale`` is
+            still computed from the whole matrix. Default None: all rows.
 
     Raises:
-        ValueError: An option outside its range; or, from ``init_single``, a parameter with fewer
-            than two axes, which belongs to another optimizer.
+        ValueError: An option is outside its range. Or ``init_single`` gets a parameter with fewer
+            than two axes, which needs another optimizer.
 
     Example:
         >>> import mlx.core as mx
@@ -91,18 +91,18 @@ class Muon(Float32Optimizer):
         self.block = None if block is None else check_integer("block", block, 1)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
-        """Of the orthogonalization and of the elementwise operations."""
+        """The cost of the orthogonalization and of the elementwise operations."""
         matrices = f.as_matrices(mx.zeros(shape), layout).shape
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """A stack between its matrices, a matrix between blocks of its rows."""
+        """A stack is cut between matrices, a matrix between blocks of rows."""
         rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
         rows = 0 if layout == "transposed" else rows
         return aligned_to_groups(rows, shape, self.state_dtype if self.momentum else "float32")
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """The momentum buffer; nothing without momentum."""
+        """Make the momentum buffer, if there is momentum."""
         if parameter.ndim < 2:
             raise ValueError(
                 f"Muon orthogonalizes matrices and cannot take shape {parameter.shape}; route it "
@@ -116,7 +116,7 @@ class Muon(Float32Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """One update of one parameter."""
+        """Update one parameter."""
         layout = layout or self.layout
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
@@ -131,7 +131,7 @@ class Muon(Float32Optimizer):
         return self.store(p, parameter, state, layout)
 
     def direction(self, u: mx.array, state: dict) -> mx.array:
-        """Each matrix, or block of its rows, orthogonalized. A subclass may do more with it."""
+        """Orthogonalize each matrix or block of rows. A subclass may extend this."""
         return f.orthogonalize(u, self.method, self.steps, self.block)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
