@@ -20,7 +20,7 @@ from .moments import (
 
 
 class OrthoMaxFactor(Float32Optimizer):
-    r"""OrthoMaxFactor, for hidden matrices: half a byte of state for each weight.
+    r"""OrthoMaxFactor, for hidden matrices. Its state takes about half a byte per weight.
 
     With :math:`b_t = \mathrm{clip}(t^{\text{beta2\_decay}}, \text{beta2\_bounds})`, for each matrix
 
@@ -37,43 +37,43 @@ class OrthoMaxFactor(Float32Optimizer):
         \end{aligned}
 
     The rate is relative: with ``learning_rate`` 0.02 the RMS of a step is 2 % of the matrix's RMS.
-    What is best shrinks as runs get longer, about as :math:`0.8/\sqrt{\text{steps}}`;
+    The best rate falls with the length of the run, about as :math:`0.8/\sqrt{\text{steps}}`.
     ``create_optimizer(model, total_steps=...)`` picks it.
 
-    The state of an ``m × n`` matrix is ``m + n`` floats, and the momentum: in 4 bits 0.53 bytes
-    a weight, where AdamW keeps 8.
+    The state of an ``m × n`` matrix is ``m + n`` floats and the momentum. In 4 bits, the momentum
+    takes 0.53 bytes per weight. AdamW keeps 8 bytes per weight.
 
     Args:
-        learning_rate: η, the RMS of a step over that of the matrix; a number or a function of the
-            step. Default 0.02.
-        momentum: β, in [0, 1); 0 keeps no buffer, whatever ``state_dtype`` says. Default 0.8.
+        learning_rate: η, the RMS of a step divided by the RMS of the matrix. A number or a function
+            of the step. Default 0.02.
+        momentum: β, in [0, 1). 0: no buffer, and ``state_dtype`` is not used. Default 0.8.
         nesterov: Look ahead by one step of momentum. Default True.
-        state_dtype: Of the momentum: "int4", "int8", "bfloat16" or "float32". In few bits, groups
-            of 64 weights share a scale, and the step is made from the momentum before it is
+        state_dtype: Dtype of the momentum: "int4", "int8", "bfloat16" or "float32". With "int4" and
+            "int8", groups of 64 weights share a scale. The step uses the momentum before it is
             rounded. Default "int4".
-        block: Rows that are orthogonalized at a time, along the shorter side (columns of a tall
-            matrix); the last block may be smaller. It costs about ``10 · block`` operations a
-            weight, where training costs 6 a token. None: the whole matrix. Default 128.
-        method: "newton_schulz" or "polar_express", or a function of your own that maps
-            a batch of matrices to one. Default "newton_schulz".
+        block: Number of rows to orthogonalize together (of columns, if the matrix is tall). The
+            last block may be smaller. This costs about ``10 · block`` operations per weight.
+            Training costs 6 per weight and token. None: the whole matrix. Default 128.
+        method: "newton_schulz", "polar_express", or your own function from a batch of matrices to
+            a batch of matrices. Default "newton_schulz".
         steps: Iterations of the method. Default 5.
         weight_decay: λ, decoupled. Default 0.01.
-        min_rms: RMS(p) counts as at least this much, so that matrices that start at zero learn.
-            "init": :math:`1/\sqrt{3 \cdot \text{inputs}}`, the RMS of ``nn.Linear``'s own initial
-            weights. A number sets it, 0 turns it off. Default "init".
+        min_rms: Floor of RMS(p), so that matrices that start at zero learn. A number, or "init":
+            :math:`1/\sqrt{3 \cdot \text{inputs}}`, the RMS of ``nn.Linear``'s initial weights.
+            0: no floor. Default "init".
         beta2_decay: Exponent of the weight of the newest squared gradient. Default -0.8.
         beta2_bounds: Bounds of that weight. Default (0.001, 0.999).
         eps: Floor of :math:`\sqrt{R_i C_j / \max R}`, at least 1e-15. Default 1e-10.
-        layout: How arrays of more than two axes hold matrices: "batched" and "experts" (each
-            matrix of the last two axes by itself), "conv" (as ``(out, -1)``). The router knows it
-            from the module. Default "batched".
-        rounding: Of bf16 and fp16 parameters: "nearest", or "stochastic", which lets updates below
-            their spacing count on average. Default "nearest".
-        seed: Of stochastic rounding. Default 0.
+        layout: How arrays of more than two axes hold matrices. "batched" and "experts": the last
+            two axes are a matrix. "conv": the array is one matrix, ``(out, -1)``. The router reads
+            the layout from the module. Default "batched".
+        rounding: How bf16 and fp16 parameters are rounded: "nearest", or "stochastic", with which
+            updates smaller than their spacing still count on average. Default "nearest".
+        seed: Seed of stochastic rounding. Default 0.
 
     Raises:
-        ValueError: An option outside its range; or, from ``init_single``, a parameter with fewer
-            than two axes, which belongs to another optimizer.
+        ValueError: An option is outside its range. Or ``init_single`` gets a parameter with fewer
+            than two axes, which needs another optimizer.
 
     Example:
         >>> import mlx.core as mx
@@ -124,7 +124,7 @@ class OrthoMaxFactor(Float32Optimizer):
         self.eps = check_number("eps", eps, 1e-15)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Row and column statistics, and the momentum."""
+        """Make row and column statistics, and the momentum."""
         if parameter.ndim < 2:
             raise ValueError(
                 f"OrthoMaxFactor orthogonalizes matrices and cannot take shape {parameter.shape}; "
@@ -139,7 +139,7 @@ class OrthoMaxFactor(Float32Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """One update of one parameter."""
+        """Update one parameter."""
         layout = layout or self.layout
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
@@ -160,18 +160,18 @@ class OrthoMaxFactor(Float32Optimizer):
         return self.store(p * decay - alpha * step, parameter, state, layout)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
-        """η times RMS(p) of each matrix, or its floor."""
+        """η times the RMS of each matrix, or times the floor if that is larger."""
         init = (3 * parameter.shape[-1]) ** -0.5
         floor = init if isinstance(self.min_rms, str) else self.min_rms
         return rate * mx.maximum(f.rms(parameter, (-2, -1)), floor)
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """A stack between its matrices; a matrix not at all, as RMS(O) is of all its rows."""
+        """A stack is cut between matrices. A matrix is not cut: RMS(O) needs all its rows."""
         stack = len(f.as_matrices(mx.zeros(shape), layout).shape) > 2
         dtype = self.state_dtype if self.momentum else "float32"
         return aligned_to_groups(int(stack), shape, dtype)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
-        """The orthogonalization, and what every optimizer does for each weight."""
+        """The cost of the orthogonalization and of the elementwise operations."""
         matrices = f.as_matrices(mx.zeros(shape), layout).shape
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)

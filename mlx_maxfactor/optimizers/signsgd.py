@@ -1,4 +1,4 @@
-"""SignSGD: steps of one size, no state."""
+"""SignSGD: every element moves by the same amount. It has no state."""
 
 import mlx.core as mx
 
@@ -7,20 +7,20 @@ from .base import Float32Optimizer, Rounding
 
 
 class SignSGD(Float32Optimizer):
-    r"""SignSGD with decoupled decay; it keeps no state at all.
+    r"""SignSGD with decoupled weight decay. It keeps no state.
 
     .. math:: p \leftarrow p (1 - \eta\lambda) - \eta\, \mathrm{sign}(g)
 
     Args:
-        learning_rate: η, how far each element moves; a number or a function of the step. Default
-            0.01.
+        learning_rate: η, the distance that each element moves. A number or a function of the step.
+            Default 0.01.
         weight_decay: λ. Default 0.1.
         sparse_rows: Leave rows (last axis) unchanged, without decay, if their gradient is zero. For
-            embeddings of which a batch uses a few rows. Default False.
+            embeddings, if a batch uses only a few rows. Default False.
         rounding, seed: As for ``OrthoMaxFactor``; stochastic rounding keeps a key per parameter.
 
     Raises:
-        ValueError: An option outside its range.
+        ValueError: An option is outside its range.
 
     Example:
         >>> import mlx.core as mx
@@ -51,13 +51,13 @@ class SignSGD(Float32Optimizer):
         super().init_single(parameter, state)
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """Anywhere; with ``sparse_rows`` a vector is one row."""
+        """Cuts can be at any row. With ``sparse_rows``, a vector is not cut."""
         return 0 if self.sparse_rows and len(shape) < 2 else 1
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """One update of one parameter."""
+        """Update one parameter."""
         p, g = parameter.astype(mx.float32), gradient.astype(mx.float32)
         eta = self.learning_rate
         new = p * (1 - eta * self.weight_decay) - eta * mx.sign(g)
