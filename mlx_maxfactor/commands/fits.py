@@ -46,15 +46,35 @@ def main(argv: Sequence[str]) -> int:
     add("model", nargs="?", help="folder with a config.json, or a name in the hub's cache")
     add("--fine-tune-type", choices=FINE_TUNE_TYPES, help="lora, dora or full (lora)")
     add("--num-layers", type=int, help="last layers that are trained, -1: all (16)")
-    add("--rank", type=integer, help="of LoRA and DoRA (8)")
+    add("--rank", type=integer, help="rank of LoRA and DoRA (8)")
     add("--batch-size", type=integer, help="sequences in a batch (4)")
     add("--max-seq-length", type=integer, help="tokens in a sequence (2048)")
-    add("--grad-checkpoint", action="store_true", default=None, help="compute activations twice")
-    add("--dtype", choices=DTYPES, help="of the weights (as the config says)")
-    add("--quantize", type=integer, metavar="BITS", help="of a quantized base (as the config says)")
+    add(
+        "--grad-checkpoint",
+        action="store_true",
+        default=None,
+        help="compute activations again in the backward pass",
+    )
+    add("--dtype", choices=DTYPES, help="dtype of the weights (as the config says)")
+    add(
+        "--quantize",
+        type=integer,
+        metavar="BITS",
+        help="bits of a quantized base (as the config says)",
+    )
     add("--optimizer", metavar="NAME", help=f"one of {', '.join(optimizer_names())}")
-    add("--option", action="append", metavar="NAME=VALUE", help="of the optimizer; JSON values")
-    add("--memory", type=float, metavar="GB", help="of the Mac that it shall fit (this machine)")
+    add(
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="option of the optimizer; JSON values",
+    )
+    add(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="memory of the Mac that it must fit (this machine)",
+    )
     add("-c", "--config", metavar="FILE", help="a YAML file of mlx_lm.lora")
     given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
     start = time.perf_counter()

@@ -88,7 +88,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     add = parser.add_argument
     known = ", ".join(optimizer_names())
     add("--optimizer", metavar="NAME", help=f"one of {known}; default orthomaxfactor")
-    add("--option", action="append", metavar="NAME=VALUE", help="of the optimizer; JSON values")
+    add(
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="option of the optimizer; JSON values",
+    )
     add("--quantize", action="store_true", default=None, help="train on a copy in 4 bits")
     add("--resume", action="store_true", default=None, help="continue from the checkpoint")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
