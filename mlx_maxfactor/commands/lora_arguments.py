@@ -36,6 +36,7 @@ DEFAULTS = {
     "option": [],
     "quantize": False,
     "resume": False,
+    "trust_remote_code": False,  # mlx-lm 0.31, the last for Python 3.10, does not have it
 }
 """mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
 
