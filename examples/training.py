@@ -1,6 +1,6 @@
-"""What the examples that train share: the loop, its checkpoints, its table, its command line.
+"""The code that the training examples share: loop, checkpoints, tables, command line.
 
-`make_optimizer` and `compiled_step` show the library; the rest is an ordinary MLX program.
+`make_optimizer` and `compiled_step` use the library. The rest is an ordinary MLX program.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PEERS: dict[str, Callable[..., Optimizer]] = {
     "normuon": NorMuon,
 }
 NAMES = (*OPTIMIZERS, *PEERS)  # for hidden matrices
-READ_EVERY = 10  # steps between two looks at the loss: each makes the host wait for the device
+READ_EVERY = 10  # steps between two records of the loss: each record waits for the device
 
 Batch = tuple[mx.array, ...]
 
@@ -107,13 +107,13 @@ class Run:
     state_bytes: int
     hidden_state_bytes: int
     steps: list[int] = field(default_factory=list)
-    training_loss: list[float] = field(default_factory=list)  # mean since the entry before
+    training_loss: list[float] = field(default_factory=list)  # mean since the previous entry
     learning_rate: list[float] = field(default_factory=list)
     seconds_per_step: list[float] = field(default_factory=list)
     validation_steps: list[int] = field(default_factory=list)
     validation: dict[str, list[float]] = field(default_factory=dict)
     bands: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # [step][share, μ]
-    saved_steps: list[int] = field(default_factory=list)  # whose files it still has
+    saved_steps: list[int] = field(default_factory=list)  # steps of the checkpoints it still has
     skipped: int = 0
     sample: str = ""
 
@@ -133,9 +133,9 @@ def train_all(
     arguments: Arguments,
     make: Callable[..., RoutedOptimizer] | None = None,
 ) -> list[Run]:
-    """Train with each optimizer that was asked for. Print and draw the results.
+    """Train with each optimizer of the command line. Print and draw the results.
 
-    Optimizers come from `make_optimizer`, unless `make` takes its place.
+    `make` replaces `make_optimizer`, if it is given.
     """
     names = arguments.compare or [arguments.optimizer]
     make = make or make_optimizer
@@ -145,7 +145,7 @@ def train_all(
         advice = "\ngive another --output, or start without --resume" if arguments.resume else ""
         sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}{advice}")
     except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'interrupted in the midst of a step'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'interrupted during a step'}", file=sys.stderr)
         sys.exit(130)
     print_results(runs, task)
     save_results(runs, task, title, arguments.output)
@@ -153,7 +153,7 @@ def train_all(
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program. Ctrl-C outside of the training prints one line as well."""
+    """Run a program. Ctrl-C outside of training also prints a single line."""
     try:
         main()
     except KeyboardInterrupt:
@@ -244,7 +244,7 @@ def make_optimizer(
 ) -> RoutedOptimizer:
     """Hidden matrices go to the named optimizer, the rest to AdamW, both on one schedule.
 
-    Where neither the command line nor `rates` gives a rate, the library picks it from the steps.
+    If neither the command line nor `rates` has a rate, the library picks one for `--steps`.
     """
     rate = arguments.learning_rate or rates.get(name)
     options = dict(arguments.option)
@@ -337,17 +337,17 @@ def resume(
     random: np.random.Generator,
     arguments: Arguments,
 ) -> int:
-    """Load the newest checkpoint, if there is one. Returns the steps that it had made."""
+    """Load the newest checkpoint, if there is one. Return its number of steps."""
     for path in checkpoints(run.optimizer, arguments)[:1]:
         extra = load_checkpoint(path, model, optimizer)
         if extra["data"]["identity"] != task.identity:
-            raise CheckpointError(f"{path} was trained on other data, or in other batches")
+            raise CheckpointError(f"{path} was trained with other data or other batches")
         vars(run).update(extra["run"])
-        run.saved_steps = run.saved_steps or [extra["done"]]  # a file of before there was a list
+        run.saved_steps = run.saved_steps or [extra["done"]]  # older files have no list
         random.bit_generator.state = extra["data"]["order"]
         print(f"resuming {path} after {extra['done']} steps")
         return extra["done"]
-    print("nothing to resume: starting from the beginning")
+    print("no checkpoint to resume: starting from the beginning")
     return 0
 
 
@@ -356,7 +356,7 @@ def checkpoint(name: str, done: int, arguments: Arguments) -> Path:
 
 
 def checkpoints(name: str, arguments: Arguments) -> list[Path]:
-    """The newest file first. An older run in the same folder may have made more steps."""
+    """All checkpoints, the newest first. An older run in this folder may have more steps."""
     files = arguments.output.glob(f"{name}-*.safetensors")
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
 
@@ -367,7 +367,7 @@ def checkpoints(name: str, arguments: Arguments) -> list[Path]:
 def how_to_resume() -> str:
     """The command that resumes an interrupted run."""
     again = [Path(sys.executable).name, *(a for a in sys.argv if a != "--resume"), "--resume"]
-    return f"go on with: {shlex.join(again)}"
+    return f"continue with: {shlex.join(again)}"
 
 
 # Results
@@ -423,14 +423,14 @@ def draw_losses(
     for name, loss in guesses.items():
         axes.axhline(loss, color="gray", linestyle="--", label=name)
     seen = [*guesses.values(), *(loss for run in runs for loss in run.validation["loss"])]
-    # Cuts off the first few steps.
+    # Leave out the high losses of the first few steps.
     axes.set_ylim(top=1.05 * max(filter(math.isfinite, seen), default=1.0))
     axes.set_ylabel("cross-entropy, nats")
     axes.legend()
 
 
 def draw_bands(run: Run) -> Figure:
-    """Draw each watched layer's bands: their share of the gradient's power, and momentum."""
+    """Draw each watched layer's bands: their shares of the gradient's power and their momentum."""
     figure = Figure(figsize=(12, 4 * len(run.bands)), dpi=100, layout="constrained")
     rows = figure.subplots(len(run.bands), 2, sharex=True, squeeze=False)
     colours = colormaps["viridis"]
@@ -454,7 +454,7 @@ def draw_bands(run: Run) -> Figure:
 
 
 class Arguments(argparse.Namespace):
-    """The arguments that the examples share, typed."""
+    """The arguments that the examples share."""
 
     optimizer: str
     compare: list[str] | None
@@ -488,33 +488,41 @@ class Parser(OneLineParser):
         )
         which = self.add_mutually_exclusive_group()
         which.add_argument(
-            "--optimizer", choices=choices, default="orthomaxfactor", help="one to train"
+            "--optimizer", choices=choices, default="orthomaxfactor", help="for hidden matrices"
         )
         several = partial(names, choices=choices)
-        which.add_argument("--compare", type=several, metavar="A,B,C", help="several to train")
-        add = self.add_argument
-        of = partial(add, type=option, action="append", default=[], metavar="NAME=VALUE")
-        of("--option", help="of the optimizer on hidden matrices; a value is JSON")
-        add(
-            "--learning-rate", type=rate, help="peak on hidden matrices; None: picked for the steps"
+        which.add_argument(
+            "--compare", type=several, metavar="A,B,C", help="train with each of these optimizers"
         )
-        add("--rest", choices=OPTIMIZERS, default="adamw", help="of all other parameters")
-        of("--rest-option", help="of that on the rest")
-        add("--rest-learning-rate", type=rate, help="its peak; None: picked for the steps")
-        add("--steps", type=integer, help="updates")
-        add("--batch-size", type=integer, help="examples in a batch")
-        add("--layers", type=integer, default=2, help="transformer blocks of each stack")
+        add = self.add_argument
+        add_option = partial(add, type=option, action="append", default=[], metavar="NAME=VALUE")
+        add_option("--option", help="an option of the optimizer for hidden matrices; VALUE is JSON")
+        picked = "None: picked automatically"
+        add("--learning-rate", type=rate, help=f"peak rate of the hidden matrices; {picked}")
+        add(
+            "--rest", choices=OPTIMIZERS, default="adamw", help="optimizer for all other parameters"
+        )
+        add_option("--rest-option", help="an option of the optimizer for the rest; VALUE is JSON")
+        add("--rest-learning-rate", type=rate, help=f"peak rate of the rest; {picked}")
+        add("--steps", type=integer, help="number of training steps")
+        add("--batch-size", type=integer, help="examples per batch")
+        add("--layers", type=integer, default=2, help="transformer blocks per stack")
         add("--width", type=integer, default=64, help="channels")
         add("--heads", type=integer, default=2, help="attention heads")
-        add("--seed", type=partial(integer, least=0), default=1, help="of weights and batches")
-        add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-        add("--rounding", choices=["nearest", "stochastic"], default="nearest", help="of them")
+        add("--seed", type=partial(integer, least=0), default=1, help="seed of weights and batches")
+        add("--dtype", choices=DTYPES, default="float32", help="data type of the weights")
+        add(
+            "--rounding",
+            choices=["nearest", "stochastic"],
+            default="nearest",
+            help="rounding of the weights",
+        )
         add("--profile", action="store_true", help="print where a step's time and memory go")
-        add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+        add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
         add("--save-every", type=integer, default=100, help="steps between checkpoints")
-        add("--keep", type=integer, default=2, help="checkpoints that stay")
+        add("--keep", type=integer, default=2, help="how many checkpoints to keep")
         add("--eval-every", type=integer, help="steps between validations")
-        add("--output", type=Path, help="folder of curves and checkpoints")
+        add("--output", type=Path, help="folder for curves and checkpoints")
         self.set_defaults(**defaults)
 
     def parse(self, arguments: Arguments) -> None:
@@ -552,10 +560,10 @@ def integer(argument: str, least: int = 1) -> int:
 
 
 def option(argument: str) -> tuple[str, Any]:
-    """An option of an optimizer; its value is JSON.
+    """Parse an option of an optimizer. Its value is JSON.
 
-    Frequency-adaptive momentum is an object: momentum={"bands": 10}; with a "variant", one of
-    variants.py.
+    An object gives frequency-adaptive momentum: momentum={"bands": 10}. Its "variant" names a rule
+    of variants.py.
     """
     name, equals, text = argument.partition("=")
     try:
@@ -566,7 +574,7 @@ def option(argument: str) -> tuple[str, Any]:
         return name, value
     except (KeyError, TypeError, ValueError) as problem:
         message = (
-            f"takes NAME=VALUE with a JSON value (true, not True), one --option each, "
+            f"must be NAME=VALUE with a JSON value (true, not True), one --option each, "
             f"got {argument!r} ({problem})"
         )
         raise argparse.ArgumentTypeError(message) from None
@@ -586,5 +594,5 @@ def names(argument: str, choices: Sequence[str]) -> list[str]:
     given = argument.split(",")
     if not set(given) <= set(choices) or len(set(given)) < len(given):
         known = ", ".join(choices)
-        raise argparse.ArgumentTypeError(f"takes different names of {known}, got {argument!r}")
+        raise argparse.ArgumentTypeError(f"must be different names from {known}, got {argument!r}")
     return given

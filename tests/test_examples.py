@@ -113,7 +113,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path):
         child.send_signal(signal.SIGINT)
         last = child.stderr.read().strip().splitlines()[-1]
     assert child.returncode == 130, last
-    path, done = re.fullmatch(r"(\S+) has (\d+) steps; go on with: .* --resume", last).groups()
+    path, done = re.fullmatch(r"(\S+) has (\d+) steps; continue with: .* --resume", last).groups()
     assert (tmp_path / path).name == f"orthomaxfactor-{int(done):06}.safetensors"
     assert (tmp_path / path).exists()
 
@@ -226,7 +226,7 @@ def test_resuming_with_other_batches_is_refused(recordings, tmp_path):
     batches = (*TINY[:4], "--batch-size", "3")
     done = run(SPEECH, "--data", str(recordings), *batches, "--resume", cwd=tmp_path)
     assert done.returncode != 0
-    assert "other data, or in other batches" in done.stderr
+    assert "other data or other batches" in done.stderr
     assert "Traceback" not in done.stderr
 
 
