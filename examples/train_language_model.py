@@ -6,8 +6,8 @@ r"""Train a small character transformer on the source of Python's standard libra
     python examples/train_language_model.py --compare orthomaxfactor,muon,adamw
     python examples/train_language_model.py --resume
 
-The text is on every machine that runs Python. Every eighth module is held out for validation.
-`training.py` beside this file has the loop: how the optimizer is made and used.
+Every machine with Python has this text. Every eighth module is held out for validation.
+`training.py`, in the same folder, creates the optimizer and runs the training loop.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import mlx.nn as nn
 import numpy as np
 from training import Arguments, Parser, integer, train_all
 
-CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # all others are dropped from the text
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # other characters are removed
 VALIDATION = (16, 8)  # batches, windows in each
 
-# Peak rates on hidden matrices where the library picks none: the best of a small grid.
+# Peak rates of the hidden matrices, for optimizers whose rate the library does not pick: the best
+# of a small grid.
 RATES = {"maxfactor": 0.1, "adafactor": 5e-3, "signsgd": 5e-3}
 RATES |= {"mlx_adamw": 7e-4, "mlx_adafactor": 0.05, "normuon": 0.03}
 
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 class LanguageModel:
-    """Predict the next character of source code."""
+    """The task: predict the next character of source code."""
 
     def __init__(self, text: Text, arguments: LanguageArguments) -> None:
         self.text, self.arguments = text, arguments
@@ -63,11 +64,11 @@ class LanguageModel:
         return {}
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array]:
-        """The next random windows."""
+        """A batch of random windows."""
         return (self.text.training_batch(random, self.arguments),)
 
     def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
-        """Mean cross-entropy of each next character; windows are (batch, context + 1)."""
+        """Mean cross-entropy of the next characters. Windows are (batch, context + 1)."""
         (windows,) = batch
         logits = model(windows[:, :-1]).astype(mx.float32)
         return nn.losses.cross_entropy(logits, windows[:, 1:], reduction="mean")
@@ -78,7 +79,7 @@ class LanguageModel:
         return {"loss": float(mx.mean(mx.stack(losses)))}
 
     def sample(self, model: nn.Module) -> str:
-        """200 characters after a start of code, sampled at temperature 0.8."""
+        """200 characters that follow "def ", sampled at temperature 0.8."""
         characters = [CHARACTERS.index(character) for character in "def "]
         for _ in range(200):
             logits = model(mx.array([characters[-self.arguments.context :]]))[0, -1]
@@ -87,7 +88,7 @@ class LanguageModel:
 
 
 class Transformer(nn.Module):
-    """A causal, pre-norm transformer with rotary positions and a head of its own."""
+    """A causal pre-norm transformer with rotary positions and an untied output layer."""
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, len(CHARACTERS), bias=False)
 
     def __call__(self, characters: mx.array) -> mx.array:
-        """Logits of the next characters: (batch, context) to (batch, context, 96)."""
+        """Map (batch, context) characters to (batch, context, 96) logits of the next ones."""
         x = self.embedding(characters)
         for block in self.blocks:
             x = block(x)
@@ -105,7 +106,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers, each added to its input."""
+    """A transformer block: attention and a two-layer MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -116,13 +117,13 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(batch, context, width) to the same shape."""
+        """Map (batch, context, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.down(nn.gelu_approx(self.up(self.mlp_norm(x))))
 
 
 class Attention(nn.Module):
-    """Causal attention over the characters so far."""
+    """Causal self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(batch, context, width) to the same shape."""
+        """Map (batch, context, width) to the same shape."""
         batch, context, width = x.shape
         shape = (batch, context, self.heads, width // self.heads)
         query, key, value = (
@@ -149,14 +150,14 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Text:
-    """Two texts from different files, as positions in CHARACTERS."""
+    """A training and a validation text, from different files, as indices into CHARACTERS."""
 
     training: np.ndarray
     validation: np.ndarray
 
     @classmethod
     def of(cls, files: list[Path]) -> Text:
-        """Read every file. Every eighth is for validation."""
+        """Read the files. Every eighth file is for validation."""
         return cls(read([f for i, f in enumerate(files) if i % 8]), read(files[::8]))
 
     @property
@@ -166,18 +167,18 @@ class Text:
 
     @property
     def unigram_entropy(self) -> float:
-        """The least loss on the validation text, in nats, of a model that ignores context."""
+        """The lowest validation loss, in nats, that a model without context can reach."""
         counts = np.bincount(self.validation)
         p = counts[counts > 0] / counts.sum()
         return -float(np.sum(p * np.log(p)))
 
     def training_batch(self, random: np.random.Generator, arguments: LanguageArguments) -> mx.array:
-        """The next random windows."""
+        """A batch of random windows of the training text."""
         starts = random.integers(len(self.training) - arguments.context, size=arguments.batch_size)
         return windows(self.training, starts, arguments.context + 1)
 
     def validation_batches(self, arguments: LanguageArguments) -> list[mx.array]:
-        """The same windows at every evaluation, spread evenly over the held-out files."""
+        """Windows at equal distances in the held-out text, the same at every validation."""
         last = len(self.validation) - arguments.context - 1
         starts = np.linspace(0, last, math.prod(VALIDATION), dtype=int)
         return [
@@ -187,10 +188,10 @@ class Text:
 
 
 def read(files: list[Path]) -> np.ndarray:
-    places = np.full(256, -1, dtype=np.int32)
-    places[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
+    indices = np.full(256, -1, dtype=np.int32)
+    indices[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
     text = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
-    found = places[np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)]
+    found = indices[np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)]
     return found[found >= 0]
 
 
@@ -199,7 +200,7 @@ def windows(text: np.ndarray, starts: np.ndarray, length: int) -> mx.array:
 
 
 class LanguageArguments(Arguments):
-    """The shared arguments, the text, the length of a window, and zero-initialized outputs."""
+    """The arguments of this program."""
 
     source: Path | None
     context: int
@@ -207,7 +208,7 @@ class LanguageArguments(Arguments):
 
 
 def parse_arguments() -> tuple[LanguageArguments, Text]:
-    """Read the command line and the text, and report what is wrong before any work."""
+    """Read the command line and the text. Report errors before any work."""
     parser = Parser(
         "Train a character transformer on the source of Python's standard library.",
         steps=300,
@@ -215,19 +216,21 @@ def parse_arguments() -> tuple[LanguageArguments, Text]:
         eval_every=50,
         output=Path("runs/language_model"),
     )
-    source = "Python files in this folder and below, in place of the standard library"
+    source = "train on the Python files below this folder, not on the standard library"
     parser.add_argument("--source", type=Path, metavar="FOLDER", help=source)
-    parser.add_argument("--context", type=integer, default=64, help="characters in a window")
+    parser.add_argument("--context", type=integer, default=64, help="characters per window")
     zeros = "start the output projections of attention and MLP at zero"
     parser.add_argument("--zero-outputs", action="store_true", help=zeros)
     arguments = LanguageArguments()
     parser.parse(arguments)
     if arguments.width % (2 * arguments.heads):
-        parser.error("--width must be divisible by twice --heads (rotary positions take pairs)")
+        parser.error(
+            "--width must be divisible by twice --heads (rotary positions need an even head size)"
+        )
     standard_library = Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")
     files = sorted(arguments.source.rglob("*.py") if arguments.source else standard_library)
     if not files:
-        parser.error(f"--source {arguments.source} holds no Python files")
+        parser.error(f"--source {arguments.source} contains no Python files")
     text = Text.of(files)
     shortest = min(len(text.training), len(text.validation))
     if arguments.context >= shortest:
