@@ -1,4 +1,4 @@
-r"""Train a small speech recognizer in Whisper's shape on voices that eSpeak NG makes.
+r"""Train a small Whisper-like speech recognizer on speech synthesized by eSpeak NG.
 
     python examples/train_speech.py
     python examples/train_speech.py --compare orthomaxfactor,muon,adamw
@@ -7,8 +7,9 @@ r"""Train a small speech recognizer in Whisper's shape on voices that eSpeak NG 
     python examples/train_speech.py --data my_recordings
     python examples/train_speech.py --resume
 
-Digits and commands, in seven accents of English; four voices are held out for validation.
-`speech_data.py` beside this file makes the sound, `training.py` has the loop.
+The clips are digits and commands, in seven accents of English. Four voices are held out for
+validation. `speech_data.py`, in the same folder, makes the clips; `training.py` runs the training
+loop.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from training import Arguments, Parser, Run, integer, option, rate, run_main, tr
 from mlx_maxfactor import MaxFactor
 
 VALIDATION_BATCH = 64
-END = "\n"  # begins and ends every text
+END = "\n"  # the first and last character of every text
 
-# Peak rates on hidden matrices where the library picks none: the best that compare_optimizers.py
-# found, or guesses.
+# Peak rates of the hidden matrices, for optimizers whose rate the library does not pick: the best
+# rates that compare_optimizers.py found, or guesses.
 RATES = {"maxfactor": 0.05, "adafactor": 5e-3, "signsgd": 2e-3}
 RATES |= {"mlx_adamw": 0.0015, "mlx_adafactor": 0.015, "normuon": 0.03}
 
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 class Speech:
-    """Turn sound into characters."""
+    """The task: turn sound into characters."""
 
     watched = ("encoder.conv1.weight", "encoder.blocks.0.up.weight")
 
@@ -69,7 +70,7 @@ class Speech:
         }
 
     def arrays(self, clips: Sequence[Clip]) -> tuple[mx.array, mx.array]:
-        """Features (clips, frames, 80) of clips padded with silence, and texts that -1 fills."""
+        """Features (clips, frames, 80) of clips padded with silence, and texts padded with -1."""
         features = [log_mel(np.pad(c.samples, (0, self.samples - len(c.samples)))) for c in clips]
         texts = np.full((len(clips), self.longest_text + 1), -1, dtype=np.int32)
         for row, clip in zip(texts, clips, strict=True):
@@ -82,9 +83,9 @@ class Speech:
         return Recognizer(len(self.characters), self.longest_text, a.width, a.layers, a.heads)
 
     def rules(self) -> dict[str, Any]:
-        """Explain the position table, and give the first convolution to MaxFactor if that is asked.
+        """Rules for the position table and, with --convolution-option, for the first convolution.
 
-        Only there, along the mel axis, does the order of inputs mean a frequency.
+        The first convolution is the only layer whose inputs are ordered by frequency (mel bins).
         """
         rules: dict[str, Any] = {"decoder.positions": "embedding"}
         if self.arguments.convolution_option:
@@ -92,18 +93,18 @@ class Speech:
         return rules
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, mx.array]:
-        """The next random clips."""
+        """A batch of random clips."""
         count = len(self.training_features)
         chosen = mx.array(random.integers(count, size=self.arguments.batch_size))
         return self.training_features[chosen], self.training_texts[chosen]
 
     def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
-        """Mean cross-entropy of each next character, the end of the text included."""
+        """Mean cross-entropy of the next characters, including the end of the text."""
         features, texts = batch
-        texts, heard = mx.maximum(texts, 0), texts[:, 1:] >= 0
+        texts, known = mx.maximum(texts, 0), texts[:, 1:] >= 0
         logits = model(features, texts[:, :-1]).astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, texts[:, 1:])
-        return mx.sum(losses * heard) / mx.sum(heard)
+        return mx.sum(losses * known) / mx.sum(known)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """The loss on held-out speakers, and the error rates of greedy transcripts."""
@@ -118,7 +119,7 @@ class Speech:
         return {"loss": total / characters, **self.error_rates(transcripts)}
 
     def transcribe(self, model: nn.Module, features: mx.array) -> list[str]:
-        """The most likely character, one after the other, until every text has ended."""
+        """Greedy decoding: add the most likely character until every text has ended."""
         assert isinstance(model, Recognizer)
         sound = model.encoder(features)
         texts = mx.zeros((len(features), 1), mx.int32)
@@ -131,7 +132,7 @@ class Speech:
         return [row.partition(END)[0] for row in rows]
 
     def error_rates(self, transcripts: Sequence[str]) -> dict[str, float]:
-        """Edits over the length of what was said, in characters and in words."""
+        """Edit distance divided by the length of the true text, in characters and in words."""
         said = [clip.text for clip in self.held_out]
         return {
             "character error": float(jiwer.cer(said, list(transcripts))),
@@ -139,12 +140,12 @@ class Speech:
         }
 
     def untrained(self) -> dict[str, float]:
-        """Transcripts of held-out speakers by an untrained model."""
+        """The measures of an untrained model."""
         mx.random.seed(self.arguments.seed)
         return self.validate(self.model())
 
     def sample(self, model: nn.Module) -> str:
-        """The text and the transcript of a few held-out clips."""
+        """The true text and the transcript of a few held-out clips."""
         few = self.held_out[:8]
         transcripts = self.transcribe(model, self.features[: len(few)])
         width = max(len(clip.text) for clip in few)
@@ -159,13 +160,13 @@ def most_frequent(clips: Sequence[Clip]) -> str:
 
 
 def convolution_optimizer(arguments: SpeechArguments) -> MaxFactor:
-    """MaxFactor with `min_rms` 1: its rate is then as absolute as AdamW's."""
+    """MaxFactor with `min_rms` 1. Its rate is then absolute, like AdamW's."""
     rate = arguments.convolution_learning_rate or arguments.rest_learning_rate or 2e-2
     return MaxFactor(
-        rate,  # create_optimizer puts it on the schedule of the others
+        rate,  # create_optimizer applies the schedule to it as well
         min_rms=1.0,
         rounding=arguments.rounding,
-        seed=arguments.seed + 1000,  # apart from the seeds of the router's own members
+        seed=arguments.seed + 1000,  # differs from the seeds of the router's own members
         **dict(arguments.convolution_option),
     )
 
@@ -174,7 +175,7 @@ def convolution_optimizer(arguments: SpeechArguments) -> MaxFactor:
 
 
 class Recognizer(nn.Module):
-    """Whisper's shape, small: an encoder of sound, and a decoder of text that attends to it."""
+    """A small Whisper: an encoder of sound, and a decoder of text that attends to the sound."""
 
     def __init__(
         self, characters: int, longest_text: int, width: int, layers: int, heads: int
@@ -184,14 +185,14 @@ class Recognizer(nn.Module):
         self.decoder = Decoder(characters, longest_text, width, layers, heads)
 
     def __call__(self, features: mx.array, texts: mx.array) -> mx.array:
-        """Logits of next characters: (batch, frames, 80), (batch, text) to (batch, text, kinds)."""
+        """Map (batch, frames, 80) and (batch, text) to (batch, text, characters) logits."""
         return self.decoder(texts, self.encoder(features))
 
 
 class Encoder(nn.Module):
-    """Two convolutions, of which the second halves the frames, then transformer blocks.
+    """Two convolutions, then transformer blocks. The second convolution halves the frames.
 
-    With ReLU: on a CPU, Whisper's GELU costs more than the matrix products around it.
+    The activation is ReLU. On a CPU, Whisper's GELU takes longer than the matrix products.
     """
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
@@ -202,9 +203,9 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def __call__(self, features: mx.array) -> mx.array:
-        """(batch, frames, 80) to (batch, frames / 2, width)."""
+        """Map (batch, frames, 80) to (batch, frames / 2, width)."""
         x = nn.relu(self.conv1(features.astype(self.conv1.weight.dtype)))
-        # A stride of two: on the CPU, MLX's gradient of a strided convolution is five times slower.
+        # Slicing, not a stride: MLX's gradient of a strided convolution is 5x slower on a CPU.
         x = nn.relu(self.conv2(x)[:, ::2])
         x = x + sinusoids(*x.shape[1:]).astype(x.dtype)
         for block in self.blocks:
@@ -213,7 +214,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Transformer blocks with cross-attention; its embedding is its head."""
+    """Transformer blocks with cross-attention. The embedding is also the output layer."""
 
     def __init__(
         self, characters: int, longest_text: int, width: int, layers: int, heads: int
@@ -225,7 +226,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def __call__(self, texts: mx.array, sound: mx.array) -> mx.array:
-        """Logits of next characters, from (batch, text) and (batch, frames / 2, width)."""
+        """Map (batch, text) and (batch, frames / 2, width) to (batch, text, characters) logits."""
         x = self.embedding(texts) + self.positions[: texts.shape[1]]
         for block in self.blocks:
             x = block(x, sound)
@@ -233,7 +234,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two linear layers, each added to its input."""
+    """A transformer block: attention and a two-layer MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -244,17 +245,17 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(batch, length, width) to the same shape."""
+        """Map (batch, length, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(x)
 
     def feed_forward(self, x: mx.array) -> mx.array:
-        """(batch, length, width) to the same shape."""
+        """Apply the MLP to (batch, length, width). The shape stays the same."""
         return self.down(nn.relu(self.up(self.mlp_norm(x))))
 
 
 class CrossBlock(Block):
-    """A causal block that attends to the sound between its two parts."""
+    """A causal block with cross-attention to the sound before its MLP."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
@@ -262,14 +263,14 @@ class CrossBlock(Block):
         self.cross_attention = Attention(width, heads)
 
     def __call__(self, x: mx.array, sound: mx.array) -> mx.array:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """(batch, text, width) to the same shape; `sound` is (batch, frames / 2, width)."""
+        """Map (batch, text, width) to the same shape. `sound` is (batch, frames / 2, width)."""
         x = x + self.attention(self.attention_norm(x), mask="causal")
         x = x + self.cross_attention(self.cross_norm(x), sound)
         return x + self.feed_forward(x)
 
 
 class Attention(nn.Module):
-    """Attention to itself or to another sequence."""
+    """Self-attention, or cross-attention to another sequence."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -282,7 +283,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, source: mx.array | None = None, mask: str | None = None
     ) -> mx.array:
-        """(batch, length, width) to the same shape; `source` is (batch, any length, width)."""
+        """Map (batch, length, width) to the same shape. `source` is (batch, any length, width)."""
         source = x if source is None else source
         query, key, value = (
             y.reshape(*y.shape[:2], self.heads, -1).swapaxes(1, 2)  # (batch, heads, length, -1)
@@ -295,7 +296,7 @@ class Attention(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> mx.array:
-    """Positions as sines and cosines of geometrically spaced wavelengths: (length, width)."""
+    """Sinusoidal position embeddings, (length, width)."""
     half = width // 2
     frequencies = mx.exp(-math.log(10_000) / (half - 1) * mx.arange(half))
     angles = mx.arange(length)[:, None] * frequencies
@@ -306,7 +307,7 @@ def sinusoids(length: int, width: int) -> mx.array:
 
 
 def save_transcripts(run: Run, task: Speech, folder: Path) -> None:
-    """Write transcripts.png: spectrograms of held-out clips, what was said and understood."""
+    """Write transcripts.png: spectrograms of held-out clips with their texts and transcripts."""
     figure = Figure(figsize=(12, 10), dpi=100, layout="constrained")
     panels = zip(
         figure.subplots(4, 2).flat, task.held_out, run.sample.splitlines()[1:], strict=False
@@ -325,7 +326,7 @@ def save_transcripts(run: Run, task: Speech, folder: Path) -> None:
 
 
 class SpeechArguments(Arguments):
-    """The shared arguments, and where the sound comes from."""
+    """The arguments of this program."""
 
     convolution_option: list[tuple[str, Any]]
     convolution_learning_rate: float | None
@@ -335,9 +336,9 @@ class SpeechArguments(Arguments):
 
 
 def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
-    """Read the command line and the sound, and report what is wrong before any work."""
+    """Read the command line and the sound. Report errors before any work."""
     parser = Parser(
-        "Train a small speech recognizer in Whisper's shape on voices that eSpeak NG makes.",
+        "Train a small Whisper-like speech recognizer on speech synthesized by eSpeak NG.",
         steps=400,
         batch_size=16,
         eval_every=100,
@@ -350,12 +351,16 @@ def parse_arguments() -> tuple[SpeechArguments, tuple[list[Clip], list[Clip]]]:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="give the first convolution to MaxFactor, with this option",
+        help="train the first convolution with MaxFactor and this option of it; VALUE is JSON",
     )
-    add("--convolution-learning-rate", type=rate, help="its peak; None: that of the rest")
-    add("--data", type=Path, help="folder of NAME.wav and NAME.txt, in place of eSpeak NG")
-    add("--cache", type=Path, default=Path("runs/speech_clips"), help="folder of what it spoke")
-    add("--clips", type=integer, default=3000, help="to train on; a tenth as many are held out")
+    convolution_rate = "peak rate of the first convolution; None: the rate of the rest"
+    add("--convolution-learning-rate", type=rate, help=convolution_rate)
+    own = "folder of NAME.wav and NAME.txt files, used in place of synthesized speech"
+    add("--data", type=Path, help=own)
+    cache = "folder that keeps the synthesized clips"
+    add("--cache", type=Path, default=Path("runs/speech_clips"), help=cache)
+    clips_help = "clips to synthesize for training; a tenth as many are held out"
+    add("--clips", type=integer, default=3000, help=clips_help)
     arguments = SpeechArguments()
     parser.parse(arguments)
     try:
