@@ -1,16 +1,16 @@
-"""Measure what a user waits for: whole training steps, compiled, compared with mlx's AdamW.
+"""Measure time and memory of whole compiled training steps, compared with mlx's AdamW.
 
     python examples/benchmark_optimizers.py
     python examples/benchmark_optimizers.py --shapes 1.5b --tokens 4096 --only default --only muon
 
-A step is forward, backward and update of transformer blocks with the shapes of Qwen2.5. Every round
-times each optimizer once, in turn, so that a change of the machine's speed touches all of them;
-what counts are ratios within a round: median, least and greatest. Peaks are measured one optimizer
-at a time, under a memory limit that every step exceeds: MLX then waits for what runs before it
-allocates, as it does where memory is short.
+A step is the forward pass, backward pass and update of transformer blocks with the shapes of
+Qwen2.5. Every round times each optimizer once, so a change of the machine's speed affects all of
+them. The table has the ratios within a round: median (least to greatest). Peak memory is measured
+for one optimizer at a time, under a memory limit that every step exceeds. MLX then waits for
+running work before it allocates, as it does when memory is short.
 
-float32 everywhere, and bf16 where the device is a GPU: MLX's CPU multiplies bf16 matrices twenty
-times slower. mlx's Muon multiplies in bf16 by itself, so on a CPU it takes most of the time here.
+The weights are float32, and on a GPU also bf16. On a CPU, MLX multiplies bf16 matrices twenty times
+slower. mlx's Muon always multiplies in bf16, so on a CPU it takes most of the benchmark's time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mlx_maxfactor import create_optimizer
 
 BASE = "mlx AdamW"
 DTYPES = {"float32": mx.float32, "bf16": mx.bfloat16}
-SEQUENCE = 512  # tokens of a sequence at most
+SEQUENCE = 512  # maximum tokens per sequence
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ SHAPES = {"0.5b": Shape(896, 4864, 14, 2), "1.5b": Shape(1536, 8960, 12, 2)}
 
 
 def mlx_split(_: nn.Module) -> Optimizer:
-    """Hidden matrices to Muon and the rest to AdamW, as the router does it."""
+    """Send hidden matrices to Muon and the rest to AdamW, like our router."""
     members = [mlx_optimizers.Muon(0.02), mlx_optimizers.AdamW(1e-3)]
     return mlx_optimizers.MultiOptimizer(members, [lambda path, p: "blocks" in path and p.ndim > 1])
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
         self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Update a stream of ``(batch, time, width)``."""
+        """Map (batch, length, width) to the same shape."""
         y = self.norm_1(x)
         batch, length, width = x.shape
         side = width // self.shape.heads
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(shape.width)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Logits of the next token."""
+        """Logits of the next tokens."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
@@ -131,10 +131,10 @@ def loss_of(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 class Trial:
-    """A transformer and its optimizer, as one compiled training step."""
+    """A transformer, its optimizer and their compiled training step."""
 
     def __init__(self, name: str, shape: Shape, dtype: mx.Dtype, given: Arguments):
-        self.others = mx.get_active_memory()
+        self.memory_before = mx.get_active_memory()
         self.model = model = Transformer(shape, given.layers, given.vocabulary)
         model.set_dtype(dtype)
         self.optimizer = optimizer = ENTRIES[name](model)
@@ -151,7 +151,7 @@ class Trial:
         self.step = step
 
     def seconds(self, tokens: mx.array) -> float:
-        """Seconds of a step."""
+        """Time one step, in seconds."""
         mx.synchronize()
         start = time.perf_counter()
         mx.eval(self.step(tokens), self.state)
@@ -159,13 +159,13 @@ class Trial:
         return time.perf_counter() - start
 
     def peak(self, tokens: mx.array) -> int:
-        """Peak bytes of this trial under a memory limit that every step exceeds."""
+        """Peak memory of a step, in bytes, under a memory limit that every step exceeds."""
         mx.clear_cache()
         mx.reset_peak_memory()
         limit = mx.set_memory_limit(1)
         mx.eval(self.step(tokens), self.state)
         mx.set_memory_limit(limit)
-        return mx.get_peak_memory() - self.others
+        return mx.get_peak_memory() - self.memory_before
 
 
 def main() -> None:
@@ -195,7 +195,7 @@ def main() -> None:
 def measure(
     names: Sequence[str], shape: Shape, dtype: mx.Dtype, given: Arguments
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of every round by number of tokens, then bytes, of each optimizer."""
+    """For each optimizer: seconds of every round by number of tokens, and bytes of memory."""
     seconds = time_steps(names, shape, dtype, given)
     measured = {}
     for name in tqdm(names, "memory", leave=False):
@@ -221,7 +221,7 @@ def time_steps(
 
 
 def measure_bytes(name: str, shape: Shape, dtype: mx.Dtype, given: Arguments) -> tuple[int, int]:
-    """Bytes of the state, and the peak of a step with few tokens, so that activations are few."""
+    """Bytes of the state, and the peak of a step. Few tokens keep the activations small."""
     batch = batch_of(min(SEQUENCE, *given.tokens), given.vocabulary)
     trial = Trial(name, shape, dtype, given)
     trial.seconds(batch)
@@ -244,18 +244,18 @@ def size_of(tree: Any) -> int:
 
 
 def ratios(measured: Mapping[str, Any], name: str, count: str) -> list[float]:
-    """Seconds of a step over mlx AdamW's, round by round."""
+    """The step time divided by mlx AdamW's, for each round."""
     pairs = zip(measured[name]["seconds"][count], measured[BASE]["seconds"][count], strict=True)
     return [ours / theirs for ours, theirs in pairs]
 
 
 def rows_of(measured: Mapping[str, Any]) -> list[list[str]]:
-    """The first row is the head."""
+    """The rows of the table. The first row is the header."""
     counts = list(measured[BASE]["seconds"])
     rows = [["", *(f"{count} tokens" for count in counts), "state", "peak"]]
-    for name, of in measured.items():
+    for name, result in measured.items():
         times = [spread(ratios(measured, name, count)) for count in counts]
-        sizes = [f"{of[key] / measured[BASE][key]:.3f}" for key in ("state", "peak")]
+        sizes = [f"{result[key] / measured[BASE][key]:.3f}" for key in ("state", "peak")]
         rows.append([name, *times, *sizes])
     base = [f"{median(measured[BASE]['seconds'][count]):.2f} s" for count in counts]
     megabytes = [f"{measured[BASE][key] / 1e6:,.0f} MB" for key in ("state", "peak")]
@@ -276,12 +276,12 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(results: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """How much slower a step is against how much memory it needs, at the most tokens."""
+    """Plot step time against peak memory, at the largest number of tokens."""
     figure = Figure(figsize=(9 * len(results), 6), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (title, measured) in zip(panels, results.items(), strict=True):
         count = list(measured[BASE]["seconds"])[-1]
-        peaks = {name: of["peak"] / measured[BASE]["peak"] for name, of in measured.items()}
+        peaks = {name: r["peak"] / measured[BASE]["peak"] for name, r in measured.items()}
         axes.axhline(1, color="lightgray", zorder=0)
         axes.axvline(1, color="lightgray", zorder=0)
         for place, name in enumerate(sorted(peaks, key=lambda name: peaks[name])):
@@ -308,7 +308,7 @@ def draw(results: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 class Arguments(argparse.Namespace):
-    """The command line, typed."""
+    """The arguments of this program."""
 
     shapes: list[str]
     dtype: list[str] | None
@@ -321,16 +321,24 @@ class Arguments(argparse.Namespace):
 
 
 def parse_arguments() -> Arguments:
-    parser = argparse.ArgumentParser(description="Measure training steps beside mlx's AdamW.")
+    parser = argparse.ArgumentParser(description="Compare training steps with mlx's AdamW.")
     add = parser.add_argument
-    add("--shapes", nargs="+", choices=SHAPES, default=["0.5b"], help="of blocks (0.5b)")
-    add("--dtype", nargs="+", choices=DTYPES, help="of the weights")
-    add("--tokens", nargs="+", type=integer, default=[1024, 2048], help="of a step (1024 2048)")
-    add("--layers", type=integer, default=1, help="blocks (1)")
-    add("--vocabulary", type=integer, default=1024, help="tokens there are (1024)")
-    add("--rounds", type=integer, default=5, help="timed rounds (5)")
-    add("--only", action="append", choices=ENTRIES, metavar="NAME", help="of these alone")
-    add("--output", type=Path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
+    add("--shapes", nargs="+", choices=SHAPES, default=["0.5b"], help="shapes of the blocks (0.5b)")
+    add("--dtype", nargs="+", choices=DTYPES, help="data type of the weights")
+    add(
+        "--tokens",
+        nargs="+",
+        type=integer,
+        default=[1024, 2048],
+        help="tokens per step (1024 2048)",
+    )
+    add("--layers", type=integer, default=1, help="number of blocks (1)")
+    add("--vocabulary", type=integer, default=1024, help="vocabulary size (1024)")
+    add("--rounds", type=integer, default=5, help="number of timed rounds (5)")
+    add("--only", action="append", choices=ENTRIES, metavar="NAME", help="only these optimizers")
+    add(
+        "--output", type=Path, default=Path("runs/benchmark"), help="output folder (runs/benchmark)"
+    )
     return parser.parse_args(namespace=Arguments())
 
 
