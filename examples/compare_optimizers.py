@@ -1,15 +1,16 @@
-r"""Compare optimizers on one of the examples, each at its best rate, from records that are kept.
+r"""Compare optimizers on one of the examples, each at its best rate, from saved records.
 
     python examples/compare_optimizers.py speech
     python examples/compare_optimizers.py language_model --run --workers 2
 
-The first prints the tables of the records in `examples/records` and draws loss against state and
-against seconds; `all` stands for every training. `--run` first makes the runs that are missing
-there. Every configuration of `configurations.py` gets the same search: four rates of a ladder on
-seed 1, more while the best is the lowest or the highest of them, then two more seeds at the best
-(`--seeds 8`: seven more, where three do not decide).
-Each run is a command that anyone may give alone: the record has it. What follows `--` is handed on
-to every run, whose records belong in a file of their own (`--records`).
+The first command prints the tables of the records in `examples/records`. It draws the loss against
+the optimizer's state and against the step time. `all` means every training. `--run` first makes the
+missing runs. The search is the same for every configuration of `configurations.py`: it tries four
+rates of a ladder with seed 1, and further rates while the best one is the lowest or the highest.
+Then it runs two more seeds at the best rate (`--seeds 8`: seven more, if three are not enough).
+
+Each record has the command that repeats its run. Arguments after `--` are passed to every run. Such
+runs need a file of their own (`--records`).
 """
 
 from __future__ import annotations
@@ -67,14 +68,14 @@ class Record:
     """One run, where it ran, and its results."""
 
     configuration: str
-    rate: float  # 0: the library picked it
+    rate: float  # 0: picked by the library
     seed: int
     command: str
     platform: str
     workers: int
     state_bytes: int
     hidden_state_bytes: int
-    seconds_per_step: float  # median, with `workers` runs side by side
+    seconds_per_step: float  # median, with `workers` runs at a time
     validation: dict[str, float | None]
 
     def final(self, measure: str) -> float:
@@ -93,9 +94,9 @@ def main() -> None:
     for name, kept in records.items():
         if not kept:
             path = file_of(name, arguments)
-            sys.exit(f"compare_optimizers.py: error: {path} holds no records: make them with --run")
+            sys.exit(f"compare_optimizers.py: error: {path} has no records: make them with --run")
     print(report(records))
-    # What is kept beside the records is of all trainings.
+    # The tables and pictures in examples/records cover all trainings.
     whole = list(records) == kept_trainings() and not arguments.records
     folder = FOLDER / "records" if whole else Path("runs/comparison")
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +104,9 @@ def main() -> None:
     pictured = {name: kept for name, kept in records.items() if name in PICTURED} or records
     timed = {name: kept for name, kept in pictured.items() if timings_of(name).exists()}
     drawn = []
-    for cost, of in (("state", pictured), ("seconds", timed)):
-        if of:  # seconds of runs side by side say little
-            draw(of, cost).savefig(folder / f"loss_by_{cost}.png")
+    for cost, chosen in (("state", pictured), ("seconds", timed)):
+        if chosen:  # step times are drawn only from runs that were timed one at a time
+            draw(chosen, cost).savefig(folder / f"loss_by_{cost}.png")
             drawn.append(cost)
     if sizes := {name: kept for name, kept in records.items() if name in (*SIZES, *DEPTHS)}:
         draw_transfer(sizes).savefig(folder / "loss_by_rate.png")
@@ -117,7 +118,7 @@ def main() -> None:
 
 
 def run_missing(records: dict[str, list[Record]], arguments: Arguments) -> None:
-    """Make every run that the searches need, until they need none."""
+    """Make the runs that the searches need, until every search is complete."""
     running: dict[Future[Record], tuple[str, str, float, int]] = {}
     progress = tqdm(unit="run")
     with ThreadPoolExecutor(arguments.workers) as pool:
@@ -177,7 +178,7 @@ def next_runs(
 
 
 def best_rate(name: str, training: str, records: Sequence[Record]) -> float | None:
-    """The best rate of a finished search, or None."""
+    """The best rate, or None if the search is not finished."""
     if any(seed == SEEDS[0] for _, seed in next_runs(name, training, records)):
         return None
     first = [r for r in records if r.configuration == name and r.seed == SEEDS[0]]
@@ -186,16 +187,16 @@ def best_rate(name: str, training: str, records: Sequence[Record]) -> float | No
 
 def run_one(training: str, name: str, rate: float, seed: int, arguments: Arguments) -> Record:
     """Run the example as a user would, and read its results."""
-    configuration, of = CONFIGURATIONS[name], TRAININGS[training]
-    script = f"train_{of.task}.py"
-    options = [*of.arguments, *configuration.arguments]
+    configuration, trained = CONFIGURATIONS[name], TRAININGS[training]
+    script = f"train_{trained.task}.py"
+    options = [*trained.arguments, *configuration.arguments]
     if configuration.searched != "--learning-rate" and configuration.rate_of:
         hidden = best_rate(configuration.rate_of, training, read(file_of(training, arguments)))
         options.append(f"--learning-rate={hidden:g}")
     if configuration.searched:
         options.append(f"{configuration.searched}={rate:g}")
         if configuration.searched != "--rest-learning-rate":
-            options.append(f"--rest-learning-rate={REST_RATES[of.task]:g}")
+            options.append(f"--rest-learning-rate={REST_RATES[trained.task]:g}")
     options += [f"--seed={seed}", *arguments.others]
     with tempfile.TemporaryDirectory() as folder:
         run = run_example(script, options, folder)
@@ -221,11 +222,11 @@ def gpu() -> str:
 
 
 def run_example(script: str, options: Sequence[str], folder: str) -> dict[str, Any]:
-    """Run an example to its end, and read the curves that it wrote into a folder."""
+    """Run an example to its end and read the curves that it writes to a folder."""
     only_the_end = ["--eval-every=999999", "--save-every=999999", f"--output={folder}"]
     done = subprocess.run(
         [sys.executable, str(FOLDER / script), *options, *only_the_end],
-        # A thread each: several of OpenBLAS's a run would wait for those of the run beside it.
+        # One OpenBLAS thread per run: more threads would compete with other runs for the cores.
         env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
         capture_output=True,
         text=True,
@@ -237,7 +238,7 @@ def run_example(script: str, options: Sequence[str], folder: str) -> dict[str, A
 
 
 def time_steps(records: Mapping[str, Sequence[Record]], arguments: Arguments) -> None:
-    """Time short runs of what is drawn, one at a time, and replace older timings."""
+    """Time short runs of the drawn configurations, one at a time. Replace older timings."""
     arguments.workers, arguments.others = 1, [f"--steps={TIMED_STEPS}"]
     best = {training: at_best(kept) for training, kept in records.items()}
     timed: dict[str, list[Record]] = {training: [] for training in records}
@@ -294,7 +295,7 @@ def report(records: Mapping[str, Sequence[Record]]) -> str:
 
 
 def tables(records: Sequence[Record], training: str) -> str:
-    """A Markdown table for each question."""
+    """A Markdown table for each question of the configurations."""
     best = at_best(records)
     questions = dict.fromkeys(configuration.question for configuration in CONFIGURATIONS.values())
     parts = []
@@ -326,7 +327,7 @@ def table(names: Sequence[str], records: Sequence[Record], training: str) -> str
 
 
 def overview(records: Mapping[str, Sequence[Record]]) -> str:
-    """Final losses of the configurations that every training has, as Markdown."""
+    """A Markdown table of final losses, for the configurations that every training has."""
     best = {training: at_best(kept) for training, kept in records.items()}
     names = [name for name in CONFIGURATIONS if all(name in groups for groups in best.values())]
     rows = [["", *(TRAININGS[training].title for training in records)]]
@@ -337,7 +338,7 @@ def overview(records: Mapping[str, Sequence[Record]]) -> str:
 
 
 def seconds_of(records: Sequence[Record]) -> dict[str, list[float]]:
-    """Seconds a step of each run, by configuration."""
+    """Seconds per step of each run, by configuration."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for record in records:
         seconds[record.configuration].append(record.seconds_per_step)
@@ -345,7 +346,7 @@ def seconds_of(records: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def seconds_table(training: str) -> str:
-    """Seconds a step of runs that were timed in turn: median (least to greatest)."""
+    """Seconds per step of runs that were timed one at a time: median (least to greatest)."""
     seconds = seconds_of(read(timings_of(training)))
     rows = [["", "seconds a step"]]
     for name, each in sorted(seconds.items(), key=lambda item: median(item[1])):
@@ -354,19 +355,19 @@ def seconds_table(training: str) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the head."""
+    """A Markdown table. The first row is the header."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean (least to greatest), and of how many where that is more than usual."""
+    """Mean (least to greatest), and the number of seeds if it is more than usual."""
     seeds = f", {len(values)} seeds" if len(values) > len(SEEDS) else ""
     return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f}{seeds})"
 
 
 def draw(records: Mapping[str, Sequence[Record]], cost: str) -> Figure:
-    """Loss against what an optimizer costs, a panel for each training."""
+    """Plot the loss against the cost of an optimizer. Each training has a panel."""
     figure = Figure(figsize=(8 * len(records), 6), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for axes, (training, kept) in zip(panels, records.items(), strict=True):
@@ -388,7 +389,7 @@ def draw(records: Mapping[str, Sequence[Record]], cost: str) -> Figure:
 
 
 def draw_transfer(records: Mapping[str, Sequence[Record]]) -> Figure:
-    """Loss against the rate, a panel for each optimizer and a curve for each size of the model."""
+    """Plot the loss against the rate: a panel per optimizer, a curve per model size."""
     figure = Figure(figsize=(5 * len(TRANSFERRED), 5), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(TRANSFERRED), sharey=True)
     for axes, name in zip(panels, TRANSFERRED, strict=True):
@@ -420,7 +421,7 @@ def draw_transfer(records: Mapping[str, Sequence[Record]]) -> Figure:
 def draw_front(
     axes: Axes, cost: Mapping[str, float], losses: Mapping[str, Sequence[float]]
 ) -> None:
-    """A labelled point for each configuration, and a line through those that none beats in both."""
+    """Draw a labelled point for each configuration, and the Pareto front of cost and loss."""
     means = {name: fmean(values) for name, values in losses.items()}
     front = []
     for name in sorted(cost, key=lambda name: (cost[name], means[name])):
@@ -447,7 +448,7 @@ def draw_front(
 
 
 def label_heights(cost: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
-    """Heights of labels beside their points, moved up where they would touch one below."""
+    """Heights of the labels. A label moves up if it would touch the label below."""
     wide, high = (
         share * (max(values.values()) - min(values.values()))
         for share, values in ((0.5, cost), (0.04, means))
@@ -460,7 +461,7 @@ def label_heights(cost: Mapping[str, float], means: Mapping[str, float]) -> dict
 
 
 class Arguments(argparse.Namespace):
-    """The command line, typed."""
+    """The arguments of this program."""
 
     trainings: list[str]
     run: bool
@@ -477,26 +478,32 @@ def parse_arguments() -> Arguments:
     add = parser.add_argument
     add("trainings", nargs="+", choices=[*TRAININGS, "all"], metavar="TRAINING", help=TITLES)
     add("--run", action="store_true", help="make the runs that are missing")
-    add("--time", action="store_true", help="time what is drawn, one run at a time")
-    add("--workers", type=integer, default=1, help="runs side by side (default 1)")
-    add("--seeds", type=integer, help="seeds at the best rate (default: as the training says)")
-    add("--only", action="append", choices=CONFIGURATIONS, metavar="NAME", help="of these alone")
+    add("--time", action="store_true", help="time the drawn configurations, one run at a time")
+    add("--workers", type=integer, default=1, help="runs at the same time (default 1)")
+    add("--seeds", type=integer, help="seeds at the best rate (default: set by the training)")
+    add(
+        "--only",
+        action="append",
+        choices=CONFIGURATIONS,
+        metavar="NAME",
+        help="only these configurations",
+    )
     add("--records", type=Path, help="file of records (default examples/records/TRAINING.jsonl)")
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     arguments = parser.parse_args(given[:cut], namespace=Arguments())
     arguments.others = given[cut + 1 :]
     if arguments.others and not arguments.records:
-        parser.error("runs with arguments of their own need a file of their own: give --records")
+        parser.error("runs with arguments after -- need their own file of records: give --records")
     if "all" in arguments.trainings:
         arguments.trainings = list(TRAININGS) if arguments.run else kept_trainings()
     if arguments.records and len(arguments.trainings) > 1:
-        parser.error("--records is a file of one training")
+        parser.error("--records takes only one training")
     return arguments
 
 
 def kept_trainings() -> list[str]:
-    """Those with records in the folder."""
+    """The trainings with records in `examples/records`."""
     return [name for name in TRAININGS if (FOLDER / "records" / f"{name}.jsonl").exists()]
 
 
