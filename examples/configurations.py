@@ -1,4 +1,4 @@
-"""What compare_optimizers.py compares: trainings, and optimizers for them, by question."""
+"""The trainings and optimizers that compare_optimizers.py compares, grouped by question."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ LADDER = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5
 
 @dataclass(frozen=True)
 class Training:
-    """One of the examples with arguments that change how much noise there is to average.
+    """An example with arguments that change its length, batch or model.
 
     Attributes:
         task: "language_model" or "speech".
-        arguments: Of its program.
-        title: For pictures and tables.
-        shift: Places on the ladder from the task's own first rates to this training's.
-        first_rates: How many neighbouring rates a search begins with.
-        seeds: How many seeds run at the best rate.
+        arguments: Arguments of the example.
+        title: Title in pictures and tables.
+        shift: How many places of the ladder the first rates are above those of the task.
+        first_rates: Number of neighbouring rates that a search starts with.
+        seeds: Number of seeds that run at the best rate.
     """
 
     task: str
@@ -81,7 +81,7 @@ TRAININGS = {
     "speech_1600": Training("speech", ("--steps=1600",), "speech, 1,600 steps", -1),
 }
 EVERYWHERE = tuple(TRAININGS)
-BEFORE = (
+WITHOUT_LARGE = (
     "language_model",
     "language_model_1500",
     "language_model_6000",
@@ -108,21 +108,21 @@ LAW = "What the rates cost that the library picks"
 BANDS = "Frequency-adaptive momentum"
 
 REST_RATES = {"language_model": 0.01, "speech": 0.02}
-"""Peak of AdamW on the rest while the rate of the hidden matrices is searched: its own best."""
+"""Peak rate of AdamW on the rest, while the rate of the hidden matrices is searched: its best."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """An optimizer, and where its best rate is looked for.
+    """An optimizer and the search for its best rate.
 
     Attributes:
-        question: Which table it stands in.
-        arguments: Of the example.
-        first_rates: Lowest of the first four rates to try, by task.
-        trainings: Where it is measured.
-        searched: The argument that the search sets; empty: the library picks all rates.
-        rate_of: A configuration whose best rate on the hidden matrices it takes; if that is what
-            would be searched, there is no search.
+        question: The table that lists it.
+        arguments: Arguments of the example.
+        first_rates: Lowest rate that the search tries first, by task.
+        trainings: Trainings that measure it.
+        searched: Argument that the search sets. Empty: the library picks all rates.
+        rate_of: Another configuration, whose best rate of the hidden matrices is used. If the
+            search would set this rate, there is no search.
     """
 
     question: str
@@ -133,14 +133,14 @@ class Configuration:
     rate_of: str = ""
 
     def first_rates_in(self, training: str, count: int) -> tuple[float, ...]:
-        """The rates of the ladder that are tried at first."""
-        of = TRAININGS[training]
-        start = LADDER.index(self.first_rates[of.task]) + of.shift
+        """The rates of the ladder that the search tries first."""
+        trained = TRAININGS[training]
+        start = LADDER.index(self.first_rates[trained.task]) + trained.shift
         return LADDER[start : start + count]
 
 
 def options(flag: str = "--option", /, **values: object) -> tuple[str, ...]:
-    """Options as arguments of the examples."""
+    """Write options as command-line arguments of an example."""
     return tuple(f"{flag}={name}={json.dumps(value)}" for name, value in values.items())
 
 
@@ -154,7 +154,7 @@ def row_max(
     first_rates: Mapping[str, float] | None = None,
     **given: object,
 ) -> Configuration:
-    """MaxFactor as published."""
+    """A configuration with MaxFactor as published."""
     return named(question, "maxfactor", first_rates or rates(0.02, 0.01), trainings, **given)
 
 
@@ -165,7 +165,7 @@ def named(
     trainings: tuple[str, ...] = SHORT,
     **given: object,
 ) -> Configuration:
-    """Another optimizer on the hidden matrices."""
+    """A configuration with the named optimizer for the hidden matrices."""
     arguments = (f"--optimizer={optimizer}", *options(**given))
     return Configuration(question, arguments, first_rates, trainings)
 
@@ -173,14 +173,14 @@ def named(
 def variant(
     other: str, question: str, trainings: tuple[str, ...], *arguments: str, **given: object
 ) -> Configuration:
-    """The same with other arguments and options, at the same rate."""
+    """Another configuration with more arguments and options, at the same rate."""
     base = CONFIGURATIONS[other]
     arguments = (*base.arguments, *arguments, *options(**given))
     return replace(base, question=question, arguments=arguments, trainings=trainings, rate_of=other)
 
 
 def mel_axis(**given: object) -> Configuration:
-    """The row-max step on the hidden matrices, and one with these options on the first layer."""
+    """MaxFactor on the hidden matrices, and MaxFactor with these options on the first layer."""
     hidden = ("--optimizer=maxfactor", *options(momentum=0.9, cautious=True))
     hidden = (*hidden, "--learning-rate=0.015")
     first = options("--convolution-option", **given)
@@ -198,7 +198,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "Muon 0.8": named(WHICH, "muon", MUON, EVERYWHERE, momentum=0.8),
     "AdamW": named(WHICH, "adamw", rates(2e-3, 1e-3), EVERYWHERE),
-    "row-max, cautious": row_max(WHICH, BEFORE, momentum=0.9, cautious=True),
+    "row-max, cautious": row_max(WHICH, WITHOUT_LARGE, momentum=0.9, cautious=True),
     "row-max": row_max(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
     "Muon 0": named(WHICH, "muon", rates(0.03, 0.015), MAIN, momentum=0),
     "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), SHORT, momentum=0.8),
@@ -220,7 +220,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "row-max, cautious, bf16": row_max(BITS, momentum=0.9, cautious=True, state_dtype="bfloat16"),
     "row-max, FAM": row_max(BANDS, momentum={"bands": 10}, cautious=False),
     "row-max, cautious FAM": row_max(BANDS, momentum={"bands": 10}, cautious=True),
-    # Where frequency-adaptive momentum (FAM) could be true, and other rules for it.
+    # Frequency-adaptive momentum (FAM) where inputs have frequencies, and other rules for it.
     "mel axis: no momentum": mel_axis(momentum=0),
     "mel axis: momentum": mel_axis(momentum=0.9, cautious=True),
     "mel axis: FAM": mel_axis(momentum={"bands": 10}, cautious=True),
