@@ -1,4 +1,4 @@
-"""What was measured beside the library's own and is not in it; see NOTES.md.
+"""Algorithms that were measured but are not in the library; see NOTES.md.
 
 Other rules for frequency-adaptive momentum, and NorMuon.
 """
@@ -14,7 +14,7 @@ from mlx_maxfactor import functional as f
 
 @dataclass(frozen=True)
 class UnityGain(FrequencyAdaptiveMomentum):
-    """A steady gradient passes whole in every band: damping shortens memory and no more."""
+    """Every band passes a steady gradient unchanged. Damping only shortens the memory."""
 
     def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
         """Decay ``μ_b`` as published, gain ``1 - μ_b``."""
@@ -24,7 +24,7 @@ class UnityGain(FrequencyAdaptiveMomentum):
 
 @dataclass(frozen=True)
 class LowBandsDamped(FrequencyAdaptiveMomentum):
-    """A control: the published rule upside down."""
+    """A control experiment: the published rule damps the low bands instead of the high ones."""
 
     def damping(self, share: mx.array) -> mx.array:
         """``δ_b = clip((1 - (b + 1) / B) (1 - 5 h_b), 0, 0.9)``."""
@@ -33,42 +33,40 @@ class LowBandsDamped(FrequencyAdaptiveMomentum):
 
 @dataclass(frozen=True)
 class Whitened(FrequencyAdaptiveMomentum):
-    """Plain momentum of a gradient whose bands were given equal power."""
+    """Plain momentum of a gradient whose bands are scaled to equal power."""
 
     def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
-        """Decay ``α``, gain ``(1 - α) / √(B h_b)``, at most tenfold."""
+        """Decay ``α``, gain ``(1 - α) / √(B h_b)``, with ``B h_b`` at least 0.01."""
         gain = mx.rsqrt(mx.maximum(self.bands * share, 0.01))
         return mx.full(share.shape, self.alpha), (1 - self.alpha) * gain
 
 
 @dataclass(frozen=True)
 class Persistent(FrequencyAdaptiveMomentum):
-    """Plain momentum, of which each band counts as far as it is signal (a Wiener filter).
+    """Plain momentum, with each band weighted by its signal (a Wiener filter).
 
-    Of white noise, momentum keeps the share ``ρ₀ = (1 - α) / (1 + α)`` of the gradient's power; of
-    a steady gradient all. The weight of a band is ``clip((ρ_b - ρ₀) / (1 - ρ₀), 0.1, 1)``, where
-    ``ρ_b`` is a moving average of the share it kept.
+    Momentum keeps the share ``ρ₀ = (1 - α) / (1 + α)`` of the power of white noise, and all power of
+    a steady gradient. The weight of a band is ``clip((ρ_b - ρ₀) / (1 - ρ₀), 0.1, 1)``, where ``ρ_b``
+    is a moving average of the share that the band keeps.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.blend != 1 or self.blend_steps != 1:
-            raise ValueError(
-                "blend and blend_steps must be 1: this rule has a filter in their place"
-            )
+            raise ValueError("blend and blend_steps must be 1: this rule uses a filter instead")
 
     def init(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
-        """And a moving average of what momentum kept of each band's power."""
+        """Add a moving average of the share of each band's power that momentum keeps."""
         state = super().init(shape)
         return state | {"kept": state["power"]} if "power" in state else state
 
     def weights(self, share: mx.array) -> tuple[mx.array, mx.array]:
-        """Those of plain momentum."""
+        """The weights of plain momentum."""
         ones = mx.ones(share.shape)
         return self.alpha * ones, (1 - self.alpha) * ones
 
     def update(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
-        """The buffer ``m``, plain; the state learns how much of each band it kept."""
+        """Update plain momentum. The state averages the share of each band that it keeps."""
         momentum = super().update(gradient, momentum, state)
         if "kept" in state:
             kept, whole = (band_powers(x, self.bands) for x in (momentum, gradient))
@@ -77,7 +75,7 @@ class Persistent(FrequencyAdaptiveMomentum):
         return momentum
 
     def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
-        """The momentum, filtered."""
+        """The filtered momentum."""
         if "kept" not in state:
             return momentum
         kept = state["kept"] / f.bias_correction(self.beta, state["count"].astype(mx.float32))
@@ -88,7 +86,7 @@ class Persistent(FrequencyAdaptiveMomentum):
 
 
 def band_powers(x: mx.array, bands: int) -> mx.array:
-    """Σ|F|² in each band."""
+    """The power Σ|F|² of each band."""
     spectrum = mx.fft.rfft(x)
     total = mx.sum(mx.square(mx.abs(spectrum)), axis=(-2, -1), keepdims=True)
     return f.band_shares(spectrum, bands) * total
@@ -104,10 +102,10 @@ VARIANTS = {
 
 
 class NorMuon(Muon):
-    """Muon with the rows of its step brought to equal size by a second moment of each.
+    """Muon with rows of equal size: a second moment per row scales its step.
 
-    Li et al. 2025, arXiv 2510.05491: ``v ← β₂v + (1 - β₂) mean_j O²``, ``O / √v`` scaled to an RMS
-    of 0.2.
+    Li et al. 2025, arXiv 2510.05491: ``v ← β₂v + (1 - β₂) mean_j O²``. The step is ``O / √v``,
+    scaled to an RMS of 0.2.
     """
 
     def __init__(self, learning_rate: float | Schedule, *, beta2: float = 0.95, **options: Any):
@@ -115,12 +113,12 @@ class NorMuon(Muon):
         self.beta2 = beta2
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """And a float for each row."""
+        """Add one float per row."""
         super().init_single(parameter, state, layout)
         state["v"] = mx.zeros((*f.as_matrices(parameter, layout or self.layout).shape[:-1], 1))
 
     def direction(self, u: mx.array, state: dict) -> mx.array:
-        """Orthogonalized, its rows normalized."""
+        """The orthogonalized step with normalized rows."""
         step = super().direction(u, state)
         mean = mx.mean(mx.square(step), axis=-1, keepdims=True)
         state["v"] = self.beta2 * state["v"] + (1 - self.beta2) * mean
