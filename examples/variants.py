@@ -45,9 +45,9 @@ class Whitened(FrequencyAdaptiveMomentum):
 class Persistent(FrequencyAdaptiveMomentum):
     """Plain momentum, with each band weighted by its signal (a Wiener filter).
 
-    Momentum keeps the share ``ρ₀ = (1 - α) / (1 + α)`` of the power of white noise, and all power of
-    a steady gradient. The weight of a band is ``clip((ρ_b - ρ₀) / (1 - ρ₀), 0.1, 1)``, where ``ρ_b``
-    is a moving average of the share that the band keeps.
+    Momentum keeps all power of a steady gradient, and of white noise the share
+    ``ρ₀ = (1 - α) / (1 + α)``. The weight of a band is ``clip((ρ_b - ρ₀) / (1 - ρ₀), 0.1, 1)``,
+    where ``ρ_b`` is a moving average of the share that momentum keeps of the band.
     """
 
     def __post_init__(self) -> None:
