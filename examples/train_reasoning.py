@@ -1,4 +1,4 @@
-r"""Train a small hierarchical reasoning model on puzzles that are made on the spot.
+r"""Train a small hierarchical reasoning model on generated puzzles.
 
     python examples/train_reasoning.py rules
     python examples/train_reasoning.py sudoku
@@ -6,13 +6,15 @@ r"""Train a small hierarchical reasoning model on puzzles that are made on the s
     python examples/train_reasoning.py sudoku --compare orthomaxfactor,muon,adamw
     python examples/train_reasoning.py rules --resume
 
-Of *rules*, each puzzle is a hidden transformation of small grids, which only its embedding can
-carry; of *Sudoku*, an embedding says nothing, and recurrence must find what is not forced.
-`puzzles.py` beside this file makes them, `training.py` has the loop. The model is that of Wang et
-al. 2025, arXiv 2506.21734, without its halting: two recurrent modules, of which one runs several
-times while the other runs once; the gradient of the last run alone; and *segments*: a puzzle stays
-for several updates, and goes on each time from the states that it had, through which no gradient
-passes. Each update brings a few new puzzles, and the oldest leave.
+In *rules*, each puzzle is a hidden transformation of small grids. Only the puzzle's embedding can
+store it. In *Sudoku*, the embedding carries no information, and the recurrence must find the
+solution. `puzzles.py`, in the same folder, makes the puzzles; `training.py` runs the training loop.
+
+The model is that of Wang et al. 2025, arXiv 2506.21734, without halting. It has two recurrent
+modules. The fast one runs several times for each run of the slow one. The gradient flows only
+through the last run of each module. A puzzle stays for several updates, called *segments*. Each
+segment starts from the states of the segment before, and no gradient flows through these states.
+Each update adds a few new puzzles and removes the oldest ones.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ from training import (
 
 from mlx_maxfactor import RoutedOptimizer, SignSGD, create_optimizer, create_optimizer_for_hrm
 
-PAIR = "hrm"  # create_optimizer_for_hrm's AdamW and SignSGD
-PUZZLE_RATE = 3e-2  # of SignSGD where a rate for it is not given, nor follows from hrm's
+PAIR = "hrm"  # AdamW and SignSGD of create_optimizer_for_hrm
+PUZZLE_RATE = 3e-2  # SignSGD's default rate, except in hrm
 VALIDATION_BATCH = 64
 PICTURED = 3
 
@@ -68,7 +70,7 @@ def make(
     rates: Mapping[str, float],
     arguments: ReasoningArguments,
 ) -> RoutedOptimizer:
-    """As for the other examples; or the two of `create_optimizer_for_hrm`, behind one."""
+    """Make the optimizer as in the other examples, or combine those for `hrm` into one."""
     if name != PAIR:
         given = argparse.Namespace(**vars(arguments))
         given.option = [*OPTIONS.get(name, []), *arguments.option]
@@ -89,7 +91,7 @@ def make(
 
 
 class Reasoning:
-    """Puzzles of one kind, each over several segments."""
+    """The task: solve puzzles of one kind, each in several segments."""
 
     watched = ()
     solving: Solving  # of the last model that was sampled
@@ -106,17 +108,17 @@ class Reasoning:
         return Reasoner(self.kind, self.puzzles, self.arguments)
 
     def rules(self) -> dict[str, Any]:
-        """Puzzle embeddings to SignSGD, unless they go to the optimizer of the rest."""
+        """Send puzzle embeddings to SignSGD, unless --puzzle-optimizer is "rest"."""
         a = self.arguments
         return {"puzzles*": puzzle_optimizer(a)} if a.puzzle_optimizer == "signsgd" else {}
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, ...]:
-        """As many new puzzles as old ones are dropped."""
+        """The new puzzles of an update. They replace as many old ones."""
         new = self.arguments.batch_size // self.arguments.segments
         return arrays(self.puzzles.training(new, random))
 
     def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
-        """Mean cross-entropy of all cells, after one more segment of each current puzzle."""
+        """Run a segment of each current puzzle. Return the mean cross-entropy of the cells."""
         assert isinstance(model, Reasoner)
         carry = model.carry
         carry.take(*batch)
@@ -126,13 +128,13 @@ class Reasoning:
         return cross_entropy(model.answer(high), carry.answers)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """The loss after the last segment, and shares of solved puzzles and of right cells."""
+        """The loss after the last segment, and the shares of solved puzzles and correct cells."""
         assert isinstance(model, Reasoner)
         total, found = 0.0, []
         held_out = self.puzzles.held_out
         for start in range(0, len(held_out.answers), VALIDATION_BATCH):
             part = slice(start, start + VALIDATION_BATCH)
-            identities, questions, answers = arrays(Examples(*(of[part] for of in held_out)))
+            identities, questions, answers = arrays(Examples(*(array[part] for array in held_out)))
             *_, logits = model.think(identities, questions, self.arguments.validation_segments)
             total += len(answers) * float(cross_entropy(logits, answers))
             found.append(np.array(mx.argmax(logits, axis=-1)))
@@ -140,11 +142,11 @@ class Reasoning:
         return {"loss": loss, **shares(np.concatenate(found), held_out.answers)}
 
     def sample(self, model: nn.Module) -> str:
-        """How many cells of a few held-out puzzles are right after each segment."""
+        """The number of correct cells of a few held-out puzzles after each segment."""
         assert isinstance(model, Reasoner)
         held_out = self.puzzles.held_out
         chosen = np.unique(np.linspace(0, len(held_out.answers) - 1, PICTURED, dtype=int))
-        few = Examples(*(of[chosen] for of in held_out))
+        few = Examples(*(array[chosen] for array in held_out))
         identities, questions, _ = arrays(few)
         segments = self.arguments.validation_segments
         thoughts = model.think(identities, questions, segments)
@@ -153,28 +155,28 @@ class Reasoning:
         right = (beliefs.argmax(axis=-1) == few.answers).sum(axis=-1)
         width = len(str(few.answers.shape[1]))
         lines = (" ".join(f"{count:{width}}" for count in counts) for counts in right.T)
-        head = f"right cells of {few.answers.shape[1]}, after each of {segments} segments"
+        head = f"correct cells of {few.answers.shape[1]} after each of {segments} segments"
         return "\n".join([head, *lines])
 
 
 def arrays(examples: Examples) -> tuple[mx.array, mx.array, mx.array]:
-    identities, questions, answers = (mx.array(of.astype(np.int32)) for of in examples)
+    identities, questions, answers = (mx.array(array.astype(np.int32)) for array in examples)
     return identities, questions, answers
 
 
 def cross_entropy(logits: mx.array, answers: mx.array) -> mx.array:
-    """Mean over the cells whose answer is known: not -1."""
+    """Mean over the cells with a known answer, which is not -1."""
     known = answers >= 0
     losses = nn.losses.cross_entropy(logits, mx.maximum(answers, 0))
     return mx.sum(losses * known) / mx.maximum(mx.sum(known), 1)
 
 
 def puzzle_optimizer(arguments: ReasoningArguments) -> SignSGD:
-    """The optimizers of create_optimizer_for_hrm, with other options."""
+    """The optimizer of the puzzle embeddings."""
     return SignSGD(
         arguments.puzzle_learning_rate or PUZZLE_RATE,
         rounding=arguments.rounding,
-        seed=arguments.seed + 1000,  # apart from the seeds of the router's own members
+        seed=arguments.seed + 1000,  # differs from the seeds of the router's own members
         **{"sparse_rows": True, **dict(arguments.puzzle_option)},
     )
 
@@ -183,7 +185,7 @@ def puzzle_optimizer(arguments: ReasoningArguments) -> SignSGD:
 
 
 class Reasoner(nn.Module):
-    """Two recurrent modules at two time scales, and their states for the current puzzles."""
+    """Two recurrent modules at two time scales, with their states for the current puzzles."""
 
     def __init__(self, kind: Kind, puzzles: Puzzles, arguments: ReasoningArguments) -> None:
         super().__init__()
@@ -200,12 +202,12 @@ class Reasoner(nn.Module):
         self.carry = Carry(a.batch_size, places, a.width, cells)
 
     def read(self, identities: mx.array, questions: mx.array) -> mx.array:
-        """The input of both modules at every step: (batch, places, width)."""
+        """The input of every run, (batch, places, width)."""
         puzzle = self.puzzles(identities)[:, None]
         return self.question(questions) * (1 + self.scale(puzzle)) + self.shift(puzzle)
 
     def segment(self, low: mx.array, high: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
-        """New states, with the gradient of each module's last run alone."""
+        """The new states of both modules. The gradient flows only through each one's last run."""
         runs = self.cycles * self.low_steps
         for run in range(1, runs + 1):
             if run == runs:
@@ -216,11 +218,11 @@ class Reasoner(nn.Module):
         return low, high
 
     def answer(self, high: mx.array) -> mx.array:
-        """Logits in float32: (batch, cells, symbols)."""
+        """Map (batch, places, width) to float32 logits, (batch, cells, symbols)."""
         return self.head(high).reshape(len(high), -1, SYMBOLS).astype(mx.float32)
 
     def think(self, identities: mx.array, questions: mx.array, segments: int) -> Iterator[mx.array]:
-        """Logits after each segment, from states of zero."""
+        """Yield the logits after each segment. The first states are zero."""
         x = self.read(identities, questions)
         low = high = mx.zeros_like(x)
         for _ in range(segments):
@@ -231,19 +233,19 @@ class Reasoner(nn.Module):
 
 
 class Carry(nn.Module):
-    """The current puzzles and both modules' states. They are in the model, so in checkpoints."""
+    """The current puzzles and both modules' states. Checkpoints save them with the model."""
 
     def __init__(self, batch: int, places: int, width: int, cells: int) -> None:
         super().__init__()
         self.identities = mx.zeros((batch,), mx.int32)
         self.questions = mx.zeros((batch, cells), mx.int32)
-        self.answers = mx.full((batch, cells), -1, mx.int32)  # not known: nothing to learn yet
+        self.answers = mx.full((batch, cells), -1, mx.int32)  # unknown: no loss yet
         self.low = mx.zeros((batch, places, width))
         self.high = mx.zeros((batch, places, width))
         self.freeze()
 
     def take(self, identities: mx.array, questions: mx.array, answers: mx.array) -> None:
-        """Replace the oldest puzzles by new ones, whose states are zero."""
+        """Replace the oldest puzzles by new ones. States of new puzzles are zero."""
         new = len(identities)
         states = mx.zeros((new, *self.low.shape[1:]), self.low.dtype)
 
@@ -257,7 +259,7 @@ class Carry(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks, and a norm that bounds the state of a recurrent module."""
+    """A recurrent module: blocks, and a norm that bounds its state."""
 
     def __init__(self, block: Callable[[ReasoningArguments], nn.Module], a: ReasoningArguments):
         super().__init__()
@@ -265,14 +267,14 @@ class Stack(nn.Module):
         self.norm = nn.RMSNorm(a.width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(batch, places, width) to the same shape."""
+        """Map (batch, places, width) to the same shape."""
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
 class RuleQuestion(nn.Module):
-    """A place for each cell: its colour, row and column."""
+    """Embed each cell by colour, row and column. Each cell is a place."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -281,22 +283,22 @@ class RuleQuestion(nn.Module):
         self.column = nn.Embedding(RULE_SIDE, width)
 
     def __call__(self, colours: mx.array) -> mx.array:
-        """(batch, cells) to (batch, cells, width)."""
+        """Map (batch, cells) to (batch, cells, width)."""
         cells = mx.arange(colours.shape[1])
         row, column = self.row(cells // RULE_SIDE), self.column(cells % RULE_SIDE)
-        # As large as the states that it is added to, in which a norm keeps an RMS of 1.
+        # The embeddings are scaled like the states, which have an RMS of 1.
         return math.sqrt(row.shape[-1]) * (self.colour(colours) + row + column)
 
 
 class SudokuQuestion(nn.Module):
-    """A place for each digit of each cell: given here, another digit given here, or open."""
+    """Embed each digit of each cell: given, ruled out by the given digit, or open."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.given = nn.Embedding(3, width)
 
     def __call__(self, digits: mx.array) -> mx.array:
-        """(batch, cells) to (batch, cells * digits, width)."""
+        """Map (batch, cells) to (batch, cells * digits, width)."""
         digits = digits[..., None]
         given = mx.where(digits == mx.arange(1, SYMBOLS + 1), 2, mx.where(digits == 0, 0, 1))
         embedded = self.given(given.reshape(len(digits), -1))
@@ -304,7 +306,7 @@ class SudokuQuestion(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention of all places to all places, then two linear layers, each added to its input."""
+    """A transformer block: attention and a two-layer MLP, each with a residual connection."""
 
     def __init__(self, arguments: ReasoningArguments) -> None:
         super().__init__()
@@ -319,12 +321,12 @@ class AttentionBlock(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(batch, places, width) to the same shape."""
+        """Map (batch, places, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.down(nn.relu(self.up(self.mlp_norm(x))))
 
     def attention(self, x: mx.array) -> mx.array:
-        """(batch, places, width) to the same shape."""
+        """Map (batch, places, width) to the same shape."""
         query, key, value = (
             y.reshape(*y.shape[:2], self.heads, -1).swapaxes(1, 2)  # (batch, heads, places, -1)
             for y in (self.query(x), self.key(x), self.value(x))
@@ -336,10 +338,10 @@ class AttentionBlock(nn.Module):
 
 
 class UnitBlock(nn.Module):
-    """Each digit of each cell hears the means of what it is in conflict with, then an MLP.
+    """An MLP. Its inputs are a digit of a cell, and means over the digits that conflict with it.
 
-    Those are the other digits of the cell, and the digit in the cell's row, column and box. No
-    digit and no place is told from another, so what is learned of one holds for all.
+    The means are over all digits of the cell, and over the same digit in its row, column and box.
+    All digits and cells share the weights, so what the block learns for one holds for all.
     """
 
     def __init__(self, arguments: ReasoningArguments) -> None:
@@ -354,8 +356,8 @@ class UnitBlock(nn.Module):
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(batch, places, width) to the same shape."""
-        # Bands of two rows, their rows, stacks of three columns, their columns, digits.
+        """Map (batch, places, width) to the same shape."""
+        # Axes: band of two rows, row in it, stack of three columns, column in it, digit.
         y = self.norm(x).reshape(len(x), 3, 2, 2, 3, SYMBOLS, -1)
         hidden = self.own(y)
         for linear, axes in (
@@ -373,14 +375,14 @@ class UnitBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Solving:
-    """A few puzzles, and of each cell the probability of each symbol after each segment."""
+    """A few puzzles, and the probability of each symbol in each cell after each segment."""
 
     puzzles: Examples
     beliefs: np.ndarray  # (segments, puzzles, cells, symbols)
 
 
 def draw_solving(solving: Solving, draw: Callable[..., None]) -> Figure:
-    """A row for each puzzle: question, beliefs after some segments, answer."""
+    """Draw a row for each puzzle: question, predictions after some segments, answer."""
     last = len(solving.beliefs)
     shown = sorted({n for n in (1, 2, 3, 4, 6, 8, 12, last) if n <= last})
     _, questions, answers = solving.puzzles
@@ -407,7 +409,7 @@ def draw_solving(solving: Solving, draw: Callable[..., None]) -> Figure:
 def draw_colours(
     axes: Axes, question: np.ndarray, symbols: np.ndarray | None = None, right: Any = None
 ) -> None:
-    """Colours; a cross where they are wrong."""
+    """Draw a grid of colours. A cross marks wrong cells."""
     colours = (question if symbols is None else symbols).reshape(RULE_SIDE, -1)
     axes.imshow(colours, cmap="tab10", vmin=0, vmax=9)
     axes.set(xticks=[], yticks=[])
@@ -419,7 +421,7 @@ def draw_colours(
 def draw_digits(
     axes: Axes, question: np.ndarray, symbols: np.ndarray | None = None, right: Any = None
 ) -> None:
-    """Digits: black where they are given, blue where they are right and red where they are not."""
+    """Draw digits: given ones black, correct ones blue, wrong ones red."""
     for i, given in enumerate(question):
         if given or symbols is not None:
             digit = given or symbols[i] + 1  # pyright: ignore[reportOptionalSubscript]
@@ -445,17 +447,17 @@ def draw_digits(
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of puzzles: where they come from, what reads them, and what they are learned by.
+    """A kind of puzzles, with the parts of the model and the settings that suit it.
 
     Attributes:
-        puzzles: From how many there are to train on.
-        question: From a width to what embeds a question.
-        block: From the arguments to a block of either module.
-        symbols: Logits of a place: all of a cell's, or that of one symbol.
-        draw: Draws a question, or its answer or a belief.
-        rates: Peak rates on hidden matrices: the best of a few, at the defaults; of `hrm`, of all
-            but the puzzle embeddings.
-        defaults: Of the command line.
+        puzzles: Makes the puzzles, given the number to train on.
+        question: Makes the layer that embeds a question, given a width.
+        block: Makes a block of either module, given the arguments.
+        symbols: Logits per place: all symbols of a cell, or one.
+        draw: Draws a question, an answer or a prediction.
+        rates: Peak rates of the hidden matrices, each the best of a few with the defaults. The rate
+            of `hrm` is for everything except the puzzle embeddings.
+        defaults: Defaults of the command line.
     """
 
     puzzles: Callable[[int], Puzzles]
@@ -509,7 +511,7 @@ KINDS = {
 
 
 class ReasoningArguments(Arguments):
-    """The shared arguments, the puzzles, the recurrence, and the optimizer of embeddings."""
+    """The arguments of this program."""
 
     puzzles: str
     count: int
@@ -526,7 +528,7 @@ def parse_arguments() -> ReasoningArguments:
     """Read the command line and report wrong arguments before any work."""
     kind = next((argument for argument in sys.argv[1:] if argument in KINDS), "rules")
     parser = Parser(
-        "Train a small hierarchical reasoning model on puzzles that are made on the spot.",
+        "Train a small hierarchical reasoning model on generated puzzles.",
         choices=(*NAMES, PAIR),
         heads=4,
         rest_learning_rate=3e-3,
@@ -534,21 +536,23 @@ def parse_arguments() -> ReasoningArguments:
         output=Path("runs/reasoning") / kind,
     )
     add = parser.add_argument
-    add("puzzles", nargs="?", choices=KINDS, default="rules", help="which kind")
-    add("--count", type=integer, help="rules, or Sudoku to train on")
-    add("--segments", type=integer, help="updates that a puzzle stays for")
-    add("--validation-segments", type=integer, help="what a held-out puzzle gets")
-    add("--cycles", type=integer, default=1, help="runs of the slow module in a segment")
-    add("--low-steps", type=integer, default=2, help="runs of the fast module to one of the slow")
-    add("--puzzle-optimizer", choices=["signsgd", "rest"], default="signsgd", help="of embeddings")
-    of = {"type": option, "action": "append", "default": [], "metavar": "NAME=VALUE"}
-    add("--puzzle-option", **of, help="of that: sparse_rows=false lets all rows decay")
-    add("--puzzle-learning-rate", type=rate, help="its peak; None: 0.03, in hrm 100 times AdamW's")
+    add("puzzles", nargs="?", choices=KINDS, default="rules", help="kind of puzzles")
+    add("--count", type=integer, help="number of training puzzles")
+    add("--segments", type=integer, help="updates for each puzzle")
+    add("--validation-segments", type=integer, help="segments for each held-out puzzle")
+    add("--cycles", type=integer, default=1, help="runs of the slow module per segment")
+    add("--low-steps", type=integer, default=2, help="runs of the fast module per slow run")
+    add("--puzzle-optimizer", choices=["signsgd", "rest"], default="signsgd", help="for embeddings")
+    options = {"type": option, "action": "append", "default": [], "metavar": "NAME=VALUE"}
+    add(
+        "--puzzle-option", **options, help="an option of SignSGD; sparse_rows=false decays all rows"
+    )
+    add("--puzzle-learning-rate", type=rate, help="peak; None: 0.03, or 100x AdamW's in hrm")
     parser.set_defaults(**KINDS[kind].defaults)
     arguments = ReasoningArguments()
     parser.parse(arguments)
     if arguments.batch_size % arguments.segments:
-        parser.error("--batch-size must be divisible by --segments: each update brings a share")
+        parser.error("--batch-size must be divisible by --segments: each update replaces one part")
     if arguments.width % arguments.heads:
         parser.error("--width must be divisible by --heads")
     try:

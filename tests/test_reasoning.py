@@ -44,7 +44,8 @@ def reasoner(rules, seed=0):
 
 def batch_of(rules, count=6, seed=0):
     return [
-        mx.array(of.astype(np.int32)) for of in rules.training(count, np.random.default_rng(seed))
+        mx.array(array.astype(np.int32))
+        for array in rules.training(count, np.random.default_rng(seed))
     ]
 
 
