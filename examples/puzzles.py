@@ -1,9 +1,10 @@
-"""Puzzles that are made on the spot: rules as in ARC, and Sudoku of six digits.
+"""Generated puzzles: rules as in ARC, and Sudoku with six digits.
 
-Of *rules*, each puzzle is a hidden transformation of small grids, which only examples tell: colours
-are permuted, the square is turned or mirrored, shifted around its edges, or several of these. What
-is held out are inputs of known puzzles. Of *Sudoku*, each puzzle has one solution that no filling
-of forced cells finds; held-out grids are no training grids, whatever their digits are called.
+In *rules*, each puzzle is a hidden transformation of small grids. The transformation permutes the
+colours, turns or mirrors the grid, shifts it around its edges, or combines these. The model must
+learn it from examples. The held-out data are new inputs of known puzzles. In *Sudoku*, each puzzle
+has one solution, and filling forced cells does not find it. A held-out grid never equals a training
+grid, even if its digits are renamed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 SYMBOLS = 6  # colours, or digits
-SIDE = 6  # of a Sudoku; its boxes are two rows of three
-RULE_SIDE = 5
-HELD_OUT_INPUTS = 4  # of each rule
-HELD_OUT_CLASSES = 3  # one in so many classes of grids, up to the names of digits
+SIDE = 6  # side of a Sudoku; its boxes have two rows and three columns
+RULE_SIDE = 5  # side of a grid in rules
+HELD_OUT_INPUTS = 4  # per rule
+HELD_OUT_CLASSES = 3  # a third of the classes; a class is a grid up to renamed digits
 
 
 class Examples(NamedTuple):
-    """Puzzles: (n,) identities, (n, cells) what is given, (n, cells) answers below SYMBOLS."""
+    """Puzzles: identities (n,), given cells (n, cells), answers below SYMBOLS (n, cells)."""
 
     identities: np.ndarray
     questions: np.ndarray
@@ -33,10 +34,10 @@ class Examples(NamedTuple):
 
 
 class Puzzles(Protocol):
-    """One kind of puzzles: an endless source to train on, and some that are held out."""
+    """One kind of puzzles: endless training puzzles, and held-out ones."""
 
     held_out: Examples
-    identities: int  # how many puzzles have an embedding of their own
+    identities: int  # how many puzzles have their own embedding
 
     @property
     def digest(self) -> str:
@@ -45,16 +46,16 @@ class Puzzles(Protocol):
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """Shares of held-out puzzles and of their cells that simple methods solve."""
+        """Shares of held-out puzzles and cells that simple methods solve."""
         ...
 
     def training(self, count: int, random: np.random.Generator) -> Examples:
-        """The next random puzzles."""
+        """Random training puzzles."""
         ...
 
 
 def shares(answers: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """Shares of puzzles that are right in every cell, and of right cells."""
+    """Shares of completely correct puzzles and of correct cells."""
     cells = answers == right
     return {"exact match": float(cells.all(axis=1).mean()), "cells": float(cells.mean())}
 
@@ -70,18 +71,18 @@ class Rule(NamedTuple):
     """A rule: turn or mirror a grid, shift it, then change its colours."""
 
     colours: tuple[int, ...] = tuple(range(SYMBOLS))
-    symmetry: int = 0  # quarter turns; from 4 on, mirrored after them
+    symmetry: int = 0  # quarter turns (0 to 3); from 4 on, also mirrored
     shift: tuple[int, int] = (0, 0)  # down and right, around the edges
 
     def __call__(self, grid: np.ndarray) -> np.ndarray:
-        """A grid of the same shape."""
+        """Transform a grid. The shape stays the same."""
         grid = np.rot90(grid, self.symmetry % 4)
         grid = grid.T if self.symmetry >= 4 else grid
         return np.array(self.colours)[np.roll(grid, self.shift, (0, 1))]
 
 
 def draw_rules(count: int, random: np.random.Generator) -> list[Rule]:
-    """Different rules: one, two or all three of their parts, in turn while there are any."""
+    """Different rules. The seven combinations of colours, symmetry and shift take turns."""
     rules: dict[Rule, None] = {}
     turn = 0
     while len(rules) < count:
@@ -110,34 +111,36 @@ class Rules:
 
     @property
     def baselines(self) -> dict[str, dict[str, float]]:
-        """The question as the answer."""
+        """The question itself as the answer."""
         return {"unchanged": shares(self.held_out.questions, self.held_out.answers)}
 
     def training(self, count: int, random: np.random.Generator) -> Examples:
-        """New inputs for known rules. Among 6^25 grids none repeats."""
+        """New inputs for known rules. There are 6^25 grids, so none repeats."""
         return self.examples(random.integers(self.identities, size=count), random)
 
     def examples(self, identities: np.ndarray, random: np.random.Generator) -> Examples:
-        """A random input of each, and its answer."""
+        """A random input for each rule, and its answer."""
         grids = random.integers(SYMBOLS, size=(len(identities), RULE_SIDE, RULE_SIDE))
         answers = [self.rules[i](grid) for i, grid in zip(identities, grids, strict=True)]
         n = len(identities)
         return Examples(identities, grids.reshape(n, -1), np.stack(answers).reshape(n, -1))
 
 
-# Sudoku: a grid is 36 numbers, row after row, 0 where a cell is empty
+# Sudoku. A grid is 36 numbers, row by row. An empty cell is 0.
 
 _row, _column = np.divmod(np.arange(SIDE**2), SIDE)
 _UNIT_OF = [_row.tolist(), _column.tolist(), (_row // 2 * 2 + _column // 3).tolist()]
-UNITS = [[i for i in range(SIDE**2) if of[i] == unit] for of in _UNIT_OF for unit in range(SIDE)]
+UNITS = [
+    [i for i in range(SIDE**2) if unit_of[i] == u] for unit_of in _UNIT_OF for u in range(SIDE)
+]
 PEERS = [sorted({j for unit in UNITS if i in unit for j in unit} - {i}) for i in range(SIDE**2)]
-DIGITS = (1 << SIDE) - 1  # a set of digits as bits: digit d is 1 << (d - 1)
+DIGITS = (1 << SIDE) - 1  # all digits; a set of digits is a bit mask with 1 << (d - 1) for digit d
 
 
 def solutions(
     cells: list[int], limit: int, random: np.random.Generator | None = None
 ) -> list[list[int]]:
-    """At most `limit` solutions of givens without conflict; in random order with a generator."""
+    """At most `limit` solutions, in random order with `random`. The givens must not conflict."""
     cells, found = list(cells), []
     rows, columns, boxes = ([DIGITS] * SIDE for _ in _UNIT_OF)
     units = list(zip(*_UNIT_OF, strict=True))
@@ -184,7 +187,7 @@ def solutions(
 
 
 def draw_puzzle(random: np.random.Generator) -> tuple[list[int], list[int]]:
-    """A puzzle with one solution and without a redundant given, and the solution."""
+    """A puzzle and its only solution. No given of the puzzle is redundant."""
     grid = solutions([0] * SIDE**2, 1, random)[0]
     puzzle = list(grid)
     for i in random.permutation(SIDE**2).tolist():
@@ -195,10 +198,14 @@ def draw_puzzle(random: np.random.Generator) -> tuple[list[int], list[int]]:
 
 
 def fill_forced(cells: list[int], hidden: bool) -> list[int]:
-    """Fill cells that are forced, one after the other, until there are none.
+    """Fill forced cells until there are none.
 
-    A naked single is a cell whose row, column and box leave one digit. A hidden single is a digit
-    that has one place left in a row, a column or a box.
+    A naked single is a cell for which only one digit is left. A hidden single is a digit with only
+    one place left in a row, column or box.
+
+    Args:
+        cells: A grid.
+        hidden: Also fill hidden singles.
     """
     cells = list(cells)
     while True:
@@ -220,27 +227,27 @@ def fill_forced(cells: list[int], hidden: bool) -> list[int]:
 
 
 def renamed(grids: np.ndarray) -> np.ndarray:
-    """Solved grids (n, 36), their digits renamed so that the first row counts from 0."""
+    """Solved grids (n, 36) with digits renamed, so that the first row is 0, 1, 2, 3, 4, 5."""
     names = np.argsort(grids[:, :SIDE], axis=1)
     return np.take_along_axis(names, grids - 1, axis=1)
 
 
 def is_held_out(grids: np.ndarray) -> np.ndarray:
-    """Whether solved grids (n, 36) are of the classes that are kept from training: (n,)."""
+    """Whether each of the solved grids (n, 36) belongs to a held-out class, (n,)."""
     classes = renamed(grids).astype(np.int8)
     return np.array([crc32(grid.tobytes()) % HELD_OUT_CLASSES == 0 for grid in classes], bool)
 
 
 def line_orders(lines: int) -> np.ndarray:
-    """Every order of rows, or columns, that keeps boxes whole, `lines` to a box: (n, 6)."""
+    """All orders of rows or columns that keep boxes together, (n, 6). A box has `lines` lines."""
     inside = list(permutations(range(lines)))
     bands = range(SIDE // lines)
     return np.array(
         [
             [
                 band * lines + line
-                for band, lines_of in zip(order, each, strict=True)
-                for line in lines_of
+                for band, order_inside in zip(order, each, strict=True)
+                for line in order_inside
             ]
             for order in permutations(bands)
             for each in product(inside, repeat=len(bands))
@@ -252,13 +259,13 @@ ROW_ORDERS, COLUMN_ORDERS = line_orders(2), line_orders(3)
 
 
 class Sudoku:
-    """Hard puzzles: filling forced cells (naked and hidden singles) does not solve them."""
+    """Hard puzzles. Filling forced cells (naked and hidden singles) does not solve them."""
 
-    identities = 1  # an embedding would say nothing
+    identities = 1  # one embedding for all: the rules are always the same
 
     def __init__(self, count: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
-        wanted = {False: count, True: max(2, count // 2)}  # to train on, held out
+        wanted = {False: count, True: max(2, count // 2)}  # False: training, True: held out
         kept: dict[bool, list[tuple[list[int], list[int]]]] = {False: [], True: []}
         with tqdm(total=sum(wanted.values()), desc="puzzles", unit="puzzle", leave=False) as bar:
             while any(len(kept[part]) < wanted[part] for part in wanted):
@@ -279,7 +286,7 @@ class Sudoku:
 
     @property
     def baselines(self) -> dict[str, dict[str, float]]:
-        """Both ways to fill forced cells."""
+        """Results of filling naked singles, and naked and hidden singles."""
         questions, answers = self.held_out.questions.tolist(), self.held_out.answers + 1
         filled = {
             "naked singles": [fill_forced(cells, hidden=False) for cells in questions],
@@ -288,9 +295,9 @@ class Sudoku:
         return {name: shares(np.array(cells), answers) for name, cells in filled.items()}
 
     def training(self, count: int, random: np.random.Generator) -> Examples:
-        """Training puzzles with rows, columns and digits exchanged.
+        """Random training puzzles with permuted rows, columns and digits.
 
-        One whose grid would become a held-out one keeps its rows and columns.
+        If the result would be a held-out grid, the rows and columns stay in place.
         """
         chosen = random.integers(len(self.grids), size=count)
         puzzles, grids = self.puzzles[chosen], self.grids[chosen]
@@ -300,7 +307,7 @@ class Sudoku:
         moved = np.take_along_axis(grids, order, axis=1)
         order = np.where(is_held_out(moved)[:, None], np.arange(SIDE**2), order)
         names = random.permuted(np.tile(np.arange(1, SIDE + 1), (count, 1)), axis=1)
-        names = np.pad(names, ((0, 0), (1, 0)))  # what is empty stays so
+        names = np.pad(names, ((0, 0), (1, 0)))  # empty cells stay empty
         puzzles, grids = (
             np.take_along_axis(names, np.take_along_axis(array, order, axis=1), axis=1)
             for array in (puzzles, grids)
