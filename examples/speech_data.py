@@ -1,7 +1,8 @@
-"""Short utterances for a speech recognizer: synthetic ones by eSpeak NG, or your own recordings.
+"""Short clips for a speech recognizer: speech synthesized by eSpeak NG, or your own recordings.
 
-`load_synthetic` speaks digits and commands in many voices; `clips_of_folder` reads NAME.wav with
-NAME.txt beside it. Both hold out whole speakers for validation. `log_mel` turns sound to features.
+`load_synthetic` makes clips of digits and commands in many voices. `clips_of_folder` reads your own
+recordings: pairs of NAME.wav and NAME.txt. Both hold out whole speakers for validation. `log_mel`
+computes the features of a clip.
 """
 
 from __future__ import annotations
@@ -34,32 +35,32 @@ MELS = 80
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "stop", "go", "on", "off")
-DIGIT_SHARE = 0.6  # of the clips; the others say commands
+DIGIT_SHARE = 0.6  # share of clips with digits; the others have commands
 MOST_WORDS = 3
 
-# "en" is British English. A speaker is an accent and a voice, as eSpeak NG names them: en-us+f2.
+# "en" is British English. A speaker is an accent and a voice, in eSpeak NG's notation: en-us+f2.
 ACCENTS = ("en-us", "en-us-nyc", "en", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-029")
 TRAINING_VOICES = ("m1", "m3", "m5", "m6", "m7", "m8", "Alex", "Michael", "max", "grandpa")
 TRAINING_VOICES += ("f1", "f3", "f4", "Andrea", "Annie", "linda", "steph", "grandma")
-HELD_OUT_VOICES = ("m2", "m4", "f2", "f5")  # never heard in training, in any accent
+HELD_OUT_VOICES = ("m2", "m4", "f2", "f5")  # never used in training, with any accent
 
 SPEED = (160, 240)  # words per minute
-PITCH = (35, 65)  # eSpeak NG's scale, 0 to 100; a voice's own pitch is at 50
-PITCH_RANGE = (30, 70)  # likewise: how far the voice rises and falls
+PITCH = (35, 65)  # eSpeak NG's scale, 0 to 100; 50 is the voice's normal pitch
+PITCH_RANGE = (30, 70)  # the same scale; how much the pitch varies
 SIGNAL_TO_NOISE = (10.0, 40.0)  # dB
-PEAK = (-20.0, -1.0)  # dB of full scale
-SILENCE = 0.005  # of the peak: what is below, at either end, is cut off
-MARGIN = SAMPLE_RATE // 20  # 50 ms that stay
+PEAK = (-20.0, -1.0)  # dB relative to full scale
+SILENCE = 0.005  # share of the peak; quieter sound at both ends is cut off
+MARGIN = SAMPLE_RATE // 20  # 50 ms of the cut-off sound are kept
 
-HOLD_OUT_EVERY = 8  # of a user's speakers, or clips if there is one speaker
-LONGEST = 30  # seconds
+HOLD_OUT_EVERY = 8  # every eighth speaker of a user, or clip if there is one speaker
+LONGEST = 30  # seconds; longer recordings are refused
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """An utterance: float32 mono samples in [-1, 1] at 16 kHz, and what is said by whom."""
+    """Recorded or synthesized speech: float32 mono samples in [-1, 1] at 16 kHz, text, speaker."""
 
     samples: np.ndarray
     text: str
@@ -70,9 +71,9 @@ class Clip:
 
 
 def log_mel(samples: np.ndarray) -> np.ndarray:
-    """Whisper's log-mel spectrogram: (samples,) to (samples // 160, 80), float32, about [-1, 1].
+    """Whisper's log-mel spectrogram, (samples // 160, 80), float32, about in [-1, 1].
 
-    Fewer than 201 samples are padded with zeros to 201, so there is at least one frame.
+    Shorter clips are padded with zeros to 201 samples, so there is at least one frame.
     """
     samples = np.pad(samples, (0, max(0, WINDOW // 2 + 1 - len(samples))))
     centred = np.pad(samples, WINDOW // 2, mode="reflect")
@@ -86,14 +87,14 @@ def log_mel(samples: np.ndarray) -> np.ndarray:
 
 @cache
 def mel_filters() -> np.ndarray:
-    """Triangles on Slaney's mel scale, each of area 1 over frequency: (201, 80).
+    """Triangular filters on Slaney's mel scale, (201, 80). The area of each, over Hz, is 1.
 
-    As `librosa.filters.mel(sr=16000, n_fft=400, n_mels=80).T`.
+    Equal to `librosa.filters.mel(sr=16000, n_fft=400, n_mels=80).T`.
     """
     frequencies = np.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1)[:, None]
     highest = 15 + 27 * math.log(SAMPLE_RATE / 2 / 1000, 6.4)  # in mel
     mels = np.linspace(0, highest, MELS + 2)
-    # Slaney's scale: linear up to 1 kHz, which is 15 mel, then 27 mel for each factor of 6.4.
+    # Slaney's scale: linear up to 1 kHz (15 mel), then 27 mel for each factor of 6.4.
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     rising = (frequencies - left) / (centre - left)
@@ -102,11 +103,11 @@ def mel_filters() -> np.ndarray:
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Band-limited resampling from `rate`, in Hz, to 16 kHz, in the frequency domain."""
+    """Resample from `rate` Hz to 16 kHz, band-limited, in the frequency domain."""
     if rate == SAMPLE_RATE:
         return samples.astype(np.float32)
     divisor = math.gcd(rate, SAMPLE_RATE)
-    # Whole blocks keep the ratio exact; one more of silence keeps the end out of the start.
+    # Whole blocks keep the ratio exact. A block of silence keeps the end out of the start.
     blocks = -(-len(samples) * divisor // rate) + 1
     length = blocks * rate // divisor
     spectrum = np.fft.rfft(samples, length)
@@ -121,19 +122,19 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 def load_synthetic(
     folder: Path, training: int = 3000, validation: int = 300, seed: int = 1
 ) -> tuple[list[Clip], list[Clip]]:
-    """`synthetic_clips`, made once and kept in `folder`; a damaged file is made anew."""
+    """Make `synthetic_clips` once and cache them in `folder`. A damaged cache is made again."""
     recipe = f"{Path(__file__).read_text('utf-8')} {training} {validation} {seed}"
     name = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     path = folder / f"synthetic-{name}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return read_cache(path)
-    folder.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
+    folder.mkdir(parents=True, exist_ok=True)  # first, because it may fail
     write_cache(path, *synthetic_clips(training, validation, seed))
     return read_cache(path)
 
 
 def read_cache(path: Path) -> tuple[list[Clip], list[Clip]]:
-    # NumPy would leave a damaged file open, if it opened it.
+    # If NumPy opened the file, it would leave a damaged one open.
     with path.open("rb") as stream, np.load(stream) as file:
         ends, training = np.cumsum(file["lengths"]), int(file["training"])
         samples = np.split(file["samples"].astype(np.float32) / 2**15, ends[:-1])
@@ -154,17 +155,17 @@ def write_cache(path: Path, training: list[Clip], validation: list[Clip]) -> Non
             speakers=np.array([clip.speaker for clip in clips]),
             training=np.array(len(training)),
         )
-        os.replace(temporary, path)  # atomic: another process may be doing the same
+        os.replace(temporary, path)  # atomic, because another process may write it too
 
 
 def synthetic_clips(training: int, validation: int, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """Clips of one to three words, by the training voices and by those held out.
+    """Make clips of one to three words, in training voices and in held-out voices.
 
-    The same seed gives the same clips at the first call in a process. Later calls differ by a
-    little vibrato, whose phase eSpeak NG carries on.
+    The first call in a process gives the same clips for the same seed. Later calls differ in
+    vibrato, because eSpeak NG keeps its phase.
 
     Raises:
-        RuntimeError: If eSpeak NG is not there or fails.
+        RuntimeError: If eSpeak NG is missing or fails.
     """
     synthesizer = Synthesizer(seed)
     streams = (
@@ -199,7 +200,7 @@ def balanced(random: np.random.Generator, items: Sequence[str]) -> Iterator[str]
 def synthetic_clip(
     synthesizer: Synthesizer, random: np.random.Generator, words: list[str], speaker: str
 ) -> Clip:
-    """The words at a random speed and pitch, in white or pink noise, at a random level."""
+    """Synthesize the words at a random speed, pitch and level, with white or pink noise."""
     speech = synthesizer(
         " ".join(words),
         speaker,
@@ -217,22 +218,26 @@ def synthetic_clip(
 
 
 def trimmed(speech: np.ndarray) -> np.ndarray:
-    """Cut the silence at both ends, except for a margin."""
+    """Cut off silence at both ends, but keep a margin."""
     heard = np.flatnonzero(np.abs(speech) > SILENCE * np.abs(speech).max())
     return np.pad(speech, MARGIN)[heard[0] : heard[-1] + 1 + 2 * MARGIN]
 
 
 def white_or_pink(random: np.random.Generator, length: int) -> np.ndarray:
-    noise = random.normal(size=1 << length.bit_length())  # a power of 2: primes are slow
+    noise = random.normal(
+        size=1 << length.bit_length()
+    )  # a power of 2, because the FFT of primes is slow
     if random.random() < 0.5:
         return noise[:length]
     spectrum = np.fft.rfft(noise)
-    spectrum /= np.sqrt(np.maximum(1, np.arange(len(spectrum))))  # pink: power as 1 / frequency
+    spectrum /= np.sqrt(
+        np.maximum(1, np.arange(len(spectrum)))
+    )  # pink: power proportional to 1 / frequency
     return np.fft.irfft(spectrum)[:length]
 
 
 class Synthesizer:
-    """eSpeak NG, through its C interface; one at a time, since the library's state is global."""
+    """eSpeak NG through its C interface. Its state is global, so use one synthesizer at a time."""
 
     def __init__(self, seed: int) -> None:
         try:
@@ -244,30 +249,32 @@ class Synthesizer:
         except (ImportError, OSError, RuntimeError, AttributeError) as problem:
             raise RuntimeError(
                 f"eSpeak NG cannot be loaded ({problem}): pip install -U espeakng-loader, "
-                "or train on recordings of your own with --data DIR"
+                "or train on your own recordings with --data DIR"
             ) from problem
         # 2: speak before returning; 0x8000: return errors rather than exit the process.
         self.rate = self.library.espeak_Initialize(2, 0, os.fsencode(data), 0x8000)
         if self.rate <= 0:
             raise RuntimeError(
-                f"eSpeak NG does not start with {data}: if that is longer than 159 characters, "
-                "install it where the path is shorter; or train with --data DIR"
+                f"eSpeak NG does not start with {data}: if the path is longer than 159 characters, "
+                "install it in a folder with a shorter path; or train with --data DIR"
             )
-        # For an unknown voice eSpeak NG would silently speak with the accent's own.
+        # Without this check, eSpeak NG would use the accent's own voice for an unknown one.
         voices = (*TRAINING_VOICES, *HELD_OUT_VOICES)
         if missing := [v for v in voices if not (data / "voices" / "!v" / v).is_file()]:
             raise RuntimeError(f"eSpeak NG in {data} lacks the voices {', '.join(missing)}")
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(seed))  # of breath; else from the clock
+        self.library.espeak_ng_SetRandSeed(
+            ctypes.c_long(seed)
+        )  # seeds the breath noise; the default seed is the clock
 
         self.heard: list[bytes] = []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-        self.callback = callback(self.hear)  # kept, as C does not count references
+        self.callback = callback(self.hear)  # keep a reference, because C does not count them
         self.library.espeak_SetSynthCallback(self.callback)
 
     def __call__(
         self, text: str, speaker: str, *, speed: int, pitch: int, pitch_range: int
     ) -> np.ndarray:
-        """Speech at 16 kHz, of any length and not yet trimmed."""
+        """Synthesize untrimmed speech at 16 kHz."""
         self.heard.clear()
         library, utterance = self.library, text.encode()
         length = ctypes.c_size_t(len(utterance) + 1)
@@ -296,17 +303,17 @@ class Synthesizer:
             raise RuntimeError(f"eSpeak NG: espeak_{function} failed with {status} for {value!r}")
 
 
-# ---- A user's own recordings
+# ---- Your own recordings
 
 
 def clips_of_folder(folder: Path) -> tuple[list[Clip], list[Clip]]:
-    """Training and validation clips of each NAME.wav below `folder`, with NAME.txt beside it.
+    """Load pairs of NAME.wav and NAME.txt below `folder` as training and validation clips.
 
-    The folder that holds a file is its speaker. Every eighth speaker is held out for validation,
-    or every eighth clip where there is only one speaker.
+    The folder of a file names its speaker. Every eighth speaker is held out for validation. With
+    only one speaker, every eighth clip is held out.
 
     Raises:
-        ValueError: If any file cannot be used; lists every problem and its remedy.
+        ValueError: If any file cannot be used; the message lists every problem and its remedy.
     """
     problems: list[str] = []
 
@@ -331,7 +338,7 @@ def clips_of_folder(folder: Path) -> tuple[list[Clip], list[Clip]]:
     if len(clips) < 2:
         problems.append(
             f"{folder}: {len(clips)} .wav files; put at least 2 below it, each NAME.wav with its "
-            "words in NAME.txt"
+            "text in NAME.txt"
         )
     if problems:
         raise ValueError("\n".join(problems))
@@ -351,22 +358,24 @@ def read_text(path: Path) -> str:
         text = unicodedata.normalize("NFC", path.read_text("utf-8-sig"))
         text = " ".join(text.lower().split())
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; write there what the .wav says") from None
+        raise ValueError(f"{path}: missing; write the words of the .wav into it") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({problem})") from None
     if not text:
-        raise ValueError(f"{path}: empty; write there what the .wav says, or remove both")
+        raise ValueError(
+            f"{path}: empty; write the words of the .wav into it, or remove both files"
+        )
     return text
 
 
 def read_wav(path: Path) -> np.ndarray:
-    """Samples of a PCM file of any rate, width and number of channels, as those of a Clip."""
+    """Read a PCM file of any rate, width and number of channels. Return samples as in a Clip."""
     try:
         with wave.open(str(path), "rb") as file:
             rate, width, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
             if width > 4:
                 raise wave.Error(f"{8 * width} bits per sample")
-            # The header may state any length, as when a program wrote to a pipe.
+            # The length in the header may be wrong, for example after writing to a pipe.
             data = file.readframes(LONGEST * rate + 1)
     except (OSError, EOFError, wave.Error) as problem:
         remedy = f"ffmpeg -i {path.name} -c:a pcm_s16le new.wav"
@@ -374,15 +383,15 @@ def read_wav(path: Path) -> np.ndarray:
     samples = from_pcm(data[: len(data) // (width * channels) * width * channels], width)
     samples = samples.reshape(-1, channels).mean(axis=1)
     if not len(samples) or not 1 <= rate <= 10**6:
-        raise ValueError(f"{path}: holds no sound; record it again, or remove it")
+        raise ValueError(f"{path}: contains no sound; record it again, or remove it")
     if len(samples) > LONGEST * rate:
         raise ValueError(f"{path}: longer than {LONGEST} s; cut it into shorter clips")
     return np.clip(resample(samples, rate), -1, 1)
 
 
 def from_pcm(data: bytes, width: int) -> np.ndarray:
-    """Little-endian samples of 1 to 4 bytes, to [-1, 1)."""
-    if width == 1:  # the only unsigned one
+    """Convert little-endian samples of 1 to 4 bytes to floats in [-1, 1)."""
+    if width == 1:  # 8-bit samples are unsigned, all others are signed
         return np.frombuffer(data, np.uint8).astype(np.float32) / 2**7 - 1
     words = np.zeros((len(data) // width, 4), np.uint8)
     words[:, 4 - width :] = np.frombuffer(data, np.uint8).reshape(-1, width)

@@ -382,7 +382,7 @@ def test_one_error_names_every_bad_file(tmp_path):
         "0xdc in position 0: invalid continuation byte)",
         f"{tmp_path}/long.wav: longer than 30 s",
         f"{tmp_path}/no text.txt: missing",
-        f"{tmp_path}/silent.wav: holds no sound",
+        f"{tmp_path}/silent.wav: contains no sound",
     ]
     assert "ffmpeg -i float.wav -c:a pcm_s16le new.wav" in str(caught.value)
 
