@@ -1,11 +1,12 @@
-"""What several machines send and compute a step: models of 1 B to 70 B, Thunderbolt 5 and 10 GbE.
+"""Estimate communication and computation per step on several machines, for models of 1 B to 70 B.
 
     python examples/communication.py
     mlx.launch -n 2 --backend ring -- python examples/communication.py --measure
 
-The first prints the cost model, from shapes alone: nothing is allocated, and rates are those that
-the links are sold with. The second makes steps of a small model between processes of this machine,
-counts what they send and how long it takes, and prints both beside the model (Linux).
+The first command prints the cost model for Thunderbolt 5 and 10 GbE. It uses shapes only, so it
+allocates no parameters. The link speeds are the nominal ones. The second command trains a small
+model with several processes on this machine. It measures the bytes sent and the time, and prints
+them next to the cost model's prediction (Linux only).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from mlx_maxfactor.distributed import Sharding
 from mlx_maxfactor.distributed.assignment import Assignment
 from mlx_maxfactor.distributed.collectives import MESSAGE_BYTES
 
-LINKS = {"Thunderbolt 5": 80e9 / 8, "10 GbE": 10e9 / 8}  # bytes a second, each way
+LINKS = {"Thunderbolt 5": 80e9 / 8, "10 GbE": 10e9 / 8}  # bytes per second in each direction
 
-# Width, layers, hidden width, width of keys and values, vocabulary, tied.
+# Width, layers, hidden width, width of keys and values, vocabulary, tied embedding.
 SHAPES = {
     "1 B": (2048, 16, 8192, 512, 128256, True),
     "3 B": (3072, 28, 8192, 1024, 128256, True),
@@ -39,7 +40,7 @@ SHAPES = {
     "70 B": (8192, 80, 28672, 1024, 128256, False),
 }
 
-TOKENS = 8192  # of all ranks, a step
+TOKENS = 8192  # per step, on all ranks together
 
 
 class Group(NamedTuple):
@@ -48,11 +49,11 @@ class Group(NamedTuple):
     ranks: int
 
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return self.ranks
 
     def rank(self) -> int:
-        """Which of them this is."""
+        """The rank of this process."""
         return 0
 
 
@@ -66,15 +67,15 @@ class Cost(NamedTuple):
     work: float
 
     def seconds(self, rate: float, latency: float = 0.0) -> float:
-        """Seconds on a link of this speed. Each message passes every rank in turn."""
+        """Seconds on a link with this rate (bytes per second) and latency (seconds per message)."""
         return self.sent / rate + self.messages * latency
 
 
 def cost_of(assignment: Assignment, nbytes: float) -> Cost:
-    """What the busiest rank has, of parameters of so many bytes in one dtype.
+    """The cost of a step for the busiest rank. All parameters have one dtype and `nbytes` bytes.
 
-    Gradients are summed around a ring, ``2(N - 1)/N`` of their bytes; then each rank's share of the
-    parameters, filled up to the largest, goes to the ``N - 1`` others.
+    Gradients are summed around a ring, which sends ``2(N - 1)/N`` of their bytes. Then each rank
+    sends its share of the parameters, padded to the largest share, to the ``N - 1`` others.
     """
     ranks = assignment.ranks
     work, state, share = (max(load[i] for load in assignment.loads) for i in range(3))
@@ -90,7 +91,7 @@ def cost_of(assignment: Assignment, nbytes: float) -> Cost:
 
 
 def bytes_sent() -> int | None:
-    """Bytes that this process has handed to TCP, once each; None where they are not counted."""
+    """Bytes that this process has sent over TCP, without resends. None if TCP has no counter."""
     if not hasattr(socket, "TCP_INFO"):
         return None
     total = 0
@@ -105,7 +106,7 @@ def bytes_sent() -> int | None:
 
 
 class Layer(nn.Module):
-    """The matrices of a layer with attention to fewer keys, and a gated linear unit."""
+    """The matrices of a transformer layer with grouped-query attention and a gated MLP."""
 
     def __init__(self, width: int, hidden: int, keys: int):
         super().__init__()
@@ -117,7 +118,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Shapes of a language model; it computes nothing."""
+    """The parameters of a language model. It has no forward pass."""
 
     def __init__(
         self, width: int, layers: int, hidden: int, keys: int, vocabulary: int, tied: bool
@@ -136,9 +137,9 @@ def nbytes_of(model: nn.Module) -> int:
 
 
 def plan_of(model: nn.Module, ranks: int, *arguments: Any, **options: Any) -> Cost:
-    """The cost of a model on so many ranks, as ``create_optimizer`` would share it."""
+    """The cost of a step of this model, sharded over the ranks as in ``create_optimizer``."""
     group = cast(Any, Group(ranks))
-    # Unwrapped it allocates nothing: a model of 70 B stays shapes.
+    # The unwrapped function allocates nothing, so a model of 70 B fits in memory.
     optimizer = unwrap(create_optimizer)(model, *arguments, group=group, **options)
     assert isinstance(optimizer.strategy, Sharding)
     return cost_of(optimizer.strategy.assignment, nbytes_of(model))
@@ -163,7 +164,7 @@ def print_model() -> None:
 
 
 def measure(repeats: int) -> None:
-    """Bytes and seconds of a small model's steps, measured and predicted."""
+    """Print measured and predicted bytes and seconds of a small model's steps."""
     group = mx.distributed.init(strict=True)
     model = Model(256, 2, 1024, 128, 4096, True)
     model.set_dtype(mx.float32)
@@ -188,7 +189,7 @@ def measure(repeats: int) -> None:
     }
     least, sent = dict.fromkeys(actions, float("inf")), 0
     mx.eval(gradients, message, share)
-    # In turns, and the least of each: what else runs on this machine then slows them alike.
+    # Actions take turns and the fastest time counts, so other load on the machine matters less.
     for repeat in range(repeats + 1):
         for name, action in actions.items():
             mx.eval(mx.distributed.all_sum(mx.zeros(1), group=group))
@@ -201,24 +202,29 @@ def measure(repeats: int) -> None:
     latency = least["empty"] / (2 * (ranks - 1))
     seconds = least["message"] + least["gather"] - 2 * least["empty"]
     rate = 3 * (ranks - 1) / ranks * message.nbytes / seconds
-    # Gradients are put into messages, then a share of the parameters, and all are taken out.
+    # Packing: all gradients into messages, a share of the parameters, and everything out again.
     own = least["alone"] / ranks + least["packing"] * (2 + 1 / ranks)
     if group.rank() == 0:
         print(f"{ranks} ranks, {nbytes_of(model) / 1e6:.1f} MB of float32 parameters, on loopback")
-        print(f"a link of {rate / 1e6:.0f} MB/s, {latency * 1e6:.0f} µs a message")
-        print(f"sent a step: {sent:,} bytes; by the model {cost.sent:,.0f}")
+        print(f"link: {rate / 1e6:.0f} MB/s, {latency * 1e6:.0f} µs per message")
+        print(f"sent per step: {sent:,} bytes; predicted {cost.sent:,.0f}")
         expected = cost.seconds(rate, latency) + own
         print(
-            f"a step: {least['step']:.3f} s; by the model {expected:.3f}, {own:.3f} of it not sent"
+            f"time per step: {least['step']:.3f} s; predicted {expected:.3f} s, "
+            f"{own:.3f} s of it without communication"
         )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="What several machines send and compute a step.")
+    parser = argparse.ArgumentParser(description="Estimate communication and computation per step.")
     parser.add_argument(
-        "--measure", action="store_true", help="steps between processes, counted: under mlx.launch"
+        "--measure",
+        action="store_true",
+        help="measure real steps; start the program with mlx.launch",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="steps that --measure times")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="number of steps that --measure times"
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         try:
@@ -226,6 +232,8 @@ if __name__ == "__main__":
         except RuntimeError as problem:
             if "initialize" not in str(problem):
                 raise
-            parser.error("--measure needs ranks: start it with mlx.launch -n 2 --backend ring --")
+            parser.error(
+                "--measure needs several processes: start it with mlx.launch -n 2 --backend ring --"
+            )
     else:
         print_model()
