@@ -1,12 +1,12 @@
-r"""What two optimizers, sparse rows and each algorithm bring to the reasoning example.
+r"""Compare optimizers and sparse rows on the reasoning example.
 
     python examples/compare_reasoning.py
     python examples/compare_reasoning.py --run
 
-The first prints the tables of `records/reasoning.jsonl`; `--run` first makes the runs that are
-missing there, one after the other, and draws puzzles being solved. Each run is a command that
-anyone may give alone: the record has it. Rates are each configuration's best of a few, found on a
-seed that is not in the tables; NOTES.md has the others.
+The first command prints the tables of `records/reasoning.jsonl`. `--run` first makes the missing
+runs, one after the other, and draws puzzles being solved. Each record has the command that repeats
+its run. The rate of each configuration is the best of a few, found with a seed that is not in the
+tables. NOTES.md has the other rates.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Record:
     """One run and its results."""
 
     command: str
-    cpu_seconds: float  # of the whole run, whatever else the machine did
+    cpu_seconds: float  # of the whole run; other load on the machine does not count
     state_bytes: int
     validation: dict[str, float]
 
@@ -85,7 +85,7 @@ def commands(kind: str, name: str, short: Sequence[str], seeds: int) -> list[lis
 
 
 def wanted(arguments: Arguments) -> list[list[str]]:
-    """All runs: the example with its defaults, then the shorter comparison, seed by seed."""
+    """The commands of all runs: first the default runs, then the shorter ones, seed by seed."""
     kinds = [arguments.only] if arguments.only else list(CONFIGURATIONS)
     whole, shorter = [], []
     for kind in kinds:
@@ -96,7 +96,7 @@ def wanted(arguments: Arguments) -> list[list[str]]:
 
 
 def run_one(command: Sequence[str], pictures: Path) -> Record:
-    """Run the example and read its results. Keep the picture of the run with defaults."""
+    """Run the example and read its results. Save the picture of the default run."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         run = run_example("train_reasoning.py", command[2:], folder)
@@ -116,7 +116,7 @@ def read(path: Path) -> dict[str, Record]:
 
 
 def report(records: Mapping[str, Record], others: Sequence[str] = ()) -> str:
-    """A table for each kind at its defaults, and one of the comparison, as Markdown."""
+    """Two Markdown tables for each kind: the defaults, and the shorter comparison."""
     parts = []
     for kind, names in CONFIGURATIONS.items():
         short = [*SHORTER[kind], *others]
@@ -137,7 +137,7 @@ def report(records: Mapping[str, Record], others: Sequence[str] = ()) -> str:
 
 
 def table(found: Mapping[str, Sequence[Record]]) -> str:
-    """Mean (least to greatest) over the seeds, as Markdown."""
+    """A Markdown table: mean (least to greatest) over the seeds."""
     rows = [["", "seeds", "exact match", "cells", "loss", "state, bytes", "CPU seconds"]]
     for name, records in found.items():
         if records:
@@ -158,7 +158,7 @@ def table(found: Mapping[str, Sequence[Record]]) -> str:
 
 
 class Arguments(argparse.Namespace):
-    """The command line, typed."""
+    """The arguments of this program."""
 
     run: bool
     seeds: int
@@ -171,8 +171,8 @@ def parse_arguments() -> Arguments:
     parser = argparse.ArgumentParser(description="Compare optimizers on the reasoning example.")
     add = parser.add_argument
     add("--run", action="store_true", help="make the runs that are missing")
-    add("--seeds", type=integer, default=3, help="of each configuration (default 3)")
-    add("--only", choices=CONFIGURATIONS, help="one kind of puzzles")
+    add("--seeds", type=integer, default=3, help="seeds per configuration (default 3)")
+    add("--only", choices=CONFIGURATIONS, help="only this kind of puzzles")
     add("--records", type=Path, default=RECORDS, help="file of records")
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
