@@ -1,11 +1,11 @@
-"""How near to orthogonal each method comes, over condition numbers and numbers of products.
+"""Measure how orthogonal the results of each method are, by condition number and steps.
 
     python examples/orthogonality.py
     python examples/orthogonality.py --rows 64 --columns 256
 
-Singular values fall from 1 to the inverse of the condition number in equal ratios. A step of either
-method makes the same products, so equal steps are equal products. What is printed is the root mean
-square of |σ - 1| over the singular values σ of the float32 result, by a float64 SVD.
+The singular values of a test matrix fall from 1 to the inverse of the condition number, in equal
+ratios. A step of either method has the same number of matrix products. The table has the root mean
+square of |σ - 1| over the singular values σ of the float32 result, from a float64 SVD.
 """
 
 import argparse
@@ -21,9 +21,13 @@ CONDITIONS = [10**k for k in range(7)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Orthogonality error over condition numbers.")
-    parser.add_argument("--rows", type=integer, default=256, help="default 256")
-    parser.add_argument("--columns", type=integer, default=256, help="default 256")
+    parser = argparse.ArgumentParser(
+        description="Print the orthogonality error by condition number."
+    )
+    parser.add_argument(
+        "--rows", type=integer, default=256, help="rows of the matrix (default 256)"
+    )
+    parser.add_argument("--columns", type=integer, default=256, help="columns (default 256)")
     arguments = parser.parse_args()
     shape = (arguments.rows, arguments.columns)
     print("| method | steps |", *(f"{condition:.0e} |" for condition in CONDITIONS))
@@ -36,7 +40,7 @@ def main() -> None:
 
 
 def conditioned(rows: int, columns: int, condition: float) -> mx.array:
-    """A matrix with singular vectors by chance, the same at every call."""
+    """A matrix with random singular vectors, the same at every call."""
     random, rank = np.random.default_rng(0), min(rows, columns)
     left, _ = np.linalg.qr(random.normal(size=(rows, rank)))
     right, _ = np.linalg.qr(random.normal(size=(columns, rank)))
