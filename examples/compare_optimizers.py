@@ -56,8 +56,8 @@ COLOURS = dict(zip(DRAWN, [*(f"C{i}" for i in range(10)), "black", "navy"], stri
 PICTURED = ("language_model_1500", "speech")
 TRANSFERRED = ("OrthoMaxFactor", "OrthoMaxFactor, no momentum", "Muon 0.8", "AdamW")
 COSTS = {
-    "state": "optimizer state of the hidden matrices, over AdamW's",
-    "seconds": "seconds a step, training and all",
+    "state": "optimizer state of the hidden matrices, relative to AdamW",
+    "seconds": "seconds per training step",
 }
 TIMED_STEPS = 100
 TITLES = "; ".join(f"{name}: {training.title}" for name, training in TRAININGS.items())
@@ -151,8 +151,8 @@ def next_runs(
     name: str, training: str, records: Sequence[Record], count: int | None = None
 ) -> list[tuple[float, int]]:
     """Rates and seeds that the search of one configuration needs next."""
-    configuration, of = CONFIGURATIONS[name], TRAININGS[training]
-    seeds = range(1, (count or of.seeds) + 1)
+    configuration, trained = CONFIGURATIONS[name], TRAININGS[training]
+    seeds = range(1, (count or trained.seeds) + 1)
     losses = {(r.rate, r.seed): r.final("loss") for r in records if r.configuration == name}
     if not configuration.searched:
         return [(0.0, seed) for seed in seeds if (0.0, seed) not in losses]
@@ -162,7 +162,7 @@ def next_runs(
             return []
         if configuration.searched == "--learning-rate":
             return [(other, seed) for seed in seeds if (other, seed) not in losses]
-    first = configuration.first_rates_in(training, of.first_rates)
+    first = configuration.first_rates_in(training, trained.first_rates)
     tried = sorted({rate for rate, seed in losses if seed == SEEDS[0]} | set(first))
     if missing := [(rate, SEEDS[0]) for rate in tried if (rate, SEEDS[0]) not in losses]:
         return missing
