@@ -113,7 +113,7 @@ class Reasoning:
         return {"puzzles*": puzzle_optimizer(a)} if a.puzzle_optimizer == "signsgd" else {}
 
     def training_batch(self, random: np.random.Generator) -> tuple[mx.array, ...]:
-        """The new puzzles of an update. They replace as many old ones."""
+        """The new puzzles of an update. They replace the oldest ones."""
         new = self.arguments.batch_size // self.arguments.segments
         return arrays(self.puzzles.training(new, random))
 
