@@ -26,7 +26,7 @@ from compare_optimizers import markdown
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from tqdm import tqdm
 
-from mlx_maxfactor.finetuning.memory import SHARES, Request, estimate
+from mlx_maxfactor.finetuning.memory import SHARES, Request, estimate, restoring_layers
 from mlx_maxfactor.finetuning.optimizers import make_optimizer
 
 HEAD = ["model", "training", "layers x width", "tokens", "optimizer", "real, MB", "estimate, MB"]
@@ -64,7 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     wanted = [
         (request, name)
-        for request, name in list(requests())[: given.rows]
+        for request, name in requests()[: given.rows]
         if request.grad_checkpoint or not given.checkpointed
     ]
     rows = [HEAD]
@@ -138,11 +138,9 @@ def real_peak(request: Request, layers: int | None = None) -> int:
     random = np.random.default_rng(0)
     shape = (4 * request.batch_size, request.max_seq_length)
     data = [(line, 0) for line in random.integers(request.config["vocab_size"], size=shape)]
-    layer: Any = type(model.layers[0])  # pyright: ignore
-    call = layer.__call__
     mx.clear_cache()
     mx.reset_peak_memory()
-    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()), restoring_layers(model):
         arguments = TrainingArgs(
             batch_size=request.batch_size,
             iters=3,
@@ -150,10 +148,7 @@ def real_peak(request: Request, layers: int | None = None) -> int:
             grad_checkpoint=request.grad_checkpoint,
             adapter_file=f"{folder}/adapters.safetensors",
         )
-        try:
-            train(model, optimizer, data, args=arguments)
-        finally:
-            layer.__call__ = call  # mlx-lm's checkpointing changes the class
+        train(model, optimizer, data, args=arguments)
     return mx.get_peak_memory()
 
 

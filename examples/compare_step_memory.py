@@ -25,7 +25,7 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from tqdm import tqdm
 
-from mlx_maxfactor.finetuning.memory import Request
+from mlx_maxfactor.finetuning.memory import Request, restoring_layers
 from mlx_maxfactor.finetuning.models import bytes_of
 from mlx_maxfactor.finetuning.optimizers import make_optimizer
 
@@ -60,11 +60,9 @@ def peak(request: Request, tokens: int, checkpointed: bool, method: Callable[...
     gc.collect()
     mx.clear_cache()
     model = request.build()
-    layer: Any = type(layers_of(model)[0])
-    call = layer.__call__
-    if checkpointed:
-        grad_checkpoint(layers_of(model)[0])
-    try:
+    with restoring_layers(model):
+        if checkpointed:
+            grad_checkpoint(layers_of(model)[0])
         step = method(model)
         batch = mx.random.randint(0, 2048, (1, tokens)), mx.array([[0, tokens]])
         mx.eval(model.state, batch)
@@ -75,8 +73,6 @@ def peak(request: Request, tokens: int, checkpointed: bool, method: Callable[...
             step(*batch)
             found = max(found, mx.get_peak_memory())
         return found / bytes_of(model.parameters())
-    finally:
-        layer.__call__ = call  # mlx-lm's checkpointing changes the class
 
 
 def layers_of(model: Any) -> Sequence[Any]:

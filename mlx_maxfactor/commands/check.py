@@ -11,7 +11,6 @@ import json
 import platform
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +24,6 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten
 
 from .. import functional as f
 from .. import optimizers, reference
@@ -33,11 +31,12 @@ from .._version import __version__
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..factory import create_optimizer
 from ..optimizers import Muon, OrthoMaxFactor, SignSGD
+from ..optimizers.base import flatten
+from ..routing import OPTIMIZERS
 from .terminal import OneLineParser, integer, table
 
 STEPS = 20
 SEED = 1
-OPTIMIZERS = ("orthomaxfactor", "maxfactor", "muon", "adafactor", "signsgd", "adamw")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--output", type=Path, default=Path("mlx-maxfactor-check.json"), help="the report (JSON)")
     add("--seconds", type=integer, default=110, help="start no new check after this long (110)")
-    arguments = parser.parse_args(argv, namespace=Namespace())
+    arguments = parser.parse_args(argv)
     if not arguments.output.parent.is_dir():
         parser.error(f"--output: {arguments.output.parent} is not a folder")
     report = run(arguments.seconds)
@@ -345,17 +344,17 @@ def _resumed(name: str, path: Path, interrupted: bool) -> np.ndarray:
 
 def memory() -> Iterator[Check]:
     """A step needs less memory than mlx's AdamW, on top of weights and state."""
-    theirs = _peak_of_step(mlx_optimizers.AdamW(1e-3))
+    theirs = _peak_of_step(lambda _: mlx_optimizers.AdamW(1e-3))
     for name in OPTIMIZERS:
-        ours = _peak_of_step(None, name)
+        ours = _peak_of_step(partial(create_optimizer, hidden=cast(Any, name)))
         yield Check(f"{name}: memory of a step", ours / theirs, 1.0, "mlx AdamW's")
 
 
-def _peak_of_step(optimizer: Optimizer | None, name: str = "") -> float:
+def _peak_of_step(make: Callable[[nn.Module], Optimizer]) -> int:
     """Bytes beyond what is held before an eager step."""
     width, layers = 512, 24
     model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
-    optimizer = optimizer or create_optimizer(model, cast(Any, name))
+    optimizer = make(model)
     optimizer.init(model.trainable_parameters())
     loss_and_gradients = nn.value_and_grad(model, lambda x: mx.mean(mx.square(model(x))))
     x, peak = mx.ones((8, width)), 0
@@ -404,13 +403,9 @@ def training_times() -> Iterator[dict[str, Any]]:
             }
 
 
-def _mlx_muon(_: nn.Module) -> Optimizer:
-    return mlx_optimizers.Muon(0.02)
-
-
 TIMED: dict[str, Callable[[nn.Module], Optimizer]] = {
     "mlx AdamW": lambda _: mlx_optimizers.AdamW(1e-3),
-    "mlx Muon": _mlx_muon,
+    "mlx Muon": lambda _: mlx_optimizers.Muon(0.02),
     "default": create_optimizer,
     "muon": partial(create_optimizer, hidden="muon"),
 }
@@ -458,8 +453,8 @@ def _numpy(x: mx.array) -> np.ndarray:
 
 
 def _weights(model: nn.Module) -> np.ndarray:
-    arrays: Any = tree_flatten(model.parameters())
-    return np.concatenate([_numpy(x).reshape(-1) for _, x in arrays])
+    arrays = flatten(model.parameters()).values()
+    return np.concatenate([_numpy(x).reshape(-1) for x in arrays])
 
 
 def _rms_difference(ours: np.ndarray, exact: np.ndarray) -> float:

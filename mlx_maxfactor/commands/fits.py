@@ -20,9 +20,9 @@ from ..finetuning.memory import (
     read_config,
 )
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizers import optimizer_names
+from ..finetuning.optimizers import check_optimizer
 from ..routing import OPTIMIZERS
-from .lora_arguments import BAD_INPUT, DEFAULTS, one_line, option
+from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
 from .lora_arguments import read_config as read_yaml
 from .terminal import OneLineParser, integer, table
 
@@ -36,6 +36,24 @@ USAGE = """examples:
 
 def main(argv: Sequence[str]) -> int:
     """Print the estimate. Returns 0 if the run fits, else 1."""
+    parser = make_parser()
+    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
+    start = time.perf_counter()
+    try:
+        request, title = request_of(given)
+        limit = usable_bytes(given["memory"]) if "memory" in given else available_bytes()
+        found = estimate(request)
+        print(f"{title}\n\n{parts_table(found)}\n\n{optimizers_table(found)}\n")
+        print(f"{macs_table(found)}\n\n{verdict(found, limit)}")
+    except BAD_INPUT as problem:
+        parser.error(one_line(problem))
+    seconds = time.perf_counter() - start
+    print(f"measured with {found.measured} in {seconds:.0f} s; the rest follows from shapes")
+    return 0 if found.peak <= limit else 1
+
+
+def make_parser() -> OneLineParser:
+    """The command line."""
     parser = OneLineParser(
         prog="mlx-maxfactor fits",
         description="Estimate the peak memory of a training step, without any weights.",
@@ -62,13 +80,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="BITS",
         help="bits of a quantized base (as the config says)",
     )
-    add("--optimizer", metavar="NAME", help=f"one of {', '.join(optimizer_names())}")
-    add(
-        "--option",
-        action="append",
-        metavar="NAME=VALUE",
-        help="option of the optimizer; JSON values",
-    )
+    add_optimizer_arguments(parser)
     add(
         "--memory",
         type=float,
@@ -76,19 +88,7 @@ def main(argv: Sequence[str]) -> int:
         help="memory of the Mac that it must fit (this machine)",
     )
     add("-c", "--config", metavar="FILE", help="a YAML file of mlx_lm.lora")
-    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
-    start = time.perf_counter()
-    try:
-        request, title = request_of(given)
-        limit = usable_bytes(given["memory"]) if "memory" in given else available_bytes()
-        found = estimate(request)
-        print(f"{title}\n\n{parts_table(found)}\n\n{optimizers_table(found)}\n")
-        print(f"{macs_table(found)}\n\n{verdict(found, limit)}")
-    except BAD_INPUT as problem:
-        parser.error(one_line(problem))
-    seconds = time.perf_counter() - start
-    print(f"measured with {found.measured} in {seconds:.0f} s; the rest follows from shapes")
-    return 0 if found.peak <= limit else 1
+    return parser
 
 
 def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
@@ -97,9 +97,7 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
     arguments = Namespace(**{**DEFAULTS, **file, **given})
     if arguments.model is None:
         raise ValueError("give a model: a folder with a config.json, or a name in the hub's cache")
-    if arguments.optimizer not in optimizer_names():
-        known = ", ".join(optimizer_names())
-        raise ValueError(f"optimizer must be one of {known}, got {arguments.optimizer!r}")
+    check_optimizer(arguments.optimizer)
     parameters = dict(arguments.lora_parameters or {})
     if "rank" in given:
         parameters["rank"] = given["rank"]

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted before the first iteration\n")
     try:
-        if arguments.train or not arguments.test:
+        if arguments.train:
             train(tuning, sample)
         if arguments.test:
             loss = tuning.loss_on("test", arguments.test_batches)
@@ -213,7 +213,7 @@ def print_results(tuning: Tuning, sample: Sample, loss: float | None) -> None:
         row.format(
             f"{kind}, {arguments.optimizer}",
             "" if loss is None else f"{loss:.3f}",
-            f"{sum(size_of(trained)):,}",
+            f"{sum(array.size for array in flatten(trained).values()):,}",
             f"{bytes_of(tuning.optimizer.state):,}",
             f"{sorted(speeds)[len(speeds) // 2]:,.0f}",
             f"{peak:.2f} GB",
@@ -223,11 +223,6 @@ def print_results(tuning: Tuning, sample: Sample, loss: float | None) -> None:
         print(f"{tuning.skipped} iterations were skipped: their gradients were not finite")
     print()
     sample.print(tuning.model)
-
-
-def size_of(tree: Any) -> list[int]:
-    """Elements of each array."""
-    return [array.size for array in flatten(tree).values()]
 
 
 def save_results(tuning: Tuning, loss: float | None) -> None:

@@ -23,8 +23,8 @@ import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
 
 from ..checkpoint import CheckpointError
-from ..finetuning.optimizers import EXAMPLE, optimizer_names
-from ..finetuning.tuning import check_iterations
+from ..finetuning.models import FINE_TUNE_TYPES
+from ..finetuning.optimizers import EXAMPLE, check_optimizer, optimizer_names
 from .terminal import OneLineParser
 
 DEFAULTS = {
@@ -73,28 +73,19 @@ USAGE = """examples:
 
 def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     """Every argument, checked, and the parser, which reports what is found wrong later."""
-    theirs = build_parser()
-    theirs.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
     parser = OneLineParser(
         prog="mlx-maxfactor lora",
         usage="mlx-maxfactor lora [--model FOLDER] [--data FOLDER] [options]",
         description="Fine-tune with mlx-lm: LoRA, DoRA, QLoRA, or all weights.",
         epilog=USAGE,
-        parents=[theirs],
+        parents=[build_parser()],
         conflict_handler="resolve",
         add_help=False,
         raw=True,
     )
     parser.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
+    add_optimizer_arguments(parser)
     add = parser.add_argument
-    known = ", ".join(optimizer_names())
-    add("--optimizer", metavar="NAME", help=f"one of {known}; default orthomaxfactor")
-    add(
-        "--option",
-        action="append",
-        metavar="NAME=VALUE",
-        help="option of the optimizer; JSON values",
-    )
     add("--quantize", action="store_true", default=None, help="train on a copy in 4 bits")
     add("--resume", action="store_true", default=None, help="continue from the checkpoint")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
@@ -104,6 +95,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     arguments = Namespace(**{**DEFAULTS, **demo, **known_values})
     check(arguments)
     return parser, arguments
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--optimizer`` and ``--option``."""
+    add, known = parser.add_argument, ", ".join(optimizer_names())
+    add("--optimizer", metavar="NAME", help=f"one of {known}; default orthomaxfactor")
+    values = "option of the optimizer; JSON values"
+    add("--option", action="append", metavar="NAME=VALUE", help=values)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -128,21 +127,23 @@ def check(arguments: Namespace) -> None:
     for name in ("model", "data"):
         if given[name] is None:
             raise ValueError(f"{name} is missing: give --{name}, a folder or a name on the hub")
-    if arguments.fine_tune_type not in ("lora", "dora", "full"):
+    if arguments.fine_tune_type not in FINE_TUNE_TYPES:
         raise ValueError(f"fine_tune_type is lora, dora or full, got {arguments.fine_tune_type!r}")
     if arguments.quantize and arguments.fine_tune_type == "full":
         raise ValueError("quantize needs lora or dora: quantized weights have no gradient")
     arguments.optimizer = str(arguments.optimizer).lower()
-    if arguments.optimizer not in optimizer_names():
-        known = ", ".join(optimizer_names())
-        raise ValueError(f"optimizer must be one of {known}, got {arguments.optimizer!r}")
+    check_optimizer(arguments.optimizer)
     for name in ("optimizer_config", "lora_parameters", "lr_schedule"):
         if not isinstance(given[name], Mapping | None):
             raise ValueError(f"{name} must map names to values, got {given[name]!r}")
     if arguments.lr_schedule and not {"name", "arguments"} <= arguments.lr_schedule.keys():
         raise ValueError(f"lr_schedule takes a name and arguments, as in {EXAMPLE}")
     arguments.option = dict(map(option, arguments.option))
-    check_iterations(arguments)
+    if arguments.iters % arguments.grad_accumulation_steps:
+        raise ValueError(
+            "iters must be a multiple of grad_accumulation_steps, because mlx-lm drops the rest, "
+            f"got {arguments.iters} and {arguments.grad_accumulation_steps}"
+        )
 
 
 def option(argument: str) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -160,9 +160,7 @@ class MemoryEstimate:
     Attributes:
         request: What was estimated.
         weights: Weights, adapters included.
-        state: Optimizer state.
         states: Optimizer state with each optimizer, by name.
-        step: Activations, gradients and temporary arrays where they need most.
         measured: What was measured, in words.
         lengths: Sequence lengths that were measured.
         steps: ``step`` of each of them.
@@ -170,12 +168,20 @@ class MemoryEstimate:
 
     request: Request
     weights: int
-    state: int
     states: Mapping[str, int]
-    step: int
     measured: str
     lengths: Sequence[int]
     steps: Sequence[int]
+
+    @property
+    def state(self) -> int:
+        """Optimizer state."""
+        return self.states[self.request.optimizer]
+
+    @property
+    def step(self) -> int:
+        """Activations, gradients and temporary arrays where they need most."""
+        return _at_length(self.lengths, self.steps, self.request.max_seq_length)
 
     @property
     def peak(self) -> int:
@@ -222,14 +228,10 @@ def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstima
     """Estimate the peak of a request, measured at these shares of its sequence length."""
     model = request.build()
     weights = bytes_of(model.parameters())
-    others = [name for name in optimizer_names() if name != request.optimizer]
-    states = {name: request.state_bytes(model, name) for name in (request.optimizer, *others)}
+    states = {name: request.state_bytes(model, name) for name in optimizer_names()}
     del model
     lengths, steps, measured = measure(request, shares)
-    step = _at_length(lengths, steps, request.max_seq_length)
-    return MemoryEstimate(
-        request, weights, states[request.optimizer], states, step, measured, lengths, steps
-    )
+    return MemoryEstimate(request, weights, states, measured, lengths, steps)
 
 
 def measure(request: Request, shares: Sequence[float] = (1,)) -> tuple[list[int], list[int], str]:
@@ -324,7 +326,9 @@ def measure_steps(
 
     steps: list[int] = []
     model.train()
-    with _checkpointing(model) if request.grad_checkpoint else nullcontext():
+    with restoring_layers(model):
+        if request.grad_checkpoint:
+            grad_checkpoint(cast(Any, model).layers[0])
         for length in lengths:
             if len(steps) > 2 and _at_length(lengths[: len(steps)], steps, length) > available:
                 break
@@ -343,11 +347,10 @@ def measure_steps(
 
 
 @contextmanager
-def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """mlx-lm's checkpointing, which changes the class of the layers; it is changed back."""
+def restoring_layers(model: nn.Module) -> Iterator[None]:
+    """Restore the class of the layers, which mlx-lm's gradient checkpointing changes."""
     kind = type(cast(Any, model).layers[0])
     call: Callable[..., Any] = kind.__call__
-    grad_checkpoint(cast(Any, model).layers[0])
     try:
         yield
     finally:

@@ -35,6 +35,13 @@ def optimizer_names() -> list[str]:
     return [*OPTIMIZERS, *MLX_OPTIMIZERS]
 
 
+def check_optimizer(name: Any) -> None:
+    """Raise ValueError unless :func:`make_optimizer` takes the name."""
+    if name not in optimizer_names():
+        known = ", ".join(optimizer_names())
+        raise ValueError(f"optimizer must be one of {known}, got {shown(name)}")
+
+
 def make_optimizer(
     model: nn.Module,
     name: str,
@@ -60,9 +67,7 @@ def make_optimizer(
     Raises:
         ValueError: An unknown name, option or schedule.
     """
-    if name not in optimizer_names():
-        known = ", ".join(optimizer_names())
-        raise ValueError(f"optimizer must be one of {known}, got {shown(name)}")
+    check_optimizer(name)
     rate: Any = make_schedule(**lr_schedule) if lr_schedule else learning_rate
     guard = GUARD if guarded else {}
     if name in OPTIMIZERS:

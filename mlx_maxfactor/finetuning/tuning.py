@@ -27,7 +27,6 @@ from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
 from mlx_lm.utils import save_config
 from tqdm import tqdm
 
-from .._validate import shown
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..optimizers.base import flatten
 from .models import naming
@@ -337,12 +336,3 @@ def digest(dataset: Any) -> str:
     for i in range(len(dataset)):
         hash.update(json.dumps(dataset[i], default=str).encode())
     return hash.hexdigest()[:16]
-
-
-def check_iterations(arguments: Namespace) -> None:
-    """Raise ValueError for a run whose last gradients the trainer would drop."""
-    if arguments.iters % arguments.grad_accumulation_steps:
-        raise ValueError(
-            "iters must be a multiple of grad_accumulation_steps, because mlx-lm drops the rest, "
-            f"got {shown(arguments.iters)} and {arguments.grad_accumulation_steps}"
-        )
