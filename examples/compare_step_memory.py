@@ -84,7 +84,7 @@ def layers_of(model: Any) -> Sequence[Any]:
 
 def compiled(model: nn.Module, name: str, transform: Any = None, **options: Any) -> Step:
     """A compiled step, as in mlx-lm's trainer."""
-    optimizer = make_optimizer(model, name, guarded=False, **options)
+    optimizer = make_optimizer(model, name, **{"skip_nonfinite": False, **options})
     state = [model.state, optimizer.state]
     mx.eval(state)
 
@@ -99,7 +99,7 @@ def compiled(model: nn.Module, name: str, transform: Any = None, **options: Any)
 
 def accumulated(model: nn.Module, name: str) -> Step:
     """Two batches for one update."""
-    optimizer = make_optimizer(model, name, guarded=False)
+    optimizer = make_optimizer(model, name, skip_nonfinite=False)
     state = [model.state, optimizer.state]
     mx.eval(state)
 
@@ -122,7 +122,7 @@ def accumulated(model: nn.Module, name: str) -> Step:
 
 def layer_by_layer(model: nn.Module) -> Step:
     """Not compiled; the last layer is evaluated first."""
-    optimizer = make_optimizer(model, "mlx_adamw", guarded=False)
+    optimizer = make_optimizer(model, "mlx_adamw", skip_nonfinite=False)
     mx.eval(model.state, optimizer.state)
 
     def step(*batch: mx.array) -> None:

@@ -237,10 +237,10 @@ class GuardedOptimizer(CombinedOptimizer):
         max_grad_norm: Largest global norm of the gradients, computed in float32 whatever their
             dtype. Larger gradients are scaled down to it. None: no limit. Default None.
         skip_nonfinite: Skip steps whose gradients are not all finite. Default True.
-        max_skipped: Raise a FloatingPointError after this many skipped steps in a row. It is raised
-            where the count is read: by :attr:`skipped`, and in a loop that is not compiled after
-            every ``max_skipped`` updates. Other steps do not wait for the device. None: no limit.
-            Default None.
+        max_skipped: Raise a FloatingPointError at the next check after this many skipped steps in a
+            row. A check is made where the count is read: by :attr:`skipped`, and in a loop that is
+            not compiled after every ``max_skipped`` updates. Other steps do not wait for the
+            device. None: no limit. Default None.
 
     Raises:
         ValueError: ``max_grad_norm`` is not above 0; ``max_skipped`` is below 1, or nothing is

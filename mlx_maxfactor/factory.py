@@ -109,8 +109,9 @@ def create_optimizer(
             are scaled down to it. None: no limit.
         skip_nonfinite: Skip a step whose gradients hold an inf or a NaN: parameters and state keep
             their values, and ``.skipped`` counts it. It works inside a compiled step.
-        max_skipped: Raise a FloatingPointError after this many skipped steps in a row, where
-            ``.skipped`` is read. None: no limit.
+        max_skipped: Raise a FloatingPointError at the next check after this many skipped steps in a
+            row: where ``.skipped`` is read, and in a loop that is not compiled after every
+            ``max_skipped`` updates. None: no limit.
         rounding: How bf16 and fp16 parameters are rounded by members that are made from a name:
             "nearest", or "stochastic", so that updates below the spacing count on average.
         seed: Seed of stochastic rounding, from 0 to 2³² - 1.
@@ -136,8 +137,7 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict, pretrained=pretrained)
-    check_choice("rounding", rounding, get_args(Rounding))
-    seed = check_integer("seed", seed, 0, LARGEST_SEED)
+    member_options = _check_rounding(rounding, seed)
     _check_model(model)
     trained = _find_trained(model)
     parameters, exceptions = apply_rules(model, rules or {})
@@ -146,9 +146,7 @@ def create_optimizer(
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
     rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
-    for spec, other in ((hidden_spec, rest_spec), (rest_spec, hidden_spec)):
-        spec.check_options(signature(create_optimizer).parameters, other)
-    _check_total_steps(total_steps, hidden_spec, rest_spec)
+    _check_specs(hidden_spec, rest_spec, total_steps)
 
     choices = _choices(parameters, exceptions, exclude_first)
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
@@ -157,18 +155,13 @@ def create_optimizer(
     factory = MemberFactory(
         hidden_spec,
         rest_spec,
-        {"rounding": rounding, "seed": seed},
+        member_options,
         pretrained=pretrained,
         lora=any(p.role in LORA_ROLES and p.path in trained for p in parameters),
         primary=hidden_spec if own else rest_spec,
         run=_run(total_steps, own or parameters, hidden_options),
     )
-    routes = {
-        p.path: factory.index_of(
-            choices[p.path], decays=p.role not in UNDECAYED_ROLES, lora=p.role in LORA_ROLES
-        )
-        for p in parameters
-    }
+    routes = {p.path: _route(factory, p, choices[p.path]) for p in parameters}
     guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
     strategy = Sharding(group) if group is not None and group.size() > 1 else None
     return RoutedOptimizer(model, parameters, factory.members, routes, guard, strategy)
@@ -300,6 +293,24 @@ def _check_rest_options(options: Any) -> dict[str, Any]:
     if odd := [key for key in options if not isinstance(key, str)]:
         raise ValueError(f"rest_options must map names to values, got the key {odd[0]!r}")
     return dict(options)
+
+
+def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
+    """The options that all members share."""
+    check_choice("rounding", rounding, get_args(Rounding))
+    return {"rounding": rounding, "seed": check_integer("seed", seed, 0, LARGEST_SEED)}
+
+
+def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) -> None:
+    for spec, other in ((hidden, rest), (rest, hidden)):
+        spec.check_options(signature(create_optimizer).parameters, other)
+    _check_total_steps(total_steps, hidden, rest)
+
+
+def _route(factory: MemberFactory, parameter: Any, choice: str | Optimizer) -> int:
+    """Which member updates a parameter."""
+    decays, lora = parameter.role not in UNDECAYED_ROLES, parameter.role in LORA_ROLES
+    return factory.index_of(choice, decays=decays, lora=lora)
 
 
 def _check_total_steps(total_steps: Any, *specs: MemberSpec) -> None:

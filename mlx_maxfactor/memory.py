@@ -15,19 +15,22 @@ def estimate_training_memory(
     optimizer: str = "orthomaxfactor",
     *,
     fine_tune_type: str = "lora",
-    num_layers: int = 16,
+    num_layers: int | None = None,
     lora_parameters: Mapping[str, Any] | None = None,
     batch_size: int = 4,
     max_seq_length: int = 2048,
     grad_checkpoint: bool = False,
+    grad_accumulation_steps: int = 1,
     dtype: str | None = None,
     bits: int | None = None,
     **options: Any,
 ) -> "MemoryEstimate":
-    """Estimate the peak memory of fine-tuning a model of mlx-lm.
+    """Estimate the peak memory of fine-tuning a model with ``mlx-maxfactor lora``.
 
     Nothing of the model's size is allocated: weights and state follow from shapes, the rest is
-    measured with models of one and two layers. ``mx.get_peak_memory`` is reset.
+    measured with models of a few layers. Steps whose gradients are not finite are skipped, which
+    needs memory; ``skip_nonfinite=False`` estimates a step without it. ``mx.get_peak_memory`` is
+    reset.
 
     Args:
         model: A folder with a ``config.json`` (weights are not needed), a name on the hub that is
@@ -35,11 +38,13 @@ def estimate_training_memory(
         optimizer: One of our names, or "adam", "sgd", "mlx_adamw", "mlx_muon", "mlx_adafactor".
             Default "orthomaxfactor".
         fine_tune_type: "lora", "dora" or "full". Default "lora".
-        num_layers: How many of the last layers are trained; -1: all of them. Default 16.
+        num_layers: How many of the last layers are trained; -1: all of them. Default: 16, or all
+            of fewer.
         lora_parameters: rank, scale, dropout and keys. Default: mlx-lm's, rank 8.
         batch_size: Sequences in a batch. Default 4.
         max_seq_length: Tokens in a sequence. Default 2048.
         grad_checkpoint: Compute each layer's activations again in the backward pass. Default False.
+        grad_accumulation_steps: Batches for one update. Default 1.
         dtype: "float32", "bfloat16" or "float16". None: as the config says, or bfloat16.
         bits: Bits of quantized base weights. None: as the config says.
         **options: Options of the optimizer.
@@ -67,7 +72,7 @@ def estimate_training_memory(
         from .finetuning.optimizers import optimizer_names
     except ModuleNotFoundError as missing:
         raise ImportError(
-            f'estimate_training_memory needs {missing.name}: pip install "mlx-maxfactor[lm]"'
+            f"estimate_training_memory needs {missing.name}: pip install mlx-lm"
         ) from missing
     check_flags(grad_checkpoint=grad_checkpoint)
     request = Request(
@@ -75,11 +80,12 @@ def estimate_training_memory(
         check_choice("optimizer", optimizer, tuple(optimizer_names())),
         options,
         check_choice("fine_tune_type", fine_tune_type, FINE_TUNE_TYPES),
-        check_integer("num_layers", num_layers, -1),
+        None if num_layers is None else check_integer("num_layers", num_layers, -1),
         lora_parameters,
         check_integer("batch_size", batch_size, 1),
         check_integer("max_seq_length", max_seq_length, 2),
         grad_checkpoint,
+        check_integer("grad_accumulation_steps", grad_accumulation_steps, 1),
         None if dtype is None else check_choice("dtype", dtype, tuple(DTYPES)),
         None if bits is None else check_integer("bits", bits, 2, 8),
     )

@@ -35,10 +35,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "checkpointed", "optimizer"),
-    [("lora", False, "mlx_adamw"), ("full", True, "orthomaxfactor"), ("full", False, "muon")],
+    ("kind", "checkpointed", "optimizer", "accumulated"),
+    [
+        ("lora", False, "mlx_adamw", 1),
+        ("full", True, "orthomaxfactor", 1),
+        ("full", False, "muon", 2),
+    ],
 )
-def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimizer):
+def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimizer, accumulated):
     request = memory.Request(
         CONFIG | {"hidden_size": 256, "intermediate_size": 704},
         optimizer,
@@ -47,6 +51,7 @@ def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimi
         batch_size=2,
         max_seq_length=256,
         grad_checkpoint=checkpointed,
+        grad_accumulation_steps=accumulated,
     )
     real = compare_memory.real_peak(request)
     assert memory.estimate(request).peak == pytest.approx(real, rel=0.1)
@@ -70,6 +75,54 @@ def test_memory_parts_depend_on_layers_optimizer_and_bits():
     assert small.states["adamw"] > 1.9 * small.states["mlx_muon"]
     quantized = estimate_training_memory(CONFIG, bits=4, **QUICK)
     assert quantized.weights < 0.4 * small.weights
+
+
+def test_guard_and_accumulated_gradients_need_memory():
+    sizes = {"hidden_size": 256, "intermediate_size": 704}
+
+    def step(**options):
+        return estimate_training_memory(
+            CONFIG | sizes, fine_tune_type="full", batch_size=1, max_seq_length=32, **options
+        ).step
+
+    # Few tokens: most of a step are gradients, which a guard or a sum keeps until the update.
+    released = step(skip_nonfinite=False)
+    assert step() > 1.5 * released
+    assert step(skip_nonfinite=False, grad_accumulation_steps=2) > 1.5 * released
+
+
+@pytest.mark.parametrize(
+    ("quantization", "share"),
+    [
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, 0.160),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.160),
+        ({"quantization": {"group_size": 64, "bits": 4}}, 0.183),
+        ({"quantization": {"group_size": 64, "bits": 4, "model.embed_tokens": False}}, 0.267),
+    ],
+    ids=["mxfp4", "as on the hub", "affine", "embedding not quantized"],
+)
+def test_quantized_weights_follow_the_config(quantization, share):
+    full = memory.Request(CONFIG, fine_tune_type="lora", num_layers=1)
+    less = replace(full, config=CONFIG | quantization)
+    sizes = [memory.bytes_of(request.build().parameters()) for request in (full, less)]
+    # 4.25 bits of 32 (mxfp4) or 5 (with float32 scales), and 0.027 for adapters and norms.
+    assert sizes[1] / sizes[0] == pytest.approx(share, rel=0.02)
+    assert not any("--quantize" in name for name, _ in fits.changes(less))
+
+
+def test_model_with_fewer_layers_than_the_default_is_trained_whole():
+    assert memory.Request(CONFIG).trained_layers == 6
+    assert memory.Request(CONFIG | {"num_hidden_layers": 20}).trained_layers == 16
+
+
+def test_length_that_might_not_fit_is_not_measured(monkeypatch):
+    request = memory.Request(CONFIG, batch_size=2, max_seq_length=512)
+    monkeypatch.setattr(memory, "_halvings", lambda *_: 0)
+    shortest = memory.measure_steps(request, 1, [128])[0]
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * shortest)
+    found = memory.estimate(request)
+    assert list(found.lengths) == [128]
+    assert found.step > 3.9 * found.steps[0]  # in proportion to the length
 
 
 def test_longest_sequence_fits_and_the_next_one_does_not():
@@ -97,6 +150,14 @@ def test_models_that_need_more_than_two_layers_are_measured():
     config = CONFIG | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window_pattern": 3}
     found = estimate_training_memory(config, **QUICK)
     assert found.measured.startswith(("3 and 6 layers", "1 and 2 layers"))
+
+
+def test_optimizer_asked_for_is_in_the_table_whatever_it_is(folder, capsys):
+    arguments = ["--batch-size", "1", "--max-seq-length", "32", "--grad-accumulation-steps", "2"]
+    assert main(["fits", str(folder), "--optimizer", "ADAM", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "\nadam " in out
+    assert "2 batches an update" in out
 
 
 def test_fits_command_prints_parts_macs_and_suggestions(folder, capsys):
@@ -143,7 +204,10 @@ def test_a_longer_sequence_never_needs_less():
         (["{folder}", "--optimizer", "mouon"], "got 'mouon'"),
         (["{folder}", "--option", "speed=9"], "speed"),
         (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
-        (["{folder}", "--memory", "-1"], "memory must be above 0, got -1"),
+        (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
+        (["{folder}", "--memory", "nan"], "memory must be a number above 0, got nan"),
+        (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
+        (["{folder}", "--optimizer", "sgd", "--option", "speed=9"], "speed"),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from mlx_lm.utils import save_model
 
 from mlx_maxfactor.commands import lora, main
 from mlx_maxfactor.commands.lora_arguments import parse_arguments
-from mlx_maxfactor.finetuning import small_llama, tuning
+from mlx_maxfactor.finetuning import models, small_llama, tuning
 from mlx_maxfactor.finetuning.models import add_adapters
 
 KILLS = int(os.environ.get("KILLS", "6"))
@@ -347,6 +348,11 @@ def test_yaml_file_takes_our_names_and_schedules(home):
         (["--optimizer", "adam", "--option", "speed=9"], "speed"),
         (["--resume-adapter-file", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--adapter-path", "/dev/null"], "/dev/null"),
+        (["-c", "{home}/none.yaml"], "lr_schedule: arguments must be a list"),
+        (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
+        (["--train", "--test", "--data", "{home}/untested"], "Test set not found or empty"),
+        (["--test", "--resume"], "resume continues a training"),
+        (["--test", "--adapter-path", "{home}/nothing"], "nothing: "),
     ],
     ids=str,
 )
@@ -366,6 +372,11 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     (home / "schedule.yaml").write_text("lr_schedule: {name: cosine, arguments: [1]}")
     ours = "{name: warmup_cosine, arguments: [0.1, 9], warmup: 3}"
     (home / "keys.yaml").write_text(f"lr_schedule: {ours}")
+    (home / "none.yaml").write_text("lr_schedule: {name: linear_schedule, arguments: []}")
+    (home / "untested").mkdir(exist_ok=True)
+    for name in ("train", "valid"):
+        lines = (home / "data" / f"{name}.jsonl").read_text()
+        (home / "untested" / f"{name}.jsonl").write_text(lines)
     arguments = [argument.format(home=home) for argument in arguments]
     given = ["--model", str(home / "model"), "--data", str(home / "data"), "--batch-size", "2"]
     given = [*given, "--num-layers", "-1", *arguments]
@@ -465,6 +476,73 @@ def test_new_rate_is_used_on_resume_with_mlx_optimizers_too(home):
     run(home, "mlx", *again)
     kept = json.loads((home / "mlx" / "losses.json").read_text())
     assert kept["training"][-1]["learning_rate"] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("name", ["orthomaxfactor", "mlx_adamw"])
+def test_guard_is_turned_off_by_an_option(home, name):
+    given = ("--model", "x", "--data", "y", "--num-layers", "-1", "--optimizer", name)
+    assert hasattr(adapted(home, parsed(*given)), "skipped")
+    optimizer = adapted(home, parsed(*given, "--option", "skip_nonfinite=false"))
+    assert getattr(optimizer, "skipped", None) is None or optimizer.guard.shown == []
+    clipped = ("--option", "skip_nonfinite=false", "--option", "max_grad_norm=1.0")
+    assert adapted(home, parsed(*given, *clipped)).guard.max_grad_norm == 1.0
+
+
+def test_several_ranks_are_refused(home, monkeypatch, capsys):
+    class Group:
+        def size(self):
+            return 2
+
+    monkeypatch.setattr(mx.distributed, "init", Group)
+    with pytest.raises(SystemExit) as end:
+        main(["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(home / "ranks")])
+    assert end.value.code == 2
+    assert "was started on 2 ranks" in capsys.readouterr().err
+
+
+def test_adapters_are_tested_without_an_optimizer(home, monkeypatch, capsys):
+    run(home, "tested", *LORA, "--iters", "2")
+    monkeypatch.setattr(lora, "optimizer_of", lambda *_: pytest.fail("an optimizer was built"))
+    given = ["-c", str(home / "short.yaml"), "--adapter-path", str(home / "tested"), *LORA]
+    before = (home / "tested" / "adapter_config.json").read_text()
+    assert main(["lora", *map(str, given), "--test"]) == 0
+    assert "Test loss" in capsys.readouterr().out
+    assert (home / "tested" / "adapter_config.json").read_text() == before
+
+
+def test_checkpoints_are_written_between_reports(home, monkeypatch):
+    saved = []
+    save = tuning.Tuning.save
+    monkeypatch.setattr(
+        tuning.Tuning, "save", lambda self: (saved.append(self.iteration), save(self))[1]
+    )
+    often = ["--steps-per-report", "10", "--save-every", "2", "--iters", "8"]
+    given = ["-c", str(home / "short.yaml"), "--adapter-path", str(home / "often"), *often]
+    assert main(["lora", *given]) == 0
+    assert saved == [2, 4, 6, 8]
+
+
+def test_quantized_copy_is_made_again_for_a_changed_model(home, tmp_path, monkeypatch):
+    made = []
+
+    def convert(source, target, quantize):
+        made.append(source)
+        Path(target).mkdir(parents=True)
+        (Path(target) / "config.json").write_text("{}")
+
+    monkeypatch.setattr(models, "convert", convert)
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    os.utime(source / "config.json", (1, 1))
+    assert models.quantized_copy(str(source)) == models.quantized_copy(str(source))
+    assert len(made) == 1
+    (source / "model.safetensors").write_text("newer")
+    os.utime(source / "model.safetensors", (1e11, 1e11))
+    models.quantized_copy(str(source))
+    assert len(made) == 2
+    assert models.quantized_copy("a/model") != models.quantized_copy("b/model")
 
 
 def prompts(home, name, *lengths):

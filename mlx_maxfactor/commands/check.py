@@ -86,12 +86,15 @@ def run(seconds: float) -> dict[str, Any]:
     report: dict[str, Any] = {**machine(), "checks": [], "not run": [], "times": []}
     print(", ".join(str(report[key]) for key in ("device", "system", "mlx", "mlx_maxfactor")))
     for title, section in SECTIONS.items():
+        if time.perf_counter() - start > seconds:
+            report["not run"].append(title)
+            continue
         print(f"\n{title}", flush=True)
         checks = []
         for check in section():
             checks.append(check)
             if time.perf_counter() - start > seconds:
-                report["not run"].append(f"the rest of {title}")
+                report["not run"].append(f"{title}: what follows {check.name}")
                 break
         report["checks"] += [{**asdict(check), "passed": check.passed} for check in checks]
         print(table([("", "value", "limit", "of", ""), *map(_row, checks)]), flush=True)

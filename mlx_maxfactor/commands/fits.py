@@ -4,6 +4,7 @@ Nothing of the model's size is allocated, and no weights are needed. See
 ``mlx_maxfactor.estimate_training_memory``, which does the same in a program.
 """
 
+import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from ..finetuning.memory import (
     Request,
     available_bytes,
     estimate,
+    quantization_of,
     read_config,
 )
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizers import check_optimizer
+from ..finetuning.optimizers import optimizer_name
 from ..routing import OPTIMIZERS
 from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
 from .lora_arguments import read_config as read_yaml
@@ -63,7 +65,9 @@ def make_parser() -> OneLineParser:
     add = parser.add_argument
     add("model", nargs="?", help="folder with a config.json, or a name in the hub's cache")
     add("--fine-tune-type", choices=FINE_TUNE_TYPES, help="lora, dora or full (lora)")
-    add("--num-layers", type=int, help="last layers that are trained, -1: all (16)")
+    add(
+        "--num-layers", type=int, help="last layers that are trained, -1: all (16, or all of fewer)"
+    )
     add("--rank", type=integer, help="rank of LoRA and DoRA (8)")
     add("--batch-size", type=integer, help="sequences in a batch (4)")
     add("--max-seq-length", type=integer, help="tokens in a sequence (2048)")
@@ -73,6 +77,7 @@ def make_parser() -> OneLineParser:
         default=None,
         help="compute activations again in the backward pass",
     )
+    add("--grad-accumulation-steps", type=integer, help="batches for one update (1)")
     add("--dtype", choices=DTYPES, help="dtype of the weights (as the config says)")
     add(
         "--quantize",
@@ -97,7 +102,7 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
     arguments = Namespace(**{**DEFAULTS, **file, **given})
     if arguments.model is None:
         raise ValueError("give a model: a folder with a config.json, or a name in the hub's cache")
-    check_optimizer(arguments.optimizer)
+    arguments.optimizer = optimizer_name(arguments.optimizer)
     parameters = dict(arguments.lora_parameters or {})
     if "rank" in given:
         parameters["rank"] = given["rank"]
@@ -113,6 +118,7 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
         arguments.batch_size,
         arguments.max_seq_length,
         bool(arguments.grad_checkpoint),
+        arguments.grad_accumulation_steps,
         getattr(arguments, "dtype", None),
         getattr(arguments, "quantize", None) or None,
     )
@@ -121,14 +127,15 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
         f"{Path(arguments.model).name}: {config['model_type']}, {kind} in {request.trained_layers} "
         f"of {request.layers} layers, {request.batch_size} x {request.max_seq_length:,} tokens"
         + (", gradient checkpointing" if request.grad_checkpoint else "")
+        + (f", {count} batches an update" if (count := request.grad_accumulation_steps) > 1 else "")
     )
     return request, title
 
 
 def usable_bytes(memory: float) -> float:
     """What Metal may wire by default on a Mac: two thirds up to 32 GiB, three quarters above."""
-    if memory <= 0:
-        raise ValueError(f"memory must be above 0, got {memory:g}")
+    if not 0 < memory < math.inf:
+        raise ValueError(f"memory must be a number above 0, got {memory:g}")
     return memory * 2**30 * (2 / 3 if memory <= 32 else 3 / 4)
 
 
@@ -144,12 +151,12 @@ def parts_table(found: MemoryEstimate) -> str:
 
 
 def optimizers_table(found: MemoryEstimate) -> str:
-    """State and peak with each optimizer. Only the first one's step was measured."""
-    rest = found.weights + found.step
+    """State and peak with each optimizer, as if each had the measured step of the one asked for."""
+    rest, asked = found.weights + found.step, found.request.optimizer
     rows = [
         (name, f"{state / 1e6:,.2f}", _gb(rest + state))
         for name, state in sorted(found.states.items(), key=lambda item: item[1])
-        if name in OPTIMIZERS or name.startswith("mlx_")
+        if name in OPTIMIZERS or name.startswith("mlx_") or name == asked
     ]
     return table([("optimizer", "state, MB", "peak, about GB"), *rows])
 
@@ -171,9 +178,9 @@ def verdict(found: MemoryEstimate, limit: float) -> str:
     """Whether it fits, and if not, the cheapest change that makes it fit."""
     if found.peak <= limit:
         return f"fits: {_gb(found.peak)} of {_gb(limit)} GB"
-    lines = [f"does not fit: {_gb(found.peak)} of {_gb(limit)} GB"]
+    lines = [f"does not fit: {_gb(found.peak)} of {_gb(limit)} GB; with mlx-maxfactor lora and"]
     for change, request in changes(found.request):
-        peak = estimate(request, (1,)).peak
+        peak = estimate(request).peak
         lines.append(f"  {change}: {_gb(peak)} GB")
         if peak <= limit:
             return "\n".join([*lines, "the last line is the cheapest change that fits"])
@@ -193,13 +200,14 @@ def changes(request: Request) -> Iterator[tuple[str, Request]]:
     if request.fine_tune_type == "full" and request.optimizer != "orthomaxfactor":
         yield changed("--optimizer orthomaxfactor", optimizer="orthomaxfactor", options=None)
     if request.batch_size > 1:
-        text = f"--batch-size 1 --grad-accumulation-steps {request.batch_size}"
-        yield changed(text, batch_size=1)
+        count = request.batch_size * request.grad_accumulation_steps
+        text = f"--batch-size 1 --grad-accumulation-steps {count}"
+        yield changed(text, batch_size=1, grad_accumulation_steps=count)
     if not request.grad_checkpoint:
         yield changed("--grad-checkpoint", grad_checkpoint=True)
     if request.fine_tune_type == "full":
         yield changed("--fine-tune-type lora", fine_tune_type="lora")
-    if not (request.bits or request.config.get("quantization")):
+    if not (request.bits or quantization_of(request.config)):
         yield changed("--quantize", bits=4)
     while request.max_seq_length > 256:
         length = request.max_seq_length // 2

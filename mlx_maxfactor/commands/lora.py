@@ -14,7 +14,7 @@ from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,13 +23,15 @@ from mlx_lm import generate
 from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
 from tqdm import tqdm
 
+from ..checkpoint import CheckpointError
 from ..finetuning.models import (
     add_adapters,
     bytes_of,
     load_adapters_into,
     load_data,
     load_model,
-    naming,
+    number_of_layers,
+    prefixing_errors,
 )
 from ..finetuning.optimizers import make_optimizer
 from ..finetuning.small_llama import build_model, write_task
@@ -60,10 +62,8 @@ def main(argv: Sequence[str]) -> int:
             train(tuning, sample)
         if arguments.test:
             loss = tuning.loss_on("test", arguments.test_batches)
-            if loss is None:
-                parser.error(f"data {arguments.data}: there is no test set")
             print(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
-    except FloatingPointError as problem:
+    except (CheckpointError, FloatingPointError, OSError) as problem:
         parser.exit(1, f"\n{parser.prog}: error: {problem}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{how_to_resume(tuning, argv)}\n")
@@ -79,6 +79,11 @@ def warn_of_version() -> None:
 
 def prepare(arguments: Namespace) -> tuple[Tuning, "Sample"]:
     """Model, data, optimizer and checkpoint. Wrong input fails here, before any training."""
+    if (ranks := mx.distributed.init().size()) > 1:
+        raise ValueError(
+            f"this command trains on one machine, and was started on {ranks} ranks: for several, "
+            "use create_optimizer(model, group=...) in a program"
+        )
     if arguments.model == DEMO["model"]:
         build_model(arguments.model)
     if arguments.data == DEMO["data"]:
@@ -91,25 +96,27 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample"]:
     tests_only = arguments.test and not arguments.train
     arguments.train = not tests_only  # mlx-lm reads the training set only then
     datasets = load_data(arguments, tokenizer)
-    with naming(f"data {arguments.data}"):
+    with prefixing_errors(f"data {arguments.data}"):
         sample = Sample.of(model, tokenizer, next(filter(len, (datasets[1], *datasets))))
     mx.random.seed(arguments.seed)
     if tests_only:
-        load_adapters(model, arguments.adapter_path)
-    else:
-        kind = arguments.fine_tune_type
-        add_adapters(model, kind, arguments.num_layers, arguments.lora_parameters)
-        if kind == "full":
-            arguments.lora_parameters = None
-        if arguments.resume_adapter_file is not None:
-            load_adapters_into(model, arguments.resume_adapter_file)
+        with prefixing_errors(f"adapters {arguments.adapter_path}"):
+            load_adapters(model, arguments.adapter_path)
+        return Tuning(model, None, datasets, arguments), sample
+    kind = arguments.fine_tune_type
+    arguments.num_layers = number_of_layers(arguments.num_layers, len(cast(Any, model).layers))
+    add_adapters(model, kind, arguments.num_layers, arguments.lora_parameters)
+    if kind == "full":
+        arguments.lora_parameters = None
+    if arguments.resume_adapter_file is not None:
+        load_adapters_into(model, arguments.resume_adapter_file)
     tuning = Tuning(model, optimizer_of(model, arguments), datasets, arguments)
     if arguments.resume and tuning.path.exists():
         print(f"resuming {tuning.path}", *tuning.resume(), sep="\n")
         print(f"{tuning.saved} of {arguments.iters} iterations are done")
     elif arguments.resume:
         print(f"there is no {tuning.path} yet: starting from the beginning")
-    elif tuning.path.exists() and not tests_only:
+    elif tuning.path.exists():
         found = describe_run(tuning.path)
         print(f"{tuning.folder} holds {found}, which is replaced; --resume would continue it")
     return tuning, sample
@@ -203,7 +210,7 @@ def print_results(tuning: Tuning, sample: Sample, loss: float | None) -> None:
     row = "{:24} {:>11} {:>11} {:>13} {:>10} {:>9}"
     print("\n" + row.format("", "validation", "trained", "optimizer", "tokens", "peak").rstrip())
     print(row.format("", "loss", "parameters", "state, bytes", "a second", "memory"))
-    if loss is not None:
+    if loss is not None and history["validation"]:
         before = history["validation"][0]["val_loss"]
         print(row.format("before", f"{before:.3f}", *[""] * 4).rstrip())
     speeds = [info["tokens_per_second"] for info in history["training"]] or [0.0]

@@ -24,13 +24,14 @@ from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
 
 from ..checkpoint import CheckpointError
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizers import EXAMPLE, check_optimizer, optimizer_names
+from ..finetuning.optimizers import EXAMPLE, optimizer_name, optimizer_names
 from .terminal import OneLineParser
 
 DEFAULTS = {
     **CONFIG_DEFAULTS,
     "model": None,
     "data": None,
+    "num_layers": None,  # 16, or all of fewer
     "optimizer": "orthomaxfactor",
     "learning_rate": None,
     "option": [],
@@ -122,8 +123,11 @@ def check(arguments: Namespace) -> None:
         if type(given[name]) is not int or given[name] < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {given[name]!r}")
     for name, least in (("seed", 0), ("num_layers", -1), ("val_batches", -1)):
-        if type(given[name]) is not int or not least <= given[name] < 2**31:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {given[name]!r}")
+        value = given[name]
+        if value is None and name == "num_layers":
+            continue
+        if type(value) is not int or not least <= value < 2**31:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     for name in ("model", "data"):
         if given[name] is None:
             raise ValueError(f"{name} is missing: give --{name}, a folder or a name on the hub")
@@ -131,8 +135,9 @@ def check(arguments: Namespace) -> None:
         raise ValueError(f"fine_tune_type is lora, dora or full, got {arguments.fine_tune_type!r}")
     if arguments.quantize and arguments.fine_tune_type == "full":
         raise ValueError("quantize needs lora or dora: quantized weights have no gradient")
-    arguments.optimizer = str(arguments.optimizer).lower()
-    check_optimizer(arguments.optimizer)
+    arguments.optimizer = optimizer_name(arguments.optimizer)
+    if arguments.test and not arguments.train and arguments.resume:
+        raise ValueError("resume continues a training; --test alone tests the saved adapters")
     for name in ("optimizer_config", "lora_parameters", "lr_schedule"):
         if not isinstance(given[name], Mapping | None):
             raise ValueError(f"{name} must map names to values, got {given[name]!r}")

@@ -45,5 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = import_module(f".{command}", __package__)
     except ModuleNotFoundError as missing:
         name = str(missing.name).partition(".")[0]
-        parser.error(f'{command} needs {name}: pip install "mlx-maxfactor[lm]"')
+        extra = "a part of the extra lm" if name in ("mlx_lm", "yaml") else "a dependency"
+        parser.error(f"{command} needs {name}, {extra}: pip install mlx-lm")
     return module.main(arguments[1:])

@@ -1,4 +1,4 @@
 """Fine-tuning with mlx-lm: models, adapters, optimizers by name, memory, resumable runs.
 
-Only this package and ``commands`` import mlx-lm (``pip install "mlx-maxfactor[lm]"``).
+Only this package and ``commands`` import mlx-lm (the extra ``lm``).
 """

@@ -1,8 +1,8 @@
 """Estimate the peak memory of a training step before anything of the model's size is allocated.
 
 Weights and optimizer state follow from shapes. Activations, gradients and temporary arrays are
-measured on this device, with models of one and two layers at full width, in the same compiled step
-as mlx-lm's trainer; each further layer adds what the second one added.
+measured on this device, with models of a few layers at full width, in the same compiled step as
+``mlx-maxfactor lora`` makes; each further layer adds what the last one added.
 """
 
 import gc
@@ -19,6 +19,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_map
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from mlx_lm.utils import _get_classes
@@ -27,23 +29,24 @@ from .._validate import shown
 from ..factory import estimate_state_bytes
 from ..optimizers.base import flatten
 from ..routing import OPTIMIZERS
-from .models import add_adapters, bytes_of, naming
-from .optimizers import MLX_OPTIMIZERS, make_optimizer, optimizer_names
+from .models import add_adapters, bytes_of, number_of_layers, prefixing_errors
+from .optimizers import make_mlx_optimizer, make_optimizer, optimizer_names, with_guard
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 PAIRS = ((1, 2), (2, 4), (3, 6), (4, 8), (6, 12))
 """Numbers of layers that are measured: the first pair with which the model runs."""
 
-CHECKPOINTED = {True: (2, 3), False: (1, 3)}
-"""The first pair with gradient checkpointing, by whether updates wait for one another, as ours do.
-
-The second layer then adds what a third does not: its backward pass runs beside the first's update.
+CHECKPOINTED = (1, 3)
+"""The first pair with gradient checkpointing, where the second layer alone adds more than a third.
 """
+
+BATCHES = 3
+"""The most that are accumulated: a fourth batch needs what the third one did."""
 
 SECONDS = 10.0
 """Models that cannot be measured in this time are measured at a part of their width."""
 
-SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+SHARES = (1 / 4, 1 / 2, 1)
 """Sequence lengths that are measured, as shares of the longest one."""
 
 WIDTHS = (
@@ -66,11 +69,12 @@ class Request:
         optimizer: A name, see ``optimizers.optimizer_names``.
         options: Options of the optimizer.
         fine_tune_type: "lora", "dora" or "full".
-        num_layers: How many of the last layers are trained; -1: all.
+        num_layers: How many of the last layers are trained; -1: all; None: 16, or all of fewer.
         lora_parameters: mlx-lm's: rank, scale, dropout and keys.
         batch_size: Sequences in a batch.
         max_seq_length: Tokens in a sequence.
         grad_checkpoint: Whether each layer's activations are computed again in the backward pass.
+        grad_accumulation_steps: Batches for one update.
         dtype: Of the weights that are not quantized.
         bits: Bits of quantized weights; None: as the config says.
     """
@@ -79,11 +83,12 @@ class Request:
     optimizer: str = "orthomaxfactor"
     options: Mapping[str, Any] | None = None
     fine_tune_type: str = "lora"
-    num_layers: int = 16
+    num_layers: int | None = None
     lora_parameters: Mapping[str, Any] | None = None
     batch_size: int = 4
     max_seq_length: int = 2048
     grad_checkpoint: bool = False
+    grad_accumulation_steps: int = 1
     dtype: str | None = None
     bits: int | None = None
 
@@ -95,7 +100,7 @@ class Request:
     @property
     def trained_layers(self) -> int:
         """Layers that are trained."""
-        return self.layers if self.num_layers < 1 else min(self.num_layers, self.layers)
+        return number_of_layers(self.num_layers, self.layers)
 
     @property
     def weight_dtype(self) -> mx.Dtype:
@@ -115,7 +120,7 @@ class Request:
                 config[key] = max(1, int(config[key]) >> halvings)
         if layers is not None:
             config["num_hidden_layers"] = layers
-        with naming("config.json"):
+        with prefixing_errors("config.json"):
             model_class, arguments_class = _get_classes(config)
             model = model_class(arguments_class.from_dict(config))
             model.set_dtype(self.weight_dtype)
@@ -127,28 +132,27 @@ class Request:
         return model
 
     def _quantization(self) -> dict[str, Any] | None:
-        given = self.config.get("quantization") or self.config.get("quantization_config") or {}
+        given: Mapping[str, Any] = {} if self.bits else quantization_of(self.config)
         bits = self.bits or given.get("bits")
         if bits is None:
             return None
-        size = int(given.get("group_size", 64))
+        size, mode = int(given.get("group_size", 64)), given.get("mode", "affine")
 
         def divides(path: str, module: nn.Module) -> bool | dict[str, Any]:
             if not hasattr(module, "to_quantized") or cast(Any, module).weight.shape[-1] % size:
                 return False
-            own = given.get(path)
-            return own if isinstance(own, dict) else True
+            return given.get(path, True)
 
-        return {"group_size": size, "bits": int(bits), "class_predicate": divides}
+        return {"group_size": size, "bits": int(bits), "mode": mode, "class_predicate": divides}
 
     def state_bytes(self, model: nn.Module, optimizer: str | None = None) -> int:
         """Bytes of an optimizer's state, from shapes."""
         name = optimizer or self.optimizer
         options = dict(self.options or {}) if optimizer in (None, self.optimizer) else {}
         if name in OPTIMIZERS:
-            options.setdefault("pretrained", True)
+            options = {"pretrained": True, **with_guard(options)}
             return estimate_state_bytes(model, cast(Any, name), **options)
-        theirs = MLX_OPTIMIZERS[name](1e-5, **options)
+        theirs = make_mlx_optimizer(name, 1e-5, options)
         theirs.init(model.trainable_parameters())
         return bytes_of(theirs.state)
 
@@ -212,7 +216,7 @@ def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(cached, str):
             raise ValueError(f"model {model}: there is no {path}, and the hub's cache has none")
         path = Path(cached)
-    with naming(str(path)):
+    with prefixing_errors(str(path)):
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{path} must map names to values, with model_type among them")
@@ -222,6 +226,17 @@ def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config.get("num_hidden_layers"), int):
         raise ValueError(f"{path}: num_hidden_layers is missing")
     return config
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of quantized weights, in mlx-lm's words. Empty: nothing."""
+    if config.get("quantization"):
+        return config["quantization"]
+    theirs = config.get("quantization_config") or {}
+    # Formats of others that mlx-lm reads without converting the weights first.
+    known = {"mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
+    known["mxfp8"] = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    return known.get(str(theirs.get("quant_method")), theirs)
 
 
 def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstimate:
@@ -245,7 +260,7 @@ def measure(request: Request, shares: Sequence[float] = (1,)) -> tuple[list[int]
     if halvings:
         factor, words = factor * 2**halvings, f"{words} at 1/{2**halvings} of width and vocabulary"
     pair, few, many = _measure_pair(request, halvings, lengths)
-    lengths = lengths[: len(many)]
+    lengths = lengths[: min(len(few), len(many))]
     more = (request.trained_layers - pair[0]) / (pair[1] - pair[0])
     steps = [factor * (x + more * (y - x)) for x, y in zip(few, many, strict=False)]
     # Scaled up from a part of the width, the gradients of the weights would be too few.
@@ -262,9 +277,10 @@ def _halvings(request: Request, tokens: int) -> int:
     for halvings in range(6):
         models = [request.build(layers, halvings) for layers in PAIRS[0]]
         held = bytes_of(models[1].parameters()) + request.state_bytes(models[1])
-        # Two steps of forward and backward pass, six operations for each weight and token.
+        # Two updates, six operations of both passes for each weight and token.
         weights = sum(x.size for m in models for x in flatten(m.parameters()).values())
-        seconds = 12 * weights * request.batch_size * tokens / speed
+        batches = 2 * request.batch_size * min(request.grad_accumulation_steps, BATCHES)
+        seconds = 6 * weights * batches * tokens / speed
         if held < 0.6 * available and seconds < SECONDS:
             return halvings
     return 6
@@ -287,7 +303,7 @@ def _measure_pair(
     """Measure with one and two layers, or more where the model does not run with so few."""
     problem: Exception | None = None
     high, low = cast(Any, mx.random.state)[0].tolist()
-    first = [CHECKPOINTED[request.optimizer in OPTIMIZERS]] if request.grad_checkpoint else []
+    first = [CHECKPOINTED] if request.grad_checkpoint else []
     for pair in (*first, *PAIRS):
         try:
             few, many = (measure_steps(request, n, lengths, halvings) for n in pair)
@@ -312,38 +328,54 @@ def measure_steps(
     before, available = mx.get_active_memory(), available_bytes()
     model = request.build(layers, halvings)
     options = dict(request.options or {})
-    optimizer = make_optimizer(model, request.optimizer, guarded=False, **options)
+    optimizer = make_optimizer(model, request.optimizer, **options)
     state = [model.state, optimizer.state, mx.random.state]
     mx.eval(state)
     held = bytes_of(model.parameters()) + bytes_of(optimizer.state)
-    loss_and_gradients = nn.value_and_grad(model, default_loss)
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(*batch: mx.array) -> Any:
-        (loss, count), gradients = loss_and_gradients(model, *batch)
-        optimizer.update(model, gradients)
-        return loss, count
-
+    step = _compiled_step(model, optimizer, state, request.grad_accumulation_steps)
     steps: list[int] = []
     model.train()
     with restoring_layers(model):
         if request.grad_checkpoint:
             grad_checkpoint(cast(Any, model).layers[0])
         for length in lengths:
-            if len(steps) > 2 and _at_length(lengths[: len(steps)], steps, length) > available:
+            if steps and _at_most(lengths[: len(steps)], steps, length) > available:
                 break
             shape = (request.batch_size, length)
             vocabulary = int(request.config.get("vocab_size", 32)) >> halvings
             batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
             mx.eval(batch)
-            peak = 0
-            for _ in range(2):
+            peak, total = 0, None
+            several = min(request.grad_accumulation_steps, BATCHES)
+            for i in range(2 * several):
                 mx.reset_peak_memory()
-                mx.eval(step(*batch), state)
+                loss, total = step(batch, total, (i + 1) % several == 0)
+                mx.eval(loss, total, state)
                 mx.clear_cache()
                 peak = max(peak, mx.get_peak_memory())
             steps.append(peak - before - held)
     return steps
+
+
+def _compiled_step(
+    model: nn.Module, optimizer: Optimizer, state: list[Any], count: int
+) -> Callable[[Sequence[mx.array], Any, bool], tuple[mx.array, Any]]:
+    """The step of mlx-lm's trainer, which gives back the total of the gradients up to the last."""
+    loss_and_gradients = nn.value_and_grad(model, default_loss)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(batch: Sequence[mx.array], total: Any, is_last: bool) -> Any:
+        loss, gradients = loss_and_gradients(model, *batch)
+        if total is not None:
+            gradients = tree_map(mx.add, gradients, total)
+        if not is_last:
+            return loss, gradients
+        if count > 1:
+            gradients = tree_map(lambda x: x / count, gradients)
+        optimizer.update(model, gradients)
+        return loss, None
+
+    return step
 
 
 @contextmanager
@@ -383,6 +415,13 @@ def _at_length(lengths: Sequence[int], steps: Sequence[int], length: int) -> int
     return round(float(_at_lengths(lengths, steps, np.array([length]))[0]))
 
 
+def _at_most(lengths: Sequence[int], steps: Sequence[int], length: int) -> float:
+    """The most that a longer sequence may need, as far as can be known."""
+    if len(steps) < 3:
+        return steps[-1] * (length / lengths[-1]) ** 2
+    return _at_length(lengths, steps, length)
+
+
 def _at_lengths(lengths: Sequence[int], steps: Sequence[int], wanted: np.ndarray) -> np.ndarray:
     """A quadratic through the measured lengths, as attention scores grow with the square.
 
@@ -391,7 +430,7 @@ def _at_lengths(lengths: Sequence[int], steps: Sequence[int], wanted: np.ndarray
     x, y = np.array(lengths, float) / lengths[-1], np.array(steps, float)
     powers, best, found = np.stack([x**0, x, x**2], axis=1), np.inf, np.zeros(3)
     for count in range(1, min(3, len(x)) + 1):
-        for columns in map(list, combinations(range(3), count)):
+        for columns in map(list, combinations((1, 2, 0), count)):  # too few lengths: it grows
             part = powers[:, columns] / y[:, None]
             coefficients = np.linalg.lstsq(part, np.ones(len(y)), rcond=None)[0]
             error = float(np.sum((part @ coefficients - 1) ** 2))

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import load
 from mlx_lm.convert import convert
+from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -21,11 +22,11 @@ FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def prefixing_errors(what: str) -> Iterator[None]:
     """Put what was read in front of mlx-lm's error message."""
     try:
         yield
-    except (KeyError, OSError, TypeError, ValueError) as problem:
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as problem:
         raise ValueError(f"{what}: {problem}") from problem
 
 
@@ -49,20 +50,30 @@ def load_model(
         model = str(quantized_copy(model))
     # mlx-lm 0.31, the last for Python 3.10, does not have this argument.
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    with naming(f"model {model}"):
+    with prefixing_errors(f"model {model}"):
         network, tokenizer = load(model, tokenizer_config=trust, **trust)[:2]
     return network, tokenizer, model
 
 
 def quantized_copy(model: str) -> Path:
-    """A copy in 4 bits beside the model. Adapters fit only the weights they were trained on."""
+    """A copy in 4 bits: beside a folder, in ``runs`` for a name on the hub.
+
+    Adapters fit only the weights they were trained on, so the copy is kept, and made again only if
+    the model's files are newer.
+    """
     source = Path(model)
-    folder = (source.parent if source.exists() else Path("runs")) / f"{source.name}-4bit"
-    if not folder.exists():
+    name = model.replace("/", "--")
+    folder = (
+        source.with_name(f"{source.name}-4bit") if source.exists() else Path(f"runs/{name}-4bit")
+    )
+    made = (folder / "config.json").stat().st_mtime if folder.exists() else 0.0
+    files = [*source.glob("*.json"), *source.glob("*.safetensors")]
+    if not folder.exists() or any(file.stat().st_mtime > made for file in files):
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        with naming(f"model {model}"):
+        with prefixing_errors(f"model {model}"):
             convert(model, str(partial), quantize=True)
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     return folder
 
@@ -73,7 +84,7 @@ def load_data(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
     Raises:
         ValueError: mlx-lm cannot read them, or a set is smaller than a batch.
     """
-    with naming(f"data {arguments.data}"):
+    with prefixing_errors(f"data {arguments.data}"):
         try:
             datasets = load_dataset(arguments, tokenizer)
         except IndexError:
@@ -88,10 +99,23 @@ def load_data(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
     return datasets
 
 
+def number_of_layers(num_layers: int | None, layers: int) -> int:
+    """How many layers are trained: -1 means all, None the last 16 or all of fewer.
+
+    Raises:
+        ValueError: The model has fewer layers.
+    """
+    if num_layers is None:
+        return min(CONFIG_DEFAULTS["num_layers"], layers)
+    if num_layers > layers:
+        raise ValueError(f"num_layers is {num_layers}, but the model has {layers} layers (-1: all)")
+    return layers if num_layers < 1 else num_layers
+
+
 def add_adapters(
     model: nn.Module,
     fine_tune_type: str,
-    num_layers: int,
+    num_layers: int | None,
     lora_parameters: Mapping[str, Any] | None,
 ) -> None:
     """Freeze the model, then unfreeze the last layers ("full") or give them adapters.
@@ -99,7 +123,8 @@ def add_adapters(
     Args:
         model: A model of mlx-lm.
         fine_tune_type: "lora", "dora" or "full".
-        num_layers: How many of the last layers are trained. -1: all of them.
+        num_layers: How many of the last layers are trained. -1: all of them; None: 16, or all of
+            fewer.
         lora_parameters: mlx-lm's: rank, scale, dropout and keys. Not used by "full".
 
     Raises:
@@ -108,12 +133,9 @@ def add_adapters(
     """
     model.freeze()
     layers: Any = model.layers
-    if num_layers > len(layers):
-        raise ValueError(
-            f"num_layers is {num_layers}, but the model has {len(layers)} layers (-1: all)"
-        )
+    num_layers = number_of_layers(num_layers, len(layers))
     if fine_tune_type == "full":
-        for layer in layers[-max(num_layers, 0) :]:
+        for layer in layers[-num_layers:]:
             layer.unfreeze()
         return
     if fine_tune_type not in FINE_TUNE_TYPES:
@@ -128,7 +150,7 @@ def load_adapters_into(model: nn.Module, path: str) -> None:
     Raises:
         ValueError: The file cannot be read, or belongs to another model, rank or set of layers.
     """
-    with naming(path):
+    with prefixing_errors(path):
         arrays = cast(dict[str, mx.array], mx.load(path))
     here = flatten(model.parameters())
     odd = [

@@ -26,6 +26,9 @@ MLX_OPTIMIZERS: dict[str, type[Optimizer]] = {
 """mlx's own optimizers. Where both libraries have a name, the plain name is ours."""
 
 GUARD: dict[str, Any] = {"skip_nonfinite": True, "max_skipped": 20}
+"""Options of every optimizer: steps that are not finite are skipped, but not 20 in a row."""
+
+GUARD_OPTIONS = ("max_grad_norm", "skip_nonfinite", "max_skipped")
 SCHEDULES = {"warmup_cosine": warmup_cosine, "adaptive_schedule": adaptive_schedule}
 EXAMPLE = "lr_schedule: {name: warmup_cosine, arguments: [0.001, 300, 30]}"
 
@@ -35,11 +38,30 @@ def optimizer_names() -> list[str]:
     return [*OPTIMIZERS, *MLX_OPTIMIZERS]
 
 
-def check_optimizer(name: Any) -> None:
-    """Raise ValueError unless :func:`make_optimizer` takes the name."""
+def optimizer_name(given: Any) -> str:
+    """The name in lower case. Raises ValueError unless :func:`make_optimizer` takes it."""
+    name = str(given).lower()
     if name not in optimizer_names():
         known = ", ".join(optimizer_names())
-        raise ValueError(f"optimizer must be one of {known}, got {shown(name)}")
+        raise ValueError(f"optimizer must be one of {known}, got {shown(given)}")
+    return name
+
+
+def with_guard(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with those of the guard unless ``skip_nonfinite=False`` turns it off."""
+    return {**(GUARD if options.get("skip_nonfinite", True) else {}), **options}
+
+
+def make_mlx_optimizer(name: str, rate: Any, options: Mapping[str, Any]) -> Optimizer:
+    """One of mlx's own optimizers, guarded if the options say so."""
+    guard = {key: x for key, x in options.items() if key in GUARD_OPTIONS}
+    rest = {key: x for key, x in options.items() if key not in GUARD_OPTIONS}
+    try:
+        optimizer: Optimizer = MLX_OPTIMIZERS[name](rate, **rest)
+    except TypeError as problem:
+        raise ValueError(f"{name}: {problem}") from None
+    needed = guard.get("skip_nonfinite") or guard.get("max_grad_norm") is not None
+    return GuardedOptimizer(optimizer, **guard) if needed else optimizer
 
 
 def make_optimizer(
@@ -48,7 +70,6 @@ def make_optimizer(
     *,
     learning_rate: float | None = None,
     lr_schedule: Mapping[str, Any] | None = None,
-    guarded: bool = True,
     **options: Any,
 ) -> Optimizer:
     """The optimizer of a name, for a model that is ready to be fine-tuned.
@@ -58,8 +79,8 @@ def make_optimizer(
         name: One of :func:`optimizer_names`.
         learning_rate: None: the optimizer's own default (mlx's optimizers: mlx-lm's, 1e-5).
         lr_schedule: A schedule as in mlx-lm's YAML files, or one of ours, in place of the rate.
-        guarded: Skip steps whose gradients are not finite. Default True.
-        **options: Options of the optimizer.
+        **options: Options of the optimizer and of its guard. Steps whose gradients are not finite
+            are skipped, unless ``skip_nonfinite=False``.
 
     Returns:
         The optimizer, with its state.
@@ -67,22 +88,21 @@ def make_optimizer(
     Raises:
         ValueError: An unknown name, option or schedule.
     """
-    check_optimizer(name)
+    name, options = optimizer_name(name), with_guard(options)
     rate: Any = make_schedule(**lr_schedule) if lr_schedule else learning_rate
-    guard = GUARD if guarded else {}
     if name in OPTIMIZERS:
-        options = {"pretrained": True, **guard, **options}
+        options = {"pretrained": True, **options}
         return create_optimizer(model, cast(Any, name), learning_rate=rate, **options)
     rate = CONFIG_DEFAULTS["learning_rate"] if rate is None else rate
-    optimizer: Optimizer = MLX_OPTIMIZERS[name](rate, **options)
-    if guarded:
-        optimizer = GuardedOptimizer(optimizer, **guard)
+    optimizer = make_mlx_optimizer(name, rate, options)
     optimizer.init(model.trainable_parameters())
     return optimizer
 
 
 def make_schedule(name: str, arguments: Sequence[float], **warmup: Any) -> Schedule:
     """A schedule of mlx by mlx-lm's rules, or one of ours."""
+    if not isinstance(arguments, Sequence) or not arguments:
+        raise ValueError(f"lr_schedule: arguments must be a list, as in {EXAMPLE}")
     if name in SCHEDULES:
         try:
             return SCHEDULES[name](*arguments, **warmup)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..optimizers.base import flatten
-from .models import naming
+from .models import prefixing_errors
 from .optimizers import MLX_OPTIMIZERS
 
 # A run that went on with another of these would not be the run that was interrupted.
@@ -93,7 +93,7 @@ class Tuning(TrainingCallback):
 
     Args:
         model: The model, with its adapters.
-        optimizer: Its optimizer.
+        optimizer: Its optimizer. None: the model is only tested.
         datasets: Sets for training, validation and test.
         arguments: mlx-lm's arguments, see ``commands.lora_arguments``.
 
@@ -110,11 +110,12 @@ class Tuning(TrainingCallback):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         datasets: Sequence[Any],
         arguments: Namespace,
     ):
-        self.model, self.optimizer, self.arguments = model, optimizer, arguments
+        self.model, self.arguments = model, arguments
+        self.optimizer: Any = optimizer
         names = ("training", "validation", "test")
         self.sets = {name: CacheDataset(data) for name, data in zip(names, datasets, strict=True)}
         for name in names:
@@ -142,7 +143,7 @@ class Tuning(TrainingCallback):
         data, a = self.sets[name], self.arguments
         if not data:
             return
-        with naming(f"data {a.data}, the {name} set"):  # a line is read when it is needed
+        with prefixing_errors(f"data {a.data}, the {name} set"):  # a line is read when it is needed
             found = any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1))
         if not found:
             raise ValueError(
@@ -210,9 +211,9 @@ class Tuning(TrainingCallback):
         settings = (dataset, batch_size, max_seq_length)
         while True:
             with self.order.drawing(self.order.epoch) as keep:
-                epoch = full_batches(*settings)
-                skipped = islice(epoch, self.order.position, None)
-                batch = next(skipped, None)
+                batches_of_epoch = full_batches(*settings)
+                remaining = islice(batches_of_epoch, self.order.position, None)
+                batch = next(remaining, None)
                 if self.order.position == 0:
                     keep()
             while batch is not None:
@@ -222,9 +223,10 @@ class Tuning(TrainingCallback):
                 yield batch
                 # The trainer asks for the next batch: this iteration is done and evaluated.
                 self.bar.update(self.iteration - self.bar.n)
-                if self.interrupts and self.save():
+                is_saved = self.save() if self.interrupts or self._is_save_due() else False
+                if self.interrupts and is_saved:
                     raise KeyboardInterrupt
-                batch = next(skipped, None)
+                batch = next(remaining, None)
             self.order.start_epoch()
 
     def _validate_if_due(self) -> None:
@@ -248,15 +250,18 @@ class Tuning(TrainingCallback):
         self.model.train()
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """Keep the loss, and write a checkpoint where one is due."""
+        """Keep the loss, and write a checkpoint if it is the last one."""
         self._report("training", train_info, self.iteration)
         self.bar.update(self.iteration - self.bar.n)
         self.bar.set_postfix_str(
             f"loss {train_info['train_loss']:.3f}, rate {train_info['learning_rate']:.2g}"
         )
-        due = (self.saved // self.arguments.save_every + 1) * self.arguments.save_every
-        if self.iteration >= due or self.iteration == self.arguments.iters:
+        if self.iteration == self.arguments.iters:
             self.save()
+
+    def _is_save_due(self) -> bool:
+        every = self.arguments.save_every
+        return self.iteration >= (self.saved // every + 1) * every
 
     def _report(self, kind: str, info: dict[str, Any], iteration: int) -> None:
         info = {**info, "iteration": iteration}

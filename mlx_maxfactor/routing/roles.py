@@ -31,7 +31,7 @@ ROLES = (
     "vector",
     "unknown",
 )
-"""Every role. README.md lists the default optimizer of each."""
+"""Every role. ``create_optimizer`` says which optimizer each gets."""
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear, AllToShardedLinear, ShardedToAllLinear)
