@@ -26,7 +26,7 @@ from compare_optimizers import markdown
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from tqdm import tqdm
 
-from mlx_maxfactor.finetuning.memory import SHARES, Request, estimate, restoring_layers
+from mlx_maxfactor.finetuning.memory import Request, estimate, restoring_layers
 from mlx_maxfactor.finetuning.optimizers import make_optimizer
 
 HEAD = ["model", "training", "layers x width", "tokens", "optimizer", "real, MB", "estimate, MB"]
@@ -111,7 +111,7 @@ def row(request: Request, name: str) -> list[str]:
         reset()
 
     with patch.object(mx, "reset_peak_memory", note_and_reset):
-        found = estimate(request, SHARES)
+        found = estimate(request)
     seconds, own = time.perf_counter() - start, max(*peaks, mx.get_peak_memory())
     kind = request.fine_tune_type + (", checkpointed" if request.grad_checkpoint else "")
     if request.trained_layers < request.layers:

@@ -307,7 +307,7 @@ def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) 
     _check_total_steps(total_steps, hidden, rest)
 
 
-def _route(factory: MemberFactory, parameter: Any, choice: str | Optimizer) -> int:
+def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer) -> int:
     """Which member updates a parameter."""
     decays, lora = parameter.role not in UNDECAYED_ROLES, parameter.role in LORA_ROLES
     return factory.index_of(choice, decays=decays, lora=lora)

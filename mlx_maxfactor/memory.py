@@ -69,7 +69,7 @@ def estimate_training_memory(
     try:
         from .finetuning.memory import DTYPES, Request, estimate, read_config
         from .finetuning.models import FINE_TUNE_TYPES
-        from .finetuning.optimizers import optimizer_names
+        from .finetuning.optimizers import optimizer_name
     except ModuleNotFoundError as missing:
         raise ImportError(
             f"estimate_training_memory needs {missing.name}: pip install mlx-lm"
@@ -77,7 +77,7 @@ def estimate_training_memory(
     check_flags(grad_checkpoint=grad_checkpoint)
     request = Request(
         read_config(model),
-        check_choice("optimizer", optimizer, tuple(optimizer_names())),
+        optimizer_name(optimizer),
         options,
         check_choice("fine_tune_type", fine_tune_type, FINE_TUNE_TYPES),
         None if num_layers is None else check_integer("num_layers", num_layers, -1),

@@ -45,6 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = import_module(f".{command}", __package__)
     except ModuleNotFoundError as missing:
         name = str(missing.name).partition(".")[0]
-        extra = "a part of the extra lm" if name in ("mlx_lm", "yaml") else "a dependency"
-        parser.error(f"{command} needs {name}, {extra}: pip install mlx-lm")
+        parser.error(f"{command} needs {name}: pip install mlx-lm")
     return module.main(arguments[1:])

@@ -30,7 +30,7 @@ from ..factory import estimate_state_bytes
 from ..optimizers.base import flatten
 from ..routing import OPTIMIZERS
 from .models import add_adapters, bytes_of, number_of_layers, prefixing_errors
-from .optimizers import make_mlx_optimizer, make_optimizer, optimizer_names, with_guard
+from .optimizers import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 PAIRS = ((1, 2), (2, 4), (3, 6), (4, 8), (6, 12))
@@ -45,6 +45,12 @@ BATCHES = 3
 
 SECONDS = 10.0
 """Models that cannot be measured in this time are measured at a part of their width."""
+
+QUANTIZATIONS = {
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+}
+"""Formats of others, by ``quant_method``, whose weights mlx-lm reads as they are."""
 
 SHARES = (1 / 4, 1 / 2, 1)
 """Sequence lengths that are measured, as shares of the longest one."""
@@ -148,9 +154,9 @@ class Request:
     def state_bytes(self, model: nn.Module, optimizer: str | None = None) -> int:
         """Bytes of an optimizer's state, from shapes."""
         name = optimizer or self.optimizer
-        options = dict(self.options or {}) if optimizer in (None, self.optimizer) else {}
+        own = self.options if name == self.optimizer else None
+        options = with_defaults(name, own or {})
         if name in OPTIMIZERS:
-            options = {"pretrained": True, **with_guard(options)}
             return estimate_state_bytes(model, cast(Any, name), **options)
         theirs = make_mlx_optimizer(name, 1e-5, options)
         theirs.init(model.trainable_parameters())
@@ -233,10 +239,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if config.get("quantization"):
         return config["quantization"]
     theirs = config.get("quantization_config") or {}
-    # Formats of others that mlx-lm reads without converting the weights first.
-    known = {"mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
-    known["mxfp8"] = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
-    return known.get(str(theirs.get("quant_method")), theirs)
+    return QUANTIZATIONS.get(str(theirs.get("quant_method")), theirs)
 
 
 def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstimate:
@@ -249,7 +252,7 @@ def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstima
     return MemoryEstimate(request, weights, states, measured, lengths, steps)
 
 
-def measure(request: Request, shares: Sequence[float] = (1,)) -> tuple[list[int], list[int], str]:
+def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[int], str]:
     """Bytes of a step by sequence length, in the whole model, and what was measured, in words."""
     asked, factor, words = request, 1.0, ""
     if mx.default_device() == mx.cpu and request.weight_dtype != mx.float32:

@@ -115,7 +115,7 @@ def number_of_layers(num_layers: int | None, layers: int) -> int:
 def add_adapters(
     model: nn.Module,
     fine_tune_type: str,
-    num_layers: int | None,
+    num_layers: int,
     lora_parameters: Mapping[str, Any] | None,
 ) -> None:
     """Freeze the model, then unfreeze the last layers ("full") or give them adapters.
@@ -123,8 +123,7 @@ def add_adapters(
     Args:
         model: A model of mlx-lm.
         fine_tune_type: "lora", "dora" or "full".
-        num_layers: How many of the last layers are trained. -1: all of them; None: 16, or all of
-            fewer.
+        num_layers: How many of the last layers are trained. -1: all of them.
         lora_parameters: mlx-lm's: rank, scale, dropout and keys. Not used by "full".
 
     Raises:

@@ -10,7 +10,7 @@ from mlx.optimizers import Optimizer, schedulers
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.utils import build_schedule
 
-from .._validate import shown
+from .._validate import check_choice, shown
 from ..combined import GuardedOptimizer
 from ..factory import create_optimizer
 from ..routing import OPTIMIZERS
@@ -40,16 +40,17 @@ def optimizer_names() -> list[str]:
 
 def optimizer_name(given: Any) -> str:
     """The name in lower case. Raises ValueError unless :func:`make_optimizer` takes it."""
-    name = str(given).lower()
-    if name not in optimizer_names():
-        known = ", ".join(optimizer_names())
-        raise ValueError(f"optimizer must be one of {known}, got {shown(given)}")
-    return name
+    return check_choice("optimizer", str(given).lower(), optimizer_names())
 
 
-def with_guard(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with those of the guard unless ``skip_nonfinite=False`` turns it off."""
-    return {**(GUARD if options.get("skip_nonfinite", True) else {}), **options}
+def with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options over fine-tuning's own: rates for trained weights, and a guard.
+
+    ``skip_nonfinite=False`` turns the guard off.
+    """
+    rates = {"pretrained": True} if name in OPTIMIZERS else {}
+    guard = GUARD if options.get("skip_nonfinite", True) else {}
+    return {**rates, **guard, **options}
 
 
 def make_mlx_optimizer(name: str, rate: Any, options: Mapping[str, Any]) -> Optimizer:
@@ -88,10 +89,10 @@ def make_optimizer(
     Raises:
         ValueError: An unknown name, option or schedule.
     """
-    name, options = optimizer_name(name), with_guard(options)
+    name = optimizer_name(name)
+    options = with_defaults(name, options)
     rate: Any = make_schedule(**lr_schedule) if lr_schedule else learning_rate
     if name in OPTIMIZERS:
-        options = {"pretrained": True, **options}
         return create_optimizer(model, cast(Any, name), learning_rate=rate, **options)
     rate = CONFIG_DEFAULTS["learning_rate"] if rate is None else rate
     optimizer = make_mlx_optimizer(name, rate, options)

@@ -223,8 +223,7 @@ class Tuning(TrainingCallback):
                 yield batch
                 # The trainer asks for the next batch: this iteration is done and evaluated.
                 self.bar.update(self.iteration - self.bar.n)
-                is_saved = self.save() if self.interrupts or self._is_save_due() else False
-                if self.interrupts and is_saved:
+                if (self.interrupts or self._is_save_due()) and self.save() and self.interrupts:
                     raise KeyboardInterrupt
                 batch = next(remaining, None)
             self.order.start_epoch()
