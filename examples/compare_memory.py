@@ -26,8 +26,8 @@ from compare_optimizers import markdown
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from tqdm import tqdm
 
-from mlx_maxfactor.finetuning.memory import Request, estimate, restoring_layers
-from mlx_maxfactor.finetuning.optimizers import make_optimizer
+from mlx_maxfactor.finetuning.memory_estimate import Request, estimate, restoring_layers
+from mlx_maxfactor.finetuning.optimizer_names import make_optimizer
 
 HEAD = ["model", "training", "layers x width", "tokens", "optimizer", "real, MB", "estimate, MB"]
 HEAD += ["ratio", "seconds", "peak over two layers"]

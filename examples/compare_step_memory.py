@@ -25,9 +25,9 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from tqdm import tqdm
 
-from mlx_maxfactor.finetuning.memory import Request, restoring_layers
+from mlx_maxfactor.finetuning.memory_estimate import Request, restoring_layers
 from mlx_maxfactor.finetuning.models import bytes_of
-from mlx_maxfactor.finetuning.optimizers import make_optimizer
+from mlx_maxfactor.finetuning.optimizer_names import make_optimizer
 
 Step = Callable[[mx.array, mx.array], None]
 MODEL = {

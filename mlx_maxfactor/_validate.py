@@ -82,10 +82,9 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_flags(**flags: Any) -> None:
-    """Raise unless every keyword is True or False."""
-    for name, value in flags.items():
-        check_flag(name, value)
+def check_flags(**flags: Any) -> list[bool]:
+    """The values, if each is True or False."""
+    return [check_flag(name, value) for name, value in flags.items()]
 
 
 def check_rate(name: str, value: Any, step: Any = 0) -> Rate:

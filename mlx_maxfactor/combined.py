@@ -1,7 +1,7 @@
-"""Several optimizers as one: the way of a step from gradients to parameters."""
+"""Several optimizers as one: how a step gets from gradients to parameters."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,58 +13,16 @@ from .guard import Guard
 from .optimizers.base import Float32Optimizer, flatten
 from .optimizers.update_loop import (
     ParameterSlot,
+    StepDecision,
     Update,
     UpdateLoop,
     UpdateRule,
-    Verdict,
     find_slots,
     in_order,
     top_level_arrays,
     unchanged_on_error,
 )
-
-
-class UpdateStrategy(Protocol):
-    """Who makes the updates of a step: this machine, or several that share them."""
-
-    def prepare(self, optimizer: "CombinedOptimizer", parameters: dict) -> None:
-        """Called when the optimizer has made the state of these parameters."""
-        ...
-
-    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
-        """The slots with the gradients that count."""
-        ...
-
-    def update(
-        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
-    ) -> dict[str, mx.array]:
-        """Every parameter by path, updated."""
-        ...
-
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes of whole states, by path, where this machine holds only parts of them."""
-        ...
-
-
-class OneMachine:
-    """This machine makes all updates."""
-
-    def prepare(self, optimizer: "CombinedOptimizer", parameters: dict) -> None:
-        """Nothing to do."""
-
-    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
-        """The slots as they are."""
-        return slots
-
-    def update(
-        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
-    ) -> dict[str, mx.array]:
-        """Update one parameter after the other."""
-        return loop.update_all(slots, rule)
-
-    def state_bytes(self) -> dict[str, int]:
-        """All state is here."""
-        return {}
+from .strategy import UpdateStrategy
 
 
 class CombinedOptimizer(MultiOptimizer):
@@ -72,7 +30,7 @@ class CombinedOptimizer(MultiOptimizer):
 
     Args:
         optimizers: The members. A subclass says with :meth:`index_of` who updates what.
-        guard: Judges the gradients of each step.
+        guard: Decides which gradients to scale, and which steps to skip.
         strategy: Who makes the updates. Default: this machine.
     """
 
@@ -82,7 +40,7 @@ class CombinedOptimizer(MultiOptimizer):
         super().__init__(optimizers, [_no_path] * (len(optimizers) - 1))
         self.filters = []  # `index_of` replaces them, and MLX's own lambda could not be pickled
         self.guard = guard
-        self.strategy = strategy or OneMachine()
+        self.strategy = strategy or UpdateStrategy()
         self._updates = 0  # counted by Python, to check the guard now and then
 
     def index_of(self, path: str) -> int | None:
@@ -138,15 +96,15 @@ class CombinedOptimizer(MultiOptimizer):
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
         slots = self.strategy.receive(self._find_slots(gradients, parameters))
-        verdict = self.guard.judge([slot.gradient for slot in slots])
+        decision = self.guard.decide([slot.gradient for slot in slots])
         with unchanged_on_error(self._states, slots):
-            rule = self.advance(range(len(self.optimizers)), gradients, parameters, verdict)
-            updated = self.strategy.update(UpdateLoop(verdict), slots, rule)
-        self.guard.count(verdict)
+            rule = self.begin_step(range(len(self.optimizers)), gradients, parameters, decision)
+            updated = self.strategy.update(UpdateLoop(decision), slots, rule)
+        self.guard.count(decision)
         return in_order(gradients, slots, updated)
 
-    def advance(
-        self, members: Sequence[int], gradients: dict, parameters: dict, verdict: Verdict
+    def begin_step(
+        self, members: Sequence[int], gradients: dict, parameters: dict, decision: StepDecision
     ) -> UpdateRule:
         """Begin a step of some members: count it, and move their schedules.
 
@@ -157,9 +115,11 @@ class CombinedOptimizer(MultiOptimizer):
         for index in members:
             optimizer = self.optimizers[index]
             if updates_singly(optimizer):
-                _advance(optimizer, verdict)
+                _advance(optimizer, decision)
             else:
-                whole |= _update_whole(optimizer, self.split(gradients, index), parameters, verdict)
+                whole |= _update_whole(
+                    optimizer, self.split(gradients, index), parameters, decision
+                )
 
         def rule(slot: ParameterSlot) -> tuple[Update, dict] | None:
             if slot.path in whole:
@@ -309,7 +269,7 @@ def _no_path(*_: Any) -> bool:
     return False
 
 
-def _advance(optimizer: Optimizer, verdict: Verdict) -> None:
+def _advance(optimizer: Optimizer, decision: StepDecision) -> None:
     """Count an update and move the schedules, unless the step is skipped."""
     before = top_level_arrays(optimizer.state)
     if isinstance(optimizer, Float32Optimizer):
@@ -319,20 +279,20 @@ def _advance(optimizer: Optimizer, verdict: Verdict) -> None:
             optimizer.state[key] = schedule(optimizer.step)
         optimizer.state["step"] = optimizer.step + 1
     for key, x in before.items():
-        optimizer.state[key] = verdict.chosen(optimizer.state[key], x)
+        optimizer.state[key] = decision.select(optimizer.state[key], x)
 
 
 def _update_whole(
-    optimizer: Optimizer, gradients: Any, parameters: Any, verdict: Verdict
+    optimizer: Optimizer, gradients: Any, parameters: Any, decision: StepDecision
 ) -> dict[str, mx.array]:
     """The update of an optimizer that has its own way with trees, by path."""
     before = tree_map(lambda array: array, optimizer.state)
 
     def chosen(new: mx.array, old: mx.array) -> mx.array:
-        return verdict.chosen(new.astype(old.dtype), old)
+        return decision.select(new.astype(old.dtype), old)
 
     try:
-        updated = optimizer.apply_gradients(tree_map(verdict.scaled, gradients), parameters)
+        updated = optimizer.apply_gradients(tree_map(decision.scaled, gradients), parameters)
     except Exception:
         _replace(before, optimizer.state, lambda _, old: old)
         raise

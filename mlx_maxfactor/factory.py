@@ -29,7 +29,7 @@ from .routing.members import MemberFactory, MemberSpec
 from .routing.rates import WIDTH, OptimizerName, Run
 from .routing.roles import Parameter, find_roles
 from .routing.routed import RoutedOptimizer
-from .routing.rules import apply_rules, check_explained
+from .routing.rules import apply_rules
 
 LORA_ROLES = frozenset({"lora_a", "lora_b"})
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
@@ -137,12 +137,8 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict, pretrained=pretrained)
-    member_options = _check_rounding(rounding, seed)
-    _check_model(model)
     trained = _find_trained(model)
-    parameters, exceptions = apply_rules(model, rules or {})
-    if strict:
-        check_explained(model, parameters, exceptions)
+    parameters, exceptions = apply_rules(model, rules or {}, strict)
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
     rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
@@ -155,7 +151,7 @@ def create_optimizer(
     factory = MemberFactory(
         hidden_spec,
         rest_spec,
-        member_options,
+        _check_rounding(rounding, seed),
         pretrained=pretrained,
         lora=any(p.role in LORA_ROLES and p.path in trained for p in parameters),
         primary=hidden_spec if own else rest_spec,
@@ -265,6 +261,7 @@ def _check_model(model: Any) -> None:
 
 def _find_trained(model: nn.Module) -> set[str]:
     """Paths of what is trained; there must be something."""
+    _check_model(model)
     arrays = flatten(model.trainable_parameters())
     refuse_complex(arrays)
     trained = {path for path, x in arrays.items() if mx.issubdtype(x.dtype, mx.floating)}
@@ -310,7 +307,7 @@ def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) 
 def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer) -> int:
     """Which member updates a parameter."""
     decays, lora = parameter.role not in UNDECAYED_ROLES, parameter.role in LORA_ROLES
-    return factory.index_of(choice, decays=decays, lora=lora)
+    return factory.member_index(choice, decays=decays, lora=lora)
 
 
 def _check_total_steps(total_steps: Any, *specs: MemberSpec) -> None:

@@ -6,11 +6,11 @@ import mlx.core as mx
 
 from . import functional as f
 from ._validate import check_flag, check_integer, check_number, known
-from .optimizers.update_loop import Verdict
+from .optimizers.update_loop import StepDecision
 
 
 class Guard:
-    """Judges the gradients of each step: by what to scale them, and whether to make the step.
+    """Decides from the gradients of each step by what to scale them, and whether to make it.
 
     Args:
         max_grad_norm: Largest global norm of the gradients. None: no limit.
@@ -63,24 +63,24 @@ class Guard:
             f"{k}={v:g}" if v is not True else f"{k}=True" for k, v in self.options.items() if v
         ]
 
-    def judge(self, gradients: Sequence[mx.array]) -> Verdict:
-        """What happens to the gradients and to the step. Nothing is read back."""
+    def decide(self, gradients: Sequence[mx.array]) -> StepDecision:
+        """Decide what happens to the gradients and to the step. Nothing is read back."""
         if not self.is_active:
-            return Verdict()
+            return StepDecision()
         factor, (peak, norm) = None, f.scaled_global_norm(gradients)
         finite = f.fusion_barrier(mx.isfinite(norm))
         if self.max_grad_norm is not None:
             # An inf is not scaled: times 0 it would be a NaN, and everything else 0.
             factor = mx.minimum(1.0, self.max_grad_norm / peak / norm)
             factor = f.fusion_barrier(mx.where(finite, factor, 1.0))
-        return Verdict(factor, finite if self.skip_nonfinite else None)
+        return StepDecision(factor, finite if self.skip_nonfinite else None)
 
-    def count(self, verdict: Verdict) -> None:
+    def count(self, decision: StepDecision) -> None:
         """Count the step if it is skipped."""
         if self.skip_nonfinite:
             skipped, in_a_row = self.counts["skipped"], self.counts["skipped_in_a_row"]
-            self.counts["skipped"] = verdict.chosen(skipped, skipped + 1)
-            self.counts["skipped_in_a_row"] = verdict.chosen(mx.zeros_like(in_a_row), in_a_row + 1)
+            self.counts["skipped"] = decision.select(skipped, skipped + 1)
+            self.counts["skipped_in_a_row"] = decision.select(mx.zeros_like(in_a_row), in_a_row + 1)
 
     def check(self, step: mx.array) -> None:
         """Raise if too many steps in a row were skipped. Waits for the device.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ._validate import check_choice, check_flags, check_integer
 
 if TYPE_CHECKING:
-    from .finetuning.memory import MemoryEstimate
+    from .finetuning.memory_estimate import MemoryEstimate
 
 
 def estimate_training_memory(
@@ -67,9 +67,9 @@ def estimate_training_memory(
         (477312, True)
     """
     try:
-        from .finetuning.memory import DTYPES, Request, estimate, read_config
+        from .finetuning.memory_estimate import DTYPES, Request, estimate, read_config
         from .finetuning.models import FINE_TUNE_TYPES
-        from .finetuning.optimizers import optimizer_name
+        from .finetuning.optimizer_names import optimizer_name
     except ModuleNotFoundError as missing:
         raise ImportError(
             f"estimate_training_memory needs {missing.name}: pip install mlx-lm"

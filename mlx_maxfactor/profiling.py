@@ -14,10 +14,10 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
 from ._validate import check_flags, check_integer
-from .combined import CombinedOptimizer, OneMachine
+from .combined import CombinedOptimizer
 from .guard import Guard
 from .optimizers.base import flatten
-from .optimizers.update_loop import UpdateLoop, Verdict, find_slots, in_order
+from .optimizers.update_loop import StepDecision, UpdateLoop, find_slots, in_order
 from .routing.routed import RoutedOptimizer
 
 WHOLE, FORWARD, GUARD, WAIT = "whole step", "forward and backward", "guard", "wait"
@@ -170,7 +170,7 @@ def profile_step(
     check_integer("rounds", rounds, 1)
     check_flags(compiled=compiled)
     combined = isinstance(optimizer, CombinedOptimizer)
-    if combined and not isinstance(optimizer.strategy, OneMachine):
+    if combined and optimizer.strategy.ranks > 1:
         raise ValueError(
             "the step of several ranks cannot be profiled: create the optimizer without group"
         )
@@ -300,7 +300,7 @@ class _Step:
         self.forward = function(loss_and_gradients, model.state, mx.random.state)
         self.guard = None
         if isinstance(optimizer, CombinedOptimizer) and optimizer.guard.is_active:
-            self.guard = function(partial(_judge, optimizer.guard), optimizer.guard.counts)
+            self.guard = function(partial(_decide, optimizer.guard), optimizer.guard.counts)
         self.updates = [
             (name, member.state, function(update, member.state))
             for name, member, update in _members(optimizer)
@@ -313,40 +313,40 @@ class _Step:
 
     def apart(self, batch: Sequence[Any], measure: Measure) -> dict[str, Any]:
         """Run the same step one part after the other."""
-        costs, verdict = {}, (None, None)
+        costs, decision = {}, (None, None)
         state = [self.model.state, _random_key()]
         (_, gradients), costs[FORWARD] = measure(lambda: self.forward(*batch), state)
         if self.guard:
             guard = partial(self.guard, gradients)
-            verdict, costs[GUARD] = measure(guard, self.optimizer.state)
+            decision, costs[GUARD] = measure(guard, self.optimizer.state)
             del guard
         shares = _shares(self.optimizer, gradients)
         del gradients  # so that each update holds the last reference and frees as it goes
         for name, state, update in self.updates:
             if flatten(shares[0]):
                 share = shares.pop(0)
-                idle = partial(self._update, _unchanged, [share], verdict)
-                call = partial(self._update, update, [share], verdict)
+                idle = partial(self._update, _unchanged, [share], decision)
+                call = partial(self._update, update, [share], decision)
                 del share
                 _, costs[name] = measure(call, [self.model.state, state], idle)
             else:
                 shares.pop(0)
         return costs
 
-    def _update(self, update: Callable[..., Any], share: list, verdict: tuple) -> None:
+    def _update(self, update: Callable[..., Any], share: list, decision: tuple) -> None:
         parameters = tree_map(lambda _, p: p, share[0], self.model)
-        self.model.update(update(share.pop(), parameters, *verdict))
+        self.model.update(update(share.pop(), parameters, *decision))
 
 
 def _unchanged(gradients: Any, parameters: Any, *_: Any) -> Any:
     return parameters
 
 
-def _judge(guard: Guard, gradients: Any) -> tuple[Any, Any]:
-    """Return the guard's verdict on the gradients."""
-    verdict = guard.judge(list(flatten(gradients).values()))
-    guard.count(verdict)
-    return verdict.factor, verdict.finite
+def _decide(guard: Guard, gradients: Any) -> tuple[Any, Any]:
+    """Return the guard's decision on the gradients."""
+    decision = guard.decide(list(flatten(gradients).values()))
+    guard.count(decision)
+    return decision.factor, decision.accepted
 
 
 def _shares(optimizer: Optimizer, gradients: Any) -> list[Any]:
@@ -359,7 +359,7 @@ def _shares(optimizer: Optimizer, gradients: Any) -> list[Any]:
 
 
 def _members(optimizer: Optimizer) -> list[tuple[str, Optimizer, Callable[..., Any]]]:
-    """Name, optimizer and update function of each member. The update takes the guard's verdict."""
+    """Name, optimizer and update function of each member. The update takes the guard's decision."""
     if not isinstance(optimizer, MultiOptimizer):
         return [(type(optimizer).__name__, optimizer, partial(_apply, optimizer))]
     members = []
@@ -379,12 +379,12 @@ def _apply(optimizer: Optimizer, gradients: Any, parameters: Any, *_: Any) -> An
 
 
 def _apply_member(
-    optimizer: CombinedOptimizer, index: int, gradients: Any, parameters: Any, *verdict: Any
+    optimizer: CombinedOptimizer, index: int, gradients: Any, parameters: Any, *decision: Any
 ) -> Any:
-    judged = Verdict(*verdict)
-    rule = optimizer.advance([index], gradients, parameters, judged)
+    made = StepDecision(*decision)
+    rule = optimizer.begin_step([index], gradients, parameters, made)
     slots = find_slots(gradients, parameters, [member.state for member in optimizer.optimizers])
-    return in_order(gradients, slots, UpdateLoop(judged).update_all(slots, rule))
+    return in_order(gradients, slots, UpdateLoop(made).update_all(slots, rule))
 
 
 def _random_key() -> mx.array:

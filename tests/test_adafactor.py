@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from trajectories import SHAPES, assert_follows, parameter
+from trajectories import SHAPES, assert_follows, label, parameter
 
 from mlx_maxfactor import Adafactor, reference
 
@@ -18,7 +18,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
 def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(Adafactor(**options), reference.Adafactor(**options), shape, zero=zero)
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from trajectories import SHAPES, assert_follows
+from trajectories import SHAPES, assert_follows, label
 
 from mlx_maxfactor import AdamW, reference
 
@@ -18,7 +18,7 @@ from mlx_maxfactor import AdamW, reference
         {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0},
         {"learning_rate": lambda step: 0.05 / (step + 1)},
     ],
-    ids=str,
+    ids=label,
 )
 def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(AdamW(**options), reference.AdamW(**options), shape, zero=zero)

@@ -40,7 +40,7 @@ from mlx_maxfactor import (
     warmup_cosine,
 )
 from mlx_maxfactor.checkpoint import file as sealed_files
-from mlx_maxfactor.checkpoint.checkpoint import _Loading, _walk
+from mlx_maxfactor.checkpoint.save_and_load import _Loading, _walk
 
 
 def snapshot(model, optimizer):

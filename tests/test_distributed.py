@@ -32,7 +32,7 @@ from mlx_maxfactor import (
     profile_step,
     save_checkpoint,
 )
-from mlx_maxfactor.checkpoint.checkpoint import _own_key
+from mlx_maxfactor.checkpoint.save_and_load import _own_key
 from mlx_maxfactor.distributed.assignment import Assignment, ParameterCost
 from mlx_maxfactor.distributed.collectives import STALLED
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_maxfactor import estimate_training_memory
 from mlx_maxfactor.commands import fits, main
-from mlx_maxfactor.finetuning import memory
+from mlx_maxfactor.finetuning import memory_estimate
 
 CONFIG = {
     "model_type": "llama",
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     ],
 )
 def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimizer, accumulated):
-    request = memory.Request(
+    request = memory_estimate.Request(
         CONFIG | {"hidden_size": 256, "intermediate_size": 704},
         optimizer,
         fine_tune_type=kind,
@@ -54,7 +54,7 @@ def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimi
         grad_accumulation_steps=accumulated,
     )
     real = compare_memory.real_peak(request)
-    assert memory.estimate(request).peak == pytest.approx(real, rel=0.1)
+    assert memory_estimate.estimate(request).peak == pytest.approx(real, rel=0.1)
 
 
 def test_estimating_does_not_allocate_the_model():
@@ -102,25 +102,25 @@ def test_guard_and_accumulated_gradients_need_memory():
     ids=["mxfp4", "as on the hub", "affine", "embedding not quantized"],
 )
 def test_quantized_weights_follow_the_config(quantization, share):
-    full = memory.Request(CONFIG, fine_tune_type="lora", num_layers=1)
+    full = memory_estimate.Request(CONFIG, fine_tune_type="lora", num_layers=1)
     less = replace(full, config=CONFIG | quantization)
-    sizes = [memory.bytes_of(request.build().parameters()) for request in (full, less)]
+    sizes = [memory_estimate.bytes_of(request.build().parameters()) for request in (full, less)]
     # 4.25 bits of 32 (mxfp4) or 5 (with float32 scales), and 0.027 for adapters and norms.
     assert sizes[1] / sizes[0] == pytest.approx(share, rel=0.02)
     assert not any("--quantize" in name for name, _ in fits.changes(less))
 
 
 def test_model_with_fewer_layers_than_the_default_is_trained_whole():
-    assert memory.Request(CONFIG).trained_layers == 6
-    assert memory.Request(CONFIG | {"num_hidden_layers": 20}).trained_layers == 16
+    assert memory_estimate.Request(CONFIG).trained_layers == 6
+    assert memory_estimate.Request(CONFIG | {"num_hidden_layers": 20}).trained_layers == 16
 
 
 def test_length_that_might_not_fit_is_not_measured(monkeypatch):
-    request = memory.Request(CONFIG, batch_size=2, max_seq_length=512)
-    monkeypatch.setattr(memory, "_halvings", lambda *_: 0)
-    shortest = memory.measure_steps(request, 1, [128])[0]
-    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * shortest)
-    found = memory.estimate(request)
+    request = memory_estimate.Request(CONFIG, batch_size=2, max_seq_length=512)
+    monkeypatch.setattr(memory_estimate, "_halvings", lambda *_: 0)
+    shortest = memory_estimate.measure_steps(request, 1, [128])[0]
+    monkeypatch.setattr(memory_estimate, "available_bytes", lambda: 3 * shortest)
+    found = memory_estimate.estimate(request)
     assert list(found.lengths) == [128]
     assert found.step > 3.9 * found.steps[0]  # in proportion to the length
 
@@ -130,14 +130,14 @@ def test_longest_sequence_fits_and_the_next_one_does_not():
     limit = found.peak * 2
     longest = found.longest_sequence(limit)
     request = replace(found.request, max_seq_length=longest)
-    assert memory.estimate(request, (1,)).peak <= 1.1 * limit
+    assert memory_estimate.estimate(request, (1,)).peak <= 1.1 * limit
     request = replace(request, max_seq_length=round(1.3 * longest))
-    assert memory.estimate(request, (1,)).peak > limit
+    assert memory_estimate.estimate(request, (1,)).peak > limit
 
 
 def test_estimate_from_half_the_width_is_close(monkeypatch):
     exact = estimate_training_memory(CONFIG, num_layers=-1, **QUICK)
-    monkeypatch.setattr(memory, "_halvings", lambda *_: 1)
+    monkeypatch.setattr(memory_estimate, "_halvings", lambda *_: 1)
     scaled = estimate_training_memory(CONFIG, num_layers=-1, **QUICK)
     assert "1/2 of width" in scaled.measured
     assert scaled.weights == exact.weights
@@ -188,7 +188,7 @@ def test_metal_may_use_a_share_of_the_memory(memory_gb, share):
 def test_a_longer_sequence_never_needs_less():
     # Peaks vary a little, and a quadratic through these three would fall from 400 on.
     lengths, steps = [64, 128, 256], [100, 160, 200]
-    longer = memory._at_lengths(lengths, steps, np.arange(256, 4096, 32))
+    longer = memory_estimate._at_lengths(lengths, steps, np.arange(256, 4096, 32))
     assert np.all(np.diff(longer) > 0)
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from trajectories import SHAPES, assert_follows, hard_gradients, parameter
+from trajectories import SHAPES, assert_follows, hard_gradients, label, parameter
 
 from mlx_maxfactor import MaxFactor, reference
 
@@ -39,7 +39,7 @@ def test_presets_follow_the_twin(preset, shape, zero):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=label)
 def test_options_follow_the_twin(options, shape):
     assert_follows(MaxFactor(**options), reference.MaxFactor(**options), shape)
 
@@ -178,7 +178,10 @@ def test_effective_learning_rate_is_the_size_of_the_next_update():
         ({"maximize": 1}, "maximize must be True or False, got 1"),
         ({"nesterov": True}, "nesterov=True needs momentum"),
         ({"cautious": True}, "cautious=True needs momentum"),
-        ({"layout": "rows"}, "layout must be one of 'batched', 'experts', 'conv', got 'rows'"),
+        (
+            {"layout": "rows"},
+            "layout must be one of 'batched', 'experts', 'conv', 'transposed', got 'rows'",
+        ),
     ],
     ids=str,
 )

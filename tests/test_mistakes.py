@@ -515,7 +515,7 @@ create_optimizer(None)  # wrong
 create_optimizer(model.parameters())  # wrong
 Muon(scale="RMS")  # wrong
 Muon(method="newton")  # wrong
-Muon(layout="transposed")  # wrong
+Muon(layout="convolution")  # wrong
 OrthoMaxFactor(state_dtype="int3")  # wrong
 MaxFactor(rounding="up")  # wrong
 MaxFactor.preset("hubb")  # wrong

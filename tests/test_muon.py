@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from trajectories import assert_follows, parameter
+from trajectories import assert_follows, label, parameter
 
 from mlx_maxfactor import Muon, reference
 
@@ -20,7 +20,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", [(32, 17), (17, 32), (3, 4, 5), (1, 7)], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
 def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(Muon(**options), reference.Muon(**options), shape, zero=zero)
 

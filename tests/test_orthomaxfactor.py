@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from models import CASES, Table
-from trajectories import SHAPES, assert_follows, parameter, trajectory
+from trajectories import SHAPES, assert_follows, label, parameter, trajectory
 
 from mlx_maxfactor import (
     CheckpointError,
@@ -43,7 +43,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", [*MATRICES, (17, 32), (1, 1)], ids=str)
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=label)
 def test_optimizer_follows_the_twin(options, shape, zero):
     if zero and options.get("min_rms") == 0:
         pytest.skip("with min_rms=0, zeros stay zeros")

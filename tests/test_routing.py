@@ -21,7 +21,7 @@ from models import (
     mlx_lm_model,
     qwen2_moe,
 )
-from trajectories import distance
+from trajectories import distance, label
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -558,7 +558,7 @@ def test_first_layer_can_be_excluded():
         ({"rest_options": 3}, "rest_options must map names to values, got 3"),
         ({"exclude_frist": True}, "did you mean 'exclude_first'"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

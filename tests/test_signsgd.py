@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from trajectories import SHAPES, assert_follows
+from trajectories import SHAPES, assert_follows, label
 
 from mlx_maxfactor import SignSGD, reference
 
@@ -13,7 +13,7 @@ from mlx_maxfactor import SignSGD, reference
 @pytest.mark.parametrize(
     "options",
     [{}, {"sparse_rows": True}, {"learning_rate": lambda step: 0.05 / (step + 1)}],
-    ids=str,
+    ids=label,
 )
 def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(SignSGD(**options), reference.SignSGD(**options), shape, zero=zero)

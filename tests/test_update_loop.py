@@ -128,7 +128,7 @@ def test_guards_keep_the_memory_that_checkpointing_saves(kind):
     # much memory.
     from compare_step_memory import METHODS, MODEL, peak
 
-    from mlx_maxfactor.finetuning.memory import Request
+    from mlx_maxfactor.finetuning.memory_estimate import Request
 
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6}
     request = Request({**MODEL, **sizes}, fine_tune_type=kind, num_layers=-1, dtype="float32")

@@ -1,6 +1,6 @@
 """Save and load a training run."""
 
-from .checkpoint import load_checkpoint, save_checkpoint
 from .file import CheckpointError
+from .save_and_load import load_checkpoint, save_checkpoint
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..finetuning.memory import (
+from ..finetuning.memory_estimate import (
     DTYPES,
     MemoryEstimate,
     Request,
@@ -22,7 +22,7 @@ from ..finetuning.memory import (
     read_config,
 )
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizers import optimizer_name
+from ..finetuning.optimizer_names import optimizer_name
 from ..routing import OPTIMIZERS
 from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
 from .lora_arguments import read_config as read_yaml

@@ -33,7 +33,7 @@ from ..finetuning.models import (
     number_of_layers,
     prefixing_errors,
 )
-from ..finetuning.optimizers import make_optimizer
+from ..finetuning.optimizer_names import make_optimizer
 from ..finetuning.small_llama import build_model, write_task
 from ..finetuning.tuning import Tuning, describe_run
 from ..optimizers.base import flatten

@@ -24,7 +24,7 @@ from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
 
 from ..checkpoint import CheckpointError
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizers import EXAMPLE, optimizer_name, optimizer_names
+from ..finetuning.optimizer_names import EXAMPLE, optimizer_name, optimizer_names
 from .terminal import OneLineParser
 
 DEFAULTS = {

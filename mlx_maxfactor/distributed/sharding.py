@@ -11,11 +11,12 @@ from ..checkpoint.file import CheckpointError
 from ..combined import CombinedOptimizer, updates_singly
 from ..optimizers.base import Float32Optimizer, flatten
 from ..optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule
+from ..strategy import UpdateStrategy
 from .assignment import Assignment, ParameterCost, RowRange
 from .collectives import MESSAGE_BYTES, OrderedCollectives, ShardedArray
 
 
-class Sharding:
+class Sharding(UpdateStrategy):
     """The update strategy for several ranks: each rank makes a share of the updates.
 
     :func:`mlx_maxfactor.create_optimizer` makes it from ``group``. Every rank has the whole model
@@ -30,7 +31,7 @@ class Sharding:
 
     A step sends ``2(N - 1)/N`` of the gradients' bytes, and ``N - 1`` times the largest share of
     the parameters' bytes, which is about ``(N - 1)/N`` of all of them. The guard sends nothing,
-    because every rank has all gradients and reaches the same verdict.
+    because every rank has all gradients and makes the same decision.
 
     All ranks must make the same steps, evaluate the same arrays, and save and load checkpoints
     together. Evaluate other collectives separately from a step.
@@ -44,14 +45,14 @@ class Sharding:
     """
 
     def __init__(self, group: mx.distributed.Group):
-        self._group = group
-        self._collectives = OrderedCollectives(group)
+        self._group, self.rank, self.ranks = group, group.rank(), group.size()
         self._shapes: dict[str, dict[str, mx.array]] = {}
         """Whole state of each parameter, never evaluated: only shapes and dtypes are used."""
         self._parameter_shapes: dict[str, tuple[int, ...]] = {}
         self._optimizer: Callable[[], Any] = lambda: None
-        self.assignment = Assignment(group.size())
+        self.assignment = Assignment(self.ranks)
         self.stream: mx.Stream | None = None
+        self._collectives = self._new_collectives()
 
     # The strategy of an optimizer
 
@@ -88,7 +89,7 @@ class Sharding:
 
     def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
         """The slots, with each gradient averaged over all ranks."""
-        self._collectives = OrderedCollectives(self._group, self.stream)
+        self._collectives = self._new_collectives()
         means = self._collectives.averaged([slot.gradient for slot in slots])
         return [slot._replace(gradient=g) for slot, g in zip(slots, means, strict=True)]
 
@@ -111,6 +112,9 @@ class Sharding:
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the whole state of each parameter, by path."""
         return {path: _nbytes(arrays) for path, arrays in self._shapes.items()}
+
+    def _new_collectives(self) -> OrderedCollectives:
+        return OrderedCollectives(self._group, self.stream)
 
     def _update_own_rows(
         self, loop: UpdateLoop, slot: ParameterSlot, rule: UpdateRule
@@ -151,8 +155,8 @@ class Sharding:
         return ParameterCost(path, _rows(parameter), granularity, loads)
 
     def _own_rows(self, path: str) -> RowRange | None:
-        rank, ranges = self._group.rank(), self.assignment.ranges.get(path, ())
-        return next((rows for rows in ranges if rows.rank == rank), None)
+        ranges = self.assignment.ranges.get(path, ())
+        return next((rows for rows in ranges if rows.rank == self.rank), None)
 
     def _is_whole(self, path: str, state: Mapping[str, mx.array]) -> bool:
         """Whether state was just made: for the first time, or after a load was undone."""
@@ -182,14 +186,11 @@ class Sharding:
 
     # Checkpoints
 
-    @property
-    def rank_and_size(self) -> tuple[int, int]:
-        """This rank, and the number of ranks."""
-        return self._group.rank(), self._group.size()
-
     def of_all(self, own: mx.array) -> mx.array:
         """The arrays of all ranks along a new first axis. All ranks must call it."""
-        return OrderedCollectives(self._group, self.stream).all_gather(own)
+        gathered = self._new_collectives().all_gather(own)
+        mx.eval(gathered)  # here, because only one rank reads it
+        return gathered
 
     def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
         """Call ``write`` with the whole state, on the first rank. All ranks must call it.
@@ -198,13 +199,13 @@ class Sharding:
             CheckpointError: The first rank could not write it. All ranks raise.
         """
         whole, problem = self.gather_state(), None
-        if self._group.rank() == 0:
+        if self.rank == 0:
             try:
                 write(whole)
             except Exception as error:  # any error: the other ranks wait for the result
                 problem = error
         failed = mx.array(int(problem is not None))
-        if OrderedCollectives(self._group).all_sum(failed).item():
+        if self._new_collectives().all_sum(failed).item():
             raise problem or CheckpointError("the checkpoint was not written, see the first rank")
 
     def gather_state(self) -> dict[str, mx.array]:
@@ -222,15 +223,15 @@ class Sharding:
             batch[name] = ShardedArray(array.shape.shape, array.shape.dtype, ranges, own)
             filled += array.shape.nbytes
             if filled >= MESSAGE_BYTES or i == last:
-                gathered = OrderedCollectives(self._group, self.stream).gathered(batch)
+                gathered = self._new_collectives().gathered(batch)
                 mx.eval(gathered)
-                whole |= gathered if self._group.rank() == 0 else {}
+                whole |= gathered if self.rank == 0 else {}
                 batch, filled = {}, 0
         return whole
 
     def spread_state(self) -> dict[str, "StateArray"]:
         """Every state array of the parameters, by name, in the same order on all ranks."""
-        spread, rank = {}, self._group.rank()
+        spread = {}
         for path, shapes in self._shapes.items():
             shape = self._parameter_shapes[path]
             for key, x in shapes.items():
@@ -242,7 +243,7 @@ class Sharding:
                     for rows in self.assignment.ranges[path]
                 )
                 name = f"states.{self._optimizer().index_of(path)}.{path}.{key}"
-                spread[name] = StateArray(path, key, x, ranges, rank, is_common)
+                spread[name] = StateArray(path, key, x, ranges, self.rank, is_common)
         return spread
 
 

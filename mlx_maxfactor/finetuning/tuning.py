@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..optimizers.base import flatten
 from .models import prefixing_errors
-from .optimizers import MLX_OPTIMIZERS
+from .optimizer_names import MLX_OPTIMIZERS
 
 # A run that went on with another of these would not be the run that was interrupted.
 KEPT = ("batch_size", "grad_accumulation_steps", "mask_prompt", "max_seq_length", "seed")

@@ -5,15 +5,14 @@ from typing import Literal, get_args
 
 import mlx.core as mx
 
-Layout = Literal["batched", "experts", "conv"]
+Layout = Literal["batched", "experts", "conv", "transposed"]
 LAYOUTS = get_args(Layout)
-"""How an array of more than two axes holds matrices. The shape alone does not tell.
+"""How an array holds matrices. The shape alone does not tell.
 
 - ``batched``: the last two axes are a matrix; norms span the whole array.
 - ``experts``: as ``batched``, but each matrix has its own norms.
 - ``conv``: ``(out, k..., in)``, one matrix ``(out, k... * in)``.
-
-The router also uses ``transposed``: a matrix stored as ``(in, out)``, like the two of LoRALinear.
+- ``transposed``: a matrix stored as ``(in, out)``, like the two of LoRALinear.
 """
 
 
@@ -54,5 +53,4 @@ def filled(x: mx.array, axis: int, multiple: int) -> mx.array:
 
 def cut(x: mx.array, axis: int, length: int) -> mx.array:
     """Undo :func:`filled`: keep the first ``length`` elements of an axis."""
-    # take, because a slice or a pad cannot be compiled shapeless.
     return x if x.shape[axis] == length else mx.take(x, mx.arange(length), axis)

@@ -90,12 +90,7 @@ def _quantize_4(x: mx.array, decay: float) -> tuple[mx.array, mx.array]:
     for low, high in pairwise(LEVELS):
         threshold = max((low + high) / 2, decay * FALL * high)
         code = code + (mx.abs(y) >= threshold).astype(mx.uint8)
-    return _half(code, 0) + 16 * _half(code, HALF), scale.squeeze(1)
-
-
-def _half(code: mx.array, start: int) -> mx.array:
-    # By a start that is an array: one that is a number cannot be compiled shapeless.
-    return mx.slice(code, mx.array([start]), [1], [code.shape[0], HALF])
+    return code[:, :HALF] + 16 * code[:, HALF:], scale.squeeze(1)
 
 
 def _dequantize_4(codes: mx.array, scale: mx.array) -> mx.array:

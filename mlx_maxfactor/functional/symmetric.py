@@ -16,12 +16,8 @@ def parts(x: mx.array, axis: int, count: int) -> list[mx.array]:
     """Cut an axis, -2 or -1, into ``count`` parts of about the same length."""
     if count == 1:
         return [x]
-    axis, cuts = x.ndim + axis, [x.shape[axis] * i // count for i in range(count + 1)]
-    # The start is an array: a slice that starts at a number cannot be compiled shapeless.
-    return [
-        mx.slice(x, mx.array([a]), [axis], [*x.shape[:axis], b - a, *x.shape[axis + 1 :]])
-        for a, b in pairwise(cuts)
-    ]
+    cuts = [x.shape[axis] * i // count for i in range(count + 1)]
+    return [x[..., a:b, :] if axis == -2 else x[..., a:b] for a, b in pairwise(cuts)]
 
 
 def gram_matrix(x: list[mx.array], axis: int) -> Symmetric:
@@ -37,8 +33,7 @@ def quadratic(s: Symmetric, a: float, b: float, c: float) -> Symmetric:
     def block(i: int, j: int) -> mx.array:
         linear = b * s[i][j]
         if i == j:
-            places = mx.arange(linear.shape[-1])  # mx.eye cannot be compiled shapeless
-            linear = linear + mx.where(mx.expand_dims(places, -1) == places, a, 0.0)
+            linear = linear + a * mx.eye(linear.shape[-1])
         return _summed(_met(s, s, i, j), linear, c)
 
     return [[block(i, j) for j in range(i + 1)] for i in range(len(s))]

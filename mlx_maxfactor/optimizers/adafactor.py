@@ -5,7 +5,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_number, check_pair
 from .base import Float32Optimizer, Rounding
-from .moments import init_factored
+from .moment_state import init_factored
 
 
 class Adafactor(Float32Optimizer):
@@ -36,7 +36,7 @@ class Adafactor(Float32Optimizer):
         clip_threshold: Largest RMS of an update. Default 1.
         decay_rate: Exponent of the weight of the newest squared gradient. Default -0.8.
         weight_decay: λ, decoupled: each update multiplies p by 1 - αλ. Default 0.
-        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``.
+        layout: How an array holds matrices, as for ``OrthoMaxFactor``.
         rounding, seed: As for ``OrthoMaxFactor``.
 
     Raises:

@@ -5,7 +5,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_flag, check_number, check_pair
 from .base import Float32Optimizer, Rounding
-from .moments import (
+from .moment_state import (
     BITS,
     StateDtype,
     aligned_to_groups,

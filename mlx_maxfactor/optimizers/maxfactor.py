@@ -10,14 +10,14 @@ from .._validate import (
     Rate,
     check_choice,
     check_flag,
+    check_flags,
     check_number,
     check_pair,
     check_rising,
-    shown,
 )
 from .base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
-from .moments import (
+from .moment_state import (
     StateDtype,
     aligned_to_groups,
     check_state_dtype,
@@ -114,7 +114,7 @@ class MaxFactor(Float32Optimizer):
             Default False.
         eps_rms: Added to ε₁ in the floors of max R and ‖u‖_∞. Default 0.
         min_rms: Floor of RMS(p) in α, in addition to ε₂. Default 0.
-        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``. The norms
+        layout: How an array holds matrices, as for ``OrthoMaxFactor``. The norms
             of a "batched" array span all of it. Default "batched".
         rounding, seed: As for ``OrthoMaxFactor``.
         state_dtype: Dtype of the momentum, as for ``OrthoMaxFactor``. Default float32.
@@ -165,29 +165,37 @@ class MaxFactor(Float32Optimizer):
     ):
         self._usual_rate = None if min_rms or relative_step else 0.01
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_state_dtype(state_dtype)
         self.beta2_decay = check_number("beta2_decay", beta2_decay, -1.0, 0.0)
         self.beta2_bounds = check_rising("beta2_bounds", beta2_bounds, 0.0, 1.0)
-        eps1, eps2 = check_pair("eps", eps, 0.0)
-        self.eps = (check_number("eps[0]", eps1, 1e-15), eps2)
+        self.eps = check_pair("eps", eps, 0.0)
+        check_number("eps[0]", self.eps[0], 1e-15)
         self.d = check_number("d", d, 0.0, ends="()")
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.gamma = check_number("gamma", gamma, 0.0, 1.0)
-        self.max_norm = check_flag("max_norm", max_norm)
+        self.max_norm, self.full_matrix = check_flags(max_norm=max_norm, full_matrix=full_matrix)
         self.min_lr = check_number("min_lr", min_lr, 0.0)
         self.scalar_boost = check_optional("scalar_boost", scalar_boost)
         self.clip_threshold = check_optional("clip_threshold", clip_threshold)
-        self.full_matrix = check_flag("full_matrix", full_matrix)
         self.relative_step = check_flag("relative_step", relative_step)
-        self.vector_sign = check_flag("vector_sign", vector_sign)
-        self.maximize = check_flag("maximize", maximize)
-        adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
-        self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
-        self.nesterov = check_flag("nesterov", nesterov)
-        self.cautious = check_flag("cautious", cautious)
-        check_momentum_is_there(momentum, nesterov=nesterov, cautious=cautious)
+        self.vector_sign, self.maximize = check_flags(vector_sign=vector_sign, maximize=maximize)
+        self._set_momentum(momentum, nesterov, cautious, state_dtype)
         self.eps_rms = check_number("eps_rms", eps_rms, 0.0)
         self.min_rms = check_number("min_rms", min_rms, 0.0)
+
+    def _set_momentum(
+        self,
+        momentum: float | FrequencyAdaptiveMomentum,
+        nesterov: bool,
+        cautious: bool,
+        state_dtype: StateDtype,
+    ) -> None:
+        adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
+        self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
+        self.state_dtype = check_state_dtype(state_dtype)
+        self.nesterov, self.cautious = check_flags(nesterov=nesterov, cautious=cautious)
+        for name, flag in (("nesterov", nesterov), ("cautious", cautious)):
+            if flag and not momentum:
+                raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum}")
 
     def __new__(cls, *_: Any, **options: Any) -> "MaxFactor":
         """Refuse the option ``step`` of version 0.1.0, and name its replacement."""
@@ -356,12 +364,3 @@ class MaxFactor(Float32Optimizer):
 def check_optional(name: str, value: Any) -> float | None:
     """None, or a number above 0."""
     return None if value is None else check_number(name, value, 0.0, ends="()")
-
-
-def check_momentum_is_there(momentum: Any, **flags: bool) -> None:
-    """Raise if a flag is set that needs momentum, but momentum is 0."""
-    for name, flag in flags.items():
-        if flag and not momentum:
-            raise ValueError(
-                f"{name}=True needs momentum in (0, 1), got momentum={shown(momentum)}"
-            )

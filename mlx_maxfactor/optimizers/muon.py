@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number
 from .base import Float32Optimizer, Rounding
-from .moments import (
+from .moment_state import (
     StateDtype,
     aligned_to_groups,
     check_state_dtype,
@@ -40,7 +40,7 @@ class Muon(Float32Optimizer):
         method: "newton_schulz", "polar_express", or your own function from a batch of matrices to
             a batch of matrices. Default "newton_schulz".
         steps: Iterations of the method. Default 5.
-        layout: How arrays of more than two axes hold matrices, as for ``OrthoMaxFactor``. Each
+        layout: How an array holds matrices, as for ``OrthoMaxFactor``. Each
             matrix is orthogonalized separately.
         rounding, seed: As for ``OrthoMaxFactor``.
         state_dtype: Dtype of the momentum, as for ``OrthoMaxFactor``. Default float32.

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number, check_rising
 from .base import Float32Optimizer, Rounding
-from .moments import (
+from .moment_state import (
     StateDtype,
     aligned_to_groups,
     check_state_dtype,
@@ -64,9 +64,9 @@ class OrthoMaxFactor(Float32Optimizer):
         beta2_decay: Exponent of the weight of the newest squared gradient. Default -0.8.
         beta2_bounds: Bounds of that weight. Default (0.001, 0.999).
         eps: Floor of :math:`\sqrt{R_i C_j / \max R}`, at least 1e-15. Default 1e-10.
-        layout: How arrays of more than two axes hold matrices. "batched" and "experts": the last
-            two axes are a matrix. "conv": the array is one matrix, ``(out, -1)``. The router reads
-            the layout from the module. Default "batched".
+        layout: How an array holds matrices. "batched" and "experts": the last two axes are a
+            matrix. "conv": the array is one matrix, ``(out, -1)``. "transposed": a matrix is stored
+            as ``(in, out)``. The router reads the layout from the module. Default "batched".
         rounding: How bf16 and fp16 parameters are rounded: "nearest", or "stochastic", with which
             updates smaller than their spacing still count on average. Default "nearest".
         seed: Seed of stochastic rounding. Default 0.

@@ -30,24 +30,24 @@ UpdateRule = Callable[[ParameterSlot], tuple[Update, dict] | None]
 """Returns a parameter's update function and state, or None to leave it unchanged."""
 
 
-class Verdict(NamedTuple):
+class StepDecision(NamedTuple):
     """What the guard decided about a step.
 
     Attributes:
         factor: Float32 factor on every gradient. None: 1.
-        finite: Whether to make the step. If not, every array keeps its value. None: make it.
+        accepted: Whether to make the step. If not, every array keeps its value. None: make it.
     """
 
     factor: mx.array | None = None
-    finite: mx.array | None = None
+    accepted: mx.array | None = None
 
     def scaled(self, gradient: mx.array) -> mx.array:
         """The gradient times the factor, in float32: a small fp16 gradient would become zero."""
         return gradient if self.factor is None else gradient * self.factor
 
-    def chosen(self, new: mx.array, old: mx.array) -> mx.array:
+    def select(self, new: mx.array, old: mx.array) -> mx.array:
         """The new array, or the old one if the step is skipped."""
-        return new if self.finite is None else mx.where(self.finite, new, old)
+        return new if self.accepted is None else mx.where(self.accepted, new, old)
 
 
 def find_slots(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[ParameterSlot]:
@@ -114,13 +114,13 @@ class LiveState(dict):
         elements: Where the parameter's elements are in the whole parameter, or None.
     """
 
-    def __init__(self, state: dict, verdict: Verdict, elements: f.ElementRange | None):
+    def __init__(self, state: dict, decision: StepDecision, elements: f.ElementRange | None):
         super().__init__(state)
         self.elements = elements
-        self._verdict = verdict
+        self._decision = decision
 
     def __setitem__(self, key: str, new: mx.array) -> None:
-        super().__setitem__(key, self._verdict.chosen(new, self[key]) if key in self else new)
+        super().__setitem__(key, self._decision.select(new, self[key]) if key in self else new)
 
 
 class UpdateLoop:
@@ -132,8 +132,8 @@ class UpdateLoop:
     backward pass ends with the first layers.
     """
 
-    def __init__(self, verdict: Verdict | None = None):
-        self.verdict = verdict or Verdict()
+    def __init__(self, decision: StepDecision | None = None):
+        self.decision = decision or StepDecision()
         self._before: list[mx.array] = []
 
     def update_all(self, slots: Sequence[ParameterSlot], rule: UpdateRule) -> dict[str, mx.array]:
@@ -160,23 +160,23 @@ class UpdateLoop:
         gradient = f.fusion_barrier(gradient)
         state.update(zip(names, old, strict=True))
         live = state
-        if self.verdict.finite is not None or slot.elements is not None:
+        if self.decision.accepted is not None or slot.elements is not None:
             # An update that reads back a new state array gets the chosen one: no second copy.
-            live = LiveState(state, self.verdict, slot.elements)
+            live = LiveState(state, self.decision, slot.elements)
         try:
-            new = apply_single(self.verdict.scaled(gradient), parameter, live)
+            new = apply_single(self.decision.scaled(gradient), parameter, live)
         except (KeyError, ValueError) as problem:
             what = f"its state has no {problem}" if isinstance(problem, KeyError) else problem
             raise ValueError(
                 f"{slot.path} {slot.parameter.shape}, gradient {slot.gradient.shape}: {what}; "
                 "create the optimizer again if the model has changed"
             ) from problem
-        if any(x is not None for x in self.verdict):
+        if any(x is not None for x in self.decision):
             # With a float32 gradient, MLX's own optimizers return float32 weights and states.
             new = new.astype(parameter.dtype)
             live.update({k: live[k].astype(x.dtype) for k, x in zip(names, old, strict=True)})
         state.update(live)
-        updated = self.verdict.chosen(new, parameter)
+        updated = self.decision.select(new, parameter)
         self._before = [updated, *(state[key] for key in names)]
         return updated
 

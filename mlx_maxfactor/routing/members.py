@@ -23,9 +23,12 @@ RATE_WORDS = ("lr", "rest_lr", "rate", "eta", "learning_rate", "rest_learning_ra
 
 @dataclass(frozen=True, eq=False)
 class MemberSpec:
-    """A requested member: an optimizer, or a name with a rate and options."""
+    """A requested member: an optimizer, or a name with a rate and options.
 
-    place: str
+    ``argument`` names where it was requested: "hidden", "rest", or a rule.
+    """
+
+    argument: str
     choice: OptimizerName | Optimizer
     rate: Rate | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -33,20 +36,20 @@ class MemberSpec:
     @property
     def rate_name(self) -> str:
         """The name of the argument that sets its rate."""
-        return "learning_rate" if self.place == "hidden" else f"{self.place}_learning_rate"
+        return "learning_rate" if self.argument == "hidden" else f"{self.argument}_learning_rate"
 
     def __post_init__(self) -> None:
         if isinstance(self.choice, Optimizer):
             if given := [self.rate_name] * (self.rate is not None) + list(self.options):
                 raise ValueError(
-                    f"{self.place} is an optimizer already: give {', '.join(given)} to it, or pass "
-                    "its name"
+                    f"{self.argument} is an optimizer already: give {', '.join(given)} to it, or "
+                    "pass its name"
                 )
             return
         if not isinstance(self.choice, str) or self.choice not in OPTIMIZERS:
             raise ValueError(
-                f"{self.place} must be one of {', '.join(map(repr, OPTIMIZERS))} or an optimizer, "
-                f"{got(self.choice, OPTIMIZERS)}"
+                f"{self.argument} must be one of {', '.join(map(repr, OPTIMIZERS))} or an "
+                f"optimizer, {got(self.choice, OPTIMIZERS)}"
             )
         if self.rate is not None:
             rate = check_rate(self.rate_name, self.rate)
@@ -71,7 +74,9 @@ class MemberSpec:
                 OPTIMIZERS[other.choice].kind
             ):
                 remedy = (
-                    f"{option}=..." if self.place == "rest" else f"rest_options={{{option!r}: ...}}"
+                    f"{option}=..."
+                    if self.argument == "rest"
+                    else f"rest_options={{{option!r}: ...}}"
                 )
                 raise ValueError(
                     f"{problem}; {other.choice} has: give {remedy} to create_optimizer"
@@ -121,10 +126,10 @@ class MemberFactory:
             self.rate = schedule_of(float(cast(float, peak)), run.total_steps)
         self.members: list[Member] = []
         self._index: dict[Any, int] = {}
-        self.index_of("hidden", decays=True, lora=lora)
-        self.index_of("rest", decays=True)
+        self.member_index("hidden", decays=True, lora=lora)
+        self.member_index("rest", decays=True)
 
-    def index_of(self, choice: str | Optimizer, *, decays: bool, lora: bool = False) -> int:
+    def member_index(self, choice: str | Optimizer, *, decays: bool, lora: bool = False) -> int:
         """Index of the member for "hidden", "rest", a name, or an optimizer."""
         spec = self._spec_of(choice)
         preset: RatePreset = "lora" if lora and spec is not self.rest else self.preset
@@ -133,7 +138,7 @@ class MemberFactory:
         else:
             default = options_for(spec.choice).get("weight_decay", 0.0)
             decays = decays or not spec.options.get("weight_decay", default)
-            key = (spec.place, decays, preset)
+            key = (spec.argument, decays, preset)
         if key not in self._index:
             self._index[key] = len(self.members)
             self.members.append(self._member(spec, decays, preset))
@@ -141,7 +146,7 @@ class MemberFactory:
 
     def _spec_of(self, choice: str | Optimizer) -> "MemberSpec":
         for spec in (self.hidden, self.rest):
-            if choice is spec.choice or choice in (spec.place, spec.choice):
+            if choice is spec.choice or choice in (spec.argument, spec.choice):
                 return spec
         named = cast(OptimizerName | Optimizer, choice)
         return MemberSpec(choice if isinstance(choice, str) else "rule", named)

@@ -10,11 +10,12 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from .._validate import Rate, check_rate
-from ..combined import CombinedOptimizer, UpdateStrategy, shown_optimizer
+from ..combined import CombinedOptimizer, shown_optimizer
 from ..guard import Guard
 from ..optimizers.base import Float32Optimizer, flatten, refuse_complex, trainable
 from ..optimizers.update_loop import ParameterSlot
 from ..schedules import scaled
+from ..strategy import UpdateStrategy
 from .plan import Plan, PlanEntry
 from .roles import Parameter, find_aliases
 
@@ -45,7 +46,7 @@ class RoutedOptimizer(CombinedOptimizer):
         parameters: Every parameter of the model with its role, the frozen ones too.
         members: The optimizers. ``learning_rate`` is that of the first one with parameters.
         routes: Index of the member by path.
-        guard: Judges the gradients of each step.
+        guard: Decides which gradients to scale, and which steps to skip.
         strategy: Who makes the updates. Default: this machine.
 
     Raises:

@@ -14,9 +14,12 @@ from .roles import ROLES, Parameter, find_aliases, find_roles
 
 
 def apply_rules(
-    model: nn.Module, rules: Mapping[str, str | Optimizer]
+    model: nn.Module, rules: Mapping[str, str | Optimizer], strict: bool = False
 ) -> tuple[list[Parameter], dict[str, str | Optimizer]]:
-    """Return the parameters with their roles, and by path the optimizers that rules choose."""
+    """Return the parameters with their roles, and by path the optimizers that rules choose.
+
+    ``strict`` refuses trainable arrays that belong to no known layer and match no rule.
+    """
     if not isinstance(rules, Mapping) or not all(isinstance(key, str) for key in rules):
         raise ValueError(
             f"rules must map roles and path patterns to optimizers, got {shown(rules)}"
@@ -53,13 +56,15 @@ def apply_rules(
         role = "hidden" if p.role == "first" and "first" not in rules else p.role
         if role in rules:
             by_role[p.path] = rules[role]
-    return parameters, by_role | {path: v for path, v in by_path.items() if path not in declared}
+    exceptions = by_role | {path: v for path, v in by_path.items() if path not in declared}
+    if strict:
+        _check_explained(model, parameters, exceptions)
+    return parameters, exceptions
 
 
-def check_explained(
+def _check_explained(
     model: nn.Module, parameters: list[Parameter], exceptions: Mapping[str, Any]
 ) -> None:
-    """Raise if trainable arrays belong to no known layer and match no rule."""
     paths = flatten(model.trainable_parameters())
     unexplained = [
         f"{p.path} {p.shape}"

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 from .._validate import check_choice, check_flags, got
 from ..optimizers.base import flatten
 from ..routing.roles import find_aliases
+from ..strategy import UpdateStrategy
 from . import description, file
 from .file import CheckpointError, File, Kind, kind_of
 
@@ -44,41 +45,6 @@ class Place(NamedTuple):
         """The array at this place. A schedule may have put a number there."""
         value = self.container[self.key]
         return value if isinstance(value, mx.array) else mx.array(value)
-
-
-class SpreadArray(Protocol):
-    """A state array whose rows are spread over several ranks."""
-
-    @property
-    def shape(self) -> mx.array:
-        """An array with the shape and dtype of the whole array. It is not evaluated."""
-        ...
-
-    def own(self, whole: mx.array) -> mx.array:
-        """The rows of the whole array that this rank holds."""
-        ...
-
-
-@runtime_checkable
-class Spread(Protocol):
-    """State that is spread over several ranks. All ranks must save and load together."""
-
-    @property
-    def rank_and_size(self) -> tuple[int, int]:
-        """This rank, and the number of ranks."""
-        ...
-
-    def of_all(self, own: mx.array) -> mx.array:
-        """The arrays of all ranks along a new first axis."""
-        ...
-
-    def spread_state(self) -> Mapping[str, SpreadArray]:
-        """The spread arrays, by the names they would have on one machine."""
-        ...
-
-    def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
-        """Call ``write`` with the whole arrays on one rank. If it raises, all ranks raise."""
-        ...
 
 
 class Averaged(Protocol):
@@ -168,17 +134,18 @@ def save_checkpoint(
     kept, frozen = _split(_find_weights(model), model, weights)
     run = description.describe(optimizer, weights, frozen)
     arrays = {name: place.array for name, place in (kept | _find_average(average)).items()}
-    arrays[KEY] = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
-    if spread := _spread(optimizer):
-        arrays[KEY] = spread.of_all(arrays[KEY])
-        mx.eval(arrays[KEY])  # on all ranks, though only one writes it
+    key = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
+    strategy = _strategy_of(optimizer)
+    arrays[KEY] = strategy.of_all(key)
+    arrays |= {name: place.array for name, place in _find_state(optimizer).items()}
     metadata = {"format": FORMATS[-1], "run": json.dumps(run)}
     metadata["extra"] = json.dumps(extra, default=_scalar)
 
-    def write(state: dict[str, mx.array]) -> None:
-        file.write(Path(path), arrays | state, metadata)
+    def write(whole: dict[str, mx.array]) -> None:
+        named = {STATE + name: array for name, array in whole.items()}
+        file.write(Path(path), arrays | named, metadata)
 
-    _with_whole_state(optimizer, write)
+    strategy.with_whole_state(write)
 
 
 def load_checkpoint(
@@ -265,8 +232,7 @@ class _Loading:
         self.extra = Extra(_parse_extra(saved.metadata.get("extra", "")))
         self.arrays = dict(saved.arrays)
         self.key = self.arrays.pop(KEY, None)
-        spread = _spread(optimizer)
-        self.rank_and_size = spread.rank_and_size if spread else (0, 1)
+        self.strategy = _strategy_of(optimizer)
         if self.key is None or not _is_random_key(kind_of(self.key)):
             raise CheckpointError("is damaged or forged: its random key is missing")
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
@@ -277,7 +243,7 @@ class _Loading:
         made = self._steps_made()
         self.live = description.describe(optimizer, self.saved["weights"], frozen, made)
         state = _find_state(optimizer) | _find_average(average)
-        self.spread = _find_spread(optimizer)
+        self.spread = {STATE + name: x for name, x in self.strategy.spread_state().items()}
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
         self.here |= {name: kind_of(spread.shape) for name, spread in self.spread.items()}
@@ -313,7 +279,7 @@ class _Loading:
     def apply(self) -> None:
         """Put the arrays that fit into the live containers, which stay the same objects."""
         assert self.key is not None
-        high, low = _own_key(self.key, *self.rank_and_size)
+        high, low = _own_key(self.key, self.strategy.rank, self.strategy.ranks)
         for name in self._fitting():
             # One at a time: the old array is released before the next one is read.
             array = self.arrays.pop(name).astype(self.here[name].dtype)
@@ -455,28 +421,10 @@ def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
     return found
 
 
-def _find_spread(optimizer: Optimizer) -> dict[str, SpreadArray]:
-    """State arrays that are wholly or partly on other ranks, by their names in the file."""
-    spread = _spread(optimizer)
-    arrays = spread.spread_state() if spread else {}
-    return {STATE + name: array for name, array in arrays.items()}
-
-
-def _spread(optimizer: Optimizer) -> Spread | None:
-    """The strategy that spreads the optimizer over several ranks, if it has one."""
+def _strategy_of(optimizer: Optimizer) -> UpdateStrategy:
+    """The optimizer's strategy, which knows what other ranks hold."""
     strategy = getattr(optimizer, "strategy", None)
-    return strategy if isinstance(strategy, Spread) else None
-
-
-def _with_whole_state(optimizer: Optimizer, write: Callable[[dict[str, mx.array]], None]) -> None:
-    """Write the state by its names in the file. With several ranks, only one writes."""
-    here = {name: place.array for name, place in _find_state(optimizer).items()}
-    if spread := _spread(optimizer):
-        spread.with_whole_state(
-            lambda whole: write(here | {STATE + name: array for name, array in whole.items()})
-        )
-    else:
-        write(here)
+    return strategy if isinstance(strategy, UpdateStrategy) else UpdateStrategy()
 
 
 def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:

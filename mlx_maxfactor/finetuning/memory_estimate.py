@@ -30,7 +30,7 @@ from ..factory import estimate_state_bytes
 from ..optimizers.base import flatten
 from ..routing import OPTIMIZERS
 from .models import add_adapters, bytes_of, number_of_layers, prefixing_errors
-from .optimizers import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
+from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 PAIRS = ((1, 2), (2, 4), (3, 6), (4, 8), (6, 12))

@@ -1,0 +1,63 @@
+"""Who makes the updates of a step: this machine, or several that share them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from .optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule
+
+
+class SpreadArray(Protocol):
+    """A state array whose rows are spread over several ranks."""
+
+    @property
+    def shape(self) -> mx.array:
+        """An array with the shape and dtype of the whole array. It is not evaluated."""
+        ...
+
+    def own(self, whole: mx.array) -> mx.array:
+        """The rows of the whole array that this rank holds."""
+        ...
+
+
+class UpdateStrategy:
+    """This machine makes all updates and holds all state. A subclass shares both among ranks.
+
+    Attributes:
+        rank: Number of this rank.
+        ranks: Number of ranks.
+    """
+
+    rank, ranks = 0, 1
+
+    def prepare(self, optimizer: Any, parameters: dict) -> None:
+        """Called when the optimizer has made the state of these parameters."""
+
+    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
+        """The slots with the gradients that count."""
+        return slots
+
+    def update(
+        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
+    ) -> dict[str, mx.array]:
+        """Every parameter by path, updated."""
+        return loop.update_all(slots, rule)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of whole states, by path, where this machine holds only parts of them."""
+        return {}
+
+    # Checkpoints. All ranks must call these methods together.
+
+    def of_all(self, own: mx.array) -> mx.array:
+        """The arrays of all ranks along a new first axis. One machine's array is unchanged."""
+        return own
+
+    def spread_state(self) -> Mapping[str, SpreadArray]:
+        """The arrays that are spread over the ranks, by the names they have on one machine."""
+        return {}
+
+    def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
+        """Call ``write`` on one rank, with the spread arrays whole. If it fails, all raise."""
+        write({})
