@@ -148,7 +148,7 @@ def rates(language_model: float, speech: float) -> dict[str, float]:
     return {"language_model": language_model, "speech": speech}
 
 
-def row_max(
+def maxfactor(
     question: str,
     trainings: tuple[str, ...] = SHORT,
     first_rates: Mapping[str, float] | None = None,
@@ -198,8 +198,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "Muon 0.8": named(WHICH, "muon", MUON, EVERYWHERE, momentum=0.8),
     "AdamW": named(WHICH, "adamw", rates(2e-3, 1e-3), EVERYWHERE),
-    "row-max, cautious": row_max(WHICH, WITHOUT_LARGE, momentum=0.9, cautious=True),
-    "row-max": row_max(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
+    "MaxFactor, cautious": maxfactor(WHICH, WITHOUT_LARGE, momentum=0.9, cautious=True),
+    "MaxFactor": maxfactor(WHICH, SHORT, rates(0.05, 0.015), momentum=0),
     "Muon 0": named(WHICH, "muon", rates(0.03, 0.015), MAIN, momentum=0),
     "NorMuon 0.8": named(WHICH, "normuon", rates(0.03, 0.015), SHORT, momentum=0.8),
     "mlx AdamW": named(
@@ -215,11 +215,13 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "Muon 0.5": named(MOMENTUM, "muon", MUON, MAIN, momentum=0.5),
     "Muon 0.9": named(MOMENTUM, "muon", MUON, (*MAIN, "language_model_6000"), momentum=0.9),
     "Muon": named(MOMENTUM, "muon", MUON, MAIN),
-    "row-max, momentum": row_max(MOMENTUM, momentum=0.9, cautious=False),
-    "row-max, Nesterov": row_max(MOMENTUM, momentum=0.9, cautious=False, nesterov=True),
-    "row-max, cautious, bf16": row_max(BITS, momentum=0.9, cautious=True, state_dtype="bfloat16"),
-    "row-max, FAM": row_max(BANDS, momentum={"bands": 10}, cautious=False),
-    "row-max, cautious FAM": row_max(BANDS, momentum={"bands": 10}, cautious=True),
+    "MaxFactor, momentum": maxfactor(MOMENTUM, momentum=0.9, cautious=False),
+    "MaxFactor, Nesterov": maxfactor(MOMENTUM, momentum=0.9, cautious=False, nesterov=True),
+    "MaxFactor, cautious, bf16": maxfactor(
+        BITS, momentum=0.9, cautious=True, state_dtype="bfloat16"
+    ),
+    "MaxFactor, FAM": maxfactor(BANDS, momentum={"bands": 10}, cautious=False),
+    "MaxFactor, cautious FAM": maxfactor(BANDS, momentum={"bands": 10}, cautious=True),
     # Frequency-adaptive momentum (FAM) where inputs have frequencies, and other rules for it.
     "mel axis: no momentum": mel_axis(momentum=0),
     "mel axis: momentum": mel_axis(momentum=0.9, cautious=True),
