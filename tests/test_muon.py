@@ -67,11 +67,13 @@ def test_fp16_gradients_do_not_overflow_or_underflow(magnitude):
     assert np.linalg.norm(np.array(moved.astype(mx.float32)), ord=2) > 0.5
 
 
-def test_transposed_lora_matrix_is_scaled_by_its_true_shape():
+@pytest.mark.parametrize("given", [{"layout": "transposed"}, {}], ids=["option", "path"])
+def test_transposed_lora_matrix_is_scaled_by_its_true_shape(given):
     # LoRALinear stores A as (in, r), so MLX's Muon confuses rows and columns.
     a = mx.array(parameter((64, 4)))  # A is a (4, 64) matrix: its scale is √max(1, 4/64) = 1
-    optimizer = Muon(1.0, scale="spectral", method="polar_express", steps=8)
-    optimizer.layouts["lora_a"] = "transposed"
+    optimizer = Muon(1.0, scale="spectral", method="polar_express", steps=8, **given)
+    if not given:
+        optimizer.layouts["lora_a"] = "transposed"
     moved = optimizer.apply_gradients({"lora_a": a}, {"lora_a": mx.zeros((64, 4))})["lora_a"]
     assert np.linalg.norm(np.array(moved), ord=2) == pytest.approx(1.0, rel=1e-4)
 
