@@ -44,6 +44,8 @@ MAIN_CASES = [
     "bf16, stochastic",
     "compiled",
     "blocks, one layer not updated",
+    "unwritable",
+    "random states",
 ]
 FOUR_RANK_CASES = [*CASES] if KILLS >= 20 else MAIN_CASES
 CASES_BY_RANKS = {2: [*CASES], 4: FOUR_RANK_CASES}
@@ -109,12 +111,12 @@ def test_bytes_sent_agree_with_the_formula(reports):
 
 
 def test_failed_save_on_the_first_rank_is_an_error_on_all_ranks(reports):
-    for rank in reports.get("unwritable", ()):
+    for rank in reports["unwritable"]:
         assert "was not written" in rank["error"]
 
 
 def test_each_rank_resumes_with_its_own_random_state(reports):
-    ranks = reports.get("random states", ())
+    ranks = reports["random states"]
     assert all(rank["again"] == rank["drawn"] for rank in ranks)
     assert len({tuple(rank["drawn"]) for rank in ranks}) == len(ranks)
 
