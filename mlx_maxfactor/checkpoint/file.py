@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -58,24 +57,20 @@ class Kind(NamedTuple):
         return f"{str(self.dtype).rpartition('.')[2]} {self.shape}"
 
 
-def kind_of(array: Any) -> Kind:
-    """Dtype and shape of an array or a number."""
-    array = mx.array(array) if isinstance(array, (int, float)) else array
+def kind_of(array: mx.array) -> Kind:
+    """Dtype and shape of an array."""
     return Kind(array.dtype, tuple(array.shape))
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """A file whose checksum was verified.
 
     Attributes:
         metadata: Text by name.
-        kinds: Dtype and shape of each array.
         arrays: The arrays, not yet read from the disk.
     """
 
     metadata: Mapping[str, str]
-    kinds: Mapping[str, Kind]
     arrays: dict[str, mx.array]
 
 
@@ -147,7 +142,7 @@ def read(path: Path, formats: tuple[str, ...]) -> File:
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({problem}): load an older one"
         ) from problem
-    return File(metadata, kinds, arrays)
+    return File(metadata, arrays)
 
 
 def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -186,9 +181,11 @@ def _kinds(entries: Mapping[str, Any], size: int) -> dict[str, Kind]:
         sizes = len(numbers) < 32 and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
         if not sizes or len(span) != 2:
             raise ValueError(f"its entry of {name[:100]!r} is not valid")
-        kinds[name] = Kind(DTYPES[_text(entry.get("dtype"))], tuple(shape))
-        if span[1] - span[0] != math.prod(shape) * kinds[name].dtype.size:
+        if (dtype := DTYPES.get(str(entry.get("dtype")))) is None:
+            raise ValueError("it holds an array of an unknown dtype")
+        if span[1] - span[0] != math.prod(shape) * dtype.size:
             raise ValueError(f"{name[:100]!r} has not the bytes of its shape")
+        kinds[name] = Kind(dtype, tuple(shape))
         spans.append(span)
     end = 0
     for start, stop in sorted(spans):
@@ -198,12 +195,6 @@ def _kinds(entries: Mapping[str, Any], size: int) -> dict[str, Kind]:
     if end != size:
         raise ValueError("its arrays do not fill it")
     return kinds
-
-
-def _text(dtype: Any) -> str:
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError("it holds an array of an unknown dtype")
-    return dtype
 
 
 def _header(file: BinaryIO) -> bytes:
