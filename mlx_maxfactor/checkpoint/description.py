@@ -14,7 +14,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 
 from .._version import __version__
 from ..schedules import Schedule, takes_any_step
-from .file import CheckpointError, kind_of
+from .file import CheckpointError, kind_of, parse_json
 
 STEPS = [0, *sorted({round(10 ** (i / 10)) for i in range(61)})]
 """Steps at which schedules are compared: ten per decade, up to a million."""
@@ -48,22 +48,23 @@ def describe(
     A user's own schedule is sampled only at steps that were already run: by this optimizer, or the
     ``made`` steps in a file. It may index a table, and MLX does not check the index.
     """
-    members, wrappers = find_members(optimizer).values(), _wrappers(optimizer)
     description = {
         "library": __version__,
         "weights": weights,
         "optimizers": [
-            _class_and_options(m)
-            | {"built rate": _built_rate(m)}
-            | {
+            {
+                **_class_and_options(m),
+                "built rate": _built_rate(m),
                 "schedules": {
                     name: _sampled(schedule, max(made, int(cast(Any, m.step))))
                     for name, schedule in _schedules(m).items()
-                }
+                },
             }
-            for m in members
+            for m in find_members(optimizer).values()
         ],
-        "wrappers": [_class_and_options(m) for m in wrappers],
+        "wrappers": [
+            _class_and_options(o) for _, o in _walk(optimizer) if isinstance(o, MultiOptimizer)
+        ],
         "plan": {
             entry.path: [list(entry.shape), entry.role, entry.layout, entry.optimizer]
             for entry in getattr(optimizer, "plan", ())
@@ -79,23 +80,15 @@ def parse(text: str) -> dict[str, Any]:
     Raises:
         CheckpointError: It does not have the form of a description.
     """
-    try:
-        run = json.loads(text)
-    except (ValueError, RecursionError):
-        run = None
-    if run is None or not _has_form(run, FORM) or run["weights"] not in ("all", "trainable"):
+    run = parse_json(text)
+    if not _has_form(run, FORM) or run["weights"] not in ("all", "trainable"):
         raise CheckpointError("is damaged or forged: its description of the run is not valid")
     return run
 
 
-def find_members(optimizer: Optimizer, prefix: str = "") -> dict[str, Optimizer]:
+def find_members(optimizer: Optimizer) -> dict[str, Optimizer]:
     """Find the optimizers that update parameters, keyed by the prefix of their state's names."""
-    if not isinstance(optimizer, MultiOptimizer):
-        return {prefix: optimizer}
-    found = {}
-    for i, member in enumerate(optimizer.optimizers):
-        found |= find_members(member, f"{prefix}states.{i}.")
-    return found
+    return {name: o for name, o in _walk(optimizer) if not isinstance(o, MultiOptimizer)}
 
 
 def find_used(optimizer: Optimizer) -> dict[int, str]:
@@ -118,11 +111,12 @@ def find_used(optimizer: Optimizer) -> dict[int, str]:
     return {i: f"optimizer {i}, {n}" if counts[n] > 1 else n for i, n in names.items()}
 
 
-def _wrappers(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that contain other optimizers."""
-    if not isinstance(optimizer, MultiOptimizer):
-        return []
-    return [optimizer, *(inner for member in optimizer.optimizers for inner in _wrappers(member))]
+def _walk(optimizer: Optimizer, prefix: str = "") -> Iterator[tuple[str, Optimizer]]:
+    """An optimizer and all that it contains, with the prefix of their state's names."""
+    yield prefix, optimizer
+    if isinstance(optimizer, MultiOptimizer):
+        for i, member in enumerate(optimizer.optimizers):
+            yield from _walk(member, f"{prefix}states.{i}.")
 
 
 def _class_and_options(optimizer: Optimizer) -> dict[str, Any]:
@@ -160,14 +154,13 @@ def _schedules(optimizer: Optimizer) -> dict[str, Callable[[mx.array], Any]]:
 def _sampled(schedule: Callable[[mx.array], Any], made: int) -> dict[str, Any]:
     """A schedule's name, for messages, and its values at some steps, for comparison."""
     steps = STEPS if takes_any_step(schedule) else [step for step in STEPS if step <= made]
-    name = type(schedule).__qualname__
-    name = repr(schedule) if isinstance(schedule, Schedule) else name
     values = _try(lambda: schedule(mx.array(steps, mx.uint64)).tolist())
     if not isinstance(values, list) or len(values) != len(steps):  # it takes one step per call
         values = [_try(lambda s=s: schedule(mx.array(s, mx.uint64))) for s in steps]
     rounded = [_try(lambda v=v: float(f"{float(v):.6g}")) for v in values]
+    unnamed = repr(schedule) if isinstance(schedule, Schedule) else type(schedule).__qualname__
     return {
-        "name": getattr(schedule, "__qualname__", name),
+        "name": getattr(schedule, "__qualname__", unnamed),
         "values": [v if v is not None and math.isfinite(v) else None for v in rounded],
     }
 
@@ -268,7 +261,9 @@ def _row(row: list[Any] | None, other: list[Any] | None) -> str:
 
 def _different_optimizers(place: str, old: Any, new: Any) -> Iterator[str]:
     if not same_class(old, new):
-        there, here = _told_apart(*(o["class"] if o else "none" for o in (old, new)))
+        there, here = (o["class"] if o else "none" for o in (old, new))
+        if _short(there) != _short(here):  # else only their modules tell them apart
+            there, here = _short(there), _short(here)
         yield f"{place}: {there} in the file, {here} here"
         return
     place = f"{place}, {_short(old['class'])}"
@@ -300,12 +295,6 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
                 f"({old['name']} in the file, {new['name']} here)"
             )
     return None
-
-
-def _told_apart(old: str, new: str) -> tuple[str, str]:
-    """The names of two classes, with their modules if the short names are equal."""
-    short = _short(old), _short(new)
-    return short if short[0] != short[1] else (old, new)
 
 
 def _in_package(name: str) -> str:

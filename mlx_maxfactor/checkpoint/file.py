@@ -145,6 +145,14 @@ def read(path: Path, formats: tuple[str, ...]) -> File:
     return File(metadata, arrays)
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. None if it is not valid."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a dict from a JSON object. A repeated key is an error."""
     if len(found := dict(pairs)) < len(pairs):

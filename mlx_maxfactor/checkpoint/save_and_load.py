@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -133,11 +134,11 @@ def save_checkpoint(
         optimizer.init(model.trainable_parameters())
     kept, frozen = _split(_find_weights(model), model, weights)
     run = description.describe(optimizer, weights, frozen)
-    arrays = {name: place.array for name, place in (kept | _find_average(average)).items()}
+    places = kept | _find_state(optimizer, average)
+    arrays = {name: place.array for name, place in places.items()}
     key = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     strategy = _strategy_of(optimizer)
     arrays[KEY] = strategy.of_all(key)
-    arrays |= {name: place.array for name, place in _find_state(optimizer).items()}
     metadata = {"format": FORMATS[-1], "run": json.dumps(run)}
     metadata["extra"] = json.dumps(extra, default=_scalar)
 
@@ -242,7 +243,7 @@ class _Loading:
         self.members = description.find_members(optimizer)
         made = self._steps_made()
         self.live = description.describe(optimizer, self.saved["weights"], frozen, made)
-        state = _find_state(optimizer) | _find_average(average)
+        state = _find_state(optimizer, average)
         self.spread = {STATE + name: x for name, x in self.strategy.spread_state().items()}
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
@@ -269,7 +270,8 @@ class _Loading:
                 f"build both as they were when it was saved, or {self._remedy()}{self._hint()}",
                 differences,
             )
-        weights = self.expected & self.weights.keys() | (self.kinds.keys() - self._state_names)
+        others = {name for name in self.kinds if not name.startswith((STATE, AVERAGE))}
+        weights = others | (self.expected & self.weights.keys())
         if weights and not self._fitting() & self.weights.keys():
             raise CheckpointError(
                 f"holds no weight that fits this model:{listed}{self._hint()}", differences
@@ -305,10 +307,6 @@ class _Loading:
     def _fitting(self) -> set[str]:
         names = (self.kinds.keys() & self.here.keys()) - self.kept_here
         return {name for name in names if self._fits(name)}
-
-    @property
-    def _state_names(self) -> set[str]:
-        return {name for name in self.kinds if name.startswith((STATE, AVERAGE))}
 
     def _hint(self) -> str:
         kinds = [(kind, self.here.get(name)) for name, kind in self.kinds.items()]
@@ -351,16 +349,14 @@ class _Loading:
                 self.kept_here |= names
             elif self.rates == "built":
                 there, here, built = self._constant_rates(prefix, member, old, new)
-                if there != here:
-                    self.kept_here |= names
-                    line = f"learning_rate is {there:.6g} in the file, {here:.6g} here"
-                    line = f"{self.used.get(i)}: {line}"
-                    if i not in self.used:
-                        continue
-                    if built:
-                        told.append(f"{line}, which is used")
-                    else:
-                        asked.append(f"{line}: say rates='file' or rates='here'")
+                if there == here:
+                    continue
+                self.kept_here |= names
+                line = f"learning_rate is {there:.6g} in the file, {here:.6g} here"
+                if i in self.used and built:
+                    told.append(f"{self.used[i]}: {line}, which is used")
+                elif i in self.used:
+                    asked.append(f"{self.used[i]}: {line}: say rates='file' or rates='here'")
         return told, asked
 
     def _constant_rates(
@@ -402,14 +398,10 @@ def _find_weights(model: nn.Module) -> dict[str, Place]:
     return _by_name((path, place) for path, place in _walk(model) if path not in aliases)
 
 
-def _find_state(optimizer: Optimizer) -> dict[str, Place]:
-    """Every array of the optimizer's state by its name in the file."""
-    return _by_name(_walk(optimizer.state, STATE))
-
-
-def _find_average(average: Averaged | None) -> dict[str, Place]:
-    """Every array of an average of the weights by its name in the file."""
-    return {} if average is None else _by_name(_walk(average.state, AVERAGE))
+def _find_state(optimizer: Optimizer, average: Averaged | None) -> dict[str, Place]:
+    """Every array of the states of optimizer and average by its name in the file."""
+    averaged = {} if average is None else average.state
+    return _by_name(chain(_walk(optimizer.state, STATE), _walk(averaged, AVERAGE)))
 
 
 def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
@@ -449,21 +441,19 @@ def _split(
     """Split the weights into those that are saved, and the frozen ones that are not."""
     aliases = find_aliases(model)
     trained = {aliases.get(path, path) for path in flatten(model.trainable_parameters())}
-
-    def is_kept(path: str) -> bool:
+    kept, frozen = {}, {}
+    for path, place in places.items():
         # BatchNorm's statistics are frozen, but every forward pass changes them.
         moves = path.rpartition(".")[2].startswith("running_")
-        return weights == "all" or path in trained or moves
-
-    kept = {path: place for path, place in places.items() if is_kept(path)}
-    return kept, {path: place.array for path, place in places.items() if path not in kept}
+        if weights == "all" or path in trained or moves:
+            kept[path] = place
+        else:
+            frozen[path] = place.array
+    return kept, frozen
 
 
 def _parse_extra(text: str) -> dict[str, Any]:
-    try:
-        extra = json.loads(text)
-    except (ValueError, RecursionError):
-        extra = None
+    extra = file.parse_json(text)
     if not isinstance(extra, dict):
         raise CheckpointError("is damaged or forged: its extra is no table of JSON values")
     return extra
