@@ -1,5 +1,6 @@
 """The few checks of options, and the one form of their messages: name, rule, value."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -21,11 +22,7 @@ LATER_STEPS = [10**k for k in range(10)]
 
 
 def check_number(
-    name: str,
-    value: Any,
-    low: float = -float("inf"),
-    high: float = float("inf"),
-    ends: str = "[)",
+    name: str, value: Any, low: float, high: float = math.inf, ends: str = "[)"
 ) -> float:
     """The value, if it is a number in the interval, whose ends are drawn as ``[)`` or ``(]``."""
     inside = False

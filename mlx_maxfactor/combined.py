@@ -37,7 +37,7 @@ class CombinedOptimizer(MultiOptimizer):
     def __init__(
         self, optimizers: list[Optimizer], guard: Guard, strategy: UpdateStrategy | None = None
     ):
-        super().__init__(optimizers, [_no_path] * (len(optimizers) - 1))
+        super().__init__(optimizers, [None] * (len(optimizers) - 1))
         self.filters = []  # `index_of` replaces them, and MLX's own lambda could not be pickled
         self.guard = guard
         self.strategy = strategy or UpdateStrategy()
@@ -263,10 +263,6 @@ def updates_singly(optimizer: Optimizer) -> bool:
     """Whether an optimizer updates one parameter at a time, as MLX's own do."""
     own = type(optimizer).apply_gradients
     return own in (Optimizer.apply_gradients, Float32Optimizer.apply_gradients)
-
-
-def _no_path(*_: Any) -> bool:
-    return False
 
 
 def _advance(optimizer: Optimizer, decision: StepDecision) -> None:

@@ -88,9 +88,6 @@ class Profile:
     wait_seconds: float
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         ways = {"eager": self.eager} | ({"compiled": self.compiled} if self.compiled else {})
         costs = [{**way.parts, "sum": way.total, WHOLE: way.step} for way in ways.values()]
         width = max(map(len, costs[0]))
@@ -323,14 +320,13 @@ class _Step:
         shares = _shares(self.optimizer, gradients)
         del gradients  # so that each update holds the last reference and frees as it goes
         for name, state, update in self.updates:
-            if flatten(shares[0]):
-                share = shares.pop(0)
-                idle = partial(self._update, _unchanged, [share], decision)
-                call = partial(self._update, update, [share], decision)
-                del share
-                _, costs[name] = measure(call, [self.model.state, state], idle)
-            else:
-                shares.pop(0)
+            share = shares.pop(0)
+            if not flatten(share):
+                continue
+            idle = partial(self._update, _unchanged, [share], decision)
+            call = partial(self._update, update, [share], decision)
+            del share
+            _, costs[name] = measure(call, [self.model.state, state], idle)
         return costs
 
     def _update(self, update: Callable[..., Any], share: list, decision: tuple) -> None:
@@ -360,10 +356,9 @@ def _shares(optimizer: Optimizer, gradients: Any) -> list[Any]:
 
 def _members(optimizer: Optimizer) -> list[tuple[str, Optimizer, Callable[..., Any]]]:
     """Name, optimizer and update function of each member. The update takes the guard's decision."""
-    if not isinstance(optimizer, MultiOptimizer):
-        return [(type(optimizer).__name__, optimizer, partial(_apply, optimizer))]
     members = []
-    for i, member in enumerate(optimizer.optimizers):
+    inner = optimizer.optimizers if isinstance(optimizer, MultiOptimizer) else [optimizer]
+    for i, member in enumerate(inner):
         routed = isinstance(optimizer, RoutedOptimizer)
         name = optimizer.members[i].label if routed else type(member).__name__
         if name in [taken for taken, *_ in members]:

@@ -220,7 +220,7 @@ def _section(
             end = high
     if end < stop:
         parts.append(mx.zeros(stop - end, dtype))
-    return mx.concatenate(parts) if len(parts) > 1 else parts[0]
+    return mx.concatenate(parts)
 
 
 def _received(

@@ -48,7 +48,6 @@ class Sharding(UpdateStrategy):
         self._group, self.rank, self.ranks = group, group.rank(), group.size()
         self._shapes: dict[str, dict[str, mx.array]] = {}
         """Whole state of each parameter, never evaluated: only shapes and dtypes are used."""
-        self._parameter_shapes: dict[str, tuple[int, ...]] = {}
         self._optimizer: Callable[[], Any] = lambda: None
         self.assignment = Assignment(self.ranks)
         self.stream: mx.Stream | None = None
@@ -78,7 +77,6 @@ class Sharding(UpdateStrategy):
         new = [path for path, x in arrays.items() if path not in self._shapes and x.size]
         for path in new:
             self._shapes[path] = {k: mx.zeros(x.shape, x.dtype) for k, x in states[path].items()}
-            self._parameter_shapes[path] = arrays[path].shape
         self.assignment.add([self._cost(path, arrays[path]) for path in new])
         for path, state in states.items():
             rows = self._own_rows(path)
@@ -97,7 +95,6 @@ class Sharding(UpdateStrategy):
         self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
     ) -> dict[str, mx.array]:
         """Update this rank's share, and gather the shares of the others."""
-        shared = [slot for slot in reversed(slots) if slot.path in self.assignment.ranges]
         arrays = {
             slot.path: ShardedArray(
                 slot.parameter.shape,
@@ -105,7 +102,8 @@ class Sharding(UpdateStrategy):
                 self.assignment.ranges[slot.path],
                 self._update_own_rows(loop, slot, rule),
             )
-            for slot in shared
+            for slot in reversed(slots)
+            if slot.path in self.assignment.ranges
         }
         return {s.path: s.parameter for s in slots} | self._collectives.gathered(arrays)
 
@@ -233,14 +231,14 @@ class Sharding(UpdateStrategy):
         """Every state array of the parameters, by name, in the same order on all ranks."""
         spread = {}
         for path, shapes in self._shapes.items():
-            shape = self._parameter_shapes[path]
+            parts = self.assignment.ranges[path]
             for key, x in shapes.items():
                 is_common = self._is_common(path, key)
                 ranges = tuple(
                     RowRange(rows.rank, 0, _rows(x))
                     if is_common
-                    else _state_rows(x, rows, shape[0] if shape else 1)
-                    for rows in self.assignment.ranges[path]
+                    else _state_rows(x, rows, parts[-1].stop)
+                    for rows in parts
                 )
                 name = f"states.{self._optimizer().index_of(path)}.{path}.{key}"
                 spread[name] = StateArray(path, key, x, ranges, self.rank, is_common)
