@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
-from ._validate import Rate, check_update, got
+from ._validate import check_update, got
 from .guard import Guard
 from .optimizers.base import Float32Optimizer, flatten
 from .optimizers.update_loop import (
@@ -55,15 +55,6 @@ class CombinedOptimizer(MultiOptimizer):
     def step(self) -> mx.array:
         """Number of updates that were made. Skipped steps do not count."""
         return self.optimizers[0].step
-
-    @property
-    def learning_rate(self) -> mx.array:
-        """The rate of the first member."""
-        return self.optimizers[0].learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Rate) -> None:
-        self.optimizers[0].learning_rate = learning_rate
 
     @property
     def skipped(self) -> mx.array:

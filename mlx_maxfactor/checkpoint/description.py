@@ -194,17 +194,13 @@ def _sample(array: mx.array) -> mx.array:
 
 def _has_form(value: Any, form: Any) -> bool:
     """Whether a JSON value has a form as ``FORM`` describes them."""
-    if form is object:
-        return True
-    if isinstance(form, tuple):
-        return type(value) in form
     if isinstance(form, list):
         return isinstance(value, list) and all(_has_form(item, form[0]) for item in value)
     if isinstance(form, dict):
         if not isinstance(value, dict) or (str not in form and value.keys() != form.keys()):
             return False
         return all(_has_form(item, form.get(key, form.get(str))) for key, item in value.items())
-    return type(value) is form
+    return isinstance(value, form)
 
 
 # Differences

@@ -132,10 +132,9 @@ def save_checkpoint(
             raise CheckpointError(message) from problem
     if not all(member._initialized for member in description.find_members(optimizer).values()):
         optimizer.init(model.trainable_parameters())
-    kept, frozen = _split(_find_weights(model), model, weights)
-    run = description.describe(optimizer, weights, frozen)
-    places = kept | _find_state(optimizer, average)
-    arrays = {name: place.array for name, place in places.items()}
+    kept, frozen = _find_weights(model, weights)
+    run = description.describe(optimizer, weights, _arrays_at(frozen))
+    arrays = _arrays_at(kept | _find_state(optimizer, average))
     key = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     strategy = _strategy_of(optimizer)
     arrays[KEY] = strategy.of_all(key)
@@ -238,11 +237,11 @@ class _Loading:
             raise CheckpointError("is damaged or forged: its random key is missing")
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
         optimizer.init(model.trainable_parameters())
-        self.weights = _find_weights(model)
-        kept, frozen = _split(self.weights, model, self.saved["weights"])
+        kept, frozen = _find_weights(model, self.saved["weights"])
+        self.weights = kept | frozen
         self.members = description.find_members(optimizer)
         made = self._steps_made()
-        self.live = description.describe(optimizer, self.saved["weights"], frozen, made)
+        self.live = description.describe(optimizer, self.saved["weights"], _arrays_at(frozen), made)
         state = _find_state(optimizer, average)
         self.spread = {STATE + name: x for name, x in self.strategy.spread_state().items()}
         self.places = {**self.weights, **state}
@@ -392,10 +391,23 @@ def _undone_on_error(optimizer: Optimizer) -> Iterator[None]:
 # Contents of a file
 
 
-def _find_weights(model: nn.Module) -> dict[str, Place]:
-    """Every parameter by its path. A shared parameter is listed once."""
+def _find_weights(model: nn.Module, weights: str) -> tuple[dict[str, Place], dict[str, Place]]:
+    """The weights that are saved, and the frozen ones that are not, by path.
+
+    A shared parameter is listed once.
+    """
     aliases = find_aliases(model)
-    return _by_name((path, place) for path, place in _walk(model) if path not in aliases)
+    trained = {aliases.get(path, path) for path in flatten(model.trainable_parameters())}
+    kept, frozen = {}, {}
+    places = ((path, place) for path, place in _walk(model) if path not in aliases)
+    for path, place in _by_name(places).items():
+        # BatchNorm's statistics are frozen, but every forward pass changes them.
+        moves = path.rpartition(".")[2].startswith("running_")
+        if weights == "all" or path in trained or moves:
+            kept[path] = place
+        else:
+            frozen[path] = place
+    return kept, frozen
 
 
 def _find_state(optimizer: Optimizer, average: Averaged | None) -> dict[str, Place]:
@@ -435,21 +447,8 @@ def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
             yield name, Place(container, key)
 
 
-def _split(
-    places: Mapping[str, Place], model: nn.Module, weights: str
-) -> tuple[dict[str, Place], dict[str, mx.array]]:
-    """Split the weights into those that are saved, and the frozen ones that are not."""
-    aliases = find_aliases(model)
-    trained = {aliases.get(path, path) for path in flatten(model.trainable_parameters())}
-    kept, frozen = {}, {}
-    for path, place in places.items():
-        # BatchNorm's statistics are frozen, but every forward pass changes them.
-        moves = path.rpartition(".")[2].startswith("running_")
-        if weights == "all" or path in trained or moves:
-            kept[path] = place
-        else:
-            frozen[path] = place.array
-    return kept, frozen
+def _arrays_at(places: Mapping[str, Place]) -> dict[str, mx.array]:
+    return {name: place.array for name, place in places.items()}
 
 
 def _parse_extra(text: str) -> dict[str, Any]:

@@ -116,8 +116,5 @@ class Assignment:
 def _level(loads: Sequence[float], added: float) -> float:
     """The level that the lowest loads reach when ``added`` is shared out among them."""
     rising = sorted(loads)
-    for n in range(1, len(rising) + 1):
-        level = (sum(rising[:n]) + added) / n
-        if n == len(rising) or level <= rising[n]:
-            return level
-    raise AssertionError  # only without ranks
+    # Too few loads would rise above the next one, and too many include one above the level.
+    return min((sum(rising[:n]) + added) / n for n in range(1, len(rising) + 1))

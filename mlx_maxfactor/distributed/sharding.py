@@ -216,9 +216,8 @@ class Sharding(UpdateStrategy):
         spread = self.spread_state()
         filled, last = 0, len(spread)
         for i, (name, array) in enumerate(spread.items(), 1):
-            ranges = array.ranges[:1] if array.is_common else array.ranges
             own = self._state_of(array.path).get(array.key)
-            batch[name] = ShardedArray(array.shape.shape, array.shape.dtype, ranges, own)
+            batch[name] = ShardedArray(array.shape.shape, array.shape.dtype, array.ranges, own)
             filled += array.shape.nbytes
             if filled >= MESSAGE_BYTES or i == last:
                 gathered = self._new_collectives().gathered(batch)
@@ -234,12 +233,9 @@ class Sharding(UpdateStrategy):
             parts = self.assignment.ranges[path]
             for key, x in shapes.items():
                 is_common = self._is_common(path, key)
-                ranges = tuple(
-                    RowRange(rows.rank, 0, _rows(x))
-                    if is_common
-                    else _state_rows(x, rows, parts[-1].stop)
-                    for rows in parts
-                )
+                ranges = tuple(_state_rows(x, rows, parts[-1].stop) for rows in parts)
+                if is_common:
+                    ranges = (RowRange(parts[0].rank, 0, _rows(x)),)
                 name = f"states.{self._optimizer().index_of(path)}.{path}.{key}"
                 spread[name] = StateArray(path, key, x, ranges, self.rank, is_common)
         return spread
@@ -248,7 +244,8 @@ class Sharding(UpdateStrategy):
 class StateArray(NamedTuple):
     """An array of a parameter's state: its whole shape, and which rank has which rows.
 
-    Every rank that has rows of the parameter has the whole of a common array.
+    Every rank that has rows of the parameter has the whole of a common array. Its one range is that
+    of the first of them, which sends it.
     """
 
     path: str
@@ -260,8 +257,10 @@ class StateArray(NamedTuple):
 
     def own(self, whole: mx.array) -> mx.array:
         """This rank's rows of the whole array."""
+        if self.is_common:
+            return whole
         rows = next(rows for rows in self.ranges if rows.rank == self.rank)
-        if self.is_common or _is_all(rows, whole):
+        if _is_all(rows, whole):
             return whole
         return whole[rows.start : rows.stop] * 1  # a slice would keep the whole alive
 
