@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-import stat
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,12 +97,11 @@ def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str])
     beside = path.with_name(f".{name}.partial.safetensors")
     if not path.parent.exists():
         raise FileNotFoundError(f"folder {path.parent} does not exist")
-    mode = path.stat().st_mode if path.exists() else None
     try:
         mx.save_safetensors(str(beside), arrays, {**metadata, "checksum": BLANK.decode()})
         _seal(beside)
-        if mode is not None:
-            beside.chmod(stat.S_IMODE(mode))
+        if path.exists():
+            shutil.copymode(path, beside)
         os.replace(beside, path)
     except BaseException:
         with suppress(OSError):  # the first error is the one to report

@@ -120,8 +120,7 @@ def save_checkpoint(
     """
     _check_arguments(path, model, optimizer)
     check_choice("weights", weights, ("all", "trainable"))
-    is_key = isinstance(random_key, mx.array) and _is_random_key(kind_of(random_key))
-    if random_key is not None and not is_key:
+    if random_key is not None and not _is_random_key(random_key):
         raise ValueError(f"random_key must be a key of mx.random, {got(random_key, ())}")
     for name, value in extra.items():
         try:  # refuse what cannot be read back: too deep, or with keys 1 and "1"
@@ -231,10 +230,10 @@ class _Loading:
         self.saved = description.parse(saved.metadata.get("run", ""))
         self.extra = Extra(_parse_extra(saved.metadata.get("extra", "")))
         self.arrays = dict(saved.arrays)
-        self.key = self.arrays.pop(KEY, None)
-        self.strategy = _strategy_of(optimizer)
-        if self.key is None or not _is_random_key(kind_of(self.key)):
+        key, strategy = self.arrays.pop(KEY, None), _strategy_of(optimizer)
+        if key is None or not _is_random_key(key):
             raise CheckpointError("is damaged or forged: its random key is missing")
+        self.key = _own_key(key, strategy.rank, strategy.ranks)
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
         optimizer.init(model.trainable_parameters())
         kept, frozen = _find_weights(model, self.saved["weights"])
@@ -243,7 +242,7 @@ class _Loading:
         made = self._steps_made()
         self.live = description.describe(optimizer, self.saved["weights"], _arrays_at(frozen), made)
         state = _find_state(optimizer, average)
-        self.spread = {STATE + name: x for name, x in self.strategy.spread_state().items()}
+        self.spread = {STATE + name: x for name, x in strategy.spread_state().items()}
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
         self.here |= {name: kind_of(spread.shape) for name, spread in self.spread.items()}
@@ -279,8 +278,7 @@ class _Loading:
 
     def apply(self) -> None:
         """Put the arrays that fit into the live containers, which stay the same objects."""
-        assert self.key is not None
-        high, low = _own_key(self.key, self.strategy.rank, self.strategy.ranks)
+        high, low = self.key
         for name in self._fitting():
             # One at a time: the old array is released before the next one is read.
             array = self.arrays.pop(name).astype(self.here[name].dtype)
@@ -458,8 +456,10 @@ def _parse_extra(text: str) -> dict[str, Any]:
     return extra
 
 
-def _is_random_key(kind: Kind) -> bool:
-    return kind.dtype == mx.uint32 and kind.shape[-1:] == (2,) and 0 < len(kind.shape) < 3
+def _is_random_key(key: Any) -> bool:
+    """Whether a value is a key of ``mx.random``, or one row per rank."""
+    is_array = isinstance(key, mx.array)
+    return is_array and key.dtype == mx.uint32 and key.shape[-1:] == (2,) and key.ndim < 3
 
 
 def _own_key(keys: mx.array, rank: int, ranks: int) -> list[int]:
