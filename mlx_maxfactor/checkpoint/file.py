@@ -7,8 +7,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -243,22 +243,16 @@ def _sync(descriptor: int) -> None:
     """Write a file through to the disk, as far as its file system can."""
     # On macOS fsync leaves the data in the drive's cache. F_FULLFSYNC does not, but SMB, NTFS
     # and WebDAV refuse it.
+    ways: list[Callable[[int], Any]] = [os.fsync]
     if full_sync := getattr(fcntl, "F_FULLFSYNC", None):
-        with _unless_unsupported():
-            fcntl.fcntl(descriptor, full_sync)
+        ways.insert(0, lambda opened: fcntl.fcntl(opened, full_sync))
+    for sync in ways:
+        try:
+            sync(descriptor)
             return
-    with _unless_unsupported():
-        os.fsync(descriptor)
-
-
-@contextmanager
-def _unless_unsupported() -> Iterator[None]:
-    """Ignore the error of a file system that does not support the call. Raise any other."""
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno not in UNSUPPORTED:
-            raise
+        except OSError as problem:
+            if problem.errno not in UNSUPPORTED:
+                raise
 
 
 def _sync_folder(folder: Path) -> None:
