@@ -232,37 +232,32 @@ class Sharding(UpdateStrategy):
         for path, shapes in self._shapes.items():
             parts = self.assignment.ranges[path]
             for key, x in shapes.items():
-                is_common = self._is_common(path, key)
                 ranges = tuple(_state_rows(x, rows, parts[-1].stop) for rows in parts)
-                if is_common:
+                if self._is_common(path, key):  # one rank sends the whole
                     ranges = (RowRange(parts[0].rank, 0, _rows(x)),)
+                cut = (r for r in ranges if r.rank == self.rank and not _is_all(r, x))
                 name = f"states.{self._optimizer().index_of(path)}.{path}.{key}"
-                spread[name] = StateArray(path, key, x, ranges, self.rank, is_common)
+                spread[name] = StateArray(path, key, x, ranges, next(cut, None))
         return spread
 
 
 class StateArray(NamedTuple):
-    """An array of a parameter's state: its whole shape, and which rank has which rows.
+    """An array of a parameter's state: its whole shape, and which rank sends which rows.
 
-    Every rank that has rows of the parameter has the whole of a common array. Its one range is that
-    of the first of them, which sends it.
+    ``part`` are the rows that this rank keeps. None: it keeps the whole array, or nothing.
     """
 
     path: str
     key: str
     shape: mx.array
     ranges: tuple[RowRange, ...]
-    rank: int
-    is_common: bool
+    part: RowRange | None
 
     def own(self, whole: mx.array) -> mx.array:
         """This rank's rows of the whole array."""
-        if self.is_common:
+        if self.part is None:
             return whole
-        rows = next(rows for rows in self.ranges if rows.rank == self.rank)
-        if _is_all(rows, whole):
-            return whole
-        return whole[rows.start : rows.stop] * 1  # a slice would keep the whole alive
+        return whole[self.part.start : self.part.stop] * 1  # a slice would keep the whole alive
 
 
 def _state_rows(state: mx.array, rows: RowRange, total: int) -> RowRange:
