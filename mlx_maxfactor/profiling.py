@@ -166,8 +166,7 @@ def profile_step(
     """
     check_integer("rounds", rounds, 1)
     check_flags(compiled=compiled)
-    combined = isinstance(optimizer, CombinedOptimizer)
-    if combined and optimizer.strategy.ranks > 1:
+    if isinstance(optimizer, CombinedOptimizer) and optimizer.strategy.ranks > 1:
         raise ValueError(
             "the step of several ranks cannot be profiled: create the optimizer without group"
         )
