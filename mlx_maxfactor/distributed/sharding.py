@@ -96,12 +96,7 @@ class Sharding(UpdateStrategy):
     ) -> dict[str, mx.array]:
         """Update this rank's share, and gather the shares of the others."""
         arrays = {
-            slot.path: ShardedArray(
-                slot.parameter.shape,
-                slot.parameter.dtype,
-                self.assignment.ranges[slot.path],
-                self._update_own_rows(loop, slot, rule),
-            )
+            slot.path: self._update_own_rows(loop, slot, rule)
             for slot in reversed(slots)
             if slot.path in self.assignment.ranges
         }
@@ -116,15 +111,14 @@ class Sharding(UpdateStrategy):
 
     def _update_own_rows(
         self, loop: UpdateLoop, slot: ParameterSlot, rule: UpdateRule
-    ) -> mx.array | None:
+    ) -> ShardedArray:
         rows, p = self._own_rows(slot.path), slot.parameter
-        if rows is None:
-            return None
-        if not _is_all(rows, p):
+        if rows is not None and not _is_all(rows, p):
             own = slice(rows.start, rows.stop)
             elements = f.ElementRange(rows.start * (p.size // _rows(p)), p.size)
             slot = slot._replace(gradient=slot.gradient[own], parameter=p[own], elements=elements)
-        return loop.update_one(slot, rule)
+        updated = None if rows is None else loop.update_one(slot, rule)
+        return ShardedArray(p.shape, p.dtype, self.assignment.ranges[slot.path], updated)
 
     # State
 
