@@ -54,7 +54,10 @@ class CombinedOptimizer(MultiOptimizer):
     @property
     def step(self) -> mx.array:
         """Number of updates that were made. Skipped steps do not count."""
-        return self.optimizers[0].step
+        member: Any = self.optimizers[0]
+        while "step" not in member.state:  # mlx's MultiOptimizer counts in its members
+            member = member.optimizers[0]
+        return member.step
 
     @property
     def skipped(self) -> mx.array:
@@ -81,7 +84,7 @@ class CombinedOptimizer(MultiOptimizer):
         super().update(model, gradients)
 
     def _check_skipped(self) -> None:
-        if self.guard.max_skipped is not None:  # a MultiOptimizer of MLX has no step to report
+        if self.guard.max_skipped is not None:
             self.guard.check(self.step)
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
@@ -161,12 +164,7 @@ class CombinedOptimizer(MultiOptimizer):
                 f"{len(states)}"
             )
         for optimizer, new in zip(self.optimizers, states, strict=True):
-            if isinstance(optimizer, Float32Optimizer):
-                optimizer.state = new
-            else:
-                new = tree_map(lambda array: array, new)
-                optimizer.state.clear()
-                optimizer.state.update(new)
+            _assign_state(optimizer, new)
         counts = state.get("guard", {})
         for name in self.guard.counts:
             self.guard.counts[name] = counts.get(name, mx.array(0, mx.uint32))
@@ -248,6 +246,19 @@ def shown_optimizer(optimizer: Optimizer) -> str:
     if kind.__repr__ is object.__repr__:
         return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
     return repr(optimizer)
+
+
+def _assign_state(optimizer: Optimizer, state: Any) -> None:
+    """Copy a state into the live dictionaries of any optimizer."""
+    if isinstance(optimizer, (Float32Optimizer, CombinedOptimizer)):
+        optimizer.state = state
+    elif isinstance(optimizer, MultiOptimizer):
+        for member, inner in zip(optimizer.optimizers, state["states"], strict=True):
+            _assign_state(member, inner)
+    else:
+        copied = tree_map(lambda array: array, state)
+        optimizer.state.clear()
+        optimizer.state.update(copied)
 
 
 def updates_singly(optimizer: Optimizer) -> bool:

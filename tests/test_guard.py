@@ -291,3 +291,23 @@ def test_count_starts_at_zero_if_the_state_has_none():
     optimizer.apply_gradients({"b": mx.array([float("nan"), 1.0])}, p)
     optimizer.state = {"states": optimizer.state["states"]}
     assert optimizer.skipped.item() == 0
+
+
+def test_guarded_multi_optimizer_counts_steps_and_takes_a_state():
+    parts = [mlx_optimizers.Adam(1e-2), mlx_optimizers.Adam(1e-3)]
+    optimizer = GuardedOptimizer(
+        mlx_optimizers.MultiOptimizer(parts, [lambda path, _: path == "weight"]), max_skipped=1
+    )
+    model = nn.Linear(3, 2)
+    gradients = tree_map(mx.ones_like, model.parameters())
+    optimizer.update(model, gradients)
+    saved = tree_map(mx.array, optimizer.state)  # copies
+    optimizer.update(model, gradients)
+    assert optimizer.step.item() == 2
+    optimizer.state = saved
+    assert optimizer.step.item() == 1
+    assert [part.step.item() for part in parts] == [1, 1]
+    gradients["bias"] = gradients["bias"] * float("nan")
+    with pytest.raises(FloatingPointError, match="after update 1"):
+        optimizer.update(model, gradients)
+        optimizer.update(model, gradients)
