@@ -10,9 +10,10 @@ from .moment_state import (
     StateDtype,
     aligned_to_groups,
     check_state_dtype,
-    init_factored,
     init_momentum,
+    init_second_moment,
     read_momentum,
+    update_statistics,
     write_momentum,
 )
 
@@ -81,10 +82,7 @@ class AdamW(Float32Optimizer):
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, self._layout(layout)).shape
         init_momentum(state, shape, self.state_dtype)
-        if self.factored and len(shape) > 1:
-            init_factored(state, shape)
-        else:
-            state["v"] = mx.zeros(shape)
+        init_second_moment(state, shape, factored=self.factored and len(shape) > 1)
         state["count"] = mx.array(0, mx.uint32)
 
     def apply_single(
@@ -124,13 +122,9 @@ class AdamW(Float32Optimizer):
         if "v" in state:
             state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
             return mx.sqrt(state["v"])
-        row, column = f.factored_second_moment(
-            g, state["row"], state["column"], mx.array(1 - beta2)
-        )
-        state["row"], state["column"] = row, column
-        rows, root = f.factored_root(
-            row, column, mx.mean(row, axis=-2, keepdims=True), f.ROOT_FLOOR
-        )
+        row, column = update_statistics(g, state, mx.array(1 - beta2))
+        mean = mx.mean(row, axis=-2, keepdims=True)
+        rows, root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
         return rows * root
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:

@@ -21,9 +21,11 @@ from .moment_state import (
     StateDtype,
     aligned_to_groups,
     check_state_dtype,
-    init_factored,
     init_momentum,
+    init_second_moment,
     read_momentum,
+    update_statistics,
+    with_momentum,
     write_momentum,
 )
 
@@ -229,10 +231,7 @@ class MaxFactor(Float32Optimizer):
         super().init_single(parameter, state)
         layout = layout or self.layout
         shape = f.as_matrices(parameter, layout).shape
-        if self._is_factored(shape):
-            init_factored(state, shape)
-        else:
-            state["v"] = mx.zeros(shape)
+        init_second_moment(state, shape, factored=self._is_factored(shape))
         if self.momentum:
             init_momentum(state, shape, self.state_dtype)
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
@@ -321,28 +320,16 @@ class MaxFactor(Float32Optimizer):
         if not self.momentum:
             return read
         g = f.clamp_gradient(read(self.step))
-        m = read_momentum(state, g.shape)
-        if isinstance(self.momentum, FrequencyAdaptiveMomentum):
-            h = self._adaptive_momentum(self.momentum, g, m, state, shape)
+        momentum = self.momentum
+        if isinstance(momentum, FrequencyAdaptiveMomentum):
+            alpha, view, g = momentum.alpha, g.shape, g.reshape(shape)
+            m = momentum.update(g, read_momentum(state, view).reshape(shape), state)
+            write_momentum(m.reshape(view), state, alpha)
+            ahead = alpha * m + (1 - alpha) * g if self.nesterov else m
+            h = momentum.blended(g, ahead, state).reshape(view)
         else:
-            beta = self.momentum
-            m = write_momentum(beta * m + (1 - beta) * g, state, beta)
-            h = beta * m + (1 - beta) * g if self.nesterov else m
+            h = with_momentum((1 - momentum) * g, state, momentum, self.nesterov)
         return lambda after: f.read_after(h, after)
-
-    def _adaptive_momentum(
-        self,
-        momentum: FrequencyAdaptiveMomentum,
-        g: mx.array,
-        m: mx.array,
-        state: dict,
-        shape: tuple[int, ...],
-    ) -> mx.array:
-        view, beta, g = g.shape, momentum.alpha, g.reshape(shape)
-        m = momentum.update(g, m.reshape(shape), state)
-        write_momentum(m.reshape(view), state, beta)
-        ahead = beta * m + (1 - beta) * g if self.nesterov else m
-        return momentum.blended(g, ahead, state).reshape(view)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
         """``max(√V, ε₁)`` as two factors, the first with one number per row. A scalar has √V."""
@@ -352,8 +339,7 @@ class MaxFactor(Float32Optimizer):
             one = mx.array(1.0)
             return one, root if self._is_scalar(g.shape) else mx.maximum(self.eps[0], root)
         weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = f.factored_second_moment(g, state["row"], state["column"], weight)
-        state["row"], state["column"] = row, column
+        row, column = update_statistics(g, state, weight)
         divisor = mx.array(1.0)
         if self.max_norm:
             largest = mx.max(row, axis=-2, keepdims=True)

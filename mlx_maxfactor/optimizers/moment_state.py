@@ -6,7 +6,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from .. import functional as f
-from .._validate import got
+from .._validate import check_choice
 
 StateDtype = Literal["float32", "bfloat16", "int8", "int4"] | mx.Dtype
 """Type of the option ``state_dtype``: a name, or the MLX dtype of that name."""
@@ -17,19 +17,27 @@ BITS: dict[str, f.Bits] = {"int8": 8, "int4": 4}
 
 def check_state_dtype(state_dtype: Any) -> str:
     """Return the dtype's name. Raise if a buffer cannot have it."""
-    name = state_dtype
     if isinstance(state_dtype, mx.Dtype):
-        name = str(state_dtype).rpartition(".")[2]
-    if not isinstance(name, str) or name not in STATE_DTYPES:
-        listed = ", ".join(map(repr, STATE_DTYPES))
-        raise ValueError(f"state_dtype must be one of {listed}, {got(name, STATE_DTYPES)}")
-    return name
+        state_dtype = str(state_dtype).rpartition(".")[2]
+    return check_choice("state_dtype", state_dtype, STATE_DTYPES)
 
 
-def init_factored(state: dict, shape: tuple[int, ...]) -> None:
-    """Add zero row and column statistics for matrices of this shape."""
-    state["row"] = mx.zeros((*shape[:-1], 1))
-    state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+def init_second_moment(state: dict, shape: tuple[int, ...], *, factored: bool) -> None:
+    """Add zero row and column statistics for matrices of this shape, or else a full ``v``."""
+    if factored:
+        state["row"] = mx.zeros((*shape[:-1], 1))
+        state["column"] = mx.zeros((*shape[:-2], 1, shape[-1]))
+    else:
+        state["v"] = mx.zeros(shape)
+
+
+def update_statistics(
+    g: mx.array, state: dict, weight: mx.array, eps: float = 0.0
+) -> tuple[mx.array, mx.array]:
+    """Return the row and column statistics with one more gradient, which has this weight."""
+    row, column = f.factored_second_moment(g, state["row"], state["column"], weight, eps)
+    state["row"], state["column"] = row, column
+    return row, column
 
 
 def init_momentum(state: dict, shape: tuple[int, ...], dtype: str) -> None:
@@ -64,3 +72,14 @@ def write_momentum(m: mx.array, state: dict, decay: float) -> mx.array:
     else:
         state["m"] = m.astype(state["m"].dtype)
     return state["m"] if state["m"].dtype == mx.float32 else m
+
+
+def with_momentum(x: mx.array, state: dict, decay: float, nesterov: bool) -> mx.array:
+    """Return the momentum ``m ← decay · m + x``. Nesterov: one step ahead, ``decay · m + x``.
+
+    With a decay of zero there is no buffer.
+    """
+    if not decay:
+        return x
+    m = write_momentum(decay * read_momentum(state, x.shape) + x, state, decay)
+    return decay * m + x if nesterov else m

@@ -13,8 +13,7 @@ from .moment_state import (
     aligned_to_groups,
     check_state_dtype,
     init_momentum,
-    read_momentum,
-    write_momentum,
+    with_momentum,
 )
 
 Scale = Literal["spectral", "rms"]
@@ -120,12 +119,7 @@ class Muon(Float32Optimizer):
         layout = layout or self.layout
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
-        u = g
-        if self.momentum:
-            beta = self.momentum
-            m = write_momentum(beta * read_momentum(state, g.shape) + g, state, beta)
-            u = g + beta * m if self.nesterov else m
-
+        u = with_momentum(g, state, self.momentum, self.nesterov)
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         p = p * (1 - self.learning_rate * self.weight_decay) - alpha * self.direction(u, state)
         return self.store(p, parameter, state, layout)

@@ -12,10 +12,10 @@ from .moment_state import (
     StateDtype,
     aligned_to_groups,
     check_state_dtype,
-    init_factored,
     init_momentum,
-    read_momentum,
-    write_momentum,
+    init_second_moment,
+    update_statistics,
+    with_momentum,
 )
 
 
@@ -132,7 +132,7 @@ class OrthoMaxFactor(Float32Optimizer):
             )
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
-        init_factored(state, shape)
+        init_second_moment(state, shape, factored=True)
         if self.momentum:
             init_momentum(state, shape, self.state_dtype)
 
@@ -144,13 +144,8 @@ class OrthoMaxFactor(Float32Optimizer):
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
         b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = f.factored_second_moment(g, state["row"], state["column"], b)
-        state["row"], state["column"] = row, column
-        h, beta = g, self.momentum
-        if beta:
-            m = write_momentum(beta * read_momentum(state, g.shape) + (1 - beta) * g, state, beta)
-            h = beta * m + (1 - beta) * g if self.nesterov else m
-
+        row, column = update_statistics(g, state, b)
+        h = with_momentum((1 - self.momentum) * g, state, self.momentum, self.nesterov)
         u = f.divided_by_root(h, row, column, self.eps)
         step = f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
 
