@@ -27,6 +27,8 @@ from .update_loop import (
     LiveState,
     Update,
     UpdateLoop,
+    child_at,
+    children,
     find_slots,
     in_order,
     unchanged_on_error,
@@ -246,18 +248,14 @@ class Float32Optimizer(Optimizer):
 
     def _grown(self, tree: Any, state: Any, path: str, problems: list[str]) -> Any:
         """Copy the containers of ``state``, and add state for the new leaves of ``tree``."""
-        if isinstance(tree, dict):
-            grown = dict(state or {})
-            for key, child in tree.items():
-                at = f"{path}.{key}" if path else key
-                grown[key] = self._grown(child, grown.get(key), at, problems)
-            return grown
-        if isinstance(tree, (list, tuple)):
-            grown = list(state or [])
-            grown += [None] * (len(tree) - len(grown))
-            for i, child in enumerate(tree):
-                grown[i] = self._grown(child, grown[i], f"{path}.{i}", problems)
-            return grown
+        if isinstance(tree, (dict, list, tuple)):
+            grown = {
+                key: self._grown(child, child_at(state, key), at, problems)
+                for key, at, child in children(tree, path)
+            }
+            if isinstance(tree, dict):
+                return {**(state or {}), **grown}
+            return [*grown.values(), *(state or [])[len(grown) :]]
         if state is None:
             state = {}
             # In a lazy call, `tree` holds gradients: only shapes may be read here.

@@ -57,28 +57,31 @@ def find_slots(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[P
         ValueError: A gradient has no parameter, or they differ in shape. MLX would broadcast
             silently, or stop half-way.
     """
-    slots: list[ParameterSlot] = []
-    _visit("", gradients, parameters, states, slots)
-    return slots
+    return list(_slots("", gradients, parameters, states))
 
 
-def _visit(
-    path: str, gradient: Any, parameter: Any, states: Any, slots: list[ParameterSlot]
-) -> None:
+def _slots(
+    path: str, gradient: Any, parameter: Any, states: Sequence[Any]
+) -> Iterator[ParameterSlot]:
     # Not nested in find_slots: a recursive closure is a cycle, which would keep gradients alive.
     if not isinstance(gradient, (dict, list, tuple)):
         _check_slot(path, gradient, parameter)
-        slots.append(ParameterSlot(path, gradient, parameter, tuple(states)))
+        yield ParameterSlot(path, gradient, parameter, tuple(states))
         return
-    items = gradient.items() if isinstance(gradient, dict) else enumerate(gradient)
-    for key, child in items:
-        at = f"{path}.{key}" if path else str(key)
-        if (below := _child(parameter, key)) is None:
+    for key, at, child in children(gradient, path):
+        if (below := child_at(parameter, key)) is None:
             raise ValueError(f"{at}: the gradient has no parameter of this name")
-        _visit(at, child, below, [_child(state, key) for state in states], slots)
+        yield from _slots(at, child, below, [child_at(state, key) for state in states])
 
 
-def _child(tree: Any, key: Any) -> Any:
+def children(tree: Any, path: str) -> Iterator[tuple[Any, str, Any]]:
+    """Yield key, path and value of each child of a dictionary or list that is at ``path``."""
+    for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield key, f"{path}.{key}" if path else str(key), child
+
+
+def child_at(tree: Any, key: Any) -> Any:
+    """The child of a dictionary or list at a key or index. None if there is none."""
     if isinstance(key, str):
         return tree.get(key) if isinstance(tree, dict) else None
     return tree[key] if isinstance(tree, (list, tuple)) and key < len(tree) else None
