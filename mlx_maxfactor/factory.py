@@ -230,22 +230,20 @@ def create_optimizer_for_hrm(
     check_flags(use_separate_puzzle_optimizer=use_separate_puzzle_optimizer)
     _check_model(model)
     main = AdamW(lr, weight_decay=weight_decay)
-    if not use_separate_puzzle_optimizer:
-        main.init(model.trainable_parameters())
-        mx.eval(main.state)
-        return {"main": main}
-    puzzles = {p.path for p in find_roles(model) if _is_puzzle(p.path)}
-    if not puzzles:
-        raise ValueError(
-            'no parameter has "puzzle" in its path; pass use_separate_puzzle_optimizer=False'
-        )
-    puzzle = SignSGD(puzzle_emb_lr, weight_decay=weight_decay, sparse_rows=True)
-    main.paths = lambda path: not _is_puzzle(path)
-    puzzle.paths = _is_puzzle
-    for optimizer in (main, puzzle):
+    optimizers: dict[str, Float32Optimizer] = {"main": main}
+    if use_separate_puzzle_optimizer:
+        if not any(_is_puzzle(p.path) for p in find_roles(model)):
+            raise ValueError(
+                'no parameter has "puzzle" in its path; pass use_separate_puzzle_optimizer=False'
+            )
+        puzzle = SignSGD(puzzle_emb_lr, weight_decay=weight_decay, sparse_rows=True)
+        main.paths = lambda path: not _is_puzzle(path)
+        puzzle.paths = _is_puzzle
+        optimizers["puzzle"] = puzzle
+    for optimizer in optimizers.values():
         optimizer.init(model.trainable_parameters())
         mx.eval(optimizer.state)
-    return {"main": main, "puzzle": puzzle}
+    return optimizers
 
 
 def _check_model(model: Any) -> None:
