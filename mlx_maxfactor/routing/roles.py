@@ -35,14 +35,9 @@ ROLES = (
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 LINEAR = (nn.Linear, nn.QuantizedLinear, nn.QQLinear, AllToShardedLinear, ShardedToAllLinear)
-CONVOLUTION = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+PLAIN_CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTION = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTION = PLAIN_CONVOLUTION + TRANSPOSED_CONVOLUTION
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 # mlx_lm's stacks of matrices: one matrix per expert, or per head (latent attention).
 STACKED = ("SwitchLinear", "QuantizedSwitchLinear", "MultiLinear")
@@ -51,6 +46,9 @@ LORA = (("lora_a", "lora_b"), ("lora_A", "lora_B"), ("A", "B"), ("lora_down", "l
 
 BIASES = ("bias", "b", "bhn")
 WEIGHTS = ("weight", "Wx", "Wh", "Wxh", "Whh")
+HIDDEN_STATE_WEIGHTS = ("Wh", "Whh")
+INPUT_ROLES = {"hidden": "first", "conv": "conv_input"}
+"""What a layer that reads the model's input is, instead of its usual role."""
 
 HEAD_NAME = re.compile(
     r"(?!multi_head)(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
@@ -234,10 +232,8 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
                 role, note = "head", heads[node]
             elif node in gates and role in ("hidden", "unknown"):
                 role = "router"
-            elif node in readers and role in ("hidden", "conv"):
-                role = {"hidden": "first", "conv": "conv_input"}[role]
-                if key in ("Wh", "Whh"):  # reads the hidden state, not the input
-                    role = "hidden"
+            elif node in readers and role in INPUT_ROLES and key not in HIDDEN_STATE_WEIGHTS:
+                role = INPUT_ROLES[role]
             elif role == "unknown":
                 note = "unexplained"
             found.append(Parameter(path, shape, role, note, layout or _layout(role, node)))
@@ -287,30 +283,27 @@ def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
     found = {}
     for node in nodes:
         own = {path.removeprefix(f"{node.path}."): (path, shape) for path, shape in node.shapes}
-        children = {child.name: child for child in node.children if child.is_a(*LINEAR)}
+        linears = {
+            child.name: (f"{child.path}.weight", (child.makes, child.reads))
+            for child in node.children
+            if child.is_a(*LINEAR)
+        }
         for a, b in LORA:
-            if a in children and b in children:
-                pair = (
-                    (children[a].makes, children[a].reads),
-                    (children[b].makes, children[b].reads),
-                )
-                if a == "A" and not _is_low_rank(*pair):
-                    continue
-                for role, name in (("lora_a", a), ("lora_b", b)):
-                    found[f"{children[name].path}.weight"] = (role, "batched")
-            elif a in own and b in own:
-                (path_a, shape_a), (path_b, shape_b) = own[a], own[b]
-                layout = _lora_layout(shape_a, shape_b)
-                is_named = a != "A" or (children and _is_low_rank(shape_a, shape_b))
-                if layout and is_named:
-                    # An embedding's A is looked up by token, not multiplied.
-                    of_table = "embedding" in node.module
-                    found[path_a] = ("embedding", "batched") if of_table else ("lora_a", layout)
-                    found[path_b] = ("lora_b", layout)
+            held = linears if a in linears and b in linears else own
+            if a not in held or b not in held:
+                continue
+            (path_a, shape_a), (path_b, shape_b) = held[a], held[b]
+            layout = "batched" if held is linears else _lora_layout(shape_a, shape_b)
+            is_named = a != "A" or (linears and _is_low_rank(shape_a, shape_b))
+            if layout and is_named:
+                # An embedding's A is looked up by token, not multiplied.
+                of_table = held is own and "embedding" in node.module
+                found[path_a] = ("embedding", "batched") if of_table else ("lora_a", layout)
+                found[path_b] = ("lora_b", layout)
     return found
 
 
-def _lora_layout(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+def _lora_layout(a: tuple[Any, ...], b: tuple[Any, ...]) -> str:
     """The layout of A and B, or "" if their shapes do not form a product.
 
     They are ``(in, r)`` and ``(r, out)``, as in mlx_lm, or ``(r, in)`` and ``(out, r)``, as in
@@ -359,8 +352,7 @@ def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
             if top is tops[0] or all(node.makes != first.reads for node in outside):
                 readers.add(first)
     convolution = next((node for node in nodes if node.is_a(*CONVOLUTION)), None)
-    forward = convolution is not None and convolution.is_a(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    if convolution is not None and forward and not convolution.in_list:
+    if convolution and convolution.is_a(*PLAIN_CONVOLUTION) and not convolution.in_list:
         before = nodes[: nodes.index(convolution)]
         if all(node.makes != convolution.reads for node in before):
             readers.add(convolution)
@@ -446,9 +438,8 @@ def _is_modulation(node: Node) -> bool:
 
 def _is_named_head(node: Node) -> bool:
     container, _, name = f".{node.path}".rpartition(".")
-    if node.listed or container.endswith(".heads"):
-        return container.endswith(".heads")
-    return HEAD_NAME.fullmatch(name) is not None
+    named = not node.listed and HEAD_NAME.fullmatch(name) is not None
+    return named or container.endswith(".heads")
 
 
 def _find_gates(nodes: list[Node]) -> set[Node]:
