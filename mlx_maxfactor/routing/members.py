@@ -70,9 +70,7 @@ class MemberSpec:
                 raise ValueError(f"{problem}: its rate is {self.rate_name}")
             if option in HIDDEN_WORDS:
                 raise ValueError(f"{problem}: an optimizer's name goes to hidden, or to rest")
-            if isinstance(other.choice, str) and option in options_of(
-                OPTIMIZERS[other.choice].kind
-            ):
+            if isinstance(other.choice, str) and option in options_for(other.choice):
                 remedy = (
                     f"{option}=..."
                     if self.argument == "rest"
@@ -172,9 +170,7 @@ class MemberFactory:
         is_primary = spec is self.primary and preset == self.primary_preset
         if spec.choice == "adafactor" and not is_primary and spec.rate is None and preset != "lora":
             optimizer = Adafactor(**options)  # with its relative step
-            rate = self._in_proportion(relative_step_of, default)
-            if rate is not relative_step_of:
-                optimizer.learning_rate = rate
+            optimizer.learning_rate = self._in_proportion(relative_step_of, default)
             return optimizer
         rate = self.rate if is_primary else self._rate_of(spec, default)
         kind = OPTIMIZERS[str(spec.choice)].kind

@@ -13,7 +13,7 @@ from .._validate import Rate, check_rate
 from ..combined import CombinedOptimizer, shown_optimizer
 from ..guard import Guard
 from ..optimizers.base import Float32Optimizer, flatten, refuse_complex, trainable
-from ..optimizers.update_loop import ParameterSlot
+from ..optimizers.update_loop import ParameterSlot, children
 from ..schedules import scaled
 from ..strategy import UpdateStrategy
 from .plan import Plan, PlanEntry
@@ -152,14 +152,12 @@ class RoutedOptimizer(CombinedOptimizer):
 
     def split(self, tree: Any, index: int, path: str = "") -> Any:
         """The tree without the parameters of other members. Lists keep their length."""
+        if not isinstance(tree, (dict, list, tuple)):
+            return tree if self._routes.get(path) == index else None
+        parts = {key: self.split(child, index, at) for key, at, child in children(tree, path)}
         if isinstance(tree, dict):
-            prefix = f"{path}." if path else ""
-            parts = {k: self.split(v, index, f"{prefix}{k}") for k, v in tree.items()}
-            return {k: part for k, part in parts.items() if part is not None}
-        if isinstance(tree, (list, tuple)):
-            parts = [self.split(v, index, f"{path}.{i}") for i, v in enumerate(tree)]
-            return [{} if part is None else part for part in parts]
-        return tree if self._routes.get(path) == index else None
+            return {key: part for key, part in parts.items() if part is not None}
+        return [{} if part is None else part for part in parts.values()]
 
     # Rates
 
