@@ -299,25 +299,21 @@ def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
 def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) -> None:
     for spec, other in ((hidden, rest), (rest, hidden)):
         spec.check_options(signature(create_optimizer).parameters, other)
-    _check_total_steps(total_steps, hidden, rest)
+    if total_steps is None:
+        return
+    check_integer("total_steps", total_steps, 1)
+    for spec in (hidden, rest):
+        if callable(spec.rate):
+            raise ValueError(
+                f"{spec.rate_name} is a schedule, and total_steps makes one: give "
+                f"{spec.rate_name} as a number, its peak, or leave total_steps out"
+            )
 
 
 def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer) -> int:
     """Which member updates a parameter."""
     decays, lora = parameter.role not in UNDECAYED_ROLES, parameter.role in LORA_ROLES
     return factory.member_index(choice, decays=decays, lora=lora)
-
-
-def _check_total_steps(total_steps: Any, *specs: MemberSpec) -> None:
-    if total_steps is None:
-        return
-    check_integer("total_steps", total_steps, 1)
-    for spec in specs:
-        if callable(spec.rate):
-            raise ValueError(
-                f"{spec.rate_name} is a schedule, and total_steps makes one: give "
-                f"{spec.rate_name} as a number, its peak, or leave total_steps out"
-            )
 
 
 def _run(
