@@ -37,25 +37,23 @@ Reader = Callable[[mx.array], mx.array]
 
 Preset = Literal["early", "hub", "speech"]
 
+EARLY_AND_SPEECH: dict[str, Any] = {
+    "eps": (FLOAT32_EPS, 1e-3),
+    "weight_decay": 0.0,
+    "min_lr": 0.0,
+    "scalar_boost": None,
+}
+"""Options that two of the presets share."""
+
 PRESETS: dict[Preset, dict[str, Any]] = {
     "early": {
-        "eps": (FLOAT32_EPS, 1e-3),
-        "weight_decay": 0.0,
+        **EARLY_AND_SPEECH,
         "vector_sign": True,
         "beta2_bounds": (0.0, 1.0),
-        "min_lr": 0.0,
-        "scalar_boost": None,
         "eps_rms": 1e-8,
     },
     "hub": {},
-    "speech": {
-        "eps": (FLOAT32_EPS, 1e-3),
-        "weight_decay": 0.0,
-        "relative_step": True,
-        "beta2_bounds": (0.0, 0.999),
-        "min_lr": 0.0,
-        "scalar_boost": None,
-    },
+    "speech": {**EARLY_AND_SPEECH, "relative_step": True, "beta2_bounds": (0.0, 0.999)},
 }
 
 
