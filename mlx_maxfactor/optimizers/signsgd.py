@@ -46,10 +46,6 @@ class SignSGD(Float32Optimizer):
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.sparse_rows = check_flag("sparse_rows", sparse_rows)
 
-    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """No state, except a key for stochastic rounding."""
-        super().init_single(parameter, state)
-
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """Cuts can be at any row. With ``sparse_rows``, a vector is not cut."""
         return 0 if self.sparse_rows and len(shape) < 2 else 1
