@@ -1,7 +1,5 @@
 """Rounding of float32 to 16-bit dtypes."""
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -20,16 +18,6 @@ class ElementRange(NamedTuple):
     whole: int
 
 
-def drawn(
-    draw: Callable[[tuple[int, ...]], mx.array], shape: tuple[int, ...], part: ElementRange | None
-) -> mx.array:
-    """Draw random numbers of a shape. A part gets the whole array's numbers at its position."""
-    if part is None:
-        return draw(shape)
-    stop = part.start + math.prod(shape)
-    return draw((part.whole,))[part.start : stop].reshape(shape)
-
-
 def stochastic_round(
     x: mx.array, dtype: mx.Dtype, key: mx.array, part: ElementRange | None = None
 ) -> mx.array:
@@ -39,9 +27,10 @@ def stochastic_round(
     is the more likely one. Values beyond the dtype's range, inf and NaN are rounded to nearest.
     """
     dropped = BITS_DROPPED[dtype]
-    noise = drawn(
-        lambda shape: mx.random.randint(0, 1 << dropped, shape, mx.uint32, key), x.shape, part
-    )
+    shape = x.shape if part is None else (part.whole,)
+    noise = mx.random.randint(0, 1 << dropped, shape, mx.uint32, key)
+    if part is not None:
+        noise = noise[part.start : part.start + x.size].reshape(x.shape)
     kept = 0xFFFFFFFF << dropped & 0xFFFFFFFF
     rounded = ((x.view(mx.uint32) + noise) & kept).view(mx.float32)
     if dtype == mx.float16:
