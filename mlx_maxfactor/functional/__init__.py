@@ -25,7 +25,6 @@ from .norms import (
     row_max,
     row_sum,
     scaled_global_norm,
-    unit_frobenius,
 )
 from .order import read_after
 from .orthogonalization import (
@@ -39,7 +38,7 @@ from .orthogonalization import (
     polar_express,
     rows_apart,
 )
-from .quantization import LEVELS, Bits, dequantize, groups_of, quantize, rows_of_groups
+from .quantization import LEVELS, Bits, dequantize, quantize, rows_of_groups
 from .rounding import ElementRange, stochastic_round
 from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms, update_scale
 
@@ -70,7 +69,6 @@ __all__ = [
     "factored_second_moment",
     "from_matrices",
     "fusion_barrier",
-    "groups_of",
     "input_axis_shape",
     "largest_moment",
     "muon_scale",
@@ -89,7 +87,6 @@ __all__ = [
     "scaled_global_norm",
     "second_moment_weight",
     "stochastic_round",
-    "unit_frobenius",
     "unit_rms",
     "update_scale",
 ]

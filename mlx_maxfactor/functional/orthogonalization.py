@@ -76,8 +76,7 @@ def newton_schulz(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     Reference:
         Keller Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024.
     """
-    _check(x, steps, dtype)
-    return _iterate_quintics(x, _newton_schulz_table(steps), dtype)
+    return _iterate_quintics(x, "newton_schulz", steps, dtype)
 
 
 def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -106,8 +105,7 @@ def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     Reference:
         Amsel, Persson, Musco and Gower, *The Polar Express*, 2025, arXiv 2505.16932.
     """
-    _check(x, steps, dtype)
-    return _iterate_quintics(x, _polar_express_table(steps), dtype)
+    return _iterate_quintics(x, "polar_express", steps, dtype)
 
 
 def _newton_schulz_table(steps: int) -> list[Quintic]:
@@ -124,11 +122,8 @@ def _polar_express_table(steps: int) -> list[Quintic]:
 
 
 Method = Literal["newton_schulz", "polar_express"]
-METHODS = {"newton_schulz": newton_schulz, "polar_express": polar_express}
-"""What orthogonalizes, by name."""
-
-TABLES = {"newton_schulz": _newton_schulz_table, "polar_express": _polar_express_table}
-"""The quintic of each step, by the method's name."""
+METHODS = {"newton_schulz": _newton_schulz_table, "polar_express": _polar_express_table}
+"""By name: from a number of steps to the quintic of each."""
 
 
 def orthogonalize(
@@ -147,7 +142,7 @@ def orthogonalize(
             one batched product; the last may be smaller. None: the whole matrix.
     """
     if block is None or block >= min(x.shape[-2:]):
-        return method(x) if callable(method) else METHODS[method](x, steps)
+        return method(x) if callable(method) else _iterate_quintics(x, method, steps)
     tall = x.shape[-2] > x.shape[-1]
     axis = -1 if tall else -2
     # Rows of zeros fill the last block: they stay zero, and change nothing of the others.
@@ -160,7 +155,7 @@ def orthogonalize(
     if callable(method):
         blocks = method(blocks)
     else:
-        blocks = _by_gram_matrices(blocks, TABLES[method](steps), axis)
+        blocks = _by_gram_matrices(blocks, METHODS[method](steps), axis)
     blocks = blocks.swapaxes(-2, -3) if tall else blocks
     return cut(blocks.reshape(whole.shape), axis, x.shape[axis]).astype(x.dtype)
 
@@ -195,7 +190,11 @@ def _check(x: mx.array, steps: int, dtype: mx.Dtype) -> None:
         raise ValueError(f"dtype must be a float's, got {dtype}")
 
 
-def _iterate_quintics(x: mx.array, table: list[Quintic], dtype: mx.Dtype) -> mx.array:
+def _iterate_quintics(
+    x: mx.array, method: str, steps: int, dtype: mx.Dtype = mx.float32
+) -> mx.array:
+    _check(x, steps, dtype)
+    table = METHODS[method](steps)
     unit = unit_frobenius(x.astype(mx.float32)).astype(dtype)
     shorter, longer = sorted(x.shape[-2:])
     long = shorter >= LEAST_GRAM and longer > LONG * shorter
