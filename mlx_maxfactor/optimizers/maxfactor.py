@@ -295,12 +295,10 @@ class MaxFactor(Float32Optimizer):
             d=self.d,
             axes=axes,
         )
-        return f.fusion_barrier(scale * peaks if self._steps_by_row_max(h.ndim) else scale)
+        return f.fusion_barrier(scale * peaks if self._steps_by_row_max(h.shape) else scale)
 
     def _step(self, h: mx.array, rows: mx.array, root: mx.array, scale: mx.array) -> mx.array:
-        if self._is_scalar(h.shape):
-            return f.clamp_gradient(h) / (root + self.eps[0]) * scale
-        if self._steps_by_row_max(h.ndim):
+        if self._steps_by_row_max(h.shape):
             return mx.sign(h) * scale
         return f.clamp_gradient(h) / root / rows * scale
 
@@ -310,8 +308,9 @@ class MaxFactor(Float32Optimizer):
     def _is_factored(self, shape: tuple[int, ...]) -> bool:
         return len(shape) > 1 and not self.full_matrix and not self._is_scalar(shape)
 
-    def _steps_by_row_max(self, ndim: int) -> bool:
-        return self.max_norm if ndim > 1 else self.vector_sign
+    def _steps_by_row_max(self, shape: tuple[int, ...]) -> bool:
+        by_row_max = self.max_norm if len(shape) > 1 else self.vector_sign
+        return by_row_max and not self._is_scalar(shape)
 
     def _momentum(self, read: Reader, state: dict, shape: tuple[int, ...]) -> Reader:
         """The replacement for the gradient in the update. ``shape`` has the input axis last."""
@@ -330,12 +329,12 @@ class MaxFactor(Float32Optimizer):
         return lambda after: f.read_after(h, after)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
-        """``max(√V, ε₁)`` as two factors, the first with one number per row. A scalar has √V."""
+        """``max(√V, ε₁)`` as two factors, the first with one number per row. A scalar: √v + ε₁."""
         if not self._is_factored(g.shape):
             state["v"] = self.gamma * state["v"] + (1 - self.gamma) * f.clamped_square(g)
             root = mx.sqrt(state["v"])
-            one = mx.array(1.0)
-            return one, root if self._is_scalar(g.shape) else mx.maximum(self.eps[0], root)
+            scalar = self._is_scalar(g.shape)
+            return mx.array(1.0), root + self.eps[0] if scalar else mx.maximum(self.eps[0], root)
         weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
         row, column = update_statistics(g, state, weight)
         divisor = mx.array(1.0)
