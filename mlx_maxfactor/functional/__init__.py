@@ -40,7 +40,7 @@ from .orthogonalization import (
 )
 from .quantization import LEVELS, Bits, dequantize, quantize, rows_of_groups
 from .rounding import ElementRange, stochastic_round
-from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms, update_scale
+from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms
 
 __all__ = [
     "LAYOUTS",
@@ -88,5 +88,4 @@ __all__ = [
     "second_moment_weight",
     "stochastic_round",
     "unit_rms",
-    "update_scale",
 ]

@@ -1,4 +1,4 @@
-"""Scale an update into a step: MaxFactor's normalizations, and the cautious step."""
+"""Scale an update into a step, and the cautious step."""
 
 import mlx.core as mx
 
@@ -15,30 +15,6 @@ def unit_rms(x: mx.array) -> mx.array:
     """Divide each matrix by its root mean square; a zero matrix stays zero."""
     size = rms(x, (-2, -1))
     return x / fusion_barrier(mx.where(size > 0, size, 1.0))
-
-
-def update_scale(
-    u: mx.array,
-    peak: mx.array,
-    *,
-    eps: float,
-    clip_threshold: float | None,
-    d: float,
-    axes: tuple[int, ...] | None = None,
-) -> mx.array:
-    """The factor by which MaxFactor's three normalizations scale ``u``: one number per norm.
-
-    ``u / max(‖u‖_∞, eps)``, then ``min(1, clip_threshold / ‖u‖₂)`` if it is given, then
-    ``1 / max(1, RMS(u) / d)``. ``peak`` is ``‖u‖_∞``. The row-max step is homogeneous in ``u``, so
-    the factor can also be applied after it.
-    """
-    scale = 1.0 / mx.maximum(peak, eps)
-    if clip_threshold is not None:
-        norm = mx.sqrt(mx.sum(mx.square(u * scale), axis=axes, keepdims=True))
-        scale = scale * mx.minimum(1.0, clip_threshold / mx.maximum(norm, ROOT_FLOOR))
-    if d < 1:  # an update whose largest element is at most 1 has RMS at most 1
-        scale = scale / mx.maximum(1.0, rms(u * scale, axes) / d)
-    return scale
 
 
 def agreement(momentum: mx.array, gradient: mx.array) -> mx.array:

@@ -282,19 +282,21 @@ class MaxFactor(Float32Optimizer):
     ) -> mx.array:
         """The factor on the step: α and the three norms of ``u = h / (rows · root)``.
 
-        For the row-max step it includes the maximum of each row.
+        All steps are homogeneous in ``u``, so one number per norm scales them. For the row-max step
+        it includes the maximum of each row.
         """
         if self._is_scalar(h.shape):
             return alpha * (self.scalar_boost or 1.0)
+        u = f.clamp_gradient(h) / root / rows
         peaks = f.row_max(f.clamped_magnitude(h) / root) / rows
-        scale = alpha * f.update_scale(
-            f.clamp_gradient(h) / root / rows,
-            mx.max(peaks, axis=axes, keepdims=True),
-            eps=self.eps[0] + self.eps_rms,
-            clip_threshold=self.clip_threshold,
-            d=self.d,
-            axes=axes,
-        )
+        peak = mx.max(peaks, axis=axes, keepdims=True)
+        scale = 1.0 / mx.maximum(peak, self.eps[0] + self.eps_rms)
+        if self.clip_threshold is not None:
+            norm = mx.sqrt(mx.sum(mx.square(u * scale), axis=axes, keepdims=True))
+            scale = scale * mx.minimum(1.0, self.clip_threshold / mx.maximum(norm, f.ROOT_FLOOR))
+        if self.d < 1:  # an update whose largest element is at most 1 has RMS at most 1
+            scale = scale / mx.maximum(1.0, f.rms(u * scale, axes) / self.d)
+        scale = alpha * scale
         return f.fusion_barrier(scale * peaks if self._steps_by_row_max(h.shape) else scale)
 
     def _step(self, h: mx.array, rows: mx.array, root: mx.array, scale: mx.array) -> mx.array:
