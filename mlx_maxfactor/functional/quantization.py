@@ -64,16 +64,12 @@ def dequantize(codes: mx.array, scale: mx.array, shape: tuple[int, ...]) -> mx.a
     Raises:
         ValueError: There are more or fewer groups of codes than an array of this shape has.
     """
-    if groups_of(math.prod(shape)) != codes.shape[0]:
+    size = math.prod(shape)
+    if math.ceil(size / GROUP) != codes.shape[0]:
         raise ValueError(f"{codes.shape[0]} groups of {GROUP} codes are no array of shape {shape}")
     scale = fusion_barrier(scale.astype(mx.float32))
     x = _dequantize_4(codes, scale) if codes.dtype == mx.uint8 else _dequantize_8(codes, scale)
-    return cut(x.reshape(-1), 0, math.prod(shape)).reshape(shape)
-
-
-def groups_of(size: int) -> int:
-    """Number of groups of that many elements."""
-    return -(-size // GROUP)
+    return cut(x.reshape(-1), 0, size).reshape(shape)
 
 
 def rows_of_groups(shape: tuple[int, ...]) -> int:
