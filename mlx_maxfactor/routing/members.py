@@ -8,7 +8,7 @@ from mlx.optimizers import Optimizer
 
 from .._validate import LARGEST_SEED, Rate, check_rate, got, hint
 from ..optimizers.adafactor import Adafactor, relative_step_of
-from ..optimizers.base import Float32Optimizer, options_of
+from ..optimizers.base import options_of
 from ..optimizers.maxfactor import STEP_MOVED
 from ..schedules import Schedule, scaled, with_peak
 from .rates import OPTIMIZERS, OptimizerName, RatePreset, Run, default_rate, schedule_of
@@ -155,26 +155,21 @@ class MemberFactory:
             return Member(type(spec.choice).__name__, spec.choice, peak_rate_of(spec.choice))
         # With one seed, the first parameters of two members would be rounded with the same bits.
         seed = (self.shared["seed"] + len(self.members)) % (LARGEST_SEED + 1)
-        defaults = OPTIMIZERS[spec.choice].lora_options if preset == "lora" else {}
+        entry = OPTIMIZERS[spec.choice]
+        defaults = entry.lora_options if preset == "lora" else {}
         options = {**self.shared, "seed": seed, **defaults, **spec.options}
         if not decays:
             options["weight_decay"] = 0.0
         default = self._default_rate(spec, preset)
-        optimizer = self._optimizer(spec, preset, default, options)
-        label = spec.choice if decays else f"{spec.choice}, no decay"
-        return Member(label, optimizer, peak_rate_of(optimizer) or default)
-
-    def _optimizer(
-        self, spec: "MemberSpec", preset: RatePreset, default: float, options: dict[str, Any]
-    ) -> Float32Optimizer:
         is_primary = spec is self.primary and preset == self.primary_preset
         if spec.choice == "adafactor" and not is_primary and spec.rate is None and preset != "lora":
             optimizer = Adafactor(**options)  # with its relative step
             optimizer.learning_rate = self._in_proportion(relative_step_of, default)
-            return optimizer
-        rate = self.rate if is_primary else self._rate_of(spec, default)
-        kind = OPTIMIZERS[str(spec.choice)].kind
-        return kind(default if rate is None else rate, **options)
+        else:
+            rate = self.rate if is_primary else self._rate_of(spec, default)
+            optimizer = entry.kind(default if rate is None else rate, **options)
+        label = spec.choice if decays else f"{spec.choice}, no decay"
+        return Member(label, optimizer, peak_rate_of(optimizer) or default)
 
     def _default_rate(self, spec: "MemberSpec", preset: RatePreset) -> float:
         if isinstance(spec.choice, Optimizer):
