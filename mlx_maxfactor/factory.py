@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import wraps
 from inspect import signature, unwrap
 from statistics import median
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, ParamSpec, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,14 +36,13 @@ HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
 UNDECAYED_ROLES = frozenset({"norm", "bias", "vector", "unknown"})
 
 P = ParamSpec("P")
-Made = TypeVar("Made", bound=Optimizer)
 
 
-def evaluated(create: Callable[P, Made]) -> Callable[P, Made]:
+def evaluated(create: Callable[P, RoutedOptimizer]) -> Callable[P, RoutedOptimizer]:
     """Evaluate the state of a new optimizer: another thread could not evaluate it later."""
 
     @wraps(create)
-    def created(*arguments: P.args, **options: P.kwargs) -> Made:
+    def created(*arguments: P.args, **options: P.kwargs) -> RoutedOptimizer:
         optimizer = create(*arguments, **options)
         mx.eval(optimizer.state)
         return optimizer
