@@ -46,12 +46,8 @@ def accumulate_gradients(
     weighted = tree_map(
         lambda g: mx.where(weight > 0, g.astype(mx.float32) * weight, 0.0), gradients
     )
-    if total is None:
-        return {"gradients": weighted, "weight": weight}
-    return {
-        "gradients": _sum(weighted, total["gradients"]),
-        "weight": total["weight"] + weight,
-    }
+    added = {"gradients": weighted, "weight": weight}
+    return added if total is None else _sum(added, total)
 
 
 def _sum(a: Any, b: Any) -> Any:
