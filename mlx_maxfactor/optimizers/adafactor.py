@@ -4,8 +4,8 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_number, check_pair
+from . import moment_state as moments
 from .base import Float32Optimizer, Rounding
-from .moment_state import init_second_moment, update_statistics
 
 
 class Adafactor(Float32Optimizer):
@@ -83,7 +83,7 @@ class Adafactor(Float32Optimizer):
         super().init_single(parameter, state)
         state["count"] = mx.array(0, mx.uint32)
         shape = f.as_matrices(parameter, layout or self.layout).shape
-        init_second_moment(state, shape, factored=len(shape) > 1)
+        moments.init_second_moment(state, shape, factored=len(shape) > 1)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -116,7 +116,7 @@ class Adafactor(Float32Optimizer):
             square = f.clamped_square(g) + self.eps[0]
             state["v"] = state["v"] + weight * (square - state["v"])
             return mx.array(1.0), mx.maximum(f.ROOT_FLOOR, mx.sqrt(state["v"]))
-        row, column = update_statistics(g, state, weight, self.eps[0])
+        row, column = moments.update_statistics(g, state, weight, self.eps[0])
         return f.factored_root(row, column, mx.mean(row, axis=-2, keepdims=True), f.ROOT_FLOOR)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:

@@ -4,18 +4,8 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_flag, check_number, check_pair
+from . import moment_state as moments
 from .base import Float32Optimizer, Rounding
-from .moment_state import (
-    BITS,
-    StateDtype,
-    aligned_to_groups,
-    check_state_dtype,
-    init_momentum,
-    init_second_moment,
-    read_momentum,
-    update_statistics,
-    write_momentum,
-)
 
 
 class AdamW(Float32Optimizer):
@@ -67,10 +57,10 @@ class AdamW(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: StateDtype = "float32",
+        state_dtype: moments.StateDtype = "float32",
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_state_dtype(state_dtype)
+        self.state_dtype = moments.check_state_dtype(state_dtype)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
         self.eps = check_number("eps", eps, 0.0, ends="()")
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
@@ -81,8 +71,8 @@ class AdamW(Float32Optimizer):
         """Make both moments, and a count of the parameter's own updates."""
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, self._layout(layout)).shape
-        init_momentum(state, shape, self.state_dtype)
-        init_second_moment(state, shape, factored=self.factored and len(shape) > 1)
+        moments.init_momentum(state, shape, self.state_dtype)
+        moments.init_second_moment(state, shape, factored=self.factored and len(shape) > 1)
         state["count"] = mx.array(0, mx.uint32)
 
     def apply_single(
@@ -96,12 +86,12 @@ class AdamW(Float32Optimizer):
         state["count"] = state["count"] + 1
         t = state["count"].astype(mx.float32)
         root = self._second_moment_root(g, state)
-        m = beta1 * read_momentum(state, g.shape) + (1 - beta1) * g
-        if self.state_dtype in BITS:
+        m = beta1 * moments.read_momentum(state, g.shape) + (1 - beta1) * g
+        if self.state_dtype in moments.BITS:
             # Elements far below their group's largest are rounded coarsely: limit their step.
             bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
             m = mx.maximum(-bound, mx.minimum(bound, m))
-        m = write_momentum(m, state, beta1)
+        m = moments.write_momentum(m, state, beta1)
 
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
@@ -122,7 +112,7 @@ class AdamW(Float32Optimizer):
         if "v" in state:
             state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
             return mx.sqrt(state["v"])
-        row, column = update_statistics(g, state, mx.array(1 - beta2))
+        row, column = moments.update_statistics(g, state, mx.array(1 - beta2))
         mean = mx.mean(row, axis=-2, keepdims=True)
         rows, root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
         return rows * root
@@ -130,4 +120,4 @@ class AdamW(Float32Optimizer):
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """Cuts can be at any row, for "int8" and "int4" between groups of m. Factored: no cuts."""
         rows = 0 if self.factored and len(shape) > 1 else 1
-        return aligned_to_groups(rows, shape, self.state_dtype)
+        return moments.aligned_to_groups(rows, shape, self.state_dtype)

@@ -15,19 +15,9 @@ from .._validate import (
     check_pair,
     check_rising,
 )
+from . import moment_state as moments
 from .base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
-from .moment_state import (
-    StateDtype,
-    aligned_to_groups,
-    check_state_dtype,
-    init_momentum,
-    init_second_moment,
-    read_momentum,
-    update_statistics,
-    with_momentum,
-    write_momentum,
-)
 
 STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
 FLOAT32_EPS = 2.0**-23
@@ -161,7 +151,7 @@ class MaxFactor(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: StateDtype = "float32",
+        state_dtype: moments.StateDtype = "float32",
     ):
         self._usual_rate = None if min_rms or relative_step else 0.01
         super().__init__(learning_rate, layout, rounding, seed)
@@ -187,11 +177,11 @@ class MaxFactor(Float32Optimizer):
         momentum: float | FrequencyAdaptiveMomentum,
         nesterov: bool,
         cautious: bool,
-        state_dtype: StateDtype,
+        state_dtype: moments.StateDtype,
     ) -> None:
         adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
         self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
-        self.state_dtype = check_state_dtype(state_dtype)
+        self.state_dtype = moments.check_state_dtype(state_dtype)
         self.nesterov, self.cautious = check_flags(nesterov=nesterov, cautious=cautious)
         for name, flag in (("nesterov", nesterov), ("cautious", cautious)):
             if flag and not momentum:
@@ -222,16 +212,16 @@ class MaxFactor(Float32Optimizer):
         plain = not isinstance(self.momentum, FrequencyAdaptiveMomentum)
         apart = f.norm_axes(len(shape), layout) and plain and not self._is_scalar(shape[1:])
         dtype = self.state_dtype if self.momentum else "float32"
-        return aligned_to_groups(int(bool(apart)), shape, dtype)
+        return moments.aligned_to_groups(int(bool(apart)), shape, dtype)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make row and column statistics for a matrix, or a second moment for other arrays."""
         super().init_single(parameter, state)
         layout = layout or self.layout
         shape = f.as_matrices(parameter, layout).shape
-        init_second_moment(state, shape, factored=self._is_factored(shape))
+        moments.init_second_moment(state, shape, factored=self._is_factored(shape))
         if self.momentum:
-            init_momentum(state, shape, self.state_dtype)
+            moments.init_momentum(state, shape, self.state_dtype)
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
             state.update(self.momentum.init(f.input_axis_shape(parameter.shape, layout)))
 
@@ -322,12 +312,12 @@ class MaxFactor(Float32Optimizer):
         momentum = self.momentum
         if isinstance(momentum, FrequencyAdaptiveMomentum):
             alpha, view, g = momentum.alpha, g.shape, g.reshape(shape)
-            m = momentum.update(g, read_momentum(state, view).reshape(shape), state)
-            write_momentum(m.reshape(view), state, alpha)
+            m = momentum.update(g, moments.read_momentum(state, view).reshape(shape), state)
+            moments.write_momentum(m.reshape(view), state, alpha)
             ahead = alpha * m + (1 - alpha) * g if self.nesterov else m
             h = momentum.blended(g, ahead, state).reshape(view)
         else:
-            h = with_momentum((1 - momentum) * g, state, momentum, self.nesterov)
+            h = moments.with_momentum((1 - momentum) * g, state, momentum, self.nesterov)
         return lambda after: f.read_after(h, after)
 
     def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
@@ -338,7 +328,7 @@ class MaxFactor(Float32Optimizer):
             scalar = self._is_scalar(g.shape)
             return mx.array(1.0), root + self.eps[0] if scalar else mx.maximum(self.eps[0], root)
         weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = update_statistics(g, state, weight)
+        row, column = moments.update_statistics(g, state, weight)
         divisor = mx.array(1.0)
         if self.max_norm:
             largest = mx.max(row, axis=-2, keepdims=True)

@@ -7,14 +7,8 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number
+from . import moment_state as moments
 from .base import Float32Optimizer, Rounding
-from .moment_state import (
-    StateDtype,
-    aligned_to_groups,
-    check_state_dtype,
-    init_momentum,
-    with_momentum,
-)
 
 Scale = Literal["spectral", "rms"]
 
@@ -76,11 +70,11 @@ class Muon(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: StateDtype = "float32",
+        state_dtype: moments.StateDtype = "float32",
         block: int | None = None,
     ):
         super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = check_state_dtype(state_dtype)
+        self.state_dtype = moments.check_state_dtype(state_dtype)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = check_flag("nesterov", nesterov)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
@@ -98,7 +92,8 @@ class Muon(Float32Optimizer):
         """A stack is cut between matrices, a matrix between blocks of rows."""
         rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
         rows = 0 if layout == "transposed" else rows
-        return aligned_to_groups(rows, shape, self.state_dtype if self.momentum else "float32")
+        dtype = self.state_dtype if self.momentum else "float32"
+        return moments.aligned_to_groups(rows, shape, dtype)
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make the momentum buffer, if there is momentum."""
@@ -110,7 +105,7 @@ class Muon(Float32Optimizer):
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         if self.momentum:
-            init_momentum(state, shape, self.state_dtype)
+            moments.init_momentum(state, shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -119,7 +114,7 @@ class Muon(Float32Optimizer):
         layout = layout or self.layout
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
-        u = with_momentum(g, state, self.momentum, self.nesterov)
+        u = moments.with_momentum(g, state, self.momentum, self.nesterov)
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
         p = p * (1 - self.learning_rate * self.weight_decay) - alpha * self.direction(u, state)
         return self.store(p, parameter, state, layout)

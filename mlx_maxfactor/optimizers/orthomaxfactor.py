@@ -7,16 +7,8 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number, check_rising
+from . import moment_state as moments
 from .base import Float32Optimizer, Rounding
-from .moment_state import (
-    StateDtype,
-    aligned_to_groups,
-    check_state_dtype,
-    init_momentum,
-    init_second_moment,
-    update_statistics,
-    with_momentum,
-)
 
 
 class OrthoMaxFactor(Float32Optimizer):
@@ -96,7 +88,7 @@ class OrthoMaxFactor(Float32Optimizer):
         *,
         momentum: float = 0.8,
         nesterov: bool = True,
-        state_dtype: StateDtype = "int4",
+        state_dtype: moments.StateDtype = "int4",
         block: int | None = 128,
         method: f.Method | Callable[[mx.array], mx.array] = "newton_schulz",
         steps: int = 5,
@@ -113,7 +105,7 @@ class OrthoMaxFactor(Float32Optimizer):
         super().__init__(learning_rate, layout, rounding, seed)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = check_flag("nesterov", nesterov)
-        self.state_dtype = check_state_dtype(state_dtype)
+        self.state_dtype = moments.check_state_dtype(state_dtype)
         self.block = None if block is None else check_integer("block", block, 1)
         self.method = method if callable(method) else check_choice("method", method, f.METHODS)
         self.steps = check_integer("steps", steps, 1)
@@ -132,9 +124,9 @@ class OrthoMaxFactor(Float32Optimizer):
             )
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
-        init_second_moment(state, shape, factored=True)
+        moments.init_second_moment(state, shape, factored=True)
         if self.momentum:
-            init_momentum(state, shape, self.state_dtype)
+            moments.init_momentum(state, shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -144,8 +136,8 @@ class OrthoMaxFactor(Float32Optimizer):
         p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
 
         b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = update_statistics(g, state, b)
-        h = with_momentum((1 - self.momentum) * g, state, self.momentum, self.nesterov)
+        row, column = moments.update_statistics(g, state, b)
+        h = moments.with_momentum((1 - self.momentum) * g, state, self.momentum, self.nesterov)
         u = f.divided_by_root(h, row, column, self.eps)
         step = f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
 
@@ -164,7 +156,7 @@ class OrthoMaxFactor(Float32Optimizer):
         """A stack is cut between matrices. A matrix is not cut: RMS(O) needs all its rows."""
         stack = len(f.as_matrices(mx.zeros(shape), layout).shape) > 2
         dtype = self.state_dtype if self.momentum else "float32"
-        return aligned_to_groups(int(stack), shape, dtype)
+        return moments.aligned_to_groups(int(stack), shape, dtype)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""
