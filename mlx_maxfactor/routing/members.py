@@ -11,7 +11,7 @@ from ..optimizers.adafactor import Adafactor, relative_step_of
 from ..optimizers.base import options_of
 from ..optimizers.maxfactor import STEP_MOVED
 from ..schedules import Schedule, scaled, with_peak
-from .rates import OPTIMIZERS, OptimizerName, RatePreset, Run, default_rate, schedule_of
+from .rates import OPTIMIZERS, RatePreset, Run, default_rate, schedule_of
 from .routed import Member, set_rate
 
 HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
@@ -29,7 +29,7 @@ class MemberSpec:
     """
 
     argument: str
-    choice: OptimizerName | Optimizer
+    choice: str | Optimizer
     rate: Rate | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -146,8 +146,7 @@ class MemberFactory:
         for spec in (self.hidden, self.rest):
             if choice is spec.choice or choice in (spec.argument, spec.choice):
                 return spec
-        named = cast(OptimizerName | Optimizer, choice)
-        return MemberSpec(choice if isinstance(choice, str) else "rule", named)
+        return MemberSpec(choice if isinstance(choice, str) else "rule", choice)
 
     def _member(self, spec: "MemberSpec", decays: bool, preset: RatePreset) -> Member:
         if isinstance(spec.choice, Optimizer):

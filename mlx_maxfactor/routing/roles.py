@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear
 
+from ..optimizers.update_loop import children
+
 ROLES = (
     "embedding",
     "head",
@@ -171,19 +173,16 @@ def build_tree(model: nn.Module) -> Node:
             child = Node(path, value, ref(node), listed)
             node.children.append(child)
             visit_items(child, value)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                visit(node, item, f"{path}.{key}", listed)
-        elif isinstance(value, list):  # MLX sees no parameters in a tuple
-            for i, item in enumerate(value):
-                visit(node, item, f"{path}.{i}", True)
+        elif isinstance(value, (dict, list)):  # MLX sees no parameters in a tuple
+            for _, at, item in children(value, path):
+                visit(node, item, at, listed or isinstance(value, list))
         elif isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
             node.shapes.append((path, value.shape))
 
     def visit_items(node: Node, module: nn.Module) -> None:
-        for key, value in module.items():
+        for key, at, value in children(module, node.path):
             if not key.startswith("_"):  # MLX does not count these as parameters
-                visit(node, value, f"{node.path}.{key}" if node.path else key, False)
+                visit(node, value, at, False)
 
     root = Node("", model)
     visit_items(root, model)
