@@ -142,7 +142,7 @@ def orthogonalize(
             one batched product; the last may be smaller. None: the whole matrix.
     """
     if block is None or block >= min(x.shape[-2:]):
-        return method(x) if callable(method) else _iterate_quintics(x, method, steps)
+        return method(x) if callable(method) else _iterate_quintics(x, method, steps, mx.float32)
     tall = x.shape[-2] > x.shape[-1]
     axis = -1 if tall else -2
     # Rows of zeros fill the last block: they stay zero, and change nothing of the others.
@@ -190,9 +190,7 @@ def _check(x: mx.array, steps: int, dtype: mx.Dtype) -> None:
         raise ValueError(f"dtype must be a float's, got {dtype}")
 
 
-def _iterate_quintics(
-    x: mx.array, method: str, steps: int, dtype: mx.Dtype = mx.float32
-) -> mx.array:
+def _iterate_quintics(x: mx.array, method: str, steps: int, dtype: mx.Dtype) -> mx.array:
     _check(x, steps, dtype)
     table = METHODS[method](steps)
     unit = unit_frobenius(x.astype(mx.float32)).astype(dtype)
