@@ -43,15 +43,12 @@ class Plan(Sequence[PlanEntry]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __repr__(self) -> str:
-        return str(self)
-
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state in all."""
         return sum(entry.state_bytes for entry in self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         header = ("path", "shape", "role", "optimizer", "rate", "state bytes")
         rows = [
             (
