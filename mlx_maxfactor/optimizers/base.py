@@ -386,8 +386,16 @@ def trainable(model: Any) -> Any:
 
 
 def _as_rate(rate: Any) -> mx.array:
-    rate = mx.array(rate).astype(mx.float32)
-    return rate.reshape(()) if rate.ndim else rate
+    return mx.array(rate).astype(mx.float32).reshape(())
+
+
+def refuse_vector(optimizer: Float32Optimizer, parameter: mx.array) -> None:
+    """Raise if a parameter holds no matrices, for an optimizer that orthogonalizes them."""
+    if parameter.ndim < 2:
+        raise ValueError(
+            f"{type(optimizer).__name__} orthogonalizes matrices and cannot take shape "
+            f"{parameter.shape}; route it to another optimizer, as create_optimizer(model) does"
+        )
 
 
 def refuse_complex(arrays: Mapping[str, mx.array]) -> None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number
 from . import moment_state as moments
-from .base import Float32Optimizer, Rounding
+from .base import Float32Optimizer, Rounding, refuse_vector
 
 Scale = Literal["spectral", "rms"]
 
@@ -97,11 +97,7 @@ class Muon(Float32Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make the momentum buffer, if there is momentum."""
-        if parameter.ndim < 2:
-            raise ValueError(
-                f"Muon orthogonalizes matrices and cannot take shape {parameter.shape}; route it "
-                "to another optimizer, as create_optimizer(model, hidden='muon') does"
-            )
+        refuse_vector(self, parameter)
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         if self.momentum:

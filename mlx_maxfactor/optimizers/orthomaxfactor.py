@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number, check_rising
 from . import moment_state as moments
-from .base import Float32Optimizer, Rounding
+from .base import Float32Optimizer, Rounding, refuse_vector
 
 
 class OrthoMaxFactor(Float32Optimizer):
@@ -117,11 +117,7 @@ class OrthoMaxFactor(Float32Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
         """Make row and column statistics, and the momentum."""
-        if parameter.ndim < 2:
-            raise ValueError(
-                f"OrthoMaxFactor orthogonalizes matrices and cannot take shape {parameter.shape}; "
-                "route it to another optimizer, as create_optimizer(model) does"
-            )
+        refuse_vector(self, parameter)
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, layout or self.layout).shape
         moments.init_second_moment(state, shape, factored=True)
