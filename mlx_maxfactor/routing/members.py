@@ -144,7 +144,7 @@ class MemberFactory:
 
     def _spec_of(self, choice: str | Optimizer) -> "MemberSpec":
         for spec in (self.hidden, self.rest):
-            if choice is spec.choice or choice in (spec.argument, spec.choice):
+            if choice in (spec.argument, spec.choice):
                 return spec
         return MemberSpec(choice if isinstance(choice, str) else "rule", choice)
 
