@@ -9,7 +9,6 @@ from .frequency_bands import band_damping, band_momentum, band_shares
 from .layouts import LAYOUTS, Layout, as_matrices, from_matrices, input_axis_shape, norm_axes
 from .moments import (
     bias_correction,
-    divided_by_root,
     factored_root,
     factored_second_moment,
     largest_moment,
@@ -64,7 +63,6 @@ __all__ = [
     "clamped_magnitude",
     "clamped_square",
     "dequantize",
-    "divided_by_root",
     "factored_root",
     "factored_second_moment",
     "from_matrices",

@@ -52,13 +52,6 @@ def factored_root(
     return rows, mx.maximum(fusion_barrier(mx.sqrt(column)), fusion_barrier(floor / rows))
 
 
-def divided_by_root(h: mx.array, row: mx.array, column: mx.array, floor: float) -> mx.array:
-    """``h / (√R √C)`` up to a common factor, with a floor under ``√(R C / max R)``."""
-    largest = mx.maximum(mx.max(row, axis=-2, keepdims=True), floor)
-    rows, root = factored_root(row, column, largest, floor)
-    return h / root / rows
-
-
 def bias_correction(beta: float, t: mx.array) -> mx.array:
     """``1 - β^t``, the weight that a moving average started at zero has gathered."""
     # Through expm1: in float32 the difference 1 - 0.999 is off by 6e-5 of itself.

@@ -134,7 +134,10 @@ class OrthoMaxFactor(Float32Optimizer):
         b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
         row, column = moments.update_statistics(g, state, b)
         h = moments.with_momentum((1 - self.momentum) * g, state, self.momentum, self.nesterov)
-        u = f.divided_by_root(h, row, column, self.eps)
+        # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
+        largest = mx.maximum(mx.max(row, axis=-2, keepdims=True), self.eps)
+        rows, root = f.factored_root(row, column, largest, self.eps)
+        u = h / root / rows
         step = f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
 
         alpha = self.step_size(p, self.step, self.learning_rate, layout)
