@@ -29,12 +29,10 @@ def apply_rules(
     paths = [*(p.path for p in parameters), *aliases]
     problems = []
     for key, value in rules.items():
-        by_role = key in ROLES
-        matched = by_role or any(fnmatchcase(path, key) for path in paths)
-        if not matched:
+        if key not in ROLES and not any(fnmatchcase(path, key) for path in paths):
             near = hint(key, [*ROLES, *paths])
             problems.append(f"rule {key!r} is no role and matches no whole path{near}")
-        choices = [*OPTIMIZERS, "rest"] + ([] if by_role else list(ROLES))
+        choices = [*OPTIMIZERS, "rest"] + ([] if key in ROLES else list(ROLES))
         known = isinstance(value, Optimizer) or (isinstance(value, str) and value in choices)
         if not known:
             problems.append(
