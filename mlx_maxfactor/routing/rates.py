@@ -77,14 +77,6 @@ def _orthomaxfactor_peak(run: Run) -> float:
     return max(1.5e-3, (0.8 if run.momentum else 1.4) / math.sqrt(run.total_steps) * blocks)
 
 
-def _muon_peak(run: Run) -> float:
-    return 0.8 / math.sqrt(run.total_steps) * math.sqrt(WIDTH / run.width)
-
-
-def _adamw_peak(run: Run) -> float:
-    return 3e-3 * WIDTH / run.width
-
-
 OPTIMIZERS: dict[str, OptimizerEntry] = {
     "orthomaxfactor": OptimizerEntry(
         OrthoMaxFactor,
@@ -103,14 +95,14 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         pretrained=1e-2,
         lora=3e-3,
         lora_options={"scale": "rms", "momentum": 0.8},
-        peak=_muon_peak,
+        peak=lambda run: 0.8 / math.sqrt(run.total_steps) * math.sqrt(WIDTH / run.width),
     ),
     "adamw": OptimizerEntry(
         AdamW,
         1e-3,
         lora=3e-4,
         lora_options={"betas": (0.9, 0.999), "bias_correction": False},
-        peak=_adamw_peak,
+        peak=lambda run: 3e-3 * WIDTH / run.width,
         rest_peak=1e-2,
     ),
 }
