@@ -20,7 +20,6 @@ from .base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
 
 STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
-FLOAT32_EPS = 2.0**-23
 
 Reader = Callable[[mx.array], mx.array]
 """Reads the gradient or its momentum after another array, see ``functional.read_after``."""
@@ -28,7 +27,7 @@ Reader = Callable[[mx.array], mx.array]
 Preset = Literal["early", "hub", "speech"]
 
 EARLY_AND_SPEECH: dict[str, Any] = {
-    "eps": (FLOAT32_EPS, 1e-3),
+    "eps": (2.0**-23, 1e-3),  # the first is the machine epsilon of float32
     "weight_decay": 0.0,
     "min_lr": 0.0,
     "scalar_boost": None,
