@@ -37,6 +37,11 @@ def check_number(
     return float(value)
 
 
+def check_not_negative(**numbers: Any) -> list[float]:
+    """The values, if each is a number of at least 0."""
+    return [check_number(name, value, 0.0) for name, value in numbers.items()]
+
+
 def check_pair(name: str, value: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
     """The value as a tuple, if it is a pair of numbers in the interval of :func:`check_number`."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:

@@ -109,12 +109,26 @@ def test_unknown_options_of_a_registered_optimizer_are_refused(lion):
         create_optimizer(model, "lion", beta=0.9)
 
 
+class WithoutKey(SignSGD):
+    """It forgets the state of its base class."""
+
+    def init_single(self, parameter, state, layout=None):
+        state["m"] = mx.zeros(parameter.shape)
+
+
+def test_state_without_a_random_key_is_explained():
+    p = {"w": mx.ones((2, 2), mx.bfloat16)}
+    with pytest.raises(ValueError, match=r"must call super\(\).init_single\(parameter, state\)"):
+        WithoutKey(rounding="stochastic").apply_gradients(p, p)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("not a name", SignSGD, 0.1), "name must be an identifier"),
         (("mine", dict, 0.1), "kind must be a subclass of Float32Optimizer"),
-        (("muon", SignSGD, 0.1), "'muon' is already the name of Muon"),
+        (("muon", SignSGD, 0.1), "'muon' is already the name of mlx_maxfactor.*Muon"),
+        (("muon", type("Muon", (SignSGD,), {}), 0.1), "'muon' is already the name of mlx_maxf"),
         (("mine", SignSGD, -1.0), "learning_rate must be in"),
     ],
     ids=str,

@@ -221,6 +221,11 @@ class Float32Optimizer(Optimizer):
             x = f.clamp(x, mx.finfo(mx.float16).max)
         if self.rounding == "nearest" or parameter.dtype == mx.float32:
             return x.astype(parameter.dtype)
+        if "key" not in state:
+            raise ValueError(
+                "stochastic rounding needs a random key: init_single must call "
+                "super().init_single(parameter, state)"
+            )
         elements = state.elements if isinstance(state, LiveState) else None
         state["key"], key = mx.random.split(state["key"])
         return f.stochastic_round(x, parameter.dtype, key, elements)

@@ -11,6 +11,7 @@ from .._validate import (
     check_choice,
     check_flag,
     check_flags,
+    check_not_negative,
     check_number,
     check_pair,
     check_rising,
@@ -168,8 +169,7 @@ class MaxFactor(Float32Optimizer):
         self.relative_step = check_flag("relative_step", relative_step)
         self.vector_sign, self.maximize = check_flags(vector_sign=vector_sign, maximize=maximize)
         self._set_momentum(momentum, nesterov, cautious, state_dtype)
-        self.eps_rms = check_number("eps_rms", eps_rms, 0.0)
-        self.min_rms = check_number("min_rms", min_rms, 0.0)
+        self.eps_rms, self.min_rms = check_not_negative(eps_rms=eps_rms, min_rms=min_rms)
 
     def _set_momentum(
         self,

@@ -152,8 +152,9 @@ def register_optimizer(
         raise ValueError(f"name must be an identifier, got {shown(name)}")
     if not (isinstance(kind, type) and issubclass(kind, Float32Optimizer)):
         raise ValueError(f"kind must be a subclass of Float32Optimizer, got {shown(kind)}")
-    if name in OPTIMIZERS and OPTIMIZERS[name].kind.__qualname__ != kind.__qualname__:
-        raise ValueError(f"{name!r} is already the name of {OPTIMIZERS[name].kind.__name__}")
+    # A class that is defined again, as in a notebook, keeps its name.
+    if (taken := OPTIMIZERS.get(name)) and _place_of(taken.kind) != _place_of(kind):
+        raise ValueError(f"{name!r} is already the name of {_place_of(taken.kind)}")
     rates = {"learning_rate": learning_rate, "pretrained": pretrained, "lora": lora}
     for key, rate in rates.items():
         if rate is not None:
@@ -161,6 +162,10 @@ def register_optimizer(
     OPTIMIZERS[name] = OptimizerEntry(
         kind, learning_rate, pretrained, lora, lora_options or {}, peak
     )
+
+
+def _place_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 RatePreset = Literal["scratch", "pretrained", "lora"]
