@@ -36,7 +36,9 @@ def quadratic(s: Symmetric, a: float, b: float, c: float) -> Symmetric:
     def block(i: int, j: int) -> mx.array:
         linear = b * s[i][j]
         if i == j:
-            linear = linear + a * mx.eye(linear.shape[-1])
+            # Not mx.eye, which fills and scatters: this is fused with the sum.
+            places = mx.arange(linear.shape[-1])
+            linear = linear + mx.where(mx.expand_dims(places, -1) == places, a, 0.0)
         return _summed(_met(s, s, i, j), linear, c)
 
     return [[block(i, j) for j in range(i + 1)] for i in range(len(s))]
