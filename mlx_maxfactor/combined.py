@@ -41,7 +41,7 @@ class CombinedOptimizer(MultiOptimizer):
         self.filters = []  # `index_of` replaces them, and MLX's own lambda could not be pickled
         self.guard = guard
         self.strategy = strategy or UpdateStrategy()
-        self._updates = 0  # counted by Python, to check the guard now and then
+        self._updates = 0  # counted by Python, to check the guard after every max_skipped
 
     def index_of(self, path: str) -> int | None:
         """Index of the member that updates the parameter at a path. None: no member does."""
@@ -66,7 +66,7 @@ class CombinedOptimizer(MultiOptimizer):
         Raises:
             FloatingPointError: The guard's ``max_skipped`` was reached.
         """
-        self._check_skipped()
+        self.guard.check(self.step)
         return self.guard.counts.get("skipped", mx.array(0, mx.uint32))
 
     def init(self, parameters: dict) -> None:
@@ -78,14 +78,10 @@ class CombinedOptimizer(MultiOptimizer):
     def update(self, model: nn.Module, gradients: dict) -> None:
         """Update the model's parameters in place."""
         check_update(model, gradients)
-        self._updates += 1
         if self._updates % (self.guard.max_skipped or 1) == 0:
-            self._check_skipped()
-        super().update(model, gradients)
-
-    def _check_skipped(self) -> None:
-        if self.guard.max_skipped is not None:
             self.guard.check(self.step)
+        self._updates += 1
+        super().update(model, gradients)
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
@@ -216,6 +212,11 @@ class GuardedOptimizer(CombinedOptimizer):
     ):
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer must be an optimizer, {got(optimizer, ())}")
+        if isinstance(optimizer, CombinedOptimizer) and optimizer.strategy.ranks > 1:
+            raise ValueError(
+                "an optimizer that several ranks share decides for all of them: give "
+                "max_grad_norm, skip_nonfinite and max_skipped to create_optimizer"
+            )
         super().__init__([optimizer], Guard(max_grad_norm, skip_nonfinite, max_skipped))
 
     def __repr__(self) -> str:
@@ -227,7 +228,7 @@ class GuardedOptimizer(CombinedOptimizer):
 class _State(dict):
     """A state that also has the step and the rate as a whole, where public trainers look for them.
 
-    They are no items: a compiled step and a checkpoint would take them for arrays of their own.
+    They are not items, because a compiled step and a checkpoint would treat these as more arrays.
     """
 
     def __init__(self, optimizer: MultiOptimizer, **items: Any):
@@ -283,7 +284,7 @@ def _advance(optimizer: Optimizer, decision: StepDecision) -> None:
 def _update_whole(
     optimizer: Optimizer, gradients: Any, parameters: Any, decision: StepDecision
 ) -> dict[str, mx.array]:
-    """The update of an optimizer that has its own way with trees, by path."""
+    """The update of an optimizer that replaces ``apply_gradients``, by path."""
     before = tree_map(lambda array: array, optimizer.state)
 
     def chosen(new: mx.array, old: mx.array) -> mx.array:

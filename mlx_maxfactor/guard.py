@@ -10,7 +10,7 @@ from .optimizers.update_loop import StepDecision
 
 
 class Guard:
-    """Decides from the gradients of each step by what to scale them, and whether to make it.
+    """Decides from the gradients of each step how much to scale them, and whether to skip it.
 
     Args:
         max_grad_norm: Largest global norm of the gradients. None: no limit.
@@ -70,7 +70,7 @@ class Guard:
         factor, (peak, norm) = None, f.scaled_global_norm(gradients)
         finite = f.fusion_barrier(mx.isfinite(norm))
         if self.max_grad_norm is not None:
-            # An inf is not scaled: times 0 it would be a NaN, and everything else 0.
+            # With an inf the factor is 1: times 0 the inf would be a NaN, and all else 0.
             factor = mx.minimum(1.0, self.max_grad_norm / peak / norm)
             factor = f.fusion_barrier(mx.where(finite, factor, 1.0))
         return StepDecision(factor, finite if self.skip_nonfinite else None)
@@ -83,13 +83,15 @@ class Guard:
             self.counts["skipped_in_a_row"] = decision.select(mx.zeros_like(in_a_row), in_a_row + 1)
 
     def check(self, step: mx.array) -> None:
-        """Raise if too many steps in a row were skipped. Waits for the device.
+        """Raise if too many steps in a row were skipped. With a limit, it waits for the device.
 
         Raises:
             FloatingPointError: There were ``max_skipped``.
         """
-        count = known(self.counts.get("skipped_in_a_row"))
-        if count is not None and self.max_skipped is not None and count >= self.max_skipped:
+        if self.max_skipped is None:
+            return
+        count = known(self.counts["skipped_in_a_row"])
+        if count is not None and count >= self.max_skipped:
             raise FloatingPointError(
                 f"{count} steps in a row were skipped: their gradients held an inf or a NaN; the "
                 f"model is as it was after update {known(step)}"

@@ -219,8 +219,8 @@ class OrthoMaxFactor(Twin):
         beta = self.momentum
         self.m = beta * self.m + (1 - beta) * g
         h = beta * self.m + (1 - beta) * g if self.nesterov and beta else self.m
-        top = np.maximum(np.max(self.R, axis=-2, keepdims=True), self.eps)
-        u = h / np.maximum(np.sqrt(self.R / top * self.C), self.eps)
+        top = np.max(self.R, axis=-2, keepdims=True)
+        u = h / np.maximum(np.sqrt(self.R / np.where(top > 0, top, 1) * self.C), self.eps)
         X = orthogonalize_blocks(u, self.method, self.steps, self.block)
         size = rms(X, (-2, -1))  # of each matrix
         fan_in = p.shape[-1]

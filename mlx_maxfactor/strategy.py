@@ -35,7 +35,7 @@ class UpdateStrategy:
         """Called when the optimizer has made the state of these parameters."""
 
     def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
-        """The slots with the gradients that count."""
+        """The slots with the gradients to use."""
         return slots
 
     def update(

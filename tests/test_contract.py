@@ -191,7 +191,7 @@ def test_frozen_module_can_be_called_step(make):
 
 
 def test_parameter_called_step_is_refused(make):
-    with pytest.raises(ValueError, match="'step' is the optimizer's own"):
+    with pytest.raises(ValueError, match="'step' is reserved by the optimizer"):
         make().init({"step": mx.zeros((2, 2))})
 
 

@@ -20,11 +20,12 @@ import pytest
 import ring
 from distributed_run import CASES, SHARDED, STEPS, Rank, bits_of
 from killed_run import EIGHT_BITS, build
-from mlx.optimizers import MultiOptimizer
 from mlx.utils import tree_flatten
 
 from mlx_maxfactor import (
+    AdamW,
     CheckpointError,
+    GuardedOptimizer,
     MaxFactor,
     Muon,
     create_optimizer,
@@ -175,10 +176,45 @@ def test_later_parameters_do_not_move_earlier_ones():
     assert sorted(load[0] for load in assignment.loads) == [70, 250]
 
 
+class WholeTree(Muon):
+    """It updates all of its parameters together."""
+
+    def apply_gradients(self, gradients, parameters):
+        return super().apply_gradients(gradients, parameters)
+
+
 def test_optimizer_that_updates_the_whole_tree_is_refused():
-    model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="MultiOptimizer updates all of its parameters at once"):
-        create_optimizer(model, MultiOptimizer([Muon()]), group=Rank(0, 2))
+    with pytest.raises(ValueError, match="WholeTree updates all of its parameters at once"):
+        create_optimizer(nn.Linear(3, 2), WholeTree(), group=Rank(0, 2))
+
+
+def test_guard_around_an_optimizer_of_several_ranks_is_refused():
+    optimizer = create_optimizer(nn.Linear(3, 2), group=Rank(0, 2))
+    with pytest.raises(ValueError, match=r"give max_grad_norm, skip_nonfinite and max_skipped to"):
+        GuardedOptimizer(optimizer)
+    GuardedOptimizer(create_optimizer(nn.Linear(3, 2)))
+
+
+class WithoutLayout(AdamW):
+    """Its methods are those of MLX, without a layout."""
+
+    def init_single(self, parameter, state):
+        super().init_single(parameter, state)
+        state["scale"] = mx.array(1.0)  # belongs to the whole parameter
+
+    def apply_single(self, gradient, parameter, state):
+        return super().apply_single(gradient, parameter, state)
+
+    def row_granularity(self, shape, layout):
+        return 1
+
+
+def test_state_without_layouts_is_cut():
+    model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 2))
+    optimizer = create_optimizer(model, WithoutLayout(), group=Rank(0, 2))
+    state = optimizer.optimizers[0].state["layers"][1]["weight"]
+    assert 0 < state["m"].shape[0] < 64
+    assert state["scale"].shape == ()
 
 
 class SubclassWithoutRows(Muon):

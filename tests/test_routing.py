@@ -553,6 +553,14 @@ def test_first_layer_can_be_excluded():
         ),
         ({"learning_rate": lambda s: 0.1, "rest_learning_rate": 0.1}, "whose peak is not known"),
         ({"learning_rate": lambda s: 0.1, "rest": AdamW(0.1)}, "the rate of AdamW is a number bes"),
+        (
+            {"hidden": GuardedOptimizer(Muon())},
+            "hidden must be a single optimizer, got GuardedOptimizer: give its parts as rules, and",
+        ),
+        (
+            {"rules": {"head": mlx_optimizers.MultiOptimizer([Muon()])}},
+            "rule must be a single optimizer, got MultiOptimizer",
+        ),
         ({"strict": 1}, "strict must be True or False, got 1"),
         ({"rules": ["head"]}, "rules must map roles and path patterns to optimizers, got"),
         ({"rest_options": 3}, "rest_options must map names to values, got 3"),

@@ -26,9 +26,8 @@ FORMATS = ("3",)
 STATE = "_run.optimizer."
 AVERAGE = "_run.average."
 KEY = "_run.random"
-"""Prefixes of arrays that are not weights. MLX never gives a weight a name that begins with _.
-
-``KEY`` holds one random key, or one row per rank.
+"""Names, and prefixes of names, of arrays that are not weights. MLX never gives a weight a name
+that begins with _. ``KEY`` holds one random key, or one row per rank.
 """
 
 SHOWN = 10
@@ -332,8 +331,8 @@ class _Loading:
 
     def _settle_rates(self) -> tuple[list[str], list[str]]:
         """Decide whose rates to use. Return notes, and conflicts that the user must resolve."""
-        told: list[str] = []
-        asked: list[str] = []
+        notes: list[str] = []
+        conflicts: list[str] = []
         runs = self.saved["optimizers"], self.live["optimizers"]
         members = zip(self.members.items(), *runs, strict=False)
         for i, ((prefix, member), old, new) in enumerate(members):
@@ -351,10 +350,10 @@ class _Loading:
                 self.kept_here |= names
                 line = f"learning_rate is {there:.6g} in the file, {here:.6g} here"
                 if i in self.used and built:
-                    told.append(f"{self.used[i]}: {line}, which is used")
+                    notes.append(f"{self.used[i]}: {line}, which is used")
                 elif i in self.used:
-                    asked.append(f"{self.used[i]}: {line}: say rates='file' or rates='here'")
-        return told, asked
+                    conflicts.append(f"{self.used[i]}: {line}: say rates='file' or rates='here'")
+        return notes, conflicts
 
     def _constant_rates(
         self, prefix: str, member: Optimizer, old: Mapping[str, Any], new: Mapping[str, Any]

@@ -151,7 +151,7 @@ class Sharding(UpdateStrategy):
         return next((rows for rows in ranges if rows.rank == self.rank), None)
 
     def _is_whole(self, path: str, state: Mapping[str, mx.array]) -> bool:
-        """Whether state was just made: for the first time, or after a load was undone."""
+        """Whether the state still has whole arrays: just made, or after a load was undone."""
         shapes = self._shapes[path]
         return any(
             x.shape == shapes[key].shape
@@ -164,7 +164,7 @@ class Sharding(UpdateStrategy):
 
         Counts and random keys belong to the whole parameter.
         """
-        return self._shapes[path][key].dtype == mx.uint32
+        return key == "key" or self._shapes[path][key].ndim == 0
 
     def _cut_state(self, path: str, parameter: mx.array, rows: RowRange) -> None:
         """Replace a state by a new one for some rows. A slice would keep the whole alive."""
@@ -173,7 +173,8 @@ class Sharding(UpdateStrategy):
         state.clear()
         state.update(common)  # includes the random key: init_single must not make another
         shape = (rows.stop - rows.start, *parameter.shape[1:])
-        optimizer.init_single(mx.zeros(shape), state, optimizer.layout_of(path))
+        part = mx.zeros(shape, parameter.dtype)
+        optimizer.init_single(part, state, *optimizer.layout_argument(path))
         state.update(common)
 
     # Checkpoints
@@ -256,7 +257,7 @@ class StateArray(NamedTuple):
 
 def _state_rows(state: mx.array, rows: RowRange, total: int) -> RowRange:
     """The rows of a state array that belong to ``rows`` of the parameter's ``total`` rows."""
-    # A scale belongs to many elements. The last one may belong to fewer, so ends are rounded up.
+    # A scale belongs to a group of elements. Cuts lie between groups; the last may be short.
     start, stop = (row * _rows(state) // total for row in (rows.start, rows.stop))
     return RowRange(rows.rank, start, stop)
 

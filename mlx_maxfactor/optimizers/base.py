@@ -47,7 +47,7 @@ Rounding = Literal["nearest", "stochastic"]
 """How updates of bf16 and fp16 parameters are rounded."""
 
 ELEMENTWISE_FLOPS = 300.0
-"""Matrix-product operations that take as long as ten elementwise passes, per element."""
+"""The cost of an elementwise update, per element, in operations of a matrix product."""
 
 
 class Float32Optimizer(Optimizer):
@@ -200,8 +200,8 @@ class Float32Optimizer(Optimizer):
         """The layout of the parameter at ``path``."""
         return self.layouts.get(path, self.layout)
 
-    def _layout_argument(self, path: str) -> tuple[str, ...]:
-        """The layout argument, left out if it is the optimizer's own layout.
+    def layout_argument(self, path: str) -> tuple[str, ...]:
+        """The layout as an argument, or nothing if it is the optimizer's own.
 
         A subclass may define only MLX's methods, which take no layout.
         """
@@ -240,7 +240,7 @@ class Float32Optimizer(Optimizer):
         """
         parameters = parameters or {}  # MLX 0.32.1 gives a member without parameters an empty list
         problems = [
-            f"{key!r} is the optimizer's own name: rename what the model calls so at its top"
+            f"{key!r} is reserved by the optimizer: rename that top-level part of the model"
             for key in RESERVED & parameters.keys()
             if flatten(parameters[key])
         ]
@@ -268,7 +268,7 @@ class Float32Optimizer(Optimizer):
                 problems.append(f"{path}: {COMPLEX}")
             elif _is_trained(tree) and self.owns(path):
                 try:
-                    self.init_single(tree, state, *self._layout_argument(path))
+                    self.init_single(tree, state, *self.layout_argument(path))
                 except ValueError as problem:
                     problems.append(f"{path}: {problem}")
         return state
@@ -298,7 +298,7 @@ class Float32Optimizer(Optimizer):
 
     def update_at(self, path: str) -> Update:
         """The update of the parameter at a path. A parameter that is not trained is unchanged."""
-        owns, layout = self.owns(path), self._layout_argument(path)
+        owns, layout = self.owns(path), self.layout_argument(path)
 
         def update(gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
             if not (owns and _is_trained(parameter)):

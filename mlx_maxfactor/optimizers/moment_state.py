@@ -34,7 +34,7 @@ def init_second_moment(state: dict, shape: tuple[int, ...], *, factored: bool) -
 def update_statistics(
     g: mx.array, state: dict, weight: mx.array, eps: float = 0.0
 ) -> tuple[mx.array, mx.array]:
-    """Return the row and column statistics with one more gradient, which has this weight."""
+    """Mix a gradient into the row and column statistics with this weight. Return both."""
     row, column = f.factored_second_moment(g, state["row"], state["column"], weight, eps)
     state["row"], state["column"] = row, column
     return row, column
@@ -75,9 +75,9 @@ def write_momentum(m: mx.array, state: dict, decay: float) -> mx.array:
 
 
 def with_momentum(x: mx.array, state: dict, decay: float, nesterov: bool) -> mx.array:
-    """Return the momentum ``m ← decay · m + x``. Nesterov: one step ahead, ``decay · m + x``.
+    """Update the momentum ``m ← decay · m + x`` and return it.
 
-    With a decay of zero there is no buffer.
+    Nesterov: return ``decay · m + x`` of the new m. With a decay of zero there is no buffer.
     """
     if not decay:
         return x

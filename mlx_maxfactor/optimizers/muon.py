@@ -90,8 +90,9 @@ class Muon(Float32Optimizer):
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """A stack is cut between matrices, a matrix between blocks of rows."""
+        if layout == "transposed":
+            return 0
         rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
-        rows = 0 if layout == "transposed" else rows
         dtype = self.state_dtype if self.momentum else "float32"
         return moments.aligned_to_groups(rows, shape, dtype)
 
@@ -116,7 +117,7 @@ class Muon(Float32Optimizer):
         return self.store(p, parameter, state, layout)
 
     def direction(self, u: mx.array, state: dict) -> mx.array:
-        """Orthogonalize each matrix or block of rows. A subclass may extend this."""
+        """Orthogonalize each matrix or block of rows. A subclass may keep more ``state``."""
         return f.orthogonalize(u, self.method, self.steps, self.block)
 
     def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:

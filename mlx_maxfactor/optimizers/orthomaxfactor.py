@@ -60,7 +60,7 @@ class OrthoMaxFactor(Float32Optimizer):
             matrix. "conv": the array is one matrix, ``(out, -1)``. "transposed": a matrix is stored
             as ``(in, out)``. The router reads the layout from the module. Default "batched".
         rounding: How bf16 and fp16 parameters are rounded: "nearest", or "stochastic", with which
-            updates smaller than their spacing still count on average. Default "nearest".
+            updates too small for the dtype still add up. Default "nearest".
         seed: Seed of stochastic rounding. Default 0.
 
     Raises:
@@ -73,7 +73,7 @@ class OrthoMaxFactor(Float32Optimizer):
         >>> optimizer = OrthoMaxFactor(0.01, method="polar_express", steps=8, weight_decay=0.0)
         >>> g = mx.array([[3.0, 0.0], [0.0, -0.1]])
         >>> p = optimizer.apply_gradients({"w": g}, {"w": mx.ones((2, 2))})["w"]
-        >>> [round(x, 4) for x in mx.diag(p).tolist()]  # RMS 1 of a diagonal: √2 on it
+        >>> [round(x, 4) for x in mx.diag(p).tolist()]  # a diagonal O with RMS 1 has ±√2 on it
         [0.9859, 1.0141]
 
     Reference:
@@ -101,6 +101,7 @@ class OrthoMaxFactor(Float32Optimizer):
         rounding: Rounding = "nearest",
         seed: int = 0,
     ):
+        # Before the base class, which checks the rate against it.
         self._usual_rate = 0.02 if min_rms in ("init", 0) else None
         super().__init__(learning_rate, layout, rounding, seed)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
@@ -135,8 +136,7 @@ class OrthoMaxFactor(Float32Optimizer):
         row, column = moments.update_statistics(g, state, b)
         h = moments.with_momentum((1 - self.momentum) * g, state, self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
-        largest = mx.maximum(mx.max(row, axis=-2, keepdims=True), self.eps)
-        rows, root = f.factored_root(row, column, largest, self.eps)
+        rows, root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
         u = h / root / rows
         step = f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
 

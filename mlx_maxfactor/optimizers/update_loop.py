@@ -16,7 +16,7 @@ Update = Callable[[mx.array, mx.array, dict], mx.array]
 class ParameterSlot(NamedTuple):
     """A gradient, its parameter, and the state that each optimizer keeps at their path.
 
-    ``elements`` says where the parameter's elements are in the whole parameter, if this is a part.
+    ``elements``: if this is a shard, where its elements are in the whole parameter.
     """
 
     path: str
@@ -125,6 +125,11 @@ class LiveState(dict):
     def __setitem__(self, key: str, new: mx.array) -> None:
         super().__setitem__(key, self._decision.select(new, self[key]) if key in self else new)
 
+    def update(self, *arguments: Any, **arrays: Any) -> None:
+        """Set several arrays. A dictionary's own method would not select."""
+        for key, new in dict(*arguments, **arrays).items():
+            self[key] = new
+
 
 class UpdateLoop:
     """Evaluates updates one after the other, whatever the order of the graph.
@@ -177,7 +182,8 @@ class UpdateLoop:
         if any(x is not None for x in self.decision):
             # With a float32 gradient, MLX's own optimizers return float32 weights and states.
             new = new.astype(parameter.dtype)
-            live.update({k: live[k].astype(x.dtype) for k, x in zip(names, old, strict=True)})
+            cast = {key: live[key].astype(x.dtype) for key, x in zip(names, old, strict=True)}
+            dict.update(live, cast)
         state.update(live)
         updated = self.decision.select(new, parameter)
         self._before = [updated, *(state[key] for key in names)]

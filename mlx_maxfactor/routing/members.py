@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from mlx.optimizers import Optimizer
+from mlx.optimizers import MultiOptimizer, Optimizer
 
 from .._validate import LARGEST_SEED, Rate, check_rate, got, hint
 from ..optimizers.adafactor import Adafactor, relative_step_of
@@ -39,6 +39,11 @@ class MemberSpec:
         return "learning_rate" if self.argument == "hidden" else f"{self.argument}_learning_rate"
 
     def __post_init__(self) -> None:
+        if isinstance(self.choice, MultiOptimizer):
+            raise ValueError(
+                f"{self.argument} must be a single optimizer, got {type(self.choice).__name__}: "
+                "give its parts as rules, and a guard's options to create_optimizer"
+            )
         if isinstance(self.choice, Optimizer):
             if given := [self.rate_name] * (self.rate is not None) + list(self.options):
                 raise ValueError(
@@ -86,7 +91,7 @@ class MemberSpec:
 
 
 class MemberFactory:
-    """Makes each member, with its own rate, when a parameter first needs it.
+    """Makes the members for ``hidden`` and ``rest``, and others when a parameter needs them.
 
     The rate of the primary spec also scales the rates of the other members that were requested by
     name, in proportion to their default rates. If it is a schedule, theirs are multiples of it. In
@@ -104,13 +109,13 @@ class MemberFactory:
 
     def __init__(
         self,
-        hidden: "MemberSpec",
-        rest: "MemberSpec",
+        hidden: MemberSpec,
+        rest: MemberSpec,
         shared: dict[str, Any],
         *,
         pretrained: bool,
         lora: bool,
-        primary: "MemberSpec",
+        primary: MemberSpec,
         run: Run | None,
     ):
         self.hidden, self.rest, self.shared, self.primary = hidden, rest, shared, primary
@@ -128,7 +133,7 @@ class MemberFactory:
         self.member_index("rest", decays=True)
 
     def member_index(self, choice: str | Optimizer, *, decays: bool, lora: bool = False) -> int:
-        """Index of the member for "hidden", "rest", a name, or an optimizer."""
+        """Index of the member for "hidden", "rest", a name, or an optimizer. It may be new."""
         spec = self._spec_of(choice)
         preset: RatePreset = "lora" if lora and spec is not self.rest else self.preset
         if isinstance(spec.choice, Optimizer):
@@ -142,13 +147,13 @@ class MemberFactory:
             self.members.append(self._member(spec, decays, preset))
         return self._index[key]
 
-    def _spec_of(self, choice: str | Optimizer) -> "MemberSpec":
+    def _spec_of(self, choice: str | Optimizer) -> MemberSpec:
         for spec in (self.hidden, self.rest):
             if choice in (spec.argument, spec.choice):
                 return spec
         return MemberSpec(choice if isinstance(choice, str) else "rule", choice)
 
-    def _member(self, spec: "MemberSpec", decays: bool, preset: RatePreset) -> Member:
+    def _member(self, spec: MemberSpec, decays: bool, preset: RatePreset) -> Member:
         if isinstance(spec.choice, Optimizer):
             self._share_schedule(spec.choice)
             return Member(type(spec.choice).__name__, spec.choice, peak_rate_of(spec.choice))
@@ -170,7 +175,7 @@ class MemberFactory:
         label = spec.choice if decays else f"{spec.choice}, no decay"
         return Member(label, optimizer, peak_rate_of(optimizer) or default)
 
-    def _default_rate(self, spec: "MemberSpec", preset: RatePreset) -> float:
+    def _default_rate(self, spec: MemberSpec, preset: RatePreset) -> float:
         if isinstance(spec.choice, Optimizer):
             return peak_rate_of(spec.choice)
         peak = OPTIMIZERS[spec.choice].rest_peak
@@ -178,7 +183,7 @@ class MemberFactory:
             return peak
         return default_rate(spec.choice, preset, self.run)
 
-    def _rate_of(self, spec: "MemberSpec", default: float) -> Rate:
+    def _rate_of(self, spec: MemberSpec, default: float) -> Rate:
         """The rate of a member that was requested by name and is not the primary one."""
         if spec.rate is None or spec is self.primary:
             return self._in_proportion(default, default)
