@@ -126,13 +126,13 @@ class CombinedOptimizer(MultiOptimizer):
 
     def _find_slots(self, gradients: dict, parameters: dict) -> list[ParameterSlot]:
         slots = find_slots(gradients, parameters, self._states)
-        if not all(map(self._has_state, slots)):
+        if not all(map(self._is_ready, slots)):
             # The members' init gets parameters here. MLX's lazy call would hand it gradients.
             self.init(tree_map(lambda _, p: p, gradients, parameters))
             slots = find_slots(gradients, parameters, self._states)
         return slots
 
-    def _has_state(self, slot: ParameterSlot) -> bool:
+    def _is_ready(self, slot: ParameterSlot) -> bool:
         index = self.index_of(slot.path)
         return index is not None and isinstance(slot.states[index], dict)
 

@@ -12,11 +12,11 @@ class SpreadArray(Protocol):
     """A state array whose rows are spread over several ranks."""
 
     @property
-    def shape(self) -> mx.array:
+    def template(self) -> mx.array:
         """An array with the shape and dtype of the whole array. It is not evaluated."""
         ...
 
-    def own(self, whole: mx.array) -> mx.array:
+    def own_rows(self, whole: mx.array) -> mx.array:
         """The rows of the whole array that this rank holds."""
         ...
 
@@ -50,7 +50,7 @@ class UpdateStrategy:
 
     # Checkpoints. All ranks must call these methods together.
 
-    def of_all(self, own: mx.array) -> mx.array:
+    def gather(self, own: mx.array) -> mx.array:
         """The arrays of all ranks along a new first axis. One machine's array is unchanged."""
         return own
 

@@ -198,11 +198,11 @@ def test_guard_around_an_optimizer_of_several_ranks_is_refused():
 class WithoutLayout(AdamW):
     """Its methods are those of MLX, without a layout."""
 
-    def init_single(self, parameter, state):
+    def init_single(self, parameter, state):  # pyright: ignore[reportIncompatibleMethodOverride]
         super().init_single(parameter, state)
         state["scale"] = mx.array(1.0)  # belongs to the whole parameter
 
-    def apply_single(self, gradient, parameter, state):
+    def apply_single(self, gradient, parameter, state):  # pyright: ignore
         return super().apply_single(gradient, parameter, state)
 
     def row_granularity(self, shape, layout):

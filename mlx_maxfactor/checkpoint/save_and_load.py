@@ -135,7 +135,7 @@ def save_checkpoint(
     arrays = _arrays_at(kept | _find_state(optimizer, average))
     key = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     strategy = _strategy_of(optimizer)
-    arrays[KEY] = strategy.of_all(key)
+    arrays[KEY] = strategy.gather(key)
     metadata = {"format": FORMATS[-1], "run": json.dumps(run)}
     metadata["extra"] = json.dumps(extra, default=_scalar)
 
@@ -244,7 +244,7 @@ class _Loading:
         self.spread = {STATE + name: x for name, x in strategy.spread_state().items()}
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
-        self.here |= {name: kind_of(spread.shape) for name, spread in self.spread.items()}
+        self.here |= {name: kind_of(spread.template) for name, spread in self.spread.items()}
         self.expected = {**kept, **state, **self.spread}.keys()
         self.used = description.find_used(optimizer)
         self.kept_here: set[str] = set()
@@ -284,7 +284,7 @@ class _Loading:
             if name not in self.places:  # another rank has it
                 continue
             if name in self.spread:
-                array = self.spread[name].own(array)
+                array = self.spread[name].own_rows(array)
             mx.eval(array)
             container, key = self.places[name]
             container[key] = array

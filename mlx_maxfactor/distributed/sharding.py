@@ -179,7 +179,7 @@ class Sharding(UpdateStrategy):
 
     # Checkpoints
 
-    def of_all(self, own: mx.array) -> mx.array:
+    def gather(self, own: mx.array) -> mx.array:
         """The arrays of all ranks along a new first axis. All ranks must call it."""
         gathered = self._new_collectives().all_gather(own)
         mx.eval(gathered)  # here, because only one rank reads it
@@ -212,8 +212,10 @@ class Sharding(UpdateStrategy):
         filled, last = 0, len(spread)
         for i, (name, array) in enumerate(spread.items(), 1):
             own = self._state_of(array.path).get(array.key)
-            batch[name] = ShardedArray(array.shape.shape, array.shape.dtype, array.ranges, own)
-            filled += array.shape.nbytes
+            batch[name] = ShardedArray(
+                array.template.shape, array.template.dtype, array.ranges, own
+            )
+            filled += array.template.nbytes
             if filled >= MESSAGE_BYTES or i == last:
                 gathered = self._new_collectives().gathered(batch)
                 mx.eval(gathered)
@@ -244,11 +246,11 @@ class StateArray(NamedTuple):
 
     path: str
     key: str
-    shape: mx.array
+    template: mx.array
     ranges: tuple[RowRange, ...]
     part: RowRange | None
 
-    def own(self, whole: mx.array) -> mx.array:
+    def own_rows(self, whole: mx.array) -> mx.array:
         """This rank's rows of the whole array."""
         if self.part is None:
             return whole

@@ -105,7 +105,7 @@ class Float32Optimizer(Optimizer):
         super().__init__()
         self.rounding: str = check_choice("rounding", rounding, get_args(Rounding))
         self.seed = check_integer("seed", seed, 0, LARGEST_SEED)
-        self._keys = 0
+        self._keys_made = 0
         self.layout: str = check_choice("layout", layout, f.LAYOUTS)
         self.layouts: dict[str, str] = {}
         self.paths: Callable[[str], bool] | None = None
@@ -184,7 +184,7 @@ class Float32Optimizer(Optimizer):
         t, rate = self.step + 1, self._next_rate()
         sizes = {}
         for path, p in flatten(trainable(model)).items():
-            if _is_trained(p) and self.owns(path):
+            if _is_updatable(p) and self.owns(path):
                 layout = self.layout_of(path)
                 sizes[path] = mx.mean(self.step_size(self.load(p, layout), t, rate, layout))
         mx.eval(sizes)
@@ -266,7 +266,7 @@ class Float32Optimizer(Optimizer):
             # In a lazy call, `tree` holds gradients: only shapes may be read here.
             if self.owns(path) and is_complex(tree):
                 problems.append(f"{path}: {COMPLEX}")
-            elif _is_trained(tree) and self.owns(path):
+            elif _is_updatable(tree) and self.owns(path):
                 try:
                     self.init_single(tree, state, *self.layout_argument(path))
                 except ValueError as problem:
@@ -301,7 +301,7 @@ class Float32Optimizer(Optimizer):
         owns, layout = self.owns(path), self.layout_argument(path)
 
         def update(gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-            if not (owns and _is_trained(parameter)):
+            if not (owns and _is_updatable(parameter)):
                 return parameter
             return self.apply_single(gradient, parameter, state, *layout)
 
@@ -325,8 +325,8 @@ class Float32Optimizer(Optimizer):
         The base class makes the key for stochastic rounding. A subclass adds its statistics.
         """
         if self.rounding == "stochastic" and "key" not in state:
-            state["key"] = mx.random.key(self.seed << 32 | self._keys)
-            self._keys += 1
+            state["key"] = mx.random.key(self.seed << 32 | self._keys_made)
+            self._keys_made += 1
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
@@ -414,5 +414,5 @@ def is_complex(x: mx.array) -> bool:
     return mx.issubdtype(x.dtype, mx.complexfloating)
 
 
-def _is_trained(x: mx.array) -> bool:
+def _is_updatable(x: mx.array) -> bool:
     return mx.issubdtype(x.dtype, mx.floating) and x.size > 0

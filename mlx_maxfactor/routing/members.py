@@ -60,8 +60,8 @@ class MemberSpec:
             rate = check_rate(self.rate_name, self.rate)
             object.__setattr__(self, "rate", with_peak(rate) if callable(rate) else rate)
 
-    def check_options(self, beside: Iterable[str], other: "MemberSpec") -> None:
-        """Raise for an unknown option. The message may also suggest the names in ``beside``."""
+    def check_options(self, also_valid: Iterable[str], other: "MemberSpec") -> None:
+        """Raise for an unknown option. The message may also suggest the names in ``also_valid``."""
         if isinstance(self.choice, Optimizer):
             return
         known = options_for(self.choice)
@@ -85,8 +85,8 @@ class MemberSpec:
                     f"{problem}; {other.choice} has: give {remedy} to create_optimizer"
                 )
             raise ValueError(
-                f"{problem}{hint(option, [*known, *beside])}; it has {', '.join(known)}, and its "
-                f"rate is {self.rate_name}"
+                f"{problem}{hint(option, [*known, *also_valid])}; it has {', '.join(known)}, and "
+                f"its rate is {self.rate_name}"
             )
 
 
@@ -122,10 +122,10 @@ class MemberFactory:
         self.run = run
         self.preset: RatePreset = "pretrained" if pretrained or lora else "scratch"
         self.primary_preset: RatePreset = "lora" if lora and primary is hidden else self.preset
-        self.unit = self._default_rate(primary, self.primary_preset)
+        self.primary_default = self._default_rate(primary, self.primary_preset)
         self.rate: Rate | None = primary.rate
         if run is not None:
-            peak = self.unit if primary.rate is None else primary.rate
+            peak = self.primary_default if primary.rate is None else primary.rate
             self.rate = schedule_of(float(cast(float, peak)), run.total_steps)
         self.members: list[Member] = []
         self._index: dict[Any, int] = {}
@@ -194,12 +194,12 @@ class MemberFactory:
     def _in_proportion(self, rate: Rate, default: float) -> Any:
         """A default rate times the ratio of the primary's rate to its default."""
         primary = self.rate
-        if primary is None or not self.unit:
+        if primary is None or not self.primary_default:
             return rate
         if callable(rate):
-            shape, unit = primary if callable(primary) else lambda _: primary, self.unit
+            shape, unit = primary if callable(primary) else lambda _: primary, self.primary_default
             return Schedule(lambda step: rate(step) * shape(step) / unit, "relative step", default)
-        ratio = float(rate) / self.unit
+        ratio = float(rate) / self.primary_default
         return scaled(primary, ratio) if callable(primary) else primary * ratio
 
     def _share_schedule(self, optimizer: Optimizer) -> None:

@@ -146,9 +146,9 @@ class RoutedOptimizer(CombinedOptimizer):
         """Index of the member that updates the parameter at a path."""
         return self._routes.get(path)
 
-    def _has_state(self, slot: ParameterSlot) -> bool:
+    def _is_ready(self, slot: ParameterSlot) -> bool:
         # No member updates integer arrays.
-        return super()._has_state(slot) or not mx.issubdtype(slot.parameter.dtype, mx.inexact)
+        return super()._is_ready(slot) or not mx.issubdtype(slot.parameter.dtype, mx.inexact)
 
     def split(self, tree: Any, index: int, path: str = "") -> Any:
         """The tree without the parameters of other members. Lists keep their length."""
