@@ -123,9 +123,9 @@ def create_optimizer(
         The optimizer, with its state. See ``.plan``, ``.optimizers`` and ``.learning_rate``.
 
     Raises:
-        ValueError: An unknown name, option or rule, a number beside a schedule whose peak is not
-            known, a rate below 0, a model that is frozen whole or has complex parameters; with
-            ``strict`` every unexplained parameter.
+        ValueError: An unknown name, option or rule, an optimizer that contains others, a number
+            beside a schedule whose peak is not known, a rate below 0, a model that is frozen whole
+            or has complex parameters; with ``strict`` every unexplained parameter.
 
     Example:
         >>> import mlx.nn as nn

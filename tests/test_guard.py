@@ -279,7 +279,7 @@ class Updating(Float32Optimizer):
 
     def apply_single(self, gradient, parameter, state, layout=None):
         state.update(m=self.load(gradient))
-        state.update({"m": state["m"] + self.load(gradient)})
+        state |= {"m": state["m"] + self.load(gradient)}
         return self.store(self.load(parameter) - state["m"], parameter, state)
 
 

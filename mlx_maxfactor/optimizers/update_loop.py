@@ -130,6 +130,10 @@ class LiveState(dict):
         for key, new in dict(*arguments, **arrays).items():
             self[key] = new
 
+    def __ior__(self, arrays: Any) -> "LiveState":
+        self.update(arrays)
+        return self
+
 
 class UpdateLoop:
     """Evaluates updates one after the other, whatever the order of the graph.
