@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -33,6 +34,8 @@ from mlx_maxfactor import (
     GuardedOptimizer,
     MaxFactor,
     Muon,
+    SignSGD,
+    WeightAverage,
     create_optimizer,
     create_optimizer_for_hrm,
     load_checkpoint,
@@ -1366,3 +1369,138 @@ def test_extra_accepts_any_key(path):
     save_checkpoint(path, *trained(*tiny()), model="small", path="here", optimizer="ours")
     extra = {"model": "small", "path": "here", "optimizer": "ours"}
     assert load_checkpoint(path, *tiny()) == extra
+
+
+# What users do
+
+
+def trained_steps(model, optimizer, steps=2):
+    x = mx.random.normal((4, 6), key=mx.random.key(3))
+    grad = nn.value_and_grad(model, lambda: model(x).square().mean())
+    for _ in range(steps):
+        optimizer.update(model, grad()[1])
+        mx.eval(model.state, optimizer.state)
+
+
+def gradual(make):
+    """A model whose head is trained first and frozen when the body is trained."""
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    model.freeze()
+    model.layers[2].unfreeze()
+    optimizer = make(model)
+    return model, optimizer
+
+
+def freeze_head(model):
+    model.layers[2].freeze()
+    model.layers[0].unfreeze()
+
+
+GRADUAL = {
+    "routed": create_optimizer,
+    "bare": lambda _: AdamW(1e-2),
+    "without state": lambda _: SignSGD(1e-2),
+    "mlx": lambda _: mlx_optimizers.AdamW(1e-2),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in GRADUAL if name != "mlx"]
+)  # MLX's fail when layers are unfrozen
+def test_trained_weights_that_were_frozen_again_are_saved(name, tmp_path):
+    make = GRADUAL[name]
+    model, optimizer = gradual(make)
+    trained_steps(model, optimizer)
+    freeze_head(model)
+    trained_steps(model, optimizer)
+    save_checkpoint(tmp_path / "run.safetensors", model, optimizer, weights="trainable")
+    other, again = gradual(make)
+    again.init(other.trainable_parameters())
+    freeze_head(other)
+    load_checkpoint(tmp_path / "run.safetensors", other, again)
+    assert mx.array_equal(model.layers[2].weight, other.layers[2].weight).item()
+
+
+@pytest.mark.parametrize("make", GRADUAL.values(), ids=GRADUAL)
+def test_save_right_after_unfreezing_loads(make, tmp_path):
+    model, optimizer = gradual(make)
+    trained_steps(model, optimizer)
+    model.unfreeze()
+    save_checkpoint(tmp_path / "run.safetensors", model, optimizer)
+    other, again = gradual(make)
+    other.unfreeze()
+    load_checkpoint(tmp_path / "run.safetensors", other, again)
+
+
+class OddState(SignSGD):
+    """Its state holds arrays in a tuple, and a number of Python's."""
+
+    def init_single(self, parameter, state, layout=None):
+        super().init_single(parameter, state)
+        state["moments"] = (mx.zeros(parameter.shape), mx.zeros(parameter.shape))
+        state["scale"] = 1.0
+
+    def apply_single(self, gradient, parameter, state, layout=None):
+        m, v = state["moments"]
+        state["moments"] = (0.5 * m + gradient, v + 1)
+        return self.store(self.load(parameter) - state["scale"] * m, parameter, state)
+
+
+def test_tuples_and_numbers_in_a_state_are_restored(tmp_path):
+    def make():
+        mx.random.seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), OddState(0.1)
+
+    model, optimizer = make()
+    trained_steps(model, optimizer, 2)
+    save_checkpoint(tmp_path / "run.safetensors", model, optimizer)
+    trained_steps(model, optimizer, 2)
+    other, again = make()
+    load_checkpoint(tmp_path / "run.safetensors", other, again)
+    assert isinstance(again.state["layers"][0]["weight"]["scale"], float)
+    trained_steps(other, again, 2)
+    assert mx.array_equal(model.layers[0].weight, other.layers[0].weight).item()
+
+
+def test_file_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    model, optimizer = nn.Linear(3, 2), SignSGD()
+    path = tmp_path / "run.safetensors"
+    for i in range(2):
+        model.weight = mx.full((2, 3), i)
+        save_checkpoint(tmp_path / f"{i}.safetensors", model, optimizer, epoch=i)
+    (tmp_path / "0.safetensors").rename(path)
+    checksum = sealed_files._checksum
+
+    def replaced_meanwhile(*arguments):
+        if (tmp_path / "1.safetensors").exists():
+            (tmp_path / "1.safetensors").rename(path)
+        return checksum(*arguments)
+
+    monkeypatch.setattr(sealed_files, "_checksum", replaced_meanwhile)
+    assert load_checkpoint(path, model, optimizer) == {"epoch": 1}
+    assert model.weight[0, 0].item() == 1
+
+
+def test_other_averages_and_functions_are_differences(tmp_path):
+    def one(x):
+        return x
+
+    def two(x):
+        return x
+
+    model, path = nn.Linear(6, 6, bias=False), tmp_path / "run.safetensors"
+    average = WeightAverage(model, 0.99, start=100)
+    save_checkpoint(path, model, Muon(method=one), average=average)
+    load_checkpoint(path, model, Muon(method=one), average=WeightAverage(model, 0.99, start=100))
+    with pytest.raises(CheckpointError, match=r"average, WeightAverage: decay is 0\.99 in"):
+        load_checkpoint(path, model, Muon(method=one), average=WeightAverage(model, start=100))
+    with pytest.raises(CheckpointError, match=r"method is .*one' in the file, .*two' here"):
+        load_checkpoint(path, model, Muon(method=two), average=average)
+
+
+def test_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="is a device or a pipe"):
+        save_checkpoint(tmp_path / "pipe", nn.Linear(3, 2), SignSGD())
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

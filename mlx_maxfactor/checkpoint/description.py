@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import is_dataclass
+from inspect import isfunction
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ FORM = {
     "weights": str,
     "optimizers": [MEMBER],
     "wrappers": [{"class": str, "options": {str: object}}],
+    "average": [{"class": str, "options": {str: object}}],
     "plan": {str: [object]},
     "frozen": {str: str},
 }
@@ -41,7 +43,11 @@ FORM = {
 
 
 def describe(
-    optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array], made: int = 0
+    optimizer: Optimizer,
+    weights: str,
+    frozen: Mapping[str, mx.array],
+    made: int = 0,
+    average: Any = None,
 ) -> dict[str, Any]:
     """Describe a run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays.
 
@@ -65,6 +71,7 @@ def describe(
         "wrappers": [
             _class_and_options(o) for _, o in _walk(optimizer) if isinstance(o, MultiOptimizer)
         ],
+        "average": [] if average is None else [_class_and_options(average)],
         "plan": {
             entry.path: [list(entry.shape), entry.role, entry.layout, entry.optimizer]
             for entry in getattr(optimizer, "plan", ())
@@ -119,12 +126,13 @@ def _walk(optimizer: Optimizer, prefix: str = "") -> Iterator[tuple[str, Optimiz
             yield from _walk(member, f"{prefix}states.{i}.")
 
 
-def _class_and_options(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's class, and its public attributes that are plain values."""
+def _class_and_options(optimizer: Any) -> dict[str, Any]:
+    """The class of an optimizer or an average, and its public attributes that are plain values."""
     public = {k: v for k, v in vars(optimizer).items() if k[0] != "_"}
     options = {k: v for k, v in public.items() if _is_plain(v)}
     named = {k: v for k, v in public.items() if isinstance(v, mx.Dtype) or is_dataclass(v)}
     options |= {k: str(v) for k, v in named.items()}
+    options |= {k: v.__qualname__ for k, v in public.items() if isfunction(v)}
     if guard := public.get("guard"):
         options |= guard.options
     kind = type(optimizer)
@@ -220,6 +228,8 @@ def find_differences(
             yield from _different_schedules(place, old, new)
     for old, new in zip_longest(saved["wrappers"], live["wrappers"]):
         yield from _different_optimizers("what holds the optimizers", old, new)
+    for old, new in zip_longest(saved["average"], live["average"]):
+        yield from _different_optimizers("average", old, new)
     frozen = {**saved["frozen"], **live["frozen"]}
     others = [path for path in frozen if saved["frozen"].get(path) != live["frozen"].get(path)]
     if others:

@@ -83,6 +83,8 @@ def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) 
         try:
             if path.name in ("", "..") or path.is_dir():
                 raise CheckpointError(f"{path} is a folder: name a file in it")
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path} is a device or a pipe: name a file")
             _write(Path(os.path.realpath(path)), arrays, metadata)
         except CheckpointError:
             raise
@@ -126,7 +128,9 @@ def read(path: Path, formats: tuple[str, ...]) -> File:
             if _checksum(file, header, metadata["checksum"]) != metadata["checksum"]:
                 raise CheckpointError(f"{path} is damaged or incomplete: load an older checkpoint")
             kinds = _kinds(entries, file.tell() - 8 - len(header))
-        arrays = cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
+            arrays = cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return read(path, formats)  # a save has replaced the file meanwhile
         if {name: kind_of(array) for name, array in arrays.items()} != kinds:
             raise ValueError("its header can be read in two ways")
     except IsADirectoryError:

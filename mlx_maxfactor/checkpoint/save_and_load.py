@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 
 from .._validate import check_choice, check_flags, got
 from ..optimizers.base import flatten
+from ..optimizers.update_loop import child_at
 from ..routing.roles import find_aliases
 from ..strategy import UpdateStrategy
 from . import description, file
@@ -96,7 +97,8 @@ def save_checkpoint(
             model changes other frozen arrays.
         random_key: The random state to save. MLX has one for each thread. If the thread that saves
             is not the one that trains, evaluate ``mx.array(mx.random.state[0])`` in the training
-            thread and pass it here. None: the state of this thread.
+            thread and pass it here; no step may run during the save. None: the state of this
+            thread.
         average: A ``WeightAverage`` to save as well.
         **extra: JSON values to save: an epoch, the state of a data loader. Scalars of NumPy and MLX
             count as numbers.
@@ -128,10 +130,9 @@ def save_checkpoint(
         except (TypeError, ValueError, RecursionError) as problem:
             message = f"extra must be JSON values, and {name!r} is not: {problem}"
             raise CheckpointError(message) from problem
-    if not all(member._initialized for member in description.find_members(optimizer).values()):
-        optimizer.init(model.trainable_parameters())
-    kept, frozen = _find_weights(model, weights)
-    run = description.describe(optimizer, weights, _arrays_at(frozen))
+    optimizer.init(model.trainable_parameters())  # of layers that were just unfrozen, too
+    kept, frozen = _find_weights(model, optimizer, weights)
+    run = description.describe(optimizer, weights, _arrays_at(frozen), average=average)
     arrays = _arrays_at(kept | _find_state(optimizer, average))
     key = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     strategy = _strategy_of(optimizer)
@@ -235,11 +236,13 @@ class _Loading:
         self.key = _own_key(key, strategy.rank, strategy.ranks)
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
         optimizer.init(model.trainable_parameters())
-        kept, frozen = _find_weights(model, self.saved["weights"])
+        kept, frozen = _find_weights(model, optimizer, self.saved["weights"])
         self.weights = kept | frozen
         self.members = description.find_members(optimizer)
         made = self._steps_made()
-        self.live = description.describe(optimizer, self.saved["weights"], _arrays_at(frozen), made)
+        self.live = description.describe(
+            optimizer, self.saved["weights"], _arrays_at(frozen), made, average
+        )
         state = _find_state(optimizer, average)
         self.spread = {STATE + name: x for name, x in strategy.spread_state().items()}
         self.places = {**self.weights, **state}
@@ -287,7 +290,8 @@ class _Loading:
                 array = self.spread[name].own_rows(array)
             mx.eval(array)
             container, key = self.places[name]
-            container[key] = array
+            number = isinstance(container[key], (int, float))
+            container[key] = type(container[key])(array.item()) if number else array
         mx.random.seed(high << 32 | low)  # a key is the two halves of its seed
 
     def _steps_made(self) -> int:
@@ -388,13 +392,20 @@ def _undone_on_error(optimizer: Optimizer) -> Iterator[None]:
 # Contents of a file
 
 
-def _find_weights(model: nn.Module, weights: str) -> tuple[dict[str, Place], dict[str, Place]]:
+def _find_weights(
+    model: nn.Module, optimizer: Optimizer, weights: str
+) -> tuple[dict[str, Place], dict[str, Place]]:
     """The weights that are saved, and the frozen ones that are not, by path.
 
-    A shared parameter is listed once.
+    A shared parameter is listed once. What has optimizer state was trained, though it may be frozen
+    now.
     """
     aliases = find_aliases(model)
-    trained = {aliases.get(path, path) for path in flatten(model.trainable_parameters())}
+    states = [member.state for member in description.find_members(optimizer).values()]
+    paths = flatten(model.trainable_parameters()).keys() | {
+        path for path in flatten(model.parameters()) if any(_has_state(s, path) for s in states)
+    }
+    trained = {aliases.get(path, path) for path in paths}
     kept, frozen = {}, {}
     places = ((path, place) for path, place in _walk(model) if path not in aliases)
     for path, place in _by_name(places).items():
@@ -411,6 +422,13 @@ def _find_state(optimizer: Optimizer, average: Averaged | None) -> dict[str, Pla
     """Every array of the states of optimizer and average by its name in the file."""
     averaged = {} if average is None else average.state
     return _by_name(chain(_walk(optimizer.state, STATE), _walk(averaged, AVERAGE)))
+
+
+def _has_state(state: Any, path: str) -> bool:
+    """Whether a tree of states has a dictionary at the path of a parameter."""
+    for key in path.split("."):
+        state = child_at(state, int(key) if isinstance(state, (list, tuple)) else key)
+    return isinstance(state, dict)
 
 
 def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
@@ -436,6 +454,8 @@ def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
         name = f"{prefix}{key}"
         if module and str(key).startswith("_"):  # MLX does not count these as parameters
             continue
+        if prefix.startswith(STATE) and isinstance(value, tuple):
+            value = container[key] = list(value)  # in a tuple, no array could be replaced
         if isinstance(value, (dict, list)):
             yield from _walk(value, f"{name}.")
         elif isinstance(value, mx.array) or (
