@@ -240,6 +240,12 @@ class _State(dict):
             return getattr(self._optimizer, key)
         raise KeyError(key)
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "learning_rate":
+            self._optimizer.learning_rate = value
+        else:
+            super().__setitem__(key, value)
+
 
 def shown_optimizer(optimizer: Optimizer) -> str:
     """What an optimizer prints as. MLX's own have no repr and are shown by name."""
@@ -275,7 +281,10 @@ def _advance(optimizer: Optimizer, decision: StepDecision) -> None:
         optimizer.advance()
     else:
         for key, schedule in optimizer._schedulers.items():
-            optimizer.state[key] = schedule(optimizer.step)
+            new = schedule(optimizer.step)
+            if key == "learning_rate" and "scheduled" in optimizer.state:  # see routed.set_rate
+                new = mx.where(optimizer.state["scheduled"], new, optimizer.state[key])
+            optimizer.state[key] = new
         optimizer.state["step"] = optimizer.step + 1
     for key, x in before.items():
         optimizer.state[key] = decision.select(optimizer.state[key], x)

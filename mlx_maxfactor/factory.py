@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
+from . import functional as f
 from ._validate import (
     LARGEST_SEED,
     Rate,
@@ -146,7 +147,7 @@ def create_optimizer(
     choices = _choices(parameters, exceptions, exclude_first)
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
     if not own:
-        rest_spec = _without_hidden(hidden_spec, rest_spec)
+        hidden_spec, rest_spec = _without_hidden(hidden_spec, rest_spec)
     factory = MemberFactory(
         hidden_spec,
         rest_spec,
@@ -321,27 +322,28 @@ def _run(
     """What the law of the rates needs. The width is the shorter side of a typical matrix."""
     if total_steps is None:
         return None
-    sides = [min(p.shape[-2:]) for p in parameters if len(p.shape) > 1]
+    matrices = [f.as_matrices(mx.zeros(p.shape), p.layout) for p in parameters if len(p.shape) > 1]
+    sides = [min(matrix.shape[-2:]) for matrix in matrices]
     block = options.get("block", 128)
     return Run(
         total_steps,
         median(sides) if sides else WIDTH,
         bool(options.get("momentum", True)),
-        block if isinstance(block, int) else None,
+        None if block is None else check_integer("block", block, 1),
     )
 
 
-def _without_hidden(hidden: MemberSpec, rest: MemberSpec) -> MemberSpec:
-    """The rest, where no hidden matrix is trained: then ``learning_rate`` is its rate."""
+def _without_hidden(hidden: MemberSpec, rest: MemberSpec) -> tuple[MemberSpec, MemberSpec]:
+    """Both specs, where no hidden matrix is trained: ``learning_rate`` is the rate of the rest."""
     if hidden.rate is None:
-        return rest
+        return hidden, rest
     if rest.rate is not None or isinstance(rest.choice, Optimizer):
         warn(
             "learning_rate has no effect: no trainable parameter goes to hidden, and rest has a "
             "rate of its own; see print(optimizer.plan)"
         )
-        return rest
-    return replace(rest, rate=hidden.rate)
+        return hidden, rest
+    return replace(hidden, rate=None), replace(rest, rate=hidden.rate)
 
 
 def _is_puzzle(path: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map_with_path
 
 from . import functional as f
 from ._validate import check_integer, check_number, shown
@@ -118,4 +118,5 @@ class WeightAverage:
 
     @staticmethod
     def _put(model: nn.Module, weights: dict[str, mx.array]) -> None:
-        model.update(tree_unflatten(list(weights.items())))
+        own = model.trainable_parameters()
+        model.update(tree_map_with_path(lambda path, p: weights.get(path, p), own))

@@ -57,3 +57,14 @@ def test_bias_correction_of_a_layer_unfrozen_late_uses_its_own_step_count():
 def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         AdamW(**options)
+
+
+@pytest.mark.parametrize("state_dtype", ["int4", "int8"])
+def test_rows_without_gradients_stay_finite_if_beta1_squared_exceeds_beta2(state_dtype):
+    # The bound on m grows without end there, and inf times a second moment of zero is a NaN.
+    optimizer = AdamW(1e-3, betas=(0.9, 0.5), state_dtype=state_dtype)
+    g = {"w": mx.concatenate([mx.ones(64), mx.zeros(64)])}
+    p = {"w": mx.ones(128)}
+    optimizer.init(p)
+    optimizer.state["w"]["count"] = mx.array(8000, mx.uint32)
+    assert mx.all(mx.isfinite(optimizer.apply_gradients(g, p)["w"])).item()

@@ -129,6 +129,7 @@ def test_state_without_a_random_key_is_explained():
         (("mine", dict, 0.1), "kind must be a subclass of Float32Optimizer"),
         (("muon", SignSGD, 0.1), "'muon' is already the name of mlx_maxfactor.*Muon"),
         (("muon", type("Muon", (SignSGD,), {}), 0.1), "'muon' is already the name of mlx_maxf"),
+        (("rest", SignSGD, 0.1), "'rest' has another meaning in rules"),
         (("mine", SignSGD, -1.0), "learning_rate must be in"),
     ],
     ids=str,
@@ -153,3 +154,25 @@ def test_orthogonalization_method_can_be_a_function(kind, block):
         own, named, atol=1e-5
     ).item()  # with blocks, the named method shares Gram matrices
     assert not mx.allclose(own, kind(0.1, block=block).apply_gradients(g, p)["w"], atol=1e-5).item()
+
+
+class ListState(SignSGD):
+    """Its state is a list and a dictionary of arrays."""
+
+    def init_single(self, parameter, state, layout=None):
+        state["buffers"] = [mx.zeros(parameter.shape), {"m": mx.zeros(parameter.shape)}]
+
+    def apply_single(self, gradient, parameter, state, layout=None):
+        first, second = state["buffers"]
+        state["buffers"] = [first + 1, {"m": second["m"] + self.load(gradient)}]
+        return self.store(self.load(parameter) - self.load(gradient), parameter, state)
+
+
+def test_lists_in_a_state_are_guarded_and_counted():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = create_optimizer(model, ListState(0.1), ListState(0.1), skip_nonfinite=True)
+    assert optimizer.plan.state_bytes == 2 * model.weight.nbytes
+    for factor in (1.0, float("nan")):
+        optimizer.update(model, {"weight": factor * mx.ones((2, 3))})
+    first, second = optimizer.optimizers[1].state["weight"]["buffers"]
+    assert first.tolist() == second["m"].tolist() == [[1.0] * 3] * 2

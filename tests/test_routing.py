@@ -1,6 +1,7 @@
 """The routed optimizer and its factories: members, rates, rules, freezing, mlx's optimizers."""
 
 import re
+import threading
 import warnings
 
 import mlx.core as mx
@@ -815,3 +816,154 @@ def test_error_names_a_gradient_without_parameter():
 def test_peak_is_constant_beyond_the_measured_steps():
     assert peak("orthomaxfactor", 10**7, 64) == 1.5e-3
     assert peak("orthomaxfactor", 10**4, 64) == 8e-3
+
+
+# Rates that users set
+
+
+def rates_of(optimizer):
+    return [float(f"{float(member.learning_rate):.6g}") for member in optimizer.optimizers]
+
+
+def small_model(width=8):
+    return nn.Sequential(
+        nn.Embedding(20, width), nn.Linear(width, width), nn.RMSNorm(width), nn.Linear(width, 5)
+    )
+
+
+def test_convolutions_count_by_the_matrix_that_they_are():
+    def peak(layer):
+        layers = [layer() for _ in range(3)]
+        model = nn.Sequential(nn.Conv2d(3, 256, 3), *layers, nn.Linear(256, 10))
+        return create_optimizer(model, "adamw", total_steps=1000).members[0].peak_rate
+
+    convolutions = peak(lambda: nn.Conv2d(256, 256, 3))
+    assert convolutions == peak(lambda: nn.Linear(256, 256))
+
+
+@pytest.mark.parametrize("block", [np.int64(64), 64])
+def test_block_of_numpy_counts_in_the_law(block):
+    model = small_model(256)
+    with_block = create_optimizer(model, total_steps=100, block=block).members[0].peak_rate
+    assert with_block == create_optimizer(model, total_steps=100, block=64).members[0].peak_rate
+    with pytest.raises(ValueError, match="block must be a whole number of at least 1"):
+        create_optimizer(model, total_steps=100, block=-1)
+
+
+def test_rest_of_a_wide_pretrained_model_keeps_its_rate():
+    optimizer = create_optimizer(small_model(512), pretrained=True, total_steps=1000)
+    assert {e.rate for e in optimizer.plan if e.optimizer.startswith("adamw")} == {1e-3}
+
+
+RATIOS = {
+    "rest at zero": (lambda m: create_optimizer(m, learning_rate=0.02, rest_learning_rate=0), 0.0),
+    "zero, total_steps": (
+        lambda m: create_optimizer(m, total_steps=100, rest_learning_rate=0),
+        0.0,
+    ),
+    "object at zero": (lambda m: create_optimizer(m, rest=AdamW(0.0)), 0.0),
+    "schedule of mlx, hidden": (
+        lambda m: create_optimizer(
+            m, OrthoMaxFactor(mlx_optimizers.linear_schedule(0, 0.02, 100)), AdamW(1e-3)
+        ),
+        0.05,
+    ),
+    "schedule of mlx, rest": (
+        lambda m: create_optimizer(
+            m, OrthoMaxFactor(0.02), AdamW(mlx_optimizers.linear_schedule(0, 1e-3, 100))
+        ),
+        0.05,
+    ),
+    "adafactor": (
+        lambda m: create_optimizer(m, rest="adafactor", learning_rate=0.002),
+        0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "ratio"), RATIOS.values(), ids=RATIOS)
+def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(make, ratio):
+    optimizer = make(small_model())
+    optimizer.learning_rate = 0.01
+    first, *others = rates_of(optimizer)
+    assert first == pytest.approx(0.01)
+    assert others == pytest.approx([0.01 * ratio] * len(others))
+
+
+def test_rate_set_by_hand_reaches_members_of_mlx_in_a_compiled_step():
+    model = small_model()
+    optimizer = create_optimizer(model, rest=mlx_optimizers.AdamW(1e-3), total_steps=1000)
+    state = [model.state, optimizer.state]
+    tokens = mx.arange(8).reshape(2, 4)
+
+    def step():
+        grad = nn.value_and_grad(model, lambda: model(tokens).square().mean())
+        optimizer.update(model, grad()[1])
+
+    step = mx.compile(step, inputs=state, outputs=state)
+    for _ in range(3):
+        step()
+        mx.eval(state)
+    assert rates_of(optimizer)[1] > 0
+    optimizer.learning_rate = 0.0
+    step()
+    mx.eval(state)
+    assert rates_of(optimizer)[:2] == [0.0, 0.0]
+
+
+def test_rate_of_the_rest_does_not_become_that_of_matrices_unfrozen_later(recwarn):
+    model = small_model()
+    model.freeze()
+    model.layers[-1].unfreeze()
+    optimizer = create_optimizer(model, learning_rate=1e-3)
+    assert not recwarn.list
+    assert optimizer.learning_rate.item() == pytest.approx(1e-3)
+    model.unfreeze()
+    optimizer.init(model.trainable_parameters())
+    hidden = [e.rate for e in optimizer.plan if e.role == "hidden"]
+    assert hidden == pytest.approx([0.02])
+
+
+@pytest.mark.parametrize("options", [{}, {"total_steps": 10}], ids=["constant", "scheduled"])
+def test_rate_can_be_set_in_another_thread(options):
+    model = small_model()
+    optimizer = create_optimizer(model, **options)
+    setting = threading.Thread(target=lambda: setattr(optimizer, "learning_rate", 1e-2))
+    setting.start()
+    setting.join()
+    optimizer.update(model, tree_map(mx.ones_like, model.parameters()))
+    mx.eval(model.state, optimizer.state)
+    assert rates_of(optimizer)[0] == pytest.approx(1e-2)
+
+
+def test_object_gets_the_schedule_of_the_newest_call():
+    rest = AdamW(1e-3)
+    for steps in (100, 1000):
+        create_optimizer(small_model(), rest=rest, total_steps=steps)
+        assert str(steps) in repr(rest)
+    create_optimizer(small_model(), rest=rest)
+    rest.update({}, {})
+    assert rest.learning_rate.item() == pytest.approx(1e-3)
+    assert create_optimizer(small_model(), rest=mlx_optimizers.Adafactor(), total_steps=100).plan, (
+        "MLX's Adafactor has no rate to schedule"
+    )
+
+
+def test_rate_set_in_the_state_is_used():
+    optimizer = create_optimizer(small_model())
+    optimizer.state["learning_rate"] = 0.01
+    assert rates_of(optimizer)[0] == pytest.approx(0.01)
+
+
+# Odd names
+
+
+def test_names_with_dots_and_brackets():
+    model = nn.Module()
+    model.parts = {"[x]": nn.Linear(3, 3)}
+    rules = {"parts.[x].weight": "adamw"}
+    assert create_optimizer(model, rules=rules).plan[0].optimizer == "adamw"
+    model.parts = {"a.b": nn.Linear(3, 3), "a": {"b": nn.Linear(3, 3)}}
+    gradients = tree_map(mx.ones_like, model.parameters())
+    with pytest.raises(ValueError, match=r"two parameters have the path parts\.a\.b\.weight"):
+        AdamW().update(model, gradients)

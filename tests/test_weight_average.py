@@ -172,3 +172,13 @@ def test_checkpoint_with_and_without_average_do_not_mix(tmp_path):
 def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         WeightAverage(nn.Linear(2, 2), **options)
+
+
+def test_names_of_digits_and_dots_are_averaged():
+    model = nn.Module()
+    model.heads = {"0": nn.Linear(2, 2), "a.b": nn.Linear(2, 2)}
+    average = WeightAverage(model, 0.5)
+    own = mx.array(model.heads["a.b"].weight)
+    average.update(model)
+    with average.applied(model):
+        assert mx.allclose(model.heads["a.b"].weight, own).item()

@@ -66,5 +66,6 @@ def largest_moment(beta1: float, beta2: float, t: mx.array) -> mx.array:
     """
     rho = beta1**2 / max(beta2, 1e-30)
     powers = mx.expm1(t * math.log(rho)) / (rho - 1) if rho not in (0.0, 1.0) else t
+    powers = mx.minimum(powers, 1e30)  # where ρ > 1 it grows without end, and inf times 0 is a NaN
     total = mx.ones_like(t) if rho == 0 else powers
     return (1 - beta1) / math.sqrt(1 - beta2) * mx.sqrt(total)

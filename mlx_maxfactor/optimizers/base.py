@@ -391,7 +391,8 @@ def trainable(model: Any) -> Any:
 
 
 def _as_rate(rate: Any) -> mx.array:
-    return mx.array(rate).astype(mx.float32).reshape(())
+    rate = mx.array(rate).astype(mx.float32)
+    return rate.reshape(()) if rate.ndim else rate  # no operation: another thread may evaluate it
 
 
 def refuse_vector(optimizer: Float32Optimizer, parameter: mx.array) -> None:

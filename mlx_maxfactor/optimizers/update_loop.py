@@ -1,5 +1,6 @@
 """Update one parameter at a time: the arrays of each path, and the order of evaluation."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -57,7 +58,11 @@ def find_slots(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[P
         ValueError: A gradient has no parameter, or they differ in shape. MLX would broadcast
             silently, or stop half-way.
     """
-    return list(_slots("", gradients, parameters, states))
+    slots = list(_slots("", gradients, parameters, states))
+    counts = Counter(slot.path for slot in slots)
+    if twice := [path for path, count in counts.items() if count > 1]:
+        raise ValueError(f"two parameters have the path {twice[0]}: rename one of them")
+    return slots
 
 
 def _slots(
@@ -122,8 +127,10 @@ class LiveState(dict):
         self.elements = elements
         self._decision = decision
 
-    def __setitem__(self, key: str, new: mx.array) -> None:
-        super().__setitem__(key, self._decision.select(new, self[key]) if key in self else new)
+    def __setitem__(self, key: str, new: Any) -> None:
+        if key in self:
+            new = tree_map(self._decision.select, new, self[key])
+        super().__setitem__(key, new)
 
     def update(self, *arguments: Any, **arrays: Any) -> None:
         """Set several arrays. A dictionary's own method would not select."""

@@ -173,14 +173,17 @@ class MemberFactory:
             rate = self.rate if is_primary else self._rate_of(spec, default)
             optimizer = entry.kind(default if rate is None else rate, **options)
         label = spec.choice if decays else f"{spec.choice}, no decay"
-        return Member(label, optimizer, peak_rate_of(optimizer) or default)
+        peak = peak_rate_of(optimizer)
+        if not peak and (is_primary or spec.rate != 0):  # not known, or 0 because the primary is
+            peak = default
+        return Member(label, optimizer, peak)
 
     def _default_rate(self, spec: MemberSpec, preset: RatePreset) -> float:
         if isinstance(spec.choice, Optimizer):
             return peak_rate_of(spec.choice)
         peak = OPTIMIZERS[spec.choice].rest_peak
-        if self.run and spec is self.rest and preset == "scratch" and peak is not None:
-            return peak
+        if self.run and spec is self.rest and peak is not None:
+            return peak if preset == "scratch" else min(peak, default_rate(spec.choice, preset))
         return default_rate(spec.choice, preset, self.run)
 
     def _rate_of(self, spec: MemberSpec, default: float) -> Rate:
@@ -198,20 +201,37 @@ class MemberFactory:
             return rate
         if callable(rate):
             shape, unit = primary if callable(primary) else lambda _: primary, self.primary_default
-            return Schedule(lambda step: rate(step) * shape(step) / unit, "relative step", default)
+            peak = getattr(primary, "peak", None) if callable(primary) else float(primary)
+            peak = None if peak is None else default * peak / unit
+            return Schedule(lambda step: rate(step) * shape(step) / unit, "relative step", peak)
         ratio = float(rate) / self.primary_default
         return scaled(primary, ratio) if callable(primary) else primary * ratio
 
     def _share_schedule(self, optimizer: Optimizer) -> None:
         """Give an optimizer with a constant rate the shape of the primary's schedule."""
-        if callable(self.rate) and "learning_rate" not in optimizer._schedulers:
+        own = optimizer._schedulers.get("learning_rate")
+        if isinstance(own, SharedSchedule):  # from an earlier call
+            set_rate(optimizer, own.own_rate)
+        elif own is not None or "learning_rate" not in optimizer.state:
+            return  # it has a schedule, or, as MLX's Adafactor, a rate relative to the weights
+        if callable(self.rate):
+            rate = float(optimizer.learning_rate)
             peak = _known_peak(self.rate, f"the rate of {type(optimizer).__name__}")
-            set_rate(optimizer, scaled(self.rate, float(optimizer.learning_rate) / peak))
+            shared = scaled(self.rate, rate / peak)
+            set_rate(optimizer, SharedSchedule(**vars(shared), own_rate=rate))
+
+
+@dataclass(frozen=True, repr=False)
+class SharedSchedule(Schedule):
+    """A schedule that an optimizer with a constant rate, ``own_rate``, was given."""
+
+    own_rate: float = 0.0
 
 
 def peak_rate_of(optimizer: Optimizer) -> float:
     """The peak of the schedule if it is known, else the current rate."""
-    peak = getattr(optimizer._schedulers.get("learning_rate"), "peak", None)
+    schedule = optimizer._schedulers.get("learning_rate")
+    peak = None if schedule is None else getattr(with_peak(schedule), "peak", None)
     return float(optimizer.state.get("learning_rate", 0.0) if peak is None else peak)
 
 

@@ -12,6 +12,7 @@ from .._validate import check_number, shown
 from ..optimizers import Adafactor, AdamW, MaxFactor, Muon, OrthoMaxFactor, SignSGD
 from ..optimizers.base import Float32Optimizer
 from ..schedules import Schedule, warmup_cosine
+from .roles import ROLES
 
 OptimizerName = Literal["orthomaxfactor", "maxfactor", "adafactor", "signsgd", "muon", "adamw"]
 """What a type checker takes for a name; a ``str`` from a file is cast to it, and checked there."""
@@ -150,6 +151,8 @@ def register_optimizer(
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be an identifier, got {shown(name)}")
+    if name in ("hidden", "rest", *ROLES):
+        raise ValueError(f"{name!r} has another meaning in rules: take another name")
     if not (isinstance(kind, type) and issubclass(kind, Float32Optimizer)):
         raise ValueError(f"kind must be a subclass of Float32Optimizer, got {shown(kind)}")
     # A class that is defined again, as in a notebook, keeps its name.

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from .._validate import Rate, check_rate
+from .._validate import Rate, check_rate, known
 from ..combined import CombinedOptimizer, shown_optimizer
 from ..guard import Guard
 from ..optimizers.base import Float32Optimizer, flatten, refuse_complex, trainable
@@ -70,6 +70,9 @@ class RoutedOptimizer(CombinedOptimizer):
         self._prepared: set[str] = set()
         for path in routes:
             self._set_layout(path)
+        for optimizer in self.optimizers:
+            if "learning_rate" in optimizer._schedulers:
+                optimizer.state.setdefault("scheduled", mx.array(True))
         self.init(model.trainable_parameters())
         self._primary = min((self._routes[path] for path in self._prepared), default=0)
 
@@ -87,7 +90,9 @@ class RoutedOptimizer(CombinedOptimizer):
         sizes: Counter[tuple[int, str]] = Counter()
         for index, optimizer in enumerate(self.optimizers):
             for path, array in flatten(optimizer.state).items():
-                sizes[index, path.rpartition(".")[0]] += array.nbytes
+                while path and path not in self._parameters:
+                    path = path.rpartition(".")[0]
+                sizes[index, path] += array.nbytes
         whole = self.strategy.state_bytes()
         entries = []
         for p in self._parameters.values():
@@ -177,14 +182,19 @@ class RoutedOptimizer(CombinedOptimizer):
             primary.optimizer.warn_if_small(learning_rate)
         first, first_constant = self.learning_rate, _is_constant(primary.optimizer)
         for member in self.members:
-            rate = member.optimizer.state.get("learning_rate", first)
+            if "learning_rate" not in member.optimizer.state:
+                continue  # MLX's Adafactor with a rate relative to the weights
+            rate = member.optimizer.state["learning_rate"]
             constant = first_constant & _is_constant(member.optimizer) & (first > 0) & (rate > 0)
             peaks = member.peak_rate, primary.peak_rate
-            ratio = mx.where(constant, rate / first, peaks[0] / peaks[1] if all(peaks) else 1.0)
+            ratio = mx.where(constant, rate / first, peaks[0] / peaks[1] if peaks[1] else 1.0)
             if callable(learning_rate):
                 set_rate(member.optimizer, scaled(learning_rate, float(ratio)))
             else:
                 set_rate(member.optimizer, learning_rate * ratio)
+        if known(self.learning_rate) is not None:  # not traced
+            # Another thread could not evaluate the rates later.
+            mx.eval([member.optimizer.state.get("learning_rate") for member in self.members])
 
     def effective_learning_rates(self, model: dict) -> dict[str, float]:
         """Each parameter's own step size at the next update, by path, for logging.
@@ -213,9 +223,12 @@ def set_rate(optimizer: Optimizer, rate: Rate) -> None:
         optimizer.set_rate(rate)
     elif callable(rate):
         optimizer._maybe_schedule("learning_rate", rate)
+        optimizer.state["scheduled"] = mx.array(True)
     else:
-        optimizer._schedulers.pop("learning_rate", None)
         optimizer.learning_rate = rate
+        if "scheduled" in optimizer.state:
+            # The schedule stays: a compiled step computes it, and asks the state if it counts.
+            optimizer.state["scheduled"] = mx.array(False)
 
 
 def _is_constant(optimizer: Optimizer) -> mx.array:

@@ -29,7 +29,7 @@ def apply_rules(
     paths = [*(p.path for p in parameters), *aliases]
     problems = []
     for key, value in rules.items():
-        if key not in ROLES and not any(fnmatchcase(path, key) for path in paths):
+        if key not in ROLES and not any(_matches(path, key) for path in paths):
             near = hint(key, [*ROLES, *paths])
             problems.append(f"rule {key!r} is no role and matches no whole path{near}")
         choices = [*OPTIMIZERS, "rest"] + ([] if key in ROLES else list(ROLES))
@@ -44,7 +44,7 @@ def apply_rules(
 
     by_path = {}
     for path in paths:
-        key = next((k for k in rules if k not in ROLES and fnmatchcase(path, k)), None)
+        key = next((k for k in rules if k not in ROLES and _matches(path, k)), None)
         if key is not None:
             by_path.setdefault(aliases.get(path, path), rules[key])
     declared = {path: v for path, v in by_path.items() if isinstance(v, str) and v in ROLES}
@@ -58,6 +58,10 @@ def apply_rules(
     if strict:
         _check_explained(model, parameters, exceptions)
     return parameters, exceptions
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return path == pattern or fnmatchcase(path, pattern)
 
 
 def _check_explained(
