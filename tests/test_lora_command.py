@@ -522,7 +522,9 @@ def test_checkpoints_are_written_between_reports(home, monkeypatch):
     assert saved == [2, 4, 6, 8]
 
 
-def test_quantized_copy_is_made_again_for_a_changed_model(home, tmp_path, monkeypatch):
+@pytest.fixture
+def conversions(tmp_path, monkeypatch):
+    """The models that were quantized, in place of mlx-lm's conversion, in an empty folder."""
     made = []
 
     def convert(source, target, quantize):
@@ -532,17 +534,39 @@ def test_quantized_copy_is_made_again_for_a_changed_model(home, tmp_path, monkey
 
     monkeypatch.setattr(models, "convert", convert)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    os.utime(tmp_path / "model" / "config.json", (1, 1))
+    return made
+
+
+def test_quantized_copy_is_made_again_for_a_changed_model(conversions, tmp_path):
     source = tmp_path / "model"
-    source.mkdir()
-    (source / "config.json").write_text("{}")
-    os.utime(source / "config.json", (1, 1))
     assert models.quantized_copy(str(source)) == models.quantized_copy(str(source))
-    assert len(made) == 1
+    assert len(conversions) == 1
     (source / "model.safetensors").write_text("newer")
     os.utime(source / "model.safetensors", (1e11, 1e11))
     models.quantized_copy(str(source))
-    assert len(made) == 2
+    assert len(conversions) == 2
     assert models.quantized_copy("a/model") != models.quantized_copy("b/model")
+
+
+@pytest.mark.parametrize("file", ["config.json", "notes.txt", models.MARKER])
+def test_folder_in_the_place_of_the_quantized_copy_is_never_deleted(file, conversions, tmp_path):
+    own = tmp_path / "model-4bit"
+    own.mkdir()
+    (own / file).write_text("{}")
+    os.utime(own / file, (0, 0))  # older than the model's files
+    with pytest.raises(ValueError, match="model-4bit exists and was not made by --quantize"):
+        models.quantized_copy("model")
+    assert [path.name for path in own.iterdir()] == [file]
+    assert conversions == []
+
+
+def test_quantized_copy_of_the_current_folder_is_beside_it(conversions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "model")
+    assert models.quantized_copy(".") == tmp_path / "model-4bit"
+    assert (tmp_path / "model-4bit" / models.MARKER).is_file()
 
 
 def prompts(home, name, *lengths):

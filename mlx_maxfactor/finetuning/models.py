@@ -19,6 +19,8 @@ from .._validate import shown
 from ..optimizers.base import flatten
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
+MARKER = ".mlx-maxfactor-copy"
+"""A file in our quantized copies. A folder without it is the user's own."""
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def load_model(
         The model, its tokenizer, and the folder or name it was loaded from.
 
     Raises:
-        ValueError: mlx-lm cannot load it.
+        ValueError: mlx-lm cannot load it, or a folder is in the place of the copy.
     """
     if quantize:
         model = str(quantized_copy(model))
@@ -60,21 +62,37 @@ def quantized_copy(model: str) -> Path:
 
     Adapters fit only the weights they were trained on, so the copy is kept, and made again only if
     the model's files are newer.
+
+    Args:
+        model: The folder or the name.
+
+    Returns:
+        The folder of the copy.
+
+    Raises:
+        ValueError: The folder exists and is not our copy, or mlx-lm cannot load the model.
     """
-    source = Path(model)
-    name = model.replace("/", "--")
-    folder = (
-        source.with_name(f"{source.name}-4bit") if source.exists() else Path(f"runs/{name}-4bit")
-    )
-    made = (folder / "config.json").stat().st_mtime if folder.exists() else 0.0
-    files = [*source.glob("*.json"), *source.glob("*.safetensors")]
-    if not folder.exists() or any(file.stat().st_mtime > made for file in files):
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        with prefixing_errors(f"model {model}"):
-            convert(model, str(partial), quantize=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    source = Path(model).resolve()
+    folder = Path("runs", f"{model.replace('/', '--')}-4bit")
+    if source.exists():
+        folder = source.with_name(f"{source.name}-4bit")
+    marker = folder / MARKER
+    if folder.exists():
+        if not (marker.is_file() and (folder / "config.json").is_file()):
+            raise ValueError(
+                f"{folder} exists and was not made by --quantize: pass it as --model, or move it"
+            )
+        made = marker.stat().st_mtime
+        files = [*source.glob("*.json"), *source.glob("*.safetensors")]
+        if all(file.stat().st_mtime <= made for file in files):
+            return folder
+    partial = folder.with_name(f".{folder.name}{MARKER}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with prefixing_errors(f"model {model}"):
+        convert(model, str(partial), quantize=True)
+    (partial / MARKER).touch()
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     return folder
 
 
