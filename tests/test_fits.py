@@ -152,6 +152,32 @@ def test_models_that_need_more_than_two_layers_are_measured():
     assert found.measured.startswith(("3 and 6 layers", "1 and 2 layers"))
 
 
+GEMMA = CONFIG | {"model_type": "gemma3_text", "head_dim": 16, "num_hidden_layers": 8}
+IN_PARTS = {"model_type": "gemma3", "text_config": GEMMA, "vocab_size": CONFIG["vocab_size"]}
+"""A model with images keeps what describes its text model in a part of its config."""
+
+
+@pytest.mark.parametrize("halvings", [0, 1])
+def test_model_with_a_text_config_needs_as_much_as_its_text_model(halvings, monkeypatch):
+    monkeypatch.setattr(memory_estimate, "_halvings", lambda *_: halvings)
+    alone, in_parts = (
+        estimate_training_memory(config, num_layers=-1, **QUICK) for config in (GEMMA, IN_PARTS)
+    )
+    assert in_parts.request.weight_dtype == mx.float32
+    assert in_parts.measured == alone.measured
+    assert in_parts.weights == alone.weights
+    # Equal models: a peak varies a little from run to run.
+    assert in_parts.step == pytest.approx(alone.step, rel=0.15)
+    assert IN_PARTS["text_config"] == GEMMA
+
+
+def test_model_with_another_number_of_layers_is_refused():
+    text = {name: x for name, x in GEMMA.items() if name != "num_hidden_layers"}
+    request = memory_estimate.Request(IN_PARTS | {"text_config": text, "num_hidden_layers": 8})
+    with pytest.raises(ValueError, match="num_hidden_layers is 1, but the model has 26 layers"):
+        request.build(1)
+
+
 def test_optimizer_asked_for_is_in_the_table_whatever_it_is(folder, capsys):
     arguments = ["--batch-size", "1", "--max-seq-length", "32", "--grad-accumulation-steps", "2"]
     assert main(["fits", str(folder), "--optimizer", "ADAM", *arguments]) == 0

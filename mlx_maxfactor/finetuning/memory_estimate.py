@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -101,7 +102,7 @@ class Request:
     @property
     def layers(self) -> int:
         """Layers of the model."""
-        return int(self.config["num_hidden_layers"])
+        return int(value_of(self.config, "num_hidden_layers"))
 
     @property
     def trained_layers(self) -> int:
@@ -119,16 +120,16 @@ class Request:
         Args:
             layers: Build so many layers, all of them trained. None: the model as it is.
             halvings: How often the width is halved.
+
+        Raises:
+            ValueError: mlx-lm cannot build it, or builds another number of layers.
         """
-        config = dict(self.config)
-        for key in WIDTHS:
-            if halvings and key in config:
-                config[key] = max(1, int(config[key]) >> halvings)
-        if layers is not None:
-            config["num_hidden_layers"] = layers
+        config = _resized(self.config, layers, halvings)
         with prefixing_errors("config.json"):
             model_class, arguments_class = _get_classes(config)
             model = model_class(arguments_class.from_dict(config))
+            if layers is not None and (found := len(model.layers)) != layers:
+                raise ValueError(f"num_hidden_layers is {layers}, but the model has {found} layers")
             model.set_dtype(self.weight_dtype)
             if (quantization := self._quantization()) is not None:
                 nn.quantize(model, **quantization)
@@ -207,9 +208,19 @@ class MemoryEstimate:
 
 
 def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a folder, or of a name on the hub that is in the local cache."""
+    """The ``config.json`` of a folder, or of a name on the hub that is in the local cache.
+
+    Args:
+        model: The folder, the name, or the config itself.
+
+    Returns:
+        The config, with ``num_hidden_layers`` at its top level.
+
+    Raises:
+        ValueError: There is no config, or it lacks the model's type or number of layers.
+    """
     if isinstance(model, Mapping):
-        return dict(model)
+        return _checked_config(dict(model), "config")
     path = Path(model) / "config.json"
     if not path.is_file():
         from huggingface_hub import try_to_load_from_cache
@@ -224,14 +235,41 @@ def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         path = Path(cached)
     with prefixing_errors(str(path)):
         config = json.loads(path.read_text(encoding="utf-8"))
+    return _checked_config(config, str(path))
+
+
+def _checked_config(config: Any, name: str) -> dict[str, Any]:
+    """The config with the number of layers at its top level. The name is for errors."""
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(f"{path} must map names to values, with model_type among them")
+        raise ValueError(f"{name} must map names to values, with model_type among them")
+    layers = value_of(config, "num_hidden_layers")
+    if not isinstance(layers, int):
+        raise ValueError(f"{name}: num_hidden_layers is missing")
+    return {**config, "num_hidden_layers": layers}
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """A value of a config, or of the ``text_config`` in it. None: neither has it."""
+    found = config.get(key)
+    return _text_config(config).get(key) if found is None else found
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model with images or sound that describes its text model. Empty: no part."""
     text = config.get("text_config")
-    if "num_hidden_layers" not in config and isinstance(text, dict):
-        config["num_hidden_layers"] = text.get("num_hidden_layers")
-    if not isinstance(config.get("num_hidden_layers"), int):
-        raise ValueError(f"{path}: num_hidden_layers is missing")
-    return config
+    return text if isinstance(text, dict) else {}
+
+
+def _resized(config: Mapping[str, Any], layers: int | None, halvings: int) -> dict[str, Any]:
+    """A copy of a config with so many layers and a halved width, also in its ``text_config``."""
+    resized = deepcopy(dict(config))  # mlx-lm writes into text_config
+    for part in (resized, _text_config(resized)):
+        for key in WIDTHS:
+            if halvings and part.get(key) is not None:
+                part[key] = max(1, int(part[key]) >> halvings)
+        if layers is not None and "num_hidden_layers" in part:
+            part["num_hidden_layers"] = layers
+    return resized
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -345,7 +383,7 @@ def measure_steps(
             if steps and _at_most(lengths[: len(steps)], steps, length) > available:
                 break
             shape = (request.batch_size, length)
-            vocabulary = int(request.config.get("vocab_size", 32)) >> halvings
+            vocabulary = max(1, int(value_of(request.config, "vocab_size") or 32) >> halvings)
             batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
             mx.eval(batch)
             peak, total = 0, None
@@ -406,9 +444,8 @@ def available_bytes() -> int:
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str:
-    name = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix(
-        "torch."
-    )
+    name = value_of(config, "torch_dtype") or value_of(config, "dtype") or "bfloat16"
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
     return name
