@@ -206,6 +206,15 @@ def test_mlx_lm_yaml_file_is_read(folder, tmp_path):
     assert "full in 2 of 6 layers" in title
 
 
+@pytest.mark.parametrize(
+    ("quantize", "bits"), [("true", 4), ("false", None), ("null", None), ("8", 8)]
+)
+def test_quantize_in_a_file_means_four_bits_as_in_lora(quantize, bits, folder, tmp_path):
+    path = tmp_path / "lora.yaml"
+    path.write_text(f"model: {folder}\nquantize: {quantize}\n")
+    assert fits.request_of({"config": str(path)})[0].bits == bits
+
+
 @pytest.mark.parametrize(("memory_gb", "share"), [(16, 2 / 3), (32, 2 / 3), (36, 3 / 4)])
 def test_metal_may_use_a_share_of_the_memory(memory_gb, share):
     assert fits.usable_bytes(memory_gb) == pytest.approx(memory_gb * 2**30 * share)
@@ -232,6 +241,7 @@ def test_a_longer_sequence_never_needs_less():
         (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
         (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
         (["{folder}", "--memory", "nan"], "memory must be a number above 0, got nan"),
+        (["{folder}", "--quantize", "1"], "quantize must be"),
         (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
         (["{folder}", "--optimizer", "sgd", "--option", "speed=9"], "speed"),
     ],

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .._validate import check_integer
 from ..finetuning.memory_estimate import (
     DTYPES,
     MemoryEstimate,
@@ -83,7 +84,7 @@ def make_parser() -> OneLineParser:
         "--quantize",
         type=integer,
         metavar="BITS",
-        help="bits of a quantized base (as the config says)",
+        help="bits of a quantized base, 2 to 8 (as the config says)",
     )
     add_optimizer_arguments(parser)
     add(
@@ -120,7 +121,7 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
         bool(arguments.grad_checkpoint),
         arguments.grad_accumulation_steps,
         getattr(arguments, "dtype", None),
-        getattr(arguments, "quantize", None) or None,
+        bits_of(arguments.quantize),
     )
     kind = request.fine_tune_type
     title = (
@@ -130,6 +131,13 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
         + (f", {count} batches an update" if (count := request.grad_accumulation_steps) > 1 else "")
     )
     return request, title
+
+
+def bits_of(quantize: Any) -> int | None:
+    """Bits of a quantized base. A file of ``lora`` says True for 4 bits, or False."""
+    if quantize is True:
+        return 4
+    return check_integer("quantize", quantize, 2, 8) if quantize else None
 
 
 def usable_bytes(memory: float) -> float:
