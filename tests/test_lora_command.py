@@ -440,6 +440,34 @@ def test_run_reports_what_it_replaces_or_that_it_is_done(home):
     assert "holds a run of 4 iterations, which is replaced" in run(home, "twice", "--iters", "2")
 
 
+def test_adapters_that_a_killed_run_left_behind_are_written_again(home):
+    run(home, "behind", *LORA, "--iters", "4")
+    file = home / "behind" / "adapters.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])  # as if it was killed after the checkpoint was written
+    assert "nothing is left to train" in run(home, "behind", *LORA, "--iters", "4", "--resume")
+    assert file.read_bytes() == whole
+
+
+def test_adapters_are_replaced_at_once(home, monkeypatch):
+    given = ["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(home / "at_once"), *LORA]
+    assert main([*given, "--iters", "2"]) == 0
+    file = home / "at_once" / "adapters.safetensors"
+    before, write, written = file.read_bytes(), mx.save_safetensors, []
+
+    def watched(path, *arguments):
+        write(path, *arguments)
+        written.append(Path(path).name)
+        if len(written) == 2:  # the first one is the checkpoint
+            assert file.read_bytes() == before
+
+    monkeypatch.setattr(mx, "save_safetensors", watched)
+    assert main([*given, "--iters", "4"]) == 0
+    assert "adapters.safetensors" not in written
+    assert file.read_bytes() != before
+    assert not [path for path in file.parent.iterdir() if "partial" in path.name]
+
+
 def test_resume_refuses_another_configuration(home, monkeypatch, capsys):
     run(home, "first", "--iters", "2")
     again = ("-c", home / "short.yaml", "--adapter-path", home / "first", "--resume")

@@ -100,6 +100,8 @@ class Tuning(TrainingCallback):
     Attributes:
         iteration: The current iteration of the whole run, from 1.
         saved: Iterations that the checkpoint contains.
+        path: The checkpoint.
+        partial: Where adapters are written before they replace the old ones.
         skipped: Iterations whose gradients were not finite.
         history: What the trainer reported, by "training" and "validation".
 
@@ -125,6 +127,7 @@ class Tuning(TrainingCallback):
         self.folder = Path(arguments.adapter_path)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "checkpoint.safetensors"
+        self.partial = self.folder / "adapters.partial.safetensors"
         self.reporter = get_reporting_callbacks(
             arguments.report_to,
             arguments.project_name,
@@ -154,6 +157,9 @@ class Tuning(TrainingCallback):
     def resume(self) -> list[str]:
         """Go back to the checkpoint. Returns what differs from it and may differ.
 
+        Adapters are written after the checkpoint, so a killed run may have left older ones: they
+        are written again.
+
         Raises:
             FileNotFoundError: There is no checkpoint.
             CheckpointError: It belongs to another run.
@@ -175,6 +181,7 @@ class Tuning(TrainingCallback):
         self.iteration = self.saved = extra["iteration"]
         self.history = extra["history"]
         self.order.restore(extra["order"])
+        self.write_adapters()
         return list(extra.differences)
 
     def run(self) -> None:
@@ -192,7 +199,7 @@ class Tuning(TrainingCallback):
             steps_per_report=a.steps_per_report,
             steps_per_save=sys.maxsize,
             max_seq_length=a.max_seq_length,
-            adapter_file=str(self.folder / "adapters.safetensors"),
+            adapter_file=str(self.partial),  # mlx-lm would write over those that `save` wrote
             grad_checkpoint=a.grad_checkpoint,
             grad_accumulation_steps=a.grad_accumulation_steps,
         )
@@ -205,6 +212,7 @@ class Tuning(TrainingCallback):
                 iterate_batches=self.batches,
                 training_callback=self,
             )
+        self.partial.unlink(missing_ok=True)
 
     def batches(self, dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator:
         """Training batches from the next iteration on, without end."""
@@ -298,8 +306,13 @@ class Tuning(TrainingCallback):
             order=self.order.description(),
         )
         self.saved = self.iteration
-        mx.save_safetensors(str(self.folder / "adapters.safetensors"), trained)
+        self.write_adapters()
         return True
+
+    def write_adapters(self) -> None:
+        """Write the trained weights for mlx-lm: beside the old file, which is then replaced."""
+        mx.save_safetensors(str(self.partial), flatten(self.model.trainable_parameters()))
+        self.partial.replace(self.folder / "adapters.safetensors")
 
     def loss_on(self, name: str, count: int, state: Any = None) -> Any:
         """Nats a token on so many batches of a set (-1: all of them). None if the set is empty.
