@@ -300,6 +300,19 @@ def test_yaml_file_of_mlx_lm_is_read_as_it_is(home, capsys):
         assert rate == pytest.approx(schedule(mx.array(step)).item())
 
 
+def test_file_with_a_data_set_of_the_hub_needs_no_data_folder(home):
+    path = home / "hub.yaml"
+    path.write_text("hf_dataset: {path: someone/something, prompt_feature: question}\n")
+    arguments = parsed("-c", path, "--model", "x")
+    assert (arguments.data, arguments.hf_dataset["path"]) == (None, "someone/something")
+    assert models.name_of_data(arguments) == "hf_dataset"
+    with pytest.raises(ValueError, match="model is missing"):  # not the small model of the demo
+        parsed("-c", path)
+    path.write_text("hf_dataset: []\n")
+    with pytest.raises(ValueError, match="data is missing"):
+        parsed("-c", path, "--model", "x")
+
+
 def test_yaml_file_takes_our_names_and_schedules(home):
     path = home / "ours.yaml"
     path.write_text(

@@ -30,6 +30,7 @@ from ..finetuning.models import (
     load_adapters_into,
     load_data,
     load_model,
+    name_of_data,
     number_of_layers,
     prefixing_errors,
 )
@@ -96,7 +97,7 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample"]:
     tests_only = arguments.test and not arguments.train
     arguments.train = not tests_only  # mlx-lm reads the training set only then
     datasets = load_data(arguments, tokenizer)
-    with prefixing_errors(f"data {arguments.data}"):
+    with prefixing_errors(name_of_data(arguments)):
         sample = Sample.of(model, tokenizer, next(filter(len, (datasets[1], *datasets))))
     mx.random.seed(arguments.seed)
     if tests_only:

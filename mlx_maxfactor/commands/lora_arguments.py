@@ -92,7 +92,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     file = read_config(given["config"]) if "config" in given else {}
     known_values = {**file, **given}
-    demo = DEMO if not {"model", "data"} & known_values.keys() else {}
+    demo = DEMO if not {"model", "data", "hf_dataset"} & known_values.keys() else {}
     arguments = Namespace(**{**DEFAULTS, **demo, **known_values})
     check(arguments)
     return parser, arguments
@@ -129,7 +129,7 @@ def check(arguments: Namespace) -> None:
         if type(value) is not int or not least <= value < 2**31:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     for name in ("model", "data"):
-        if given[name] is None:
+        if given[name] is None and not (name == "data" and given.get("hf_dataset")):
             raise ValueError(f"{name} is missing: give --{name}, a folder or a name on the hub")
     if arguments.fine_tune_type not in FINE_TUNE_TYPES:
         raise ValueError(f"fine_tune_type is lora, dora or full, got {arguments.fine_tune_type!r}")

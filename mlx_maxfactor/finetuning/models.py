@@ -102,12 +102,14 @@ def load_data(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
     Raises:
         ValueError: mlx-lm cannot read them, or a set is smaller than a batch.
     """
-    with prefixing_errors(f"data {arguments.data}"):
+    with prefixing_errors(name_of_data(arguments)):
         try:
             datasets = load_dataset(arguments, tokenizer)
         except IndexError:
             raise ValueError("a file of the folder is empty") from None
         except ModuleNotFoundError as missing:  # mlx-lm takes what is no folder for a hub name
+            if getattr(arguments, "hf_dataset", None):
+                raise ValueError(f"it needs the package {missing.name}") from None
             raise ValueError(f"there is no such folder (and no package {missing.name})") from None
     for name, data in zip(("training", "validation", "test"), datasets, strict=True):
         if 0 < len(data) < arguments.batch_size:
@@ -115,6 +117,11 @@ def load_data(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
                 f"batch_size is {arguments.batch_size}, but the {name} set has {len(data)} lines"
             )
     return datasets
+
+
+def name_of_data(arguments: Namespace) -> str:
+    """What messages call the data. mlx-lm reads ``hf_dataset`` in place of a folder."""
+    return "hf_dataset" if getattr(arguments, "hf_dataset", None) else f"data {arguments.data}"
 
 
 def number_of_layers(num_layers: int | None, layers: int) -> int:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..optimizers.base import flatten
-from .models import prefixing_errors
+from .models import name_of_data, prefixing_errors
 from .optimizer_names import MLX_OPTIMIZERS
 
 # A run that went on with another of these would not be the run that was interrupted.
@@ -146,7 +146,9 @@ class Tuning(TrainingCallback):
         data, a = self.sets[name], self.arguments
         if not data:
             return
-        with prefixing_errors(f"data {a.data}, the {name} set"):  # a line is read when it is needed
+        with prefixing_errors(
+            f"{name_of_data(a)}, the {name} set"
+        ):  # a line is read when it is needed
             found = any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1))
         if not found:
             raise ValueError(
