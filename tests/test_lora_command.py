@@ -519,6 +519,37 @@ def test_new_rate_is_used_on_resume_with_mlx_optimizers_too(home):
     assert kept["training"][-1]["learning_rate"] == pytest.approx(0.002)
 
 
+def test_resume_without_a_rate_uses_that_of_the_file_with_mlx_optimizers_too(home):
+    run(home, "rated", "--optimizer", "mlx_adamw", "--iters", "2", "--learning-rate", "0.001")
+    run(home, "rated", "--optimizer", "mlx_adamw", "--iters", "4", "--resume")
+    kept = json.loads((home / "rated" / "losses.json").read_text())
+    assert kept["training"][-1]["learning_rate"] == pytest.approx(0.001)
+
+
+SCHEDULED = "lr_schedule: {name: cosine_decay, arguments: [0.001, 10]}\n"
+
+
+@pytest.mark.parametrize("name", ["adamw", "mlx_adamw"])
+@pytest.mark.parametrize("other", ["optimizer", "schedule", "weights alone"])
+def test_resume_proposes_what_the_command_can_do(name, other, home, capsys):
+    folder = home / f"remedy {name} {other}"
+    given = ["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(folder)]
+    assert main([*given, "--optimizer", name, "--iters", "2"]) == 0
+    if other == "schedule":
+        scheduled = home / "scheduled.yaml"
+        scheduled.write_text((home / "short.yaml").read_text() + SCHEDULED)
+        given[2] = str(scheduled)
+    elif other == "weights alone":
+        (folder / "adapters.safetensors").rename(folder / "checkpoint.safetensors")
+    name = "muon" if other == "optimizer" else name
+    with pytest.raises(SystemExit) as end:
+        main([*given, "--optimizer", name, "--iters", "4", "--resume"])
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "start a new run from adapters.safetensors" in message
+    assert not re.search("rates=|strict=|cast=|load_weights", message)
+
+
 @pytest.mark.parametrize("name", ["orthomaxfactor", "mlx_adamw"])
 def test_guard_is_turned_off_by_an_option(home, name):
     given = ("--model", "x", "--data", "y", "--num-layers", "-1", "--optimizer", name)

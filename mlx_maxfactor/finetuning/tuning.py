@@ -36,6 +36,17 @@ from .optimizer_names import MLX_OPTIMIZERS
 KEPT = ("batch_size", "grad_accumulation_steps", "mask_prompt", "max_seq_length", "seed")
 KEPT += ("fine_tune_type", "lora_parameters", "num_layers", "steps_per_eval")
 
+REMEDY = "start a new run from adapters.safetensors in its folder with --resume-adapter-file"
+REMEDIES = {
+    "build both as they were when it was saved": "give the options of the interrupted run",
+    'keep the rates and schedules of this optimizer with rates="here"': REMEDY,
+    "load what fits with strict=False": REMEDY,
+    "\ncast=True casts floating-point arrays of another dtype": "",
+    "say rates='file' or rates='here'": "give --learning-rate",
+    "use model.load_weights(path) for it, with strict=False if they are adapters": REMEDY,
+}
+"""What `load_checkpoint` proposes, as code, and what the user of the command can do."""
+
 
 class BatchOrder:
     """mlx-lm's order of batches: the permutations that NumPy draws from one seed.
@@ -167,10 +178,12 @@ class Tuning(TrainingCallback):
             CheckpointError: It belongs to another run.
         """
         a = self.arguments
-        # mlx's own optimizers do not know how they were built, so a rate given here is used.
-        given = a.optimizer in MLX_OPTIMIZERS and a.learning_rate is not None and not a.lr_schedule
-        rates = "here" if given else "built"
-        extra = load_checkpoint(self.path, self.model, self.optimizer, rates=rates)
+        rates = "built"
+        if a.optimizer in MLX_OPTIMIZERS and not a.lr_schedule:
+            # They do not know how they were built: a rate given here is used, else the file's.
+            rates = "file" if a.learning_rate is None else "here"
+        with naming_remedies():
+            extra = load_checkpoint(self.path, self.model, self.optimizer, rates=rates)
         if not isinstance(extra.get("identity"), dict):
             raise CheckpointError(f"{self.path} is not a checkpoint of mlx-maxfactor lora")
         different = [
@@ -327,6 +340,18 @@ class Tuning(TrainingCallback):
         with self.order.drawing(state or self.order.first):
             settings = (a.batch_size, count, a.max_seq_length)
             return evaluate(self.model, data, *settings, iterate_batches=full_batches)
+
+
+@contextmanager
+def naming_remedies() -> Iterator[None]:
+    """Put remedies of the command in the place of those that are code."""
+    try:
+        yield
+    except CheckpointError as problem:
+        message = str(problem)
+        for code, command in REMEDIES.items():
+            message = message.replace(code, command)
+        raise CheckpointError(message, problem.differences) from problem
 
 
 def full_batches(*settings: Any, **others: Any) -> Iterator[Any]:
