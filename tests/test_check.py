@@ -33,6 +33,23 @@ def test_checks_skipped_for_lack_of_time_are_reported(tmp_path, capsys):
     assert "not run for lack of time" in capsys.readouterr().out
 
 
+def test_summary_is_printed_where_the_report_cannot_be_written(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "report.json"
+
+    def checked(seconds):
+        path.mkdir()  # no file can be written there any longer
+        return {"checks": [], "not run": [], "seconds": seconds, "passed": True}
+
+    monkeypatch.setattr(check, "run", checked)
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "--output", str(path)])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "0 of 0 checks passed" in printed.out
+    assert "the report was not written" in printed.err
+    assert printed.err.count("\n") == 1
+
+
 def change_a_newton_schulz_coefficient(monkeypatch):
     from mlx_maxfactor.functional import orthogonalization
 
@@ -97,6 +114,7 @@ def test_nan_fails_every_check():
         ([], None),
         (["chek"], "argument COMMAND: invalid choice: 'chek'"),
         (["check", "--output", "/no/such/folder/x.json"], "/no/such/folder is not a folder"),
+        (["check", "--output", "/"], "/ is a folder: name a file in it"),
         (["check", "--seconds", "0"], "must be at least 1, got 0"),
     ],
 )

@@ -74,9 +74,15 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.output.parent.is_dir():
         parser.error(f"--output: {arguments.output.parent} is not a folder")
+    if arguments.output.is_dir():
+        parser.error(f"--output: {arguments.output} is a folder: name a file in it")
     report = run(arguments.seconds)
-    arguments.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    print(f"\n{summary(report)}\nreport: {arguments.output}")
+    print(f"\n{summary(report)}")
+    try:
+        arguments.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    except OSError as problem:
+        parser.error(f"the report was not written: {problem}")
+    print(f"report: {arguments.output}")
     return 0 if report["passed"] else 1
 
 
