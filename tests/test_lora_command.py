@@ -155,7 +155,7 @@ def wait_for(condition, child):
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(home):
     child, output = start(home, "stopped", "--iters", "100000", "--save-every", "50000")
-    wait_for(lambda: "loss" in output.read_text(), child)
+    wait_for(lambda: ", loss " in output.read_text(), child)  # of the first steps
     os.kill(child.pid, signal.SIGINT)
     child.join()
     last = output.read_text().strip().splitlines()[-1]
