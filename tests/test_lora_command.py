@@ -28,6 +28,7 @@ from mlx_lm.utils import save_model
 
 from mlx_maxfactor.commands import lora, main
 from mlx_maxfactor.commands.lora_arguments import parse_arguments
+from mlx_maxfactor.commands.terminal import catching_interrupts
 from mlx_maxfactor.finetuning import models, small_llama, tuning
 from mlx_maxfactor.finetuning.models import add_adapters
 
@@ -733,3 +734,12 @@ def test_iterations_with_nan_gradients_are_skipped_and_counted(home, monkeypatch
         main([*short, "--iters", "80"])
     assert stop.value.code == 1
     assert "steps in a row were skipped" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_progress_bar_is_written_still_ends_after_the_step():
+    def note():  # as Python raises it when a signal interrupts a write to the same stream
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    with catching_interrupts(note) as caught:
+        signal.raise_signal(signal.SIGINT)
+    assert len(caught) == 1

@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 
@@ -58,7 +58,8 @@ def catching_interrupts(note: Callable[[], None]) -> Iterator[list[int]]:
     def catch(number: int, _: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         caught.append(number)
-        note()
+        with suppress(RuntimeError):  # the signal may come while the same stream is written
+            note()
 
     before = signal.signal(signal.SIGINT, catch)
     try:
