@@ -322,8 +322,8 @@ def _run(
     """What the law of the rates needs. The width is the shorter side of a typical matrix."""
     if total_steps is None:
         return None
-    matrices = [f.as_matrices(mx.zeros(p.shape), p.layout) for p in parameters if len(p.shape) > 1]
-    sides = [min(matrix.shape[-2:]) for matrix in matrices]
+    shapes = [f.matrices_shape(p.shape, p.layout) for p in parameters if len(p.shape) > 1]
+    sides = [min(shape[-2:]) for shape in shapes]
     block = options.get("block", 128)
     return Run(
         total_steps,

@@ -6,7 +6,15 @@ knows a class.
 """
 
 from .frequency_bands import band_damping, band_momentum, band_shares
-from .layouts import LAYOUTS, Layout, as_matrices, from_matrices, input_axis_shape, norm_axes
+from .layouts import (
+    LAYOUTS,
+    Layout,
+    as_matrices,
+    from_matrices,
+    input_axis_shape,
+    matrices_shape,
+    norm_axes,
+)
 from .moments import (
     bias_correction,
     factored_root,
@@ -69,6 +77,7 @@ __all__ = [
     "fusion_barrier",
     "input_axis_shape",
     "largest_moment",
+    "matrices_shape",
     "muon_scale",
     "newton_schulz",
     "norm_axes",

@@ -25,6 +25,11 @@ def as_matrices(x: mx.array, layout: str) -> mx.array:
     return x
 
 
+def matrices_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The shape of :func:`as_matrices` for an array of this shape."""
+    return as_matrices(mx.zeros(shape), layout).shape  # never evaluated
+
+
 def from_matrices(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
     """Undo :func:`as_matrices`: return ``x`` in the original shape."""
     return x.swapaxes(-1, -2) if layout == "transposed" and x.ndim > 1 else x.reshape(shape)

@@ -85,14 +85,14 @@ class Muon(Float32Optimizer):
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""
-        matrices = f.as_matrices(mx.zeros(shape), layout).shape
+        matrices = f.matrices_shape(shape, layout)
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """A stack is cut between matrices, a matrix between blocks of rows."""
         if layout == "transposed":
             return 0
-        rows = f.rows_apart(f.as_matrices(mx.zeros(shape), layout).shape, self.block)
+        rows = f.rows_apart(f.matrices_shape(shape, layout), self.block)
         dtype = self.state_dtype if self.momentum else "float32"
         return moments.aligned_to_groups(rows, shape, dtype)
 

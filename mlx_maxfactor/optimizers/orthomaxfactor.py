@@ -153,11 +153,11 @@ class OrthoMaxFactor(Float32Optimizer):
 
     def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
         """A stack is cut between matrices. A matrix is not cut: RMS(O) needs all its rows."""
-        stack = len(f.as_matrices(mx.zeros(shape), layout).shape) > 2
+        stack = len(f.matrices_shape(shape, layout)) > 2
         dtype = self.state_dtype if self.momentum else "float32"
         return moments.aligned_to_groups(int(stack), shape, dtype)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""
-        matrices = f.as_matrices(mx.zeros(shape), layout).shape
+        matrices = f.matrices_shape(shape, layout)
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)
