@@ -78,7 +78,8 @@ class CombinedOptimizer(MultiOptimizer):
     def update(self, model: nn.Module, gradients: dict) -> None:
         """Update the model's parameters in place."""
         check_update(model, gradients)
-        if self._updates % (self.guard.max_skipped or 1) == 0:
+        limit = self.guard.max_skipped
+        if limit is not None and self._updates % limit == 0:
             self.guard.check(self.step)
         self._updates += 1
         super().update(model, gradients)

@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from .._validate import check_choice, check_flags, got
 from ..optimizers.base import flatten
-from ..optimizers.update_loop import child_at
+from ..optimizers.update_loop import at_path
 from ..routing.roles import find_aliases
 from ..strategy import UpdateStrategy
 from . import description, file
@@ -403,7 +403,9 @@ def _find_weights(
     aliases = find_aliases(model)
     states = [member.state for member in description.find_members(optimizer).values()]
     paths = flatten(model.trainable_parameters()).keys() | {
-        path for path in flatten(model.parameters()) if any(_has_state(s, path) for s in states)
+        path
+        for path in flatten(model.parameters())
+        if any(isinstance(at_path(s, path), dict) for s in states)
     }
     trained = {aliases.get(path, path) for path in paths}
     kept, frozen = {}, {}
@@ -422,13 +424,6 @@ def _find_state(optimizer: Optimizer, average: Averaged | None) -> dict[str, Pla
     """Every array of the states of optimizer and average by its name in the file."""
     averaged = {} if average is None else average.state
     return _by_name(chain(_walk(optimizer.state, STATE), _walk(averaged, AVERAGE)))
-
-
-def _has_state(state: Any, path: str) -> bool:
-    """Whether a tree of states has a dictionary at the path of a parameter."""
-    for key in path.split("."):
-        state = child_at(state, int(key) if isinstance(state, (list, tuple)) else key)
-    return isinstance(state, dict)
 
 
 def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:

@@ -10,7 +10,7 @@ from .. import functional as f
 from ..checkpoint.file import CheckpointError
 from ..combined import CombinedOptimizer, updates_singly
 from ..optimizers.base import Float32Optimizer, flatten
-from ..optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule
+from ..optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule, at_path
 from ..strategy import UpdateStrategy
 from .assignment import Assignment, ParameterCost, RowRange
 from .collectives import MESSAGE_BYTES, OrderedCollectives, ShardedArray
@@ -124,10 +124,7 @@ class Sharding(UpdateStrategy):
 
     def _state_of(self, path: str) -> dict:
         """The live state of one parameter."""
-        state: Any = self._member_of(path).state
-        for key in path.split("."):
-            state = state[int(key) if isinstance(state, list) else key]
-        return state
+        return at_path(self._member_of(path).state, path)
 
     def _member_of(self, path: str) -> Any:
         return self._optimizer().optimizers[self._optimizer().index_of(path)]

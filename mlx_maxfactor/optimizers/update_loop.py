@@ -59,9 +59,9 @@ def find_slots(gradients: Any, parameters: Any, states: Sequence[Any]) -> list[P
             silently, or stop half-way.
     """
     slots = list(_slots("", gradients, parameters, states))
-    counts = Counter(slot.path for slot in slots)
-    if twice := [path for path, count in counts.items() if count > 1]:
-        raise ValueError(f"two parameters have the path {twice[0]}: rename one of them")
+    if len({slot.path for slot in slots}) < len(slots):
+        (path, _), *_ = Counter(slot.path for slot in slots).most_common()
+        raise ValueError(f"two parameters have the path {path}: rename one of them")
     return slots
 
 
@@ -90,6 +90,13 @@ def child_at(tree: Any, key: Any) -> Any:
     if isinstance(key, str):
         return tree.get(key) if isinstance(tree, dict) else None
     return tree[key] if isinstance(tree, (list, tuple)) and key < len(tree) else None
+
+
+def at_path(tree: Any, path: str) -> Any:
+    """What a tree holds at a dotted path. None if there is nothing."""
+    for key in path.split("."):
+        tree = child_at(tree, int(key) if isinstance(tree, (list, tuple)) else key)
+    return tree
 
 
 def _check_slot(path: str, gradient: Any, parameter: Any) -> None:
