@@ -157,9 +157,8 @@ class Tuning(TrainingCallback):
         data, a = self.sets[name], self.arguments
         if not data:
             return
-        with prefixing_errors(
-            f"{name_of_data(a)}, the {name} set"
-        ):  # a line is read when it is needed
+        # A line is read when it is needed, so errors come here too.
+        with prefixing_errors(f"{name_of_data(a)}, the {name} set"):
             found = any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1))
         if not found:
             raise ValueError(

@@ -67,8 +67,7 @@ class Float32Optimizer(Optimizer):
         learning_rate: A number of at least 0, or a function of the step (0 at the first update).
             A function is checked at its first step. If it falls below 0 later, 0 is used, because
             a compiled step cannot raise.
-        layout: How an array holds matrices, see ``functional.LAYOUTS``.
-            Default "batched".
+        layout: How an array holds matrices, see ``functional.LAYOUTS``. Default "batched".
         rounding: "nearest", or "stochastic" for bf16 and fp16 parameters. Default "nearest".
         seed: Seed of stochastic rounding, from 0 to 2³² - 1. Default 0.
 
