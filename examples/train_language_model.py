@@ -1,23 +1,27 @@
-r"""Train a small character transformer on the source of Python's standard library.
+r"""Train a small transformer on the source of Python's standard library.
 
     python examples/train_language_model.py
     python examples/train_language_model.py --optimizer muon --steps 1000
     python examples/train_language_model.py --option momentum=0 --learning-rate 0.1
     python examples/train_language_model.py --compare orthomaxfactor,muon,adamw
+    python examples/train_language_model.py --tokens words --vocabulary 16384 --tied
     python examples/train_language_model.py --resume
 
-Every machine with Python has this text. Every eighth module is held out for validation.
+Every machine with Python has this text. Every eighth module is held out for validation. Tokens are
+characters, or the most frequent words of the training text.
 `training.py`, in the same folder, creates the optimizer and runs the training loop.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sysconfig
+from collections import Counter
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +29,9 @@ import numpy as np
 from training import Arguments, Parser, integer, train_all
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # other characters are removed
+# A word or number with the space before it, an indentation, or a single character.
+WORDS = re.compile(r" ?[A-Za-z]+| ?[0-9]+|\n *|[ -~]")
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for every word that is not in the vocabulary
 VALIDATION = (16, 8)  # batches, windows in each
 
 # Peak rates of the hidden matrices, for optimizers whose rate the library does not pick: the best
@@ -40,19 +47,22 @@ def main() -> None:
 
 
 class LanguageModel:
-    """The task: predict the next character of source code."""
+    """The task: predict the next token of source code."""
 
     def __init__(self, text: Text, arguments: LanguageArguments) -> None:
         self.text, self.arguments = text, arguments
         self.identity = f"{text.digest}, {arguments.batch_size} x {arguments.context}"
-        self.baselines = {"unigram entropy": {"loss": text.unigram_entropy}}
+        name = "unigram entropy"
+        if UNKNOWN in text.vocabulary:
+            name += f", {text.unknown_share:.1%} unknown"
+        self.baselines = {name: {"loss": text.unigram_entropy}}
         self.watched = ("blocks.0.attention.query.weight", "blocks.0.down.weight")
         self._held_out = text.validation_batches(arguments)
 
     def model(self) -> Transformer:
         """A new transformer."""
         a = self.arguments
-        model = Transformer(a.width, a.layers, a.heads)
+        model = Transformer(len(self.text.vocabulary), a.width, a.layers, a.heads, a.tied)
         if a.zero_outputs:
             for block in model.blocks:
                 for layer in (block.attention.out, block.down):
@@ -68,7 +78,7 @@ class LanguageModel:
         return (self.text.training_batch(random, self.arguments),)
 
     def loss(self, model: nn.Module, *batch: mx.array) -> mx.array:
-        """Mean cross-entropy of the next characters. Windows are (batch, context + 1)."""
+        """Mean cross-entropy of the next tokens. Windows are (batch, context + 1)."""
         (windows,) = batch
         logits = model(windows[:, :-1]).astype(mx.float32)
         return nn.losses.cross_entropy(logits, windows[:, 1:], reduction="mean")
@@ -79,30 +89,32 @@ class LanguageModel:
         return {"loss": float(mx.mean(mx.stack(losses)))}
 
     def sample(self, model: nn.Module) -> str:
-        """200 characters that follow "def ", sampled at temperature 0.8."""
-        characters = [CHARACTERS.index(character) for character in "def "]
+        """200 tokens that follow "def ", sampled at temperature 0.8."""
+        tokens = encode("def ", self.text.vocabulary).tolist()
         for _ in range(200):
-            logits = model(mx.array([characters[-self.arguments.context :]]))[0, -1]
-            characters.append(int(mx.random.categorical(logits / 0.8)))
-        return "".join(CHARACTERS[character] for character in characters)
+            logits = model(mx.array([tokens[-self.arguments.context :]]))[0, -1]
+            tokens.append(int(mx.random.categorical(logits / 0.8)))
+        return "".join(self.text.vocabulary[token] for token in tokens)
 
 
 class Transformer(nn.Module):
-    """A causal pre-norm transformer with rotary positions and an untied output layer."""
+    """A causal pre-norm transformer with rotary positions."""
 
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, tied: bool) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(len(CHARACTERS), width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = [Block(width, heads) for _ in range(layers)]
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, len(CHARACTERS), bias=False)
+        if not tied:
+            self.head = nn.Linear(width, vocabulary, bias=False)
 
-    def __call__(self, characters: mx.array) -> mx.array:
-        """Map (batch, context) characters to (batch, context, 96) logits of the next ones."""
-        x = self.embedding(characters)
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Map (batch, context) tokens to (batch, context, vocabulary) logits of the next ones."""
+        x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return self.head(x) if "head" in self else self.embedding.as_linear(x)
 
 
 class Block(nn.Module):
@@ -150,15 +162,26 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Text:
-    """A training and a validation text, from different files, as indices into CHARACTERS."""
+    """A training and a validation text, from different files, as indices into the vocabulary."""
 
+    vocabulary: tuple[str, ...]
     training: np.ndarray
     validation: np.ndarray
 
     @classmethod
-    def of(cls, files: list[Path]) -> Text:
-        """Read the files. Every eighth file is for validation."""
-        return cls(read([f for i, f in enumerate(files) if i % 8]), read(files[::8]))
+    def of(cls, files: list[Path], words: int | None = None) -> Text:
+        """Read the files. Every eighth file is for validation. ``words``: size of a vocabulary."""
+        texts = [read([f for i, f in enumerate(files) if i % 8]), read(files[::8])]
+        vocabulary = tuple(CHARACTERS)
+        if words is not None:
+            frequent = Counter(WORDS.findall(texts[0])).most_common(words - 1)
+            vocabulary = (UNKNOWN, *(word for word, _ in frequent))
+        return cls(vocabulary, *(encode(text, vocabulary) for text in texts))
+
+    @property
+    def unknown_share(self) -> float:
+        """The share of the validation text that is not in a vocabulary of words."""
+        return float(np.mean(self.validation == self.vocabulary.index(UNKNOWN)))
 
     @property
     def digest(self) -> str:
@@ -187,12 +210,18 @@ class Text:
         ]
 
 
-def read(files: list[Path]) -> np.ndarray:
-    indices = np.full(256, -1, dtype=np.int32)
-    indices[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
-    text = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
-    found = indices[np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)]
-    return found[found >= 0]
+def read(files: list[Path]) -> str:
+    return "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
+
+
+def encode(text: str, vocabulary: tuple[str, ...]) -> np.ndarray:
+    """Indices of the text's tokens. What a vocabulary of characters lacks is left out."""
+    index = {token: i for i, token in enumerate(vocabulary)}
+    if UNKNOWN in index:
+        indices = [index.get(word, index[UNKNOWN]) for word in WORDS.findall(text)]
+    else:
+        indices = [index[character] for character in text if character in index]
+    return np.array(indices, np.int32)
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> mx.array:
@@ -203,6 +232,9 @@ class LanguageArguments(Arguments):
     """The arguments of this program."""
 
     source: Path | None
+    tokens: Literal["characters", "words"]
+    vocabulary: int
+    tied: bool
     context: int
     zero_outputs: bool
 
@@ -210,7 +242,7 @@ class LanguageArguments(Arguments):
 def parse_arguments() -> tuple[LanguageArguments, Text]:
     """Read the command line and the text. Report errors before any work."""
     parser = Parser(
-        "Train a character transformer on the source of Python's standard library.",
+        "Train a transformer on the source of Python's standard library.",
         steps=300,
         batch_size=8,
         eval_every=50,
@@ -218,7 +250,15 @@ def parse_arguments() -> tuple[LanguageArguments, Text]:
     )
     source = "train on the Python files below this folder, not on the standard library"
     parser.add_argument("--source", type=Path, metavar="FOLDER", help=source)
-    parser.add_argument("--context", type=integer, default=64, help="characters per window")
+    tokens = "what the model reads and writes"
+    parser.add_argument(
+        "--tokens", choices=["characters", "words"], default="characters", help=tokens
+    )
+    size = "number of words, the most frequent ones, with --tokens words"
+    parser.add_argument("--vocabulary", type=integer, default=4096, help=size)
+    tied = "use the embedding as the output layer too"
+    parser.add_argument("--tied", action="store_true", help=tied)
+    parser.add_argument("--context", type=integer, default=64, help="tokens per window")
     zeros = "start the output projections of attention and MLP at zero"
     parser.add_argument("--zero-outputs", action="store_true", help=zeros)
     arguments = LanguageArguments()
@@ -231,7 +271,7 @@ def parse_arguments() -> tuple[LanguageArguments, Text]:
     files = sorted(arguments.source.rglob("*.py") if arguments.source else standard_library)
     if not files:
         parser.error(f"--source {arguments.source} contains no Python files")
-    text = Text.of(files)
+    text = Text.of(files, arguments.vocabulary if arguments.tokens == "words" else None)
     shortest = min(len(text.training), len(text.validation))
     if arguments.context >= shortest:
         parser.error(f"--context must be below {shortest}, the length of the shorter text")
