@@ -21,7 +21,7 @@ class AdamW(Float32Optimizer):
 
     Args:
         learning_rate: η, a number or a function of the step. Default 1e-4.
-        betas: (β₁, β₂), each in [0, 1). Default (0.9, 0.95).
+        betas: (β₁, β₂), each in [0, 1). With β₁ = 0, m is g and is not kept. Default (0.9, 0.95).
         eps: ε, above 0. Default 1e-8.
         weight_decay: λ, decoupled. Default 0.1.
         bias_correction: Divide m and v by 1 - βᵗ. Default True.
@@ -73,7 +73,8 @@ class AdamW(Float32Optimizer):
         """Make both moments, and a count of the parameter's own updates."""
         super().init_single(parameter, state)
         shape = f.as_matrices(parameter, self._layout(layout)).shape
-        moments.init_momentum(state, shape, self.state_dtype)
+        if self.betas[0]:
+            moments.init_momentum(state, shape, self.state_dtype)
         moments.init_second_moment(state, shape, factored=self.factored and len(shape) > 1)
         state["count"] = mx.array(0, mx.uint32)
 
@@ -88,12 +89,14 @@ class AdamW(Float32Optimizer):
         state["count"] = state["count"] + 1
         t = state["count"].astype(mx.float32)
         root = self._second_moment_root(g, state)
-        m = beta1 * moments.read_momentum(state, g.shape) + (1 - beta1) * g
-        if self.state_dtype in moments.BITS:
-            # Elements far below their group's largest are rounded coarsely: limit their step.
-            bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
-            m = mx.maximum(-bound, mx.minimum(bound, m))
-        m = moments.write_momentum(m, state, beta1)
+        m = (1 - beta1) * g
+        if beta1:
+            m = beta1 * moments.read_momentum(state, g.shape) + m
+            if self.state_dtype in moments.BITS:
+                # Elements far below their group's largest are rounded coarsely: limit their step.
+                bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
+                m = mx.maximum(-bound, mx.minimum(bound, m))
+            m = moments.write_momentum(m, state, beta1)
 
         rate, eps = eta, mx.array(self.eps)
         if self.bias_correction:
