@@ -38,7 +38,6 @@ from configurations import (
     CONFIGURATIONS,
     DEPTHS,
     LADDER,
-    REST_RATES,
     SIZES,
     TRAININGS,
     WHICH,
@@ -196,7 +195,7 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
     if configuration.searched:
         options.append(f"{configuration.searched}={rate:g}")
         if configuration.searched != "--rest-learning-rate":
-            options.append(f"--rest-learning-rate={REST_RATES[trained.task]:g}")
+            options += trained.rest
     options += [f"--seed={seed}", *arguments.others]
     with tempfile.TemporaryDirectory() as folder:
         run = run_example(script, options, folder)

@@ -10,6 +10,9 @@ from variants import VARIANTS
 
 LADDER = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5, 7))
 
+# The rest in the records of characters and speech, older than today's default: AdamW with momentum.
+MOMENTUM_OF_REST = ("--rest-option=betas=[0.9, 0.95]", "--rest-option=factored=false")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -19,6 +22,8 @@ class Training:
         task: "language_model" or "speech".
         arguments: Arguments of the example.
         title: Title in pictures and tables.
+        rest: Arguments for the parameters that are not hidden, while the rate of the hidden
+            matrices is searched.
         shift: How many places of the ladder the first rates are above those of the task.
         first_rates: Number of neighbouring rates that a search starts with.
         seeds: Number of seeds that run at the best rate.
@@ -30,7 +35,11 @@ class Training:
     shift: int = 0
     first_rates: int = 4
     seeds: int = 3
+    rest: tuple[str, ...] = ("--rest-learning-rate=0.01", *MOMENTUM_OF_REST)
 
+
+REST_OF_SPEECH = ("--rest-learning-rate=0.02", *MOMENTUM_OF_REST)
+REST_OF_WORDS = ("--rest-learning-rate=0.02",)
 
 TRAININGS = {
     "language_model": Training("language_model", (), "language model, 300 steps"),
@@ -77,10 +86,29 @@ TRAININGS = {
         3,
         2,
     ),
-    "speech": Training("speech", (), "speech, 400 steps"),
-    "speech_1600": Training("speech", ("--steps=1600",), "speech, 1,600 steps", -1),
+    "speech": Training("speech", (), "speech, 400 steps", rest=REST_OF_SPEECH),
+    "speech_1600": Training(
+        "speech", ("--steps=1600",), "speech, 1,600 steps", -1, rest=REST_OF_SPEECH
+    ),
+    "words_4096": Training(
+        "language_model", ("--tokens=words",), "4,096 words, 300 steps", rest=REST_OF_WORDS
+    ),
+    "words_4096_tied": Training(
+        "language_model",
+        ("--tokens=words", "--tied"),
+        "4,096 words, tied, 300 steps",
+        rest=REST_OF_WORDS,
+    ),
+    "words_16384": Training(
+        "language_model",
+        ("--tokens=words", "--vocabulary=16384"),
+        "16,384 words, 300 steps",
+        first_rates=3,
+        rest=REST_OF_WORDS,
+    ),
 }
 EVERYWHERE = tuple(TRAININGS)
+WORDS = ("words_4096", "words_4096_tied", "words_16384")
 WITHOUT_LARGE = (
     "language_model",
     "language_model_1500",
@@ -104,11 +132,9 @@ WHICH = "Which optimizer, at how much state"
 MOMENTUM = "How much momentum"
 BITS = "How many bits of momentum"
 BLOCKS = "How many rows are orthogonalized at a time"
+REST = "Which optimizer for embedding and head"
 LAW = "What the rates cost that the library picks"
 BANDS = "Frequency-adaptive momentum"
-
-REST_RATES = {"language_model": 0.01, "speech": 0.02}
-"""Peak rate of AdamW on the rest, while the rate of the hidden matrices is searched: its best."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from .routing.rules import apply_rules
 LORA_ROLES = frozenset({"lora_a", "lora_b"})
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
 UNDECAYED_ROLES = frozenset({"norm", "bias", "vector", "unknown"})
+TABLE_ROLES = frozenset({"embedding", "head"})
 
 P = ParamSpec("P")
 
@@ -157,10 +158,12 @@ def create_optimizer(
         primary=hidden_spec if own else rest_spec,
         run=_run(total_steps, own or parameters, hidden_options),
     )
-    routes = {p.path: _route(factory, p, choices[p.path]) for p in parameters}
+    members, routes = factory.in_use(
+        {p.path: _route(factory, p, choices[p.path]) for p in parameters}
+    )
     guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
     strategy = Sharding(group) if group is not None and group.size() > 1 else None
-    return RoutedOptimizer(model, parameters, factory.members, routes, guard, strategy)
+    return RoutedOptimizer(model, parameters, members, routes, guard, strategy)
 
 
 def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> int:
@@ -312,8 +315,13 @@ def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) 
 
 def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer) -> int:
     """Which member updates a parameter."""
-    decays, lora = parameter.role not in UNDECAYED_ROLES, parameter.role in LORA_ROLES
-    return factory.member_index(choice, decays=decays, lora=lora)
+    role = parameter.role
+    return factory.member_index(
+        choice,
+        decays=role not in UNDECAYED_ROLES,
+        lora=role in LORA_ROLES,
+        table=role in TABLE_ROLES,
+    )
 
 
 def _run(

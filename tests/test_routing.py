@@ -62,10 +62,10 @@ def random_gradients(model, seed=0):
 
 def test_documented_routing_of_a_small_model():
     assert owners(create_optimizer(Table(), "muon")) == {
-        "embedding.weight": "adamw",
+        "embedding.weight": "adamw, no momentum",
         "linear1.weight": "muon",
         "linear1.bias": "adamw, no decay",
-        "output.weight": "adamw",
+        "output.weight": "adamw, no momentum",
         "output.bias": "adamw, no decay",
     }
 
@@ -75,9 +75,10 @@ def test_create_optimizer_returns_a_multi_optimizer_with_the_named_members(name)
     optimizer = create_optimizer(Table(), name)
     assert isinstance(optimizer, RoutedOptimizer)
     assert isinstance(optimizer, mlx_optimizers.MultiOptimizer)
-    hidden, rest, undecayed = optimizer.optimizers
+    hidden, tables, undecayed = optimizer.optimizers
     assert type(hidden) is OPTIMIZERS[name].kind
-    assert (rest.betas, rest.weight_decay, undecayed.weight_decay) == ((0.9, 0.95), 0.1, 0.0)
+    assert (tables.betas, tables.factored, tables.weight_decay) == ((0.0, 0.999), True, 0.1)
+    assert (undecayed.betas, undecayed.factored, undecayed.weight_decay) == ((0.9, 0.95), False, 0)
     assert rates(optimizer) == pytest.approx([OPTIMIZERS[name].learning_rate, 1e-3, 1e-3])
 
 
@@ -97,6 +98,39 @@ def test_weight_decay_skips_biases():
         factor = {"linear1.weight": 1 - 0.1 * 0.25}.get(path, 1 - 0.2 * 0.5)
         factor = 1.0 if path.endswith("bias") else factor
         assert np.allclose(np.array(p), np.array(before[path]) * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rest", [n for n in OPTIMIZERS if n not in ("orthomaxfactor", "muon")])
+def test_row_of_an_embedding_without_gradient_is_moved_by_decay_alone(rest):
+    model = Table()
+    optimizer = create_optimizer(model, rest=rest, rest_options={"weight_decay": 0.5})
+    optimizer.update(model, random_gradients(model))  # a gradient for all rows, once
+    used = mx.arange(100)[:, None] < 7
+    for seed in range(1, 4):
+        before = np.array(model.embedding.weight)
+        gradients = random_gradients(model, seed)
+        gradients["embedding"]["weight"] *= used
+        optimizer.update(model, gradients)
+        moved = np.array(model.embedding.weight)
+        (owner,) = {e.rate for e in optimizer.plan if e.role == "embedding"}
+        ratio = moved[7:] / before[7:]
+        # Adafactor's rest has a rate relative to the weights, so its decay is not the plan's.
+        assert np.allclose(
+            ratio, 1 - 0.5 * owner if rest != "adafactor" else ratio[0, 0], rtol=1e-6
+        )
+        assert np.all(np.abs(moved[:7] - before[:7] * ratio[0, 0]).max(axis=1) > 1e-6)
+
+
+def test_tables_have_no_first_moment_and_a_factored_second():
+    model = Table()
+    plan = {entry.path: entry for entry in create_optimizer(model).plan}
+    # Row and column statistics, and a count of updates: 4 bytes each.
+    assert plan["embedding.weight"].state_bytes == 4 * (100 + 64 + 1)
+    assert plan["output.weight"].state_bytes == 4 * (10 + 64 + 1)
+    whole = create_optimizer(model, rest_options={"betas": (0.9, 0.95)}).plan
+    assert {e.path: e.optimizer for e in whole}["embedding.weight"] == "adamw"
+    rules = {"embedding": AdamW(1e-3)}
+    assert create_optimizer(model, rules=rules).plan[0].state_bytes == 4 * (2 * 100 * 64 + 1)
 
 
 def test_optimizer_passed_as_rest_keeps_its_own_decay():
@@ -305,7 +339,7 @@ def test_total_steps_picks_each_peak_and_builds_each_schedule():
     }
     assert {e.optimizer: e.rate for e in optimizer.plan} == {
         "orthomaxfactor": peaks["orthomaxfactor"],
-        "adamw": pytest.approx(peaks["rest"]),
+        "adamw, no momentum": pytest.approx(peaks["rest"]),
         "adamw, no decay": pytest.approx(peaks["rest"]),
     }
     assert "  0.04  " in str(optimizer.plan)
@@ -617,7 +651,7 @@ def test_mlx_members_update_layers_unfrozen_later():
 
 def test_shared_module_has_one_state_and_one_gradient():
     model = Shared()
-    optimizer = create_optimizer(model, rest_options={"weight_decay": 0.0})
+    optimizer = create_optimizer(model, rest_options={"betas": (0.9, 0.95), "factored": False})
     state = dict(tree_flatten(optimizer.state))
     assert sum(a.shape == model.head.weight.shape for a in state.values()) == 2  # m and v, once
     tokens = mx.array([[1, 2, 3]])
@@ -692,7 +726,7 @@ def test_gradients_are_routed_like_their_parameters():
     for member in optimizer.optimizers:
         paths = {path.rpartition(".")[0] for path, _ in tree_flatten(member.state)} - {""}
         index = optimizer.optimizers.index(member)
-        label = ("orthomaxfactor", "adamw", "adamw, no decay")[index]
+        label = optimizer.members[index].label
         assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
 
 
@@ -962,7 +996,7 @@ def test_names_with_dots_and_brackets():
     model = nn.Module()
     model.parts = {"[x]": nn.Linear(3, 3)}
     rules = {"parts.[x].weight": "adamw"}
-    assert create_optimizer(model, rules=rules).plan[0].optimizer == "adamw"
+    assert create_optimizer(model, rules=rules).plan[0].optimizer == "adamw, no momentum"
     model.parts = {"a.b": nn.Linear(3, 3), "a": {"b": nn.Linear(3, 3)}}
     gradients = tree_map(mx.ones_like, model.parameters())
     with pytest.raises(ValueError, match=r"two parameters have the path parts\.a\.b\.weight"):

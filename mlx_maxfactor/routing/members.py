@@ -132,8 +132,17 @@ class MemberFactory:
         self.member_index("hidden", decays=True, lora=lora)
         self.member_index("rest", decays=True)
 
-    def member_index(self, choice: str | Optimizer, *, decays: bool, lora: bool = False) -> int:
-        """Index of the member for "hidden", "rest", a name, or an optimizer. It may be new."""
+    def member_index(
+        self, choice: str | Optimizer, *, decays: bool, lora: bool = False, table: bool = False
+    ) -> int:
+        """Index of the member for "hidden", "rest", a name, or an optimizer. It may be new.
+
+        Args:
+            choice: Which optimizer was requested.
+            decays: Whether the parameter is one that decays.
+            lora: Whether it is a LoRA matrix.
+            table: Whether it is an embedding or an output layer.
+        """
         spec = self._spec_of(choice)
         preset: RatePreset = "lora" if lora and spec is not self.rest else self.preset
         if isinstance(spec.choice, Optimizer):
@@ -141,11 +150,18 @@ class MemberFactory:
         else:
             default = options_for(spec.choice).get("weight_decay", 0.0)
             decays = decays or not spec.options.get("weight_decay", default)
-            key = (spec.argument, decays, preset)
+            own = OPTIMIZERS[spec.choice].table_options
+            table = table and bool(own) and not own.keys() & spec.options.keys()
+            key = (spec.argument, decays, preset, table)
         if key not in self._index:
             self._index[key] = len(self.members)
-            self.members.append(self._member(spec, decays, preset))
+            self.members.append(self._member(spec, decays, preset, table))
         return self._index[key]
+
+    def in_use(self, routes: dict[str, int]) -> tuple[list[Member], dict[str, int]]:
+        """The members that update any parameter, and the routes to these."""
+        used = sorted(set(routes.values()))
+        return [self.members[i] for i in used], {p: used.index(i) for p, i in routes.items()}
 
     def _spec_of(self, choice: str | Optimizer) -> MemberSpec:
         for spec in (self.hidden, self.rest):
@@ -153,7 +169,7 @@ class MemberFactory:
                 return spec
         return MemberSpec(choice if isinstance(choice, str) else "rule", choice)
 
-    def _member(self, spec: MemberSpec, decays: bool, preset: RatePreset) -> Member:
+    def _member(self, spec: MemberSpec, decays: bool, preset: RatePreset, table: bool) -> Member:
         if isinstance(spec.choice, Optimizer):
             self._share_schedule(spec.choice)
             return Member(type(spec.choice).__name__, spec.choice, peak_rate_of(spec.choice))
@@ -161,6 +177,8 @@ class MemberFactory:
         seed = (self.shared["seed"] + len(self.members)) % (LARGEST_SEED + 1)
         entry = OPTIMIZERS[spec.choice]
         defaults = entry.lora_options if preset == "lora" else {}
+        if table:
+            defaults = entry.table_options
         options = {**self.shared, "seed": seed, **defaults, **spec.options}
         if not decays:
             options["weight_decay"] = 0.0
@@ -172,7 +190,7 @@ class MemberFactory:
         else:
             rate = self.rate if is_primary else self._rate_of(spec, default)
             optimizer = entry.kind(default if rate is None else rate, **options)
-        label = spec.choice if decays else f"{spec.choice}, no decay"
+        label = ", ".join([spec.choice] + [entry.table_label] * table + ["no decay"] * (not decays))
         peak = peak_rate_of(optimizer)
         if not peak and (is_primary or spec.rate != 0):  # not known, or 0 because the primary is
             peak = default

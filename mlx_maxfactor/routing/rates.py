@@ -51,6 +51,8 @@ class OptimizerEntry:
         peak: The best peak of warm-up and cosine from scratch, as a function of the run. None:
             ``learning_rate``.
         rest_peak: The best peak for the parameters that are not hidden. None: ``peak``.
+        table_options: Options for embeddings and output layers, whose rows are tokens.
+        table_label: What the plan adds to the name where these options are used.
     """
 
     kind: type[Float32Optimizer]
@@ -60,6 +62,8 @@ class OptimizerEntry:
     lora_options: Mapping[str, Any] = field(default_factory=dict)
     peak: Callable[[Run], float] | None = None
     rest_peak: float | None = None
+    table_options: Mapping[str, Any] = field(default_factory=dict)
+    table_label: str = ""
 
     def peak_of(self, run: Run) -> float:
         """The peak for a run from scratch, to two digits."""
@@ -105,6 +109,9 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         lora_options={"betas": (0.9, 0.999), "bias_correction": False},
         peak=lambda run: 3e-3 * WIDTH / run.width,
         rest_peak=1e-2,
+        # Stale momentum moves rows that have no gradient, and in a large vocabulary most have none.
+        table_options={"betas": (0.0, 0.999), "factored": True},
+        table_label="no momentum",
     ),
 }
 """Every optimizer that has a name.
