@@ -112,16 +112,17 @@ class CombinedOptimizer(MultiOptimizer):
                     optimizer, self.split(gradients, index), parameters, decision
                 )
 
-        def rule(slot: ParameterSlot) -> tuple[Update, dict] | None:
+        def rule(slot: ParameterSlot) -> Update | None:
             if slot.path in whole:
-                return (lambda *_: whole[slot.path]), {}
+                return Update(lambda *_: [whole[slot.path]], {})
             index = self.index_of(slot.path)
             if index is None:
                 return None
             optimizer = self.optimizers[index]
-            ours = isinstance(optimizer, Float32Optimizer)
-            update = optimizer.update_at(slot.path) if ours else optimizer.apply_single
-            return update, slot.states[index]
+            if isinstance(optimizer, Float32Optimizer):
+                return optimizer.update_of(slot, index)
+            apply = optimizer.apply_single
+            return Update(lambda gs, ps, ss: [apply(gs[0], ps[0], ss[0])], slot.states[index])
 
         return rule
 

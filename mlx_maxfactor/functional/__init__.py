@@ -1,4 +1,4 @@
-"""Every formula of the suite, as a pure function of float32 arrays.
+"""Parts of formulas that optimizers share, as pure functions of float32 arrays.
 
 Notation: ``g`` gradient, ``p`` parameter, ``R`` and ``C`` row and column statistics, ``V`` second
 moment, ``u`` update, ``m`` momentum. Nothing here changes an array it was given, and nothing here
@@ -9,31 +9,33 @@ from .frequency_bands import band_damping, band_momentum, band_shares
 from .layouts import (
     LAYOUTS,
     Layout,
+    as_items,
     as_matrices,
+    from_items,
     from_matrices,
     input_axis_shape,
+    items_shape,
     matrices_shape,
-    norm_axes,
 )
 from .moments import (
+    averaging_momentum,
     bias_correction,
     factored_root,
     factored_second_moment,
     largest_moment,
+    momentum,
     second_moment_weight,
 )
 from .norms import (
     clamp,
     clamp_gradient,
-    clamped_magnitude,
-    clamped_square,
+    each,
     fusion_barrier,
+    on_cpu,
     rms,
-    row_max,
-    row_sum,
     scaled_global_norm,
+    unit_peak,
 )
-from .order import read_after
 from .orthogonalization import (
     METHODS,
     POLAR_EXPRESS,
@@ -43,15 +45,14 @@ from .orthogonalization import (
     orthogonalization_flops,
     orthogonalize,
     polar_express,
-    rows_apart,
 )
-from .quantization import LEVELS, Bits, dequantize, quantize, rows_of_groups
+from .quantization import FORGOTTEN, Bits, dequantize, quantize
 from .rounding import ElementRange, stochastic_round
-from .steps import ROOT_FLOOR, agreement, cautious_scale, unit_rms
+from .steps import ROOT_FLOOR, agreement, cautious_scale, stepped, unit_rms
 
 __all__ = [
+    "FORGOTTEN",
     "LAYOUTS",
-    "LEVELS",
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
@@ -60,7 +61,9 @@ __all__ = [
     "Layout",
     "Method",
     "agreement",
+    "as_items",
     "as_matrices",
+    "averaging_momentum",
     "band_damping",
     "band_momentum",
     "band_shares",
@@ -68,31 +71,30 @@ __all__ = [
     "cautious_scale",
     "clamp",
     "clamp_gradient",
-    "clamped_magnitude",
-    "clamped_square",
     "dequantize",
+    "each",
     "factored_root",
     "factored_second_moment",
+    "from_items",
     "from_matrices",
     "fusion_barrier",
     "input_axis_shape",
+    "items_shape",
     "largest_moment",
     "matrices_shape",
+    "momentum",
     "muon_scale",
     "newton_schulz",
-    "norm_axes",
+    "on_cpu",
     "orthogonalization_flops",
     "orthogonalize",
     "polar_express",
     "quantize",
-    "read_after",
     "rms",
-    "row_max",
-    "row_sum",
-    "rows_apart",
-    "rows_of_groups",
     "scaled_global_norm",
     "second_moment_weight",
+    "stepped",
     "stochastic_round",
+    "unit_peak",
     "unit_rms",
 ]

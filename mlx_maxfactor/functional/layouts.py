@@ -25,6 +25,25 @@ def as_matrices(x: mx.array, layout: str) -> mx.array:
     return x
 
 
+def as_items(x: mx.array, layout: str) -> mx.array:
+    """View an array as the independent arrays that it holds, along a new or the first axis."""
+    if layout == "experts" and x.ndim > 2:
+        return x.reshape(-1, *x.shape[-2:])
+    return mx.expand_dims(as_matrices(x, layout), 0)
+
+
+def from_items(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
+    """Undo :func:`as_items`: return ``x`` in the original shape."""
+    if layout == "transposed" and len(shape) > 1:
+        return x.squeeze(0).swapaxes(-1, -2)
+    return x.reshape(shape)
+
+
+def items_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The shape of :func:`as_items` for an array of this shape."""
+    return as_items(mx.zeros(shape), layout).shape  # never evaluated
+
+
 def matrices_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """The shape of :func:`as_matrices` for an array of this shape."""
     return as_matrices(mx.zeros(shape), layout).shape  # never evaluated
@@ -44,18 +63,13 @@ def input_axis_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return shape
 
 
-def norm_axes(ndim: int, layout: str) -> tuple[int, int] | None:
-    """The axes of a norm: one norm per matrix for ``experts``, else one for the whole array."""
-    return (-2, -1) if layout == "experts" and ndim > 2 else None
-
-
-def filled(x: mx.array, axis: int, multiple: int) -> mx.array:
+def pad(x: mx.array, axis: int, multiple: int) -> mx.array:
     """Pad the end of an axis with zeros, up to the next multiple of ``multiple``."""
     shape = list(x.shape)
     shape[axis] = -shape[axis] % multiple
     return mx.concatenate([x, mx.zeros(shape, x.dtype)], axis) if shape[axis] else x
 
 
-def cut(x: mx.array, axis: int, length: int) -> mx.array:
-    """Undo :func:`filled`: keep the first ``length`` elements of an axis."""
-    return x if x.shape[axis] == length else mx.take(x, mx.arange(length), axis)
+def crop(x: mx.array, axis: int, length: int) -> mx.array:
+    """Undo :func:`pad`: keep the first ``length`` elements of an axis."""
+    return x if x.shape[axis] == length else mx.split(x, [length], axis)[0]

@@ -1,10 +1,11 @@
 """Second moments, full and factored."""
 
 import math
+from collections.abc import Mapping
 
 import mlx.core as mx
 
-from .norms import clamped_square, fusion_barrier, row_sum
+from .norms import fusion_barrier, row_squares
 
 SMALLEST_NORMAL = 2.0**-126
 """Smallest float32 with all its digits."""
@@ -23,33 +24,56 @@ def factored_second_moment(
     """Moving averages of the row and column means of ``g² + eps``.
 
     Args:
-        gradient: ``(..., m, n)``.
+        gradient: ``(..., m, n)``, at most 1e15 in magnitude.
         row: ``(..., m, 1)``, the row statistic ``R``.
         column: ``(..., 1, n)``, the column statistic ``C``.
         weight: ``b_t`` of the newest mean.
         eps: Added to each square.
     """
-    square = clamped_square(gradient)
-    row_mean = row_sum(square) / gradient.shape[-1] + eps
-    column_mean = mx.mean(square, axis=-2, keepdims=True) + eps
+    row_mean = row_squares(gradient) / gradient.shape[-1] + eps
+    column_mean = mx.mean(mx.square(gradient), axis=-2, keepdims=True) + eps
     return row + weight * (row_mean - row), column + weight * (column_mean - column)
 
 
 def factored_root(
     row: mx.array, column: mx.array, divisor: mx.array | float, floor: float
-) -> tuple[mx.array, mx.array]:
-    """``max(√V, floor)`` of the rank-one estimate ``V = (R / divisor) · C``, as two factors.
+) -> mx.array:
+    """``max(√V, floor)`` of the rank-one estimate ``V = (R / divisor) · C``, ``(..., m, n)``.
 
-    The first factor is one number a row, the second is full-size. The roots stay separate because
-    their product can leave the range of float32.
-
-    Returns:
-        ``(..., m, 1)`` and ``(..., m, n)``.
+    A product of roots: the product of R and C can leave the range of float32.
     """
     # Where all squares are below float32's range, a divisor of zero would make inf of a row.
-    rows = mx.sqrt(row / mx.maximum(divisor, SMALLEST_NORMAL))
-    rows = fusion_barrier(mx.where(rows > 0, rows, floor))
-    return rows, mx.maximum(fusion_barrier(mx.sqrt(column)), fusion_barrier(floor / rows))
+    rows = fusion_barrier(mx.sqrt(row / mx.maximum(divisor, SMALLEST_NORMAL)))
+    return mx.maximum(floor, rows * fusion_barrier(mx.sqrt(column)))
+
+
+def momentum(
+    g: mx.array, state: Mapping[str, mx.array], decay: float, nesterov: bool
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """``m ← βm + g``. With a decay β of 0 there is no ``m``.
+
+    Returns:
+        m, or ``g + βm`` of the new m (Nesterov); and what to keep.
+    """
+    if not decay:
+        return g, {}
+    m = decay * state["m"] + g
+    return g + decay * m if nesterov else m, {"m": m}
+
+
+def averaging_momentum(
+    g: mx.array, state: Mapping[str, mx.array], decay: float, nesterov: bool
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """``m ← βm + (1-β)g``. With a decay β of 0 there is no ``m``.
+
+    Returns:
+        m, or ``βm + (1-β)g`` of the new m (Nesterov); and what to keep.
+    """
+    if not decay:
+        return g, {}
+    # As differences: a common (1-β)g would be written to memory.
+    m = state["m"] + (1 - decay) * (g - state["m"])
+    return g + decay * (m - g) if nesterov else m, {"m": m}
 
 
 def bias_correction(beta: float, t: mx.array) -> mx.array:

@@ -1,14 +1,15 @@
 """The nearest orthogonal matrix, by iterated polynomials."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
-from .layouts import cut, filled
-from .norms import fusion_barrier, unit_frobenius
-from .symmetric import Symmetric, applied, gram_matrix, parts, product, quadratic
+from .layouts import crop, pad
+from .norms import unit_frobenius
+from .steps import unit_rms
 
 Quintic = tuple[float, float, float]
 
@@ -31,17 +32,17 @@ POLAR_EXPRESS = (
 POLAR_EXPRESS_SAFETY = 1.01
 """Shrinks the input of each step but the limit's: a rounded singular value must not pass 1."""
 
-LONG = 1.5
-"""Sides' ratio above which steps are cheaper on the Gram matrix than on the matrix, by count."""
+GRAM_ASPECT = 1.5
+"""Ratio of the sides from which steps on a Gram matrix are cheaper, by their operations."""
 
-LEAST_GRAM = 64
-"""Shorter side from which products cost more than operations, and the Gram matrix is carried on."""
 
-BLOCK = 256
-"""Least side of a block of a symmetric product: smaller ones cost more than they save."""
-
-MOST_BLOCKS = 4
-"""Along a side: they save 3/8 of a symmetric product; more, in more operations, save little."""
+def quintics(x: mx.array, table: Sequence[Quintic]) -> mx.array:
+    """``A = XXᵀ``, then ``X ← aX + (bA + cA²)X``, once for each (a, b, c)."""
+    for a, b, c in table:
+        gram = x @ x.swapaxes(-1, -2)
+        # Scaled within the products: aX by itself, rounded to bf16, costs four times the error.
+        x = mx.addmm(x, mx.addmm(gram, gram, gram, alpha=c, beta=b), x, beta=a)
+    return x
 
 
 def newton_schulz(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -52,8 +53,7 @@ def newton_schulz(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     .. math:: A = X X^\top, \qquad X \leftarrow aX + (bA + cA^2) X
 
     drives every singular value towards 1. It stops near, not at, 1: values land in about
-    [0.7, 1.2]. In float32, with one side over 1.5 times the other, two or three steps at a time are
-    taken on :math:`A` alone.
+    [0.7, 1.2].
 
     Args:
         x: ``(..., m, n)``, any float dtype; leading axes are a batch.
@@ -76,7 +76,7 @@ def newton_schulz(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     Reference:
         Keller Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024.
     """
-    return _iterate_quintics(x, "newton_schulz", steps, dtype)
+    return _orthogonalized(x, "newton_schulz", steps, dtype)
 
 
 def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -105,7 +105,7 @@ def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     Reference:
         Amsel, Persson, Musco and Gower, *The Polar Express*, 2025, arXiv 2505.16932.
     """
-    return _iterate_quintics(x, "polar_express", steps, dtype)
+    return _orthogonalized(x, "polar_express", steps, dtype)
 
 
 def _newton_schulz_table(steps: int) -> list[Quintic]:
@@ -131,44 +131,46 @@ def orthogonalize(
     method: str | Callable[[mx.array], mx.array] = "newton_schulz",
     steps: int = 5,
     block: int | None = None,
+    *,
+    to_unit_rms: bool = False,
 ) -> mx.array:
     """Orthogonalize each matrix, or each block of its rows by itself.
 
     Args:
-        x: ``(..., m, n)``.
+        x: ``(..., m, n)``, float32, with squares that are float32 numbers. Zero stays zero.
         method: A name in ``METHODS``, or a function of a batch of matrices ``(..., m, n)``.
         steps: Its iterations.
         block: Rows of a block, along the shorter side (columns of a tall matrix), all blocks in
             one batched product; the last may be smaller. None: the whole matrix.
+        to_unit_rms: Scale each matrix to an RMS of 1.
     """
-    if block is None or block >= min(x.shape[-2:]):
-        return method(x) if callable(method) else _iterate_quintics(x, method, steps, mx.float32)
-    tall = x.shape[-2] > x.shape[-1]
-    axis = -1 if tall else -2
+    shorter, longer = sorted(x.shape[-2:])
+    block = min(block or shorter, shorter)
+    axis = -1 if x.shape[-2] > x.shape[-1] else -2
+    blocks = _cut(x, axis, block)
+    if callable(method) or longer < GRAM_ASPECT * block:
+        blocks = method(blocks) if callable(method) else _orthogonalized(blocks, method, steps)
+        whole = _joined(blocks, axis, x.shape)
+        return unit_rms(whole) if to_unit_rms else whole
+    size = x.shape[-2] * x.shape[-1] if to_unit_rms else None
+    return _joined(_on_gram_matrices(blocks, METHODS[method](steps), axis, size), axis, x.shape)
+
+
+def _cut(x: mx.array, axis: int, block: int) -> mx.array:
+    """Cut matrices into blocks of rows (axis -2) or columns (-1), ``(..., blocks, m, n)``."""
     # Rows of zeros fill the last block: they stay zero, and change nothing of the others.
-    whole = filled(x.astype(mx.float32), axis, block)
-    *batch, rows, columns = whole.shape
-    if tall:
-        blocks = mx.contiguous(whole.reshape(*batch, rows, -1, block).swapaxes(-2, -3))
-    else:
-        blocks = whole.reshape(*batch, -1, block, columns)
-    if callable(method):
-        blocks = method(blocks)
-    else:
-        blocks = _by_gram_matrices(blocks, METHODS[method](steps), axis)
-    blocks = blocks.swapaxes(-2, -3) if tall else blocks
-    return cut(blocks.reshape(whole.shape), axis, x.shape[axis]).astype(x.dtype)
+    *batch, rows, columns = pad(x, axis, block).shape
+    if axis == -2:
+        return pad(x, axis, block).reshape(*batch, -1, block, columns)
+    return mx.contiguous(pad(x, axis, block).reshape(*batch, rows, -1, block).swapaxes(-2, -3))
 
 
-def rows_apart(shape: tuple[int, ...], block: int | None = None) -> int:
-    """Of how many places of the first axis a multiple is orthogonalized by itself.
-
-    Those of a stack, or the rows of a block; 0: the whole alone, as where blocks are of columns.
-    """
-    rows, columns = shape[-2:]
-    if len(shape) > 2:
-        return 1
-    return block if block is not None and block < rows <= columns else 0
+def _joined(blocks: mx.array, axis: int, shape: Sequence[int]) -> mx.array:
+    """Undo :func:`_cut`: the matrices of this shape."""
+    if axis == -1:
+        blocks = blocks.swapaxes(-2, -3)
+        return crop(blocks.reshape(*blocks.shape[:-2], -1), -1, shape[-1])
+    return crop(blocks.reshape(*blocks.shape[:-3], -1, shape[-1]), -2, shape[-2])
 
 
 def orthogonalization_flops(shape: tuple[int, ...], block: int | None = None) -> float:
@@ -190,101 +192,70 @@ def _check(x: mx.array, steps: int, dtype: mx.Dtype) -> None:
         raise ValueError(f"dtype must be a float's, got {dtype}")
 
 
-def _iterate_quintics(x: mx.array, method: str, steps: int, dtype: mx.Dtype) -> mx.array:
+def _orthogonalized(x: mx.array, method: str, steps: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """The iteration as it is published, for wide and tall matrices."""
     _check(x, steps, dtype)
-    table = METHODS[method](steps)
     unit = unit_frobenius(x.astype(mx.float32)).astype(dtype)
-    shorter, longer = sorted(x.shape[-2:])
-    long = shorter >= LEAST_GRAM and longer > LONG * shorter
-    # In bf16 no Gram matrix can be carried on: its rounding is 2^-9 of the largest eigenvalue.
-    blocks = min(max(shorter // BLOCK, 1), MOST_BLOCKS) if _on_cpu() else 1
-    if dtype == mx.float32 and (long or blocks > 1):
-        groups = _grouped(table) if long else [[row] for row in table]
-        return _by_symmetric_products(unit, groups, blocks).astype(x.dtype)
-
     tall = x.shape[-2] > x.shape[-1]
-    unit = unit.swapaxes(-1, -2) if tall else unit
-    for a, b, c in table:
-        # Scaled within the products: aX by itself, rounded to bf16, costs four times the error.
-        gram = unit @ unit.swapaxes(-1, -2)
-        unit = mx.addmm(unit, mx.addmm(gram, gram, gram, alpha=c, beta=b), unit, beta=a)
+    unit = quintics(unit.swapaxes(-1, -2) if tall else unit, METHODS[method](steps))
     return (unit.swapaxes(-1, -2) if tall else unit).astype(x.dtype)
 
 
-def _on_cpu() -> bool:
-    # Small products fill a CPU; whether they fill a GPU was not measured.
-    return mx.default_device() == mx.cpu
+# The same with few passes over the matrix: several steps on its small Gram matrix.
 
 
-def _by_symmetric_products(x: mx.array, groups: list[list[Quintic]], blocks: int) -> mx.array:
-    """The same, half of each symmetric product left out, a group of steps on a Gram matrix."""
-    axis = -1 if x.shape[-2] > x.shape[-1] else -2
-    slices = parts(x, axis, blocks)
-    for group in groups:
-        slices = applied(_multiplied_out(gram_matrix(slices, axis), group), slices, axis)
-    return mx.concatenate(slices, axis) if len(slices) > 1 else slices[0]
+def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int, size: int | None) -> mx.array:
+    """Orthogonalize blocks that are long beside ``axis``, by polynomials of ``A = XXᵀ``.
+
+    A group of steps is one product ``QX``. The norm of X is the root of A's trace. With a ``size``,
+    all blocks of a matrix of that size are scaled to an RMS of 1: ``‖QX‖² = tr(QAQ)``.
+    """
+    groups = _groups(table)
+    for i, group in enumerate(groups):
+        gram = x @ x.swapaxes(-1, -2) if axis == -2 else x.swapaxes(-1, -2) @ x
+        scale = mx.array(1.0)
+        if i == 0:
+            trace = _trace(gram)
+            scale = mx.rsqrt(mx.where(trace > 0, trace, 1.0))
+            gram = gram * mx.square(scale)
+        q = _product_of_steps(gram, group, scale)
+        if size is not None and group is groups[-1]:
+            square = mx.sum(q * (gram @ q), axis=(-3, -2, -1), keepdims=True) / size
+            q = q * mx.rsqrt(mx.where(square > 0, square, 1.0))
+        x = q @ x if axis == -2 else x @ q
+    return x
 
 
-def _grouped(table: list[Quintic]) -> list[list[Quintic]]:
-    """Steps between which the Gram matrix is made anew: the first two, then three at a time.
+def _groups(table: list[Quintic]) -> list[list[Quintic]]:
+    """Steps for which one Gram matrix serves: the first two, then three at a time.
 
-    Rounding leaves eigenvalues below zero, and each step multiplies them by a², without end. After
-    two steps the singular values are near enough to one another for three.
+    Rounding leaves eigenvalues below zero, and each step multiplies them by a². After two steps
+    the singular values are near enough to one another for three.
     """
     return [table[:2], *(table[i : i + 3] for i in range(2, len(table), 3))]
 
 
-def _multiplied_out(gram: Symmetric, group: list[Quintic]) -> Symmetric:
-    """The product of the steps' P = aI + bA + cA². All commute, so the next A is P²A."""
-    result = step = quadratic(gram, *group[0])
-    for coefficients in group[1:]:
-        gram = product(step, product(step, gram))
-        step = quadratic(gram, *coefficients)
-        result = product(step, result)
-    return result
+def _product_of_steps(gram: mx.array, group: list[Quintic], scale: mx.array) -> mx.array:
+    """The product of a scale and the steps' ``P = aI + B``, ``B = bA + cA²``; A becomes PAP."""
+    q = _identity(gram.shape[-1])
+    for i, (a, b, c) in enumerate(group):
+        step = mx.addmm(gram, gram, gram, alpha=c, beta=b)
+        q = scale * (a * q + step) if i == 0 else mx.addmm(q, step, q, beta=a)
+        if i < len(group) - 1:
+            gram = mx.addmm(gram, step, gram, beta=a)
+            gram = mx.addmm(gram, step, gram, beta=a)
+    return q
 
 
-def _by_gram_matrices(x: mx.array, table: list[Quintic], axis: int) -> mx.array:
-    """Orthogonalize matrices that are long beside ``axis``: steps on small Gram matrices alone.
-
-    ``P X`` with ``P`` a polynomial of ``A = X Xᵀ``: two products with X in place of two a step. The
-    norm of X is the root of A's trace, and dividing by it is left to P.
-    """
-    x = x / _peak(x)  # the square of 1e25 or 1e-25 is not a float32
-    norm = None
-    for group in _carried(table):
-        gram = x @ x.swapaxes(-1, -2) if axis == -2 else x.swapaxes(-1, -2) @ x
-        if norm is None:
-            norm = mx.sum(mx.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
-            norm = mx.where(norm > 0, norm, 1.0)
-            p = _polynomial(gram / norm, group) * mx.rsqrt(norm)
-        else:
-            p = _polynomial(gram, group)
-        x = p @ x if axis == -2 else x @ p
-    return x
+def _identity(n: int) -> mx.array:
+    return mx.array(np.eye(n, dtype=np.float32))  # a constant: mx.eye would take four kernels
 
 
-def _peak(x: mx.array) -> mx.array:
-    peak = mx.maximum(
-        mx.max(x, axis=(-2, -1), keepdims=True), -mx.min(x, axis=(-2, -1), keepdims=True)
-    )
-    return fusion_barrier(mx.where(peak > 0, peak, 1.0))
-
-
-def _carried(table: list[Quintic]) -> list[list[Quintic]]:
-    """Steps for which one Gram matrix serves.
-
-    Rounding leaves eigenvalues below zero, and each step multiplies them by a². Newton–Schulz's
-    11.9 leaves five steps within 4e-5 of float64 at any condition number, in true float32; a GPU
-    may multiply in fewer bits.
-    """
-    whole = _on_cpu() and len(table) <= 5 and all(row == NEWTON_SCHULZ for row in table)
-    return [table] if whole else _grouped(table)
-
-
-def _polynomial(gram: mx.array, group: list[Quintic]) -> mx.array:
-    """The product of the steps' P = aI + bA + cA². All commute, so the next A is P²A."""
-    return _multiplied_out([[gram]], group)[0][0]
+def _trace(x: mx.array) -> mx.array:
+    """The trace of each matrix, ``(..., 1, 1)``."""
+    n = x.shape[-1]
+    diagonal = x.reshape(*x.shape[:-2], n * n)[..., :: n + 1]
+    return mx.sum(diagonal, axis=-1)[..., None, None]
 
 
 def muon_scale(rows: int, columns: int, scale: str | None) -> float:

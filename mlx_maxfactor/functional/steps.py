@@ -11,6 +11,11 @@ LEAST_SHARE = 1e-3
 """A cautious step divides by at least this share of kept elements, as its authors' code does."""
 
 
+def stepped(p: mx.array, decay: mx.array, step: mx.array) -> mx.array:
+    """``p (1 - decay) - step``."""
+    return p * fusion_barrier(1 - decay) - step
+
+
 def unit_rms(x: mx.array) -> mx.array:
     """Divide each matrix by its root mean square; a zero matrix stays zero."""
     size = rms(x, (-2, -1))
@@ -29,6 +34,6 @@ def cautious_scale(agrees: mx.array, axes: tuple[int, ...] | None = None) -> mx.
 
     Liang et al. 2024, arXiv 2411.16085. The share is taken as at least 1e-3.
     """
-    rows = mx.sum(agrees, axis=-2, keepdims=True) if agrees.ndim > 1 else agrees
+    rows = mx.sum(agrees, axis=-2, keepdims=True) if agrees.ndim > 2 else agrees
     total = mx.sum(rows.astype(mx.float32), axis=axes, keepdims=True)
     return 1 / mx.maximum(total * (total.size / agrees.size), LEAST_SHARE)

@@ -78,53 +78,40 @@ class Adafactor(Float32Optimizer):
         relative = self._schedulers.get("learning_rate") is relative_step_of
         return "None" if relative else super()._shown_rate()
 
-    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Make row and column statistics, or a vector's second moment, and a count of updates."""
-        super().init_single(parameter, state)
-        state["count"] = mx.array(0, mx.uint32)
-        shape = f.as_matrices(parameter, layout or self.layout).shape
-        moments.init_second_moment(state, shape, factored=len(shape) > 1)
+    def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """Row and column statistics, or a vector's second moment, and a count of updates."""
+        second = moments.statistics(shape) if len(shape) > 2 else {"v": mx.zeros(shape)}
+        return second | moments.count(shape)
 
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
-    ) -> mx.array:
-        """Update one parameter."""
-        layout = layout or self.layout
-        alpha = self.step_size(self.load(parameter, layout), self.step, self.learning_rate, layout)
-        g = self.load(f.read_after(gradient, alpha), layout)
-        rows, root = self._second_moment_root(g, state)
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """One update."""
+        count = state["count"] + 1
+        b = f.second_moment_weight(count, self.decay_rate)
+        u, second = self._normalized(g, state, b)
+        u = u / f.fusion_barrier(mx.maximum(1.0, f.rms(u, f.each(u)) / self.clip_threshold))
+        alpha = self.step_size(p, self.step, self.learning_rate)
+        new = f.stepped(p, alpha * self.weight_decay, alpha * u)
+        return new, {**second, "count": count}
 
-        def update(after: mx.array) -> mx.array:
-            u = f.clamp_gradient(self.load(f.read_after(gradient, after), layout)) / root / rows
-            # The estimate is 0 where a dead row meets a dead column, and u is squared below.
-            return f.clamp_gradient(u)
-
-        u = update(rows)
-        clip = mx.maximum(1.0, f.rms(u, f.norm_axes(g.ndim, layout)) / self.clip_threshold)
-        scale = f.fusion_barrier(alpha / clip)
-        if gradient.dtype != mx.float32:
-            u = update(scale)  # recomputing it from 16 bits is faster than keeping it
-        p = self.load(f.read_after(parameter, scale), layout)
-        p = p * f.fusion_barrier(1 - alpha * self.weight_decay) - u * scale
-        return self.store(p, parameter, state, layout)
-
-    def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
-        """√V as two factors. The first has one number per row."""
-        state["count"] = state["count"] + 1
-        weight = f.second_moment_weight(state["count"], self.decay_rate)
+    def _normalized(
+        self, g: mx.array, state: dict[str, mx.array], b: mx.array
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """``g / √V``, and what to keep of V."""
         if "v" in state:
-            square = f.clamped_square(g) + self.eps[0]
-            state["v"] = state["v"] + weight * (square - state["v"])
-            return mx.array(1.0), mx.maximum(f.ROOT_FLOOR, mx.sqrt(state["v"]))
-        row, column = moments.update_statistics(g, state, weight, self.eps[0])
-        return f.factored_root(row, column, mx.mean(row, axis=-2, keepdims=True), f.ROOT_FLOOR)
+            v = state["v"] + b * (mx.square(g) + self.eps[0] - state["v"])
+            return f.clamp_gradient(g / mx.maximum(f.ROOT_FLOOR, mx.sqrt(v))), {"v": v}
+        row, column = f.factored_second_moment(g, state["row"], state["column"], b, self.eps[0])
+        mean = mx.mean(row, axis=-2, keepdims=True)
+        root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
+        return f.clamp_gradient(g / root), {"row": row, "column": column}
 
-    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+    def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """The rate. In the relative step it is multiplied by max(ε₂, RMS(p))."""
         if not self.relative_step:
             return rate
-        size = f.rms(parameter, f.norm_axes(parameter.ndim, layout))
-        return rate * mx.maximum(size, self.eps[1])
+        return f.fusion_barrier(rate * mx.maximum(f.rms(p, f.each(p)), self.eps[1]))
 
 
 def relative_step_of(step: mx.array) -> mx.array:

@@ -61,68 +61,53 @@ class AdamW(Float32Optimizer):
         seed: int = 0,
         state_dtype: moments.StateDtype = "float32",
     ):
-        super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = moments.check_state_dtype(state_dtype)
+        super().__init__(learning_rate, layout, rounding, seed, state_dtype)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
         self.eps = check_number("eps", eps, 0.0, ends="()")
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.bias_correction = check_flag("bias_correction", bias_correction)
         self.factored = check_flag("factored", factored)
 
-    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Make both moments, and a count of the parameter's own updates."""
-        super().init_single(parameter, state)
-        shape = f.as_matrices(parameter, self._layout(layout)).shape
-        if self.betas[0]:
-            moments.init_momentum(state, shape, self.state_dtype)
-        moments.init_second_moment(state, shape, factored=self.factored and len(shape) > 1)
-        state["count"] = mx.array(0, mx.uint32)
+    @property
+    def elementwise(self) -> bool:
+        """Whether each element is updated by itself."""
+        return not self.factored
 
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
-    ) -> mx.array:
-        """Update one parameter."""
-        layout = self._layout(layout)
-        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
-        eta, (beta1, beta2) = self.learning_rate, self.betas
+    def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """Both moments, and a count of updates. Without β₁ there is no first moment."""
+        factored = self.factored and len(shape) > 2
+        second = moments.statistics(shape) if factored else {"v": mx.zeros(shape)}
+        first = {"m": mx.zeros(shape)} if self.betas[0] else {}
+        return first | second | moments.count(shape)
 
-        state["count"] = state["count"] + 1
-        t = state["count"].astype(mx.float32)
-        root = self._second_moment_root(g, state)
-        m = (1 - beta1) * g
-        if beta1:
-            m = beta1 * moments.read_momentum(state, g.shape) + m
-            if self.state_dtype in moments.BITS:
-                # Elements far below their group's largest are rounded coarsely: limit their step.
-                bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
-                m = mx.maximum(-bound, mx.minimum(bound, m))
-            m = moments.write_momentum(m, state, beta1)
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """One update."""
+        eta, (beta1, beta2), t = self.learning_rate, self.betas, state["count"] + 1
+        root, second = self._second_moment_root(g, state)
+        m, first = f.averaging_momentum(g, state, beta1, nesterov=False)
+        if first and self.state_dtype in moments.BITS:
+            # Elements far below their group's largest are rounded coarsely: limit their step.
+            bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
+            m = first["m"] = mx.maximum(-bound, mx.minimum(bound, m))
+        c1, c2 = (
+            f.bias_correction(b, t) if self.bias_correction else mx.array(1.0) for b in self.betas
+        )
+        # m/c₁ / (√(v/c₂) + ε), with both corrections moved into scalars.
+        rate = f.fusion_barrier(eta * mx.sqrt(c2) / c1)
+        step = rate * m / (root + f.fusion_barrier(self.eps * mx.sqrt(c2)))
+        new = f.stepped(p, eta * self.weight_decay, step)
+        return new, {**first, **second, "count": t}
 
-        rate, eps = eta, mx.array(self.eps)
-        if self.bias_correction:
-            # m/c₁ / (√(v/c₂) + ε), with both corrections moved into scalars.
-            correction = mx.sqrt(f.bias_correction(beta2, t))
-            rate, eps = eta * correction / f.bias_correction(beta1, t), eps * correction
-        decay = f.fusion_barrier(1 - eta * self.weight_decay)
-        new = p * decay - f.fusion_barrier(rate) * m / (root + f.fusion_barrier(eps))
-        return self.store(new, parameter, state, layout)
-
-    def _layout(self, layout: str | None) -> str:
-        # Elementwise updates need no layout, and so the state has the same shapes as MLX's AdamW.
-        return layout or self.layout if self.factored else "batched"
-
-    def _second_moment_root(self, g: mx.array, state: dict) -> mx.array:
-        """√v, or its factored estimate."""
+    def _second_moment_root(
+        self, g: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """√v or its factored estimate, and what to keep of it."""
         beta2 = self.betas[1]
         if "v" in state:
-            state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
-            return mx.sqrt(state["v"])
-        row, column = moments.update_statistics(g, state, mx.array(1 - beta2))
+            v = beta2 * state["v"] + (1 - beta2) * mx.square(g)
+            return mx.sqrt(v), {"v": v}
+        row, column = f.factored_second_moment(g, state["row"], state["column"], 1 - beta2)
         mean = mx.mean(row, axis=-2, keepdims=True)
-        rows, root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
-        return rows * root
-
-    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """Cuts can be at any row, for "int8" and "int4" between groups of m. Factored: no cuts."""
-        rows = 0 if self.factored and len(shape) > 1 else 1
-        return moments.aligned_to_groups(rows, shape, self.state_dtype)
+        return f.factored_root(row, column, mean, f.ROOT_FLOOR), {"row": row, "column": column}

@@ -1,7 +1,7 @@
 """The base class of all optimizers here and of your own: float32, layouts, rates, state."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any, Literal, cast, get_args
 
@@ -23,8 +23,9 @@ from .._validate import (
     warn,
 )
 from ..schedules import described
+from . import moment_state as moments
 from .update_loop import (
-    LiveState,
+    ParameterSlot,
     Update,
     UpdateLoop,
     child_at,
@@ -46,6 +47,10 @@ RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 Rounding = Literal["nearest", "stochastic"]
 """How updates of bf16 and fp16 parameters are rounded."""
 
+SMALL, SMALL_ELEMENTWISE = 2**20, 2**14
+"""Parameters of at most this many elements are updated in groups: where a copy into the group costs
+less than kernels of their own."""
+
 ELEMENTWISE_FLOPS = 300.0
 """The cost of an elementwise update, per element, in operations of a matrix product."""
 
@@ -53,10 +58,11 @@ ELEMENTWISE_FLOPS = 300.0
 class Float32Optimizer(Optimizer):
     """An MLX optimizer whose arithmetic and state are float32, whatever the parameter's dtype.
 
-    To write your own optimizer, subclass it as you would subclass MLX's ``Optimizer``: make state
-    in ``init_single``, and compute the update in ``apply_single`` between :meth:`load` and
-    :meth:`store`. :func:`mlx_maxfactor.register_optimizer` gives it a name in ``create_optimizer``.
-    NOTES.md has a complete example. Beyond MLX's class:
+    An optimizer is two functions. :meth:`new_state` returns the state of new arrays, and
+    :meth:`rule` returns the updated arrays with their new state. Everything else is done here:
+    dtypes, layouts, clamping, rounding, few bits. To write your own optimizer, define these two, or
+    MLX's ``init_single`` and ``apply_single``. :func:`mlx_maxfactor.register_optimizer` gives it a
+    name in ``create_optimizer``. NOTES.md has a complete example. Beyond MLX's class:
 
     - a layer that is unfrozen late gets its state with its first gradient;
     - integer arrays and empty arrays are not changed;
@@ -70,6 +76,7 @@ class Float32Optimizer(Optimizer):
         layout: How an array holds matrices, see ``functional.LAYOUTS``. Default "batched".
         rounding: "nearest", or "stochastic" for bf16 and fp16 parameters. Default "nearest".
         seed: Seed of stochastic rounding, from 0 to 2³² - 1. Default 0.
+        state_dtype: Dtype of the state array ``m``: "float32", "bfloat16", "int8" or "int4".
 
     Attributes:
         layouts: Layouts by path; they take precedence over ``layout``. The router sets them.
@@ -84,12 +91,14 @@ class Float32Optimizer(Optimizer):
         >>> import mlx.core as mx
         >>> from mlx_maxfactor import Float32Optimizer
         >>> class SGD(Float32Optimizer):
-        ...     def apply_single(self, gradient, parameter, state, layout=None):
-        ...         p = self.load(parameter) - self.learning_rate * self.load(gradient)
-        ...         return self.store(p, parameter, state)
+        ...     def rule(self, g, p, state):
+        ...         return p - self.learning_rate * g, state
         >>> SGD(0.1).apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})["w"].tolist()
         [0.8999999761581421, 0.8999999761581421]
     """
+
+    elementwise: bool = False
+    """Whether each element is updated by itself, so that layouts do not matter."""
 
     _usual_rate: float | None = None
     """A typical rate, if rates are relative to the weights and therefore unlike AdamW's."""
@@ -100,8 +109,10 @@ class Float32Optimizer(Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
+        state_dtype: moments.StateDtype = "float32",
     ):
         super().__init__()
+        self.state_dtype = moments.check_state_dtype(state_dtype)
         self.rounding: str = check_choice("rounding", rounding, get_args(Rounding))
         self.seed = check_integer("seed", seed, 0, LARGEST_SEED)
         self._keys_made = 0
@@ -167,8 +178,8 @@ class Float32Optimizer(Optimizer):
         scheduled = mx.maximum(_as_rate(schedule(self.step)), 0.0)
         return mx.where(self.state["scheduled"], scheduled, rate)
 
-    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
-        """The factor on the step of update ``t``. ``parameter`` is float32, viewed as matrices."""
+    def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
+        """The factor on the step of update ``t``, one for each of the parameters ``(k, ...)``."""
         return rate
 
     def effective_learning_rates(self, model: dict) -> dict[str, float]:
@@ -185,7 +196,8 @@ class Float32Optimizer(Optimizer):
         for path, p in flatten(trainable(model)).items():
             if _is_updatable(p) and self.owns(path):
                 layout = self.layout_of(path)
-                sizes[path] = mx.mean(self.step_size(self.load(p, layout), t, rate, layout))
+                items = f.as_items(p.astype(mx.float32), layout)
+                sizes[path] = mx.mean(self.step_size(items, t, rate))
         mx.eval(sizes)
         return {path: float(size) for path, size in sizes.items()}
 
@@ -207,27 +219,94 @@ class Float32Optimizer(Optimizer):
         layout = self.layout_of(path)
         return () if layout == self.layout else (layout,)
 
-    def load(self, x: mx.array, layout: str | None = None) -> mx.array:
-        """Return an array in float32, viewed as the matrices that it holds."""
-        return f.as_matrices(x.astype(mx.float32), layout or self.layout)
+    # The update of arrays
 
-    def store(
-        self, x: mx.array, parameter: mx.array, state: dict, layout: str | None = None
+    def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """The state of new arrays, by name. Default: none.
+
+        Args:
+            shape: ``(k, ...)``: k arrays of one shape, each updated by itself. Every array of the
+                state has this first axis, too.
+        """
+        return {}
+
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """One update. A subclass defines it; ``self.step`` and ``self.learning_rate`` are current.
+
+        Args:
+            g: Gradients of k arrays, ``(k, ...)``, float32, at most 1e15 in magnitude. The last two
+                axes are a matrix, if the arrays hold matrices.
+            p: Parameters, likewise.
+            state: Their state, from :meth:`new_state` or the update before.
+
+        Returns:
+            The new parameters, and the new state.
+        """
+        raise NotImplementedError
+
+    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+        """Make the state of one parameter, from its shape alone."""
+        layout = self._own_layout(layout)
+        new = self.new_state(f.items_shape(parameter.shape, layout))
+        kept = moments.packed(new, self.state_dtype)
+        stack = _is_stack(parameter, layout)
+        state.update(kept if stack else {key: x.squeeze(0) for key, x in kept.items()})
+        if self.rounding == "stochastic" and "key" not in state:
+            state["key"] = mx.random.key(self.seed << 32 | self._keys_made)
+            self._keys_made += 1
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """Return an updated array from :meth:`load` in the parameter's shape and dtype."""
-        x = f.from_matrices(x, parameter.shape, layout or self.layout)
-        if parameter.dtype == mx.float16:
+        """Return the updated parameter. Its state changes in place."""
+        return self.apply_batch([gradient], [parameter], [state], layout)[0]
+
+    def apply_batch(
+        self,
+        gradients: Sequence[mx.array],
+        parameters: Sequence[mx.array],
+        states: Sequence[dict],
+        layout: str | None = None,
+    ) -> list[mx.array]:
+        """Return updated parameters of one shape. Their states change in place."""
+        layout, count, first = self._own_layout(layout), len(gradients), parameters[0]
+        flat = self.elementwise and count == 1 and self.state_dtype not in moments.BITS
+        stack = flat or _is_stack(first, layout)
+        p = _batch(parameters, layout, flat)
+        g = f.clamp_gradient(_batch(gradients, layout, flat))
+        keys = [key for key in states[0] if key != "key"]
+        old = {k: _joined([s[k] if stack else s[k][None] for s in states]) for k in keys}
+        new, state = self.rule(g, p, moments.unpacked(old, g))
+        state = moments.packed(state, self.state_dtype)
+        parts = {key: _parts(x, count) for key, x in state.items()}
+        for i, own in enumerate(states):
+            own.update({k: xs[i] if stack else xs[i].squeeze(0) for k, xs in parts.items()})
+        new = self._rounded(new, first.dtype, states[0])
+        each = _parts(new, count)
+        return each if flat else [f.from_items(x, first.shape, layout) for x in each]
+
+    def _group(self, path: str, parameter: mx.array) -> Hashable:
+        """What parameters that are updated together have in common. None: update it alone."""
+        own = type(self).apply_single is Float32Optimizer.apply_single
+        small = SMALL_ELEMENTWISE if self.elementwise else SMALL
+        if parameter.size > small or not own or self.rounding == "stochastic":
+            return None
+        return id(self), self.layout_of(path), parameter.shape, parameter.dtype
+
+    def _own_layout(self, layout: str | None) -> str:
+        # Elementwise updates need no layout, and so the state has the same shapes as in MLX.
+        return "batched" if self.elementwise else layout or self.layout
+
+    def _rounded(self, x: mx.array, dtype: mx.Dtype, state: dict) -> mx.array:
+        """An updated array in the parameter's dtype."""
+        if dtype == mx.float16:
             x = f.clamp(x, mx.finfo(mx.float16).max)
-        if self.rounding == "nearest" or parameter.dtype == mx.float32:
-            return x.astype(parameter.dtype)
-        if "key" not in state:
-            raise ValueError(
-                "stochastic rounding needs a random key: init_single must call "
-                "super().init_single(parameter, state)"
-            )
-        elements = state.elements if isinstance(state, LiveState) else None
+        if self.rounding == "nearest" or dtype == mx.float32:
+            return x.astype(dtype)
         state["key"], key = mx.random.split(state["key"])
-        return f.stochastic_round(x, parameter.dtype, key, elements)
+        return f.stochastic_round(x, dtype, key)
 
     # The tree
 
@@ -285,9 +364,7 @@ class Float32Optimizer(Optimizer):
             slots = find_slots(gradients, parameters, [self.state])
         with unchanged_on_error([self.state], slots):
             self.advance()
-            updated = UpdateLoop().update_all(
-                slots, lambda slot: (self.update_at(slot.path), slot.states[0])
-            )
+            updated = UpdateLoop().update_all(slots, lambda slot: self.update_of(slot, 0))
         return in_order(gradients, slots, updated)
 
     def advance(self) -> None:
@@ -295,43 +372,20 @@ class Float32Optimizer(Optimizer):
         self.state["learning_rate"] = self._next_rate()
         self.state["step"] = self.step + 1
 
-    def update_at(self, path: str) -> Update:
-        """The update of the parameter at a path. A parameter that is not trained is unchanged."""
-        owns, layout = self.owns(path), self.layout_argument(path)
-
-        def update(gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-            if not (owns and _is_updatable(parameter)):
-                return parameter
-            return self.apply_single(gradient, parameter, state, *layout)
-
-        return update
-
-    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """The smallest number of rows (along the first axis) that can be updated on their own.
-
-        Multiples of it can be, too. 0: the rows depend on one another. The value counts only for
-        the class that defines the method, because a subclass may need all rows.
-        """
-        return 0
+    def update_of(self, slot: ParameterSlot, index: int) -> Update | None:
+        """How to update a parameter, whose state has this index. None: it is not trained."""
+        if not (self.owns(slot.path) and _is_updatable(slot.parameter)):
+            return None
+        group, layout = self._group(slot.path, slot.parameter), self.layout_argument(slot.path)
+        if group is not None:
+            apply = lambda gs, ps, states: self.apply_batch(gs, ps, states, *layout)  # noqa: E731
+        else:
+            apply = lambda gs, ps, ss: [self.apply_single(gs[0], ps[0], ss[0], *layout)]  # noqa: E731
+        return Update(apply, slot.states[index], group, self.elementwise)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of an update, as the number of matrix-product operations that take as long."""
         return ELEMENTWISE_FLOPS * math.prod(shape)
-
-    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Make the state of one parameter, from its shape alone.
-
-        The base class makes the key for stochastic rounding. A subclass adds its statistics.
-        """
-        if self.rounding == "stochastic" and "key" not in state:
-            state["key"] = mx.random.key(self.seed << 32 | self._keys_made)
-            self._keys_made += 1
-
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
-    ) -> mx.array:
-        """Return the updated parameter. Its state changes in place."""
-        raise NotImplementedError
 
     @property
     def state(self) -> dict:
@@ -394,12 +448,12 @@ def _as_rate(rate: Any) -> mx.array:
     return rate.reshape(()) if rate.ndim else rate  # no operation: another thread may evaluate it
 
 
-def refuse_vector(optimizer: Float32Optimizer, parameter: mx.array) -> None:
-    """Raise if a parameter holds no matrices, for an optimizer that orthogonalizes them."""
-    if parameter.ndim < 2:
+def refuse_vector(optimizer: Float32Optimizer, shape: tuple[int, ...]) -> None:
+    """Raise if arrays hold no matrices, for an optimizer that orthogonalizes them."""
+    if len(shape) < 3:
         raise ValueError(
             f"{type(optimizer).__name__} orthogonalizes matrices and cannot take shape "
-            f"{parameter.shape}; route it to another optimizer, as create_optimizer(model) does"
+            f"{shape[1:]}; route it to another optimizer, as create_optimizer(model) does"
         )
 
 
@@ -412,6 +466,33 @@ def refuse_complex(arrays: Mapping[str, mx.array]) -> None:
 def is_complex(x: mx.array) -> bool:
     """Whether an array is complex."""
     return mx.issubdtype(x.dtype, mx.complexfloating)
+
+
+def _batch(arrays: Sequence[mx.array], layout: str, flat: bool) -> mx.array:
+    """Arrays in float32 as a rule takes them: k arrays of one shape along the first axis.
+
+    Views stand outside of the cast: MLX fuses a cast with the formula, but nothing through a view.
+    """
+    if flat:
+        return arrays[0].astype(mx.float32)
+    # A Linear's gradient is a transposed view, over which every pass is slow.
+    items = [f.as_items(mx.contiguous(x) if len(arrays) == 1 else x, layout) for x in arrays]
+    return _joined(items).astype(mx.float32)
+
+
+def _parts(x: mx.array, count: int) -> list[mx.array]:
+    """Undo :func:`_joined`. Slices: MLX cannot compile a split of which not all parts are used."""
+    size = x.shape[0] // count
+    return [x] if count == 1 else [x[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _joined(arrays: Sequence[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays))
+
+
+def _is_stack(parameter: mx.array, layout: str) -> bool:
+    """Whether the first axis counts arrays that are updated by themselves."""
+    return layout == "experts" and parameter.ndim > 2
 
 
 def _is_updatable(x: mx.array) -> bool:

@@ -86,12 +86,20 @@ class FrequencyAdaptiveMomentum:
         if "count" in state:
             state["count"] = state["count"] + 1
         if "power" not in state:
-            return self.alpha * momentum + (1 - self.alpha) * gradient
+            return momentum + (1 - self.alpha) * (gradient - momentum)
         spectrum = mx.fft.rfft(gradient)
         shares = f.band_shares(spectrum, self.bands)
         state["power"] = self.beta * state["power"] + (1 - self.beta) * shares
         _, decay, gain = self.response(state)
         return f.band_momentum(spectrum, momentum, decay, gain)
+
+    def replaced(
+        self, gradient: mx.array, momentum: mx.array, state: dict, nesterov: bool
+    ) -> tuple[mx.array, mx.array]:
+        """What replaces the gradient, and the updated buffer."""
+        m = self.update(gradient, momentum, state)
+        ahead = gradient + self.alpha * (m - gradient) if nesterov else m
+        return self.blended(gradient, ahead, state), m
 
     def response(self, state: dict) -> tuple[mx.array, mx.array, mx.array]:
         """Each band's share ``h_b``, decay ``μ_b`` and gain, read from the state.

@@ -1,6 +1,5 @@
 """MaxFactor: factored second moments, infinity norm, sign times row maximum."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -21,9 +20,6 @@ from .base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
 
 STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
-
-Reader = Callable[[mx.array], mx.array]
-"""Reads the gradient or its momentum after another array, see ``functional.read_after``."""
 
 Preset = Literal["early", "hub", "speech"]
 
@@ -154,7 +150,7 @@ class MaxFactor(Float32Optimizer):
         state_dtype: moments.StateDtype = "float32",
     ):
         self._usual_rate = None if min_rms or relative_step else 0.01
-        super().__init__(learning_rate, layout, rounding, seed)
+        super().__init__(learning_rate, layout, rounding, seed, state_dtype)
         self.beta2_decay = check_number("beta2_decay", beta2_decay, -1.0, 0.0)
         self.beta2_bounds = check_rising("beta2_bounds", beta2_bounds, 0.0, 1.0)
         self.eps = check_pair("eps", eps, 0.0)
@@ -168,7 +164,7 @@ class MaxFactor(Float32Optimizer):
         self.clip_threshold = check_optional("clip_threshold", clip_threshold)
         self.relative_step = check_flag("relative_step", relative_step)
         self.vector_sign, self.maximize = check_flags(vector_sign=vector_sign, maximize=maximize)
-        self._set_momentum(momentum, nesterov, cautious, state_dtype)
+        self._set_momentum(momentum, nesterov, cautious)
         self.eps_rms, self.min_rms = check_not_negative(eps_rms=eps_rms, min_rms=min_rms)
 
     def _set_momentum(
@@ -176,11 +172,9 @@ class MaxFactor(Float32Optimizer):
         momentum: float | FrequencyAdaptiveMomentum,
         nesterov: bool,
         cautious: bool,
-        state_dtype: moments.StateDtype,
     ) -> None:
         adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
         self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
-        self.state_dtype = moments.check_state_dtype(state_dtype)
         self.nesterov, self.cautious = check_flags(nesterov=nesterov, cautious=cautious)
         for name, flag in (("nesterov", nesterov), ("cautious", cautious)):
             if flag and not momentum:
@@ -205,79 +199,68 @@ class MaxFactor(Float32Optimizer):
         """
         return cls(**{**PRESETS[check_choice("preset", name, PRESETS)], **overrides})
 
-    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """A stack is cut between experts. A matrix is not cut, because its norms span all rows."""
-        # Single numbers are updated differently, and bands are computed for the whole stack.
-        plain = not isinstance(self.momentum, FrequencyAdaptiveMomentum)
-        apart = f.norm_axes(len(shape), layout) and plain and not self._is_scalar(shape[1:])
-        dtype = self.state_dtype if self.momentum else "float32"
-        return moments.aligned_to_groups(int(bool(apart)), shape, dtype)
+    def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """Row and column statistics, or a second moment, and the momentum, if there is any."""
+        second = moments.statistics(shape) if self._is_factored(shape) else {"v": mx.zeros(shape)}
+        return second | ({"m": mx.zeros(shape)} if self.momentum else {})
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Make row and column statistics for a matrix, or a second moment for other arrays."""
-        super().init_single(parameter, state)
-        layout = layout or self.layout
-        shape = f.as_matrices(parameter, layout).shape
-        moments.init_second_moment(state, shape, factored=self._is_factored(shape))
-        if self.momentum:
-            moments.init_momentum(state, shape, self.state_dtype)
+        """Make the state of one parameter."""
+        super().init_single(parameter, state, layout)
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
-            state.update(self.momentum.init(f.input_axis_shape(parameter.shape, layout)))
+            shape = f.input_axis_shape(parameter.shape, layout or self.layout)
+            state.update(self.momentum.init(shape))
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
     ) -> mx.array:
-        """Update one parameter."""
-        layout = layout or self.layout
-        p = self.load(parameter, layout)
-        axes = f.norm_axes(p.ndim, layout)
-        alpha = self.step_size(p, self.step, self.learning_rate, layout)
-        decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
+        """Update one parameter. Bands of frequencies need the gradient's own axes."""
+        if isinstance(self.momentum, FrequencyAdaptiveMomentum):
+            self._filter(gradient, parameter, state, layout or self.layout)
+        updated = super().apply_single(gradient, parameter, state, layout)
+        state.pop("h", None)
+        return updated
 
-        def g(after: mx.array) -> mx.array:
-            x = self.load(f.read_after(gradient, after), layout)
-            return -x if self.maximize else x
+    def _filter(self, gradient: mx.array, parameter: mx.array, state: dict, layout: str) -> None:
+        """Put the filtered gradient ``h`` into the state, along the axis of the inputs."""
+        g = f.clamp_gradient(f.as_items(gradient, layout).astype(mx.float32))
+        stack = g.shape[0] > 1 or g.ndim == parameter.ndim
+        kept = {k: x if stack else x[None] for k, x in state.items() if k.startswith("m")}
+        m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(parameter.shape, layout)
+        h, m = self.momentum.replaced(g.reshape(shape), m.reshape(shape), state, self.nesterov)
+        kept = moments.packed({"m": m.reshape(g.shape), "h": h.reshape(g.shape)}, self.state_dtype)
+        state.update(kept if stack else {k: x.squeeze(0) for k, x in kept.items()})
 
-        h = self._momentum(g, state, f.input_axis_shape(parameter.shape, layout))
-        rows, root = self._second_moment_root(g(alpha), state)
-        scale = self._scale(h(rows), rows, root, alpha, axes)
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """One update."""
+        g = -g if self.maximize else g
+        h, first = self._momentum(g, state)
+        root, second = self._second_moment_root(g, state)
+        step = self._step(f.clamp_gradient(h / root))
         if self.cautious:
             # Multiplied, not selected, so that a NaN stays a NaN.
-            agrees = f.agreement(h(rows), g(rows))
-            scale = f.fusion_barrier(scale * f.cautious_scale(agrees, axes))
-            step = self._step(h(scale), rows, root, scale) * agrees
-        else:
-            step = self._step(h(scale), rows, root, scale)
-        p = self.load(f.read_after(parameter, alpha), layout)
-        return self.store(p * f.fusion_barrier(1 - decay) - step, parameter, state, layout)
+            agrees = f.agreement(h, g)
+            step = step * f.fusion_barrier(f.cautious_scale(agrees, f.each(g))) * agrees
+        alpha = self.step_size(p, self.step, self.learning_rate)
+        decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
+        return f.stepped(p, decay, alpha * step), {**first, **second}
 
-    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+    def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """α, relative to the RMS of the whole array, or of each expert's matrix."""
         t = mx.maximum(t.astype(mx.float32), 1.0)  # apply_single may be called on its own
-        size = f.rms(parameter, f.norm_axes(parameter.ndim, layout))
-        size = mx.maximum(size, max(self.eps[1], self.min_rms))
+        size = mx.maximum(f.rms(p, f.each(p)), max(self.eps[1], self.min_rms))
         if self.relative_step:
             return mx.minimum(rate, size * mx.minimum(1e-6 * t, mx.rsqrt(t)))
         floor = mx.where(rate > 0, self.min_lr, 0.0)  # a rate of 0 moves nothing
         return size * mx.maximum(mx.minimum(rate, mx.rsqrt(t)), floor)
 
-    def _scale(
-        self,
-        h: mx.array,
-        rows: mx.array,
-        root: mx.array,
-        alpha: mx.array,
-        axes: tuple[int, ...] | None,
-    ) -> mx.array:
-        """The factor on the step: α and the three norms of ``u = h / (rows · root)``.
-
-        All steps are homogeneous in ``u``, so one number per norm scales them. For the row-max step
-        it includes the maximum of each row.
-        """
-        if self._is_scalar(h.shape):
-            return alpha * (self.scalar_boost or 1.0)
-        u = f.clamp_gradient(h) / root / rows
-        peaks = f.row_max(f.clamped_magnitude(h) / root) / rows
+    def _step(self, u: mx.array) -> mx.array:
+        """The step of an update, with the three norms. For the row-max step they scale its rows."""
+        if self._is_scalar(u.shape):
+            return (self.scalar_boost or 1.0) * u
+        axes, peaks = f.each(u), mx.max(mx.abs(u), axis=-1, keepdims=True)
         peak = mx.max(peaks, axis=axes, keepdims=True)
         scale = 1.0 / mx.maximum(peak, self.eps[0] + self.eps_rms)
         if self.clip_threshold is not None:
@@ -285,54 +268,42 @@ class MaxFactor(Float32Optimizer):
             scale = scale * mx.minimum(1.0, self.clip_threshold / mx.maximum(norm, f.ROOT_FLOOR))
         if self.d < 1:  # an update whose largest element is at most 1 has RMS at most 1
             scale = scale / mx.maximum(1.0, f.rms(u * scale, axes) / self.d)
-        scale = alpha * scale
-        return f.fusion_barrier(scale * peaks if self._steps_by_row_max(h.shape) else scale)
-
-    def _step(self, h: mx.array, rows: mx.array, root: mx.array, scale: mx.array) -> mx.array:
-        if self._steps_by_row_max(h.shape):
-            return mx.sign(h) * scale
-        return f.clamp_gradient(h) / root / rows * scale
+        if self._steps_by_row_max(u.shape):
+            return mx.sign(u) * f.fusion_barrier(scale * peaks)
+        return u * f.fusion_barrier(scale)
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
-        return self.scalar_boost is not None and all(n == 1 for n in shape)
+        return self.scalar_boost is not None and all(n == 1 for n in shape[1:])
 
     def _is_factored(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) > 1 and not self.full_matrix and not self._is_scalar(shape)
+        return len(shape) > 2 and not self.full_matrix and not self._is_scalar(shape)
 
     def _steps_by_row_max(self, shape: tuple[int, ...]) -> bool:
-        by_row_max = self.max_norm if len(shape) > 1 else self.vector_sign
-        return by_row_max and not self._is_scalar(shape)
+        return self.max_norm if len(shape) > 2 else self.vector_sign
 
-    def _momentum(self, read: Reader, state: dict, shape: tuple[int, ...]) -> Reader:
-        """The replacement for the gradient in the update. ``shape`` has the input axis last."""
-        if not self.momentum:
-            return read
-        g = f.clamp_gradient(read(self.step))
-        momentum = self.momentum
-        if isinstance(momentum, FrequencyAdaptiveMomentum):
-            alpha, view, g = momentum.alpha, g.shape, g.reshape(shape)
-            m = momentum.update(g, moments.read_momentum(state, view).reshape(shape), state)
-            moments.write_momentum(m.reshape(view), state, alpha)
-            ahead = alpha * m + (1 - alpha) * g if self.nesterov else m
-            h = momentum.blended(g, ahead, state).reshape(view)
-        else:
-            h = moments.with_momentum((1 - momentum) * g, state, momentum, self.nesterov)
-        return lambda after: f.read_after(h, after)
+    def _momentum(
+        self, g: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """What replaces the gradient in the update, and what to keep of it."""
+        if isinstance(self.momentum, FrequencyAdaptiveMomentum):
+            return -state["h"] if self.maximize else state["h"], {}
+        return f.averaging_momentum(g, state, self.momentum, self.nesterov)
 
-    def _second_moment_root(self, g: mx.array, state: dict) -> tuple[mx.array, mx.array]:
-        """``max(√V, ε₁)`` as two factors, the first with one number per row. A scalar: √v + ε₁."""
-        if not self._is_factored(g.shape):
-            state["v"] = self.gamma * state["v"] + (1 - self.gamma) * f.clamped_square(g)
-            root = mx.sqrt(state["v"])
+    def _second_moment_root(
+        self, g: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """``max(√V, ε₁)``, of a single number ``√v + ε₁``; and what to keep of it."""
+        if "v" in state:
+            v = self.gamma * state["v"] + (1 - self.gamma) * mx.square(g)
+            root = mx.sqrt(v)
             scalar = self._is_scalar(g.shape)
-            return mx.array(1.0), root + self.eps[0] if scalar else mx.maximum(self.eps[0], root)
+            root = root + self.eps[0] if scalar else mx.maximum(self.eps[0], root)
+            return root, {"v": v}
         weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = moments.update_statistics(g, state, weight)
-        divisor = mx.array(1.0)
-        if self.max_norm:
-            largest = mx.max(row, axis=-2, keepdims=True)
-            divisor = mx.maximum(largest, self.eps[0] + self.eps_rms)
-        return f.factored_root(row, column, divisor, self.eps[0])
+        row, column = f.factored_second_moment(g, state["row"], state["column"], weight)
+        largest = mx.max(row, axis=-2, keepdims=True)
+        divisor = mx.maximum(largest, self.eps[0] + self.eps_rms) if self.max_norm else 1.0
+        return f.factored_root(row, column, divisor, self.eps[0]), {"row": row, "column": column}
 
 
 def check_optional(name: str, value: Any) -> float | None:

@@ -73,8 +73,7 @@ class Muon(Float32Optimizer):
         state_dtype: moments.StateDtype = "float32",
         block: int | None = None,
     ):
-        super().__init__(learning_rate, layout, rounding, seed)
-        self.state_dtype = moments.check_state_dtype(state_dtype)
+        super().__init__(learning_rate, layout, rounding, seed, state_dtype)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = check_flag("nesterov", nesterov)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
@@ -83,44 +82,25 @@ class Muon(Float32Optimizer):
         self.steps = check_integer("steps", steps, 1)
         self.block = None if block is None else check_integer("block", block, 1)
 
+    def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """The momentum, if there is any."""
+        refuse_vector(self, shape)
+        return {"m": mx.zeros(shape)} if self.momentum else {}
+
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """One update."""
+        u, state = f.momentum(g, state, self.momentum, self.nesterov)
+        step = f.orthogonalize(f.unit_peak(u), self.method, self.steps, self.block)
+        rate = self.step_size(p, self.step, self.learning_rate)
+        return f.stepped(p, self.learning_rate * self.weight_decay, rate * step), state
+
+    def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
+        """η · s, the spectral norm of an update."""
+        return rate * f.muon_scale(*p.shape[-2:], self.scale)
+
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""
         matrices = f.matrices_shape(shape, layout)
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)
-
-    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """A stack is cut between matrices, a matrix between blocks of rows."""
-        if layout == "transposed":
-            return 0
-        rows = f.rows_apart(f.matrices_shape(shape, layout), self.block)
-        dtype = self.state_dtype if self.momentum else "float32"
-        return moments.aligned_to_groups(rows, shape, dtype)
-
-    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Make the momentum buffer, if there is momentum."""
-        refuse_vector(self, parameter)
-        super().init_single(parameter, state)
-        shape = f.as_matrices(parameter, layout or self.layout).shape
-        if self.momentum:
-            moments.init_momentum(state, shape, self.state_dtype)
-
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
-    ) -> mx.array:
-        """Update one parameter."""
-        layout = layout or self.layout
-        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
-
-        u = moments.with_momentum(g, state, self.momentum, self.nesterov)
-        alpha = self.step_size(p, self.step, self.learning_rate, layout)
-        p = p * (1 - self.learning_rate * self.weight_decay) - alpha * self.direction(u, state)
-        return self.store(p, parameter, state, layout)
-
-    def direction(self, u: mx.array, state: dict) -> mx.array:
-        """Orthogonalize each matrix or block of rows. A subclass may keep more ``state``."""
-        return f.orthogonalize(u, self.method, self.steps, self.block)
-
-    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
-        """η · s, the spectral norm of an update."""
-        rows, columns = parameter.shape[-2:]
-        return rate * f.muon_scale(rows, columns, self.scale)

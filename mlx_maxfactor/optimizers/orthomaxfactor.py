@@ -103,10 +103,9 @@ class OrthoMaxFactor(Float32Optimizer):
     ):
         # Before the base class, which checks the rate against it.
         self._usual_rate = 0.02 if min_rms in ("init", 0) else None
-        super().__init__(learning_rate, layout, rounding, seed)
+        super().__init__(learning_rate, layout, rounding, seed, state_dtype)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov = check_flag("nesterov", nesterov)
-        self.state_dtype = moments.check_state_dtype(state_dtype)
         self.block = None if block is None else check_integer("block", block, 1)
         self.method = method if callable(method) else check_choice("method", method, f.METHODS)
         self.steps = check_integer("steps", steps, 1)
@@ -116,46 +115,30 @@ class OrthoMaxFactor(Float32Optimizer):
         self.beta2_bounds = check_rising("beta2_bounds", beta2_bounds, 0.0, 1.0)
         self.eps = check_number("eps", eps, 1e-15)
 
-    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
-        """Make row and column statistics, and the momentum."""
-        refuse_vector(self, parameter)
-        super().init_single(parameter, state)
-        shape = f.as_matrices(parameter, layout or self.layout).shape
-        moments.init_second_moment(state, shape, factored=True)
-        if self.momentum:
-            moments.init_momentum(state, shape, self.state_dtype)
+    def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """Row and column statistics, and the momentum, if there is any."""
+        refuse_vector(self, shape)
+        return moments.statistics(shape) | ({"m": mx.zeros(shape)} if self.momentum else {})
 
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
-    ) -> mx.array:
-        """Update one parameter."""
-        layout = layout or self.layout
-        p, g = self.load(parameter, layout), f.clamp_gradient(self.load(gradient, layout))
-
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """One update."""
         b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = moments.update_statistics(g, state, b)
-        h = moments.with_momentum((1 - self.momentum) * g, state, self.momentum, self.nesterov)
+        row, column = f.factored_second_moment(g, state["row"], state["column"], b)
+        h, kept = f.averaging_momentum(g, state, self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
-        rows, root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
-        u = h / root / rows
-        step = f.unit_rms(f.orthogonalize(u, self.method, self.steps, self.block))
+        root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
+        u = f.clamp_gradient(h / root)
+        step = f.orthogonalize(u, self.method, self.steps, self.block, to_unit_rms=True)
+        rate = self.step_size(p, self.step, self.learning_rate)
+        p = f.stepped(p, self.learning_rate * self.weight_decay, rate * step)
+        return p, {"row": row, "column": column, **kept}
 
-        alpha = self.step_size(p, self.step, self.learning_rate, layout)
-        alpha = f.fusion_barrier(alpha)
-        decay = f.fusion_barrier(1 - self.learning_rate * self.weight_decay)
-        return self.store(p * decay - alpha * step, parameter, state, layout)
-
-    def step_size(self, parameter: mx.array, t: mx.array, rate: mx.array, layout: str) -> mx.array:
+    def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """η times the RMS of each matrix, or times the floor if that is larger."""
-        init = (3 * parameter.shape[-1]) ** -0.5
-        floor = init if isinstance(self.min_rms, str) else self.min_rms
-        return rate * mx.maximum(f.rms(parameter, (-2, -1)), floor)
-
-    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """A stack is cut between matrices. A matrix is not cut: RMS(O) needs all its rows."""
-        stack = len(f.matrices_shape(shape, layout)) > 2
-        dtype = self.state_dtype if self.momentum else "float32"
-        return moments.aligned_to_groups(int(stack), shape, dtype)
+        floor = (3 * p.shape[-1]) ** -0.5 if isinstance(self.min_rms, str) else self.min_rms
+        return f.fusion_barrier(rate * mx.maximum(f.rms(p, (-2, -1)), floor))
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from .. import functional as f
 from .._validate import Rate, check_flag, check_number
 from .base import Float32Optimizer, Rounding
 
@@ -46,18 +47,18 @@ class SignSGD(Float32Optimizer):
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.sparse_rows = check_flag("sparse_rows", sparse_rows)
 
-    def row_granularity(self, shape: tuple[int, ...], layout: str) -> int:
-        """Cuts can be at any row. With ``sparse_rows``, a vector is not cut."""
-        return 0 if self.sparse_rows and len(shape) < 2 else 1
+    @property
+    def elementwise(self) -> bool:
+        """Whether each element is updated by itself."""
+        return not self.sparse_rows
 
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
-    ) -> mx.array:
-        """Update one parameter."""
-        p, g = parameter.astype(mx.float32), gradient.astype(mx.float32)
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """One update."""
         eta = self.learning_rate
-        new = p * (1 - eta * self.weight_decay) - eta * mx.sign(g)
-        if self.sparse_rows:
-            touched = mx.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
-            new = mx.where(touched, new, p)
-        return self.store(new, parameter, state, "batched")
+        new = f.stepped(p, eta * self.weight_decay, eta * mx.sign(g))
+        return mx.where(self._is_touched(g), new, p) if self.sparse_rows else new, state
+
+    def _is_touched(self, g: mx.array) -> mx.array:
+        return mx.any(g != 0, axis=-1, keepdims=True) if g.ndim > 1 else g != 0

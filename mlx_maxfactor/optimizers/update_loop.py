@@ -1,34 +1,45 @@
-"""Update one parameter at a time: the arrays of each path, and the order of evaluation."""
+"""One step of all parameters: groups of small ones, large ones one after the other."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from .. import functional as f
-
-Update = Callable[[mx.array, mx.array, dict], mx.array]
-"""An optimizer's ``apply_single``: gradient, parameter and state to the updated parameter."""
-
 
 class ParameterSlot(NamedTuple):
-    """A gradient, its parameter, and the state that each optimizer keeps at their path.
-
-    ``elements``: if this is a shard, where its elements are in the whole parameter.
-    """
+    """A gradient, its parameter, and the state that each optimizer keeps at their path."""
 
     path: str
     gradient: mx.array
     parameter: mx.array
     states: tuple[Any, ...]
-    elements: f.ElementRange | None = None
 
 
-UpdateRule = Callable[[ParameterSlot], tuple[Update, dict] | None]
-"""Returns a parameter's update function and state, or None to leave it unchanged."""
+class Update(NamedTuple):
+    """How a parameter is updated.
+
+    Attributes:
+        apply: From gradients, parameters and states to the updated parameters. States change in
+            place.
+        state: The state of this parameter.
+        group: Parameters of one ``apply`` with an equal group may be updated together. None: alone.
+        in_one_kernel: Whether the new state is computed in the kernel of the new parameters.
+    """
+
+    apply: Callable[[list[mx.array], list[mx.array], list[dict]], list[mx.array]]
+    state: dict
+    group: Hashable = None
+    in_one_kernel: bool = False
+
+
+UpdateRule = Callable[[ParameterSlot], Update | None]
+"""Returns how to update a parameter, or None to leave it unchanged."""
+
+GROUP_ELEMENTS = 2**22
+"""Most elements of a group: its float32 copies exist at the same time."""
 
 
 class StepDecision(NamedTuple):
@@ -45,6 +56,10 @@ class StepDecision(NamedTuple):
     def scaled(self, gradient: mx.array) -> mx.array:
         """The gradient times the factor, in float32: a small fp16 gradient would become zero."""
         return gradient if self.factor is None else gradient * self.factor
+
+    def kept(self, new: mx.array, old: mx.array) -> mx.array:
+        """Likewise, in the old dtype: MLX's optimizers return float32 for a float32 gradient."""
+        return self.select(new.astype(old.dtype), old)
 
     def select(self, new: mx.array, old: mx.array) -> mx.array:
         """The new array, or the old one if the step is skipped."""
@@ -122,40 +137,14 @@ def top_level_arrays(state: dict) -> dict[str, mx.array]:
     return {key: x for key, x in state.items() if isinstance(x, mx.array)}
 
 
-class LiveState(dict):
-    """A parameter's state during its update. Each array keeps its value if the step is skipped.
-
-    Attributes:
-        elements: Where the parameter's elements are in the whole parameter, or None.
-    """
-
-    def __init__(self, state: dict, decision: StepDecision, elements: f.ElementRange | None):
-        super().__init__(state)
-        self.elements = elements
-        self._decision = decision
-
-    def __setitem__(self, key: str, new: Any) -> None:
-        if key in self:
-            new = tree_map(self._decision.select, new, self[key])
-        super().__setitem__(key, new)
-
-    def update(self, *arguments: Any, **arrays: Any) -> None:
-        """Set several arrays. A dictionary's own method would not select."""
-        for key, new in dict(*arguments, **arrays).items():
-            self[key] = new
-
-    def __ior__(self, arrays: Any) -> "LiveState":
-        self.update(arrays)
-        return self
-
-
 class UpdateLoop:
     """Evaluates updates one after the other, whatever the order of the graph.
 
     MLX evaluates breadth first: the float32 copies of twenty bf16 weights, and everything computed
     from them, exist at the same time. Here each update waits for the one before it, so that its
     temporary arrays and its gradient are released first. The last parameters come first, because a
-    backward pass ends with the first layers.
+    backward pass ends with the first layers. Small parameters are updated in groups: a GPU takes as
+    long to start a kernel for one as for all.
     """
 
     def __init__(self, decision: StepDecision | None = None):
@@ -164,48 +153,75 @@ class UpdateLoop:
 
     def update_all(self, slots: Sequence[ParameterSlot], rule: UpdateRule) -> dict[str, mx.array]:
         """Update every parameter. Returns the new parameters by path."""
-        return {slot.path: self.update_one(slot, rule) for slot in reversed(slots)}
+        updated = {slot.path: slot.parameter for slot in slots}
+        for group in _groups(slots, rule):
+            updated |= self.update_group(group)
+        return updated
 
-    def update_one(self, slot: ParameterSlot, rule: UpdateRule) -> mx.array:
-        """Return one parameter, updated after the one before it. Its state changes in place.
+    def update_group(self, group: list[tuple[ParameterSlot, Update]]) -> dict[str, mx.array]:
+        """Update some parameters at once, after those before. Their states change in place.
 
         Raises:
-            ValueError: The state does not fit the parameter.
+            ValueError: A state does not fit its parameter.
         """
-        found = rule(slot)
-        if found is None:
-            return slot.parameter
-        apply_single, state = found
-        names = [key for key, x in state.items() if isinstance(x, mx.array)]
-        arrays = [slot.gradient, slot.parameter, *(state[key] for key in names)]
-        if self._before:
-            # One call per array: arrays of one call are held together, so none could be reused.
-            arrays = [mx.depends(x, self._before) for x in arrays]
-        gradient, parameter, *old = arrays
-        # A Linear's gradient is a transposed array, over which every pass is slow.
-        gradient = f.fusion_barrier(gradient)
-        state.update(zip(names, old, strict=True))
-        live = state
-        if self.decision.accepted is not None or slot.elements is not None:
-            # An update that reads back a new state array gets the chosen one: no second copy.
-            live = LiveState(state, self.decision, slot.elements)
+        slots = [slot for slot, _ in group]
+        states = [update.state for _, update in group]
+        old = [dict(state) for state in states]
+        gradients = [self.decision.scaled(self._after(slot.gradient)) for slot in slots]
+        parameters = [self._after(slot.parameter) for slot in slots]
+        for state in states:
+            state.update({k: self._after(x) for k, x in state.items() if isinstance(x, mx.array)})
         try:
-            new = apply_single(self.decision.scaled(gradient), parameter, live)
+            new = group[0][1].apply(gradients, parameters, states)
         except (KeyError, ValueError) as problem:
             what = f"its state has no {problem}" if isinstance(problem, KeyError) else problem
+            slot = slots[0]
             raise ValueError(
                 f"{slot.path} {slot.parameter.shape}, gradient {slot.gradient.shape}: {what}; "
                 "create the optimizer again if the model has changed"
             ) from problem
         if any(x is not None for x in self.decision):
-            # With a float32 gradient, MLX's own optimizers return float32 weights and states.
-            new = new.astype(parameter.dtype)
-            cast = {key: live[key].astype(x.dtype) for key, x in zip(names, old, strict=True)}
-            dict.update(live, cast)
-        state.update(live)
-        updated = self.decision.select(new, parameter)
-        self._before = [updated, *(state[key] for key in names)]
-        return updated
+            for before, state in zip(old, states, strict=True):
+                state.update(_selected(state, before, self.decision))
+            new = [self.decision.kept(x, p) for x, p in zip(new, parameters, strict=True)]
+        # What a later update waits for cannot be computed in one kernel with anything else.
+        waits = [] if group[0][1].in_one_kernel else [x for s in states for x in s.values()]
+        self._before = [*new, *filter(_is_array, waits)]
+        return {slot.path: x for slot, x in zip(slots, new, strict=True)}
+
+    def _after(self, x: mx.array) -> mx.array:
+        """The array, read after the updates before. Each alone: arrays of one call stay alive."""
+        return mx.depends(x, self._before) if self._before else x
+
+
+def _groups(
+    slots: Sequence[ParameterSlot], rule: UpdateRule
+) -> list[list[tuple[ParameterSlot, Update]]]:
+    """Parameters to update together, the last ones first."""
+    groups: dict[Hashable, list[tuple[ParameterSlot, Update]]] = {}
+    for i, slot in enumerate(reversed(slots)):
+        update = rule(slot)
+        if update is None:
+            continue
+        chunk = i * slot.parameter.size // GROUP_ELEMENTS
+        key = i if update.group is None else (update.group, chunk)
+        groups.setdefault(key, []).append((slot, update))
+    return list(groups.values())
+
+
+def _selected(new: Any, old: Any, decision: StepDecision) -> Any:
+    """A new state, or the old one if the step is skipped, in the old dtypes."""
+    if isinstance(new, mx.array) and isinstance(old, mx.array):
+        return decision.kept(new, old)
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {k: _selected(x, old.get(k), decision) for k, x in new.items()}
+    if isinstance(new, (list, tuple)) and isinstance(old, (list, tuple)) and len(new) == len(old):
+        return type(new)(_selected(x, y, decision) for x, y in zip(new, old, strict=True))
+    return new
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, mx.array)
 
 
 @contextmanager
