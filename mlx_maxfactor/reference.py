@@ -5,7 +5,6 @@ holds the state of ONE parameter: `twin.update(p, g)` returns the new p, and `tw
 float64 has the range that float32 lacks, so no guard against overflow appears here.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
@@ -229,42 +228,29 @@ class OrthoMaxFactor(Twin):
         return p * (1 - eta * self.weight_decay) - alpha * X / np.where(size > 0, size, 1)
 
 
-@cache
-def lloyd_max(levels: int = 15) -> tuple[Array, float]:
-    """The best levels >= 0 for a unit normal, zero among them, and their mean squared error.
+MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
-    Each level is the mean of its cell, and each edge of a cell is halfway between two levels.
+
+def quantized(x: Array, bits: int) -> Array:
+    """What is read back of one array: groups share a scale, each element takes its nearest level.
+
+    4 bits: 32 elements, the smallest power of two with which 6 times it is the largest magnitude
+    or above; halfway between two levels is the lower one. 8 bits: 64 elements, their largest
+    magnitude in bf16, and levels (c/127)^2 that are compared by their roots.
     """
-    density = lambda x: np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)  # noqa: E731
-    below = np.vectorize(lambda x: (1 + math.erf(x / np.sqrt(2))) / 2)
-    level, mass = np.linspace(0, 3, levels // 2 + 1), np.zeros(levels // 2)
-    for _ in range(5000):
-        edges = np.append((level[1:] + level[:-1]) / 2, 40.0)
-        mass = below(edges[1:]) - below(edges[:-1])
-        level = np.append(0.0, (density(edges[:-1]) - density(edges[1:])) / mass)
-    # The mean squared error of levels that are means of their cells: 1 - sum of mass level^2.
-    return level, float(1 - 2 * np.sum(mass * level[1:] ** 2))
-
-
-def quantized(x: Array, bits: int, decay: float = 0.0, scale: Array | None = None) -> Array:
-    """What is read back: groups of 64 share a scale, each element takes its nearest level.
-
-    Halfway between two levels is away from zero; at most `decay` times a level is the one below.
-    """
-    flat = np.pad(np.float64(x).reshape(-1), (0, -x.size % 64)).reshape(-1, 64)
+    width = 32 if bits == 4 else 64
+    flat = np.pad(np.float64(x).reshape(-1), (0, -x.size % width)).reshape(-1, width)
+    top = np.max(np.abs(flat), axis=1, keepdims=True)
+    top = np.where(top > 0, top, 1.0)
     if bits == 4:
-        level = np.round(lloyd_max(15)[0], 4)
-        size = np.sqrt(np.mean(flat**2, axis=1))
+        level, edges = MXFP4, (MXFP4[1:] + MXFP4[:-1]) / 2
+        size = 2.0 ** np.ceil(np.log2(top / 6))
+        code = np.searchsorted(edges, np.abs(flat) / size, side="left")
     else:
-        level = (np.arange(128) / 127) ** 2
-        size = np.max(np.abs(flat), axis=1)
-    size = size if scale is None else np.float64(scale)
-    size = np.where(size > 0, size, 1)[:, None]
-    y = np.abs(flat) / size
-    halfway = (level[1:] + level[:-1]) / 2  # in 8 bits halfway between the square roots
-    edges = halfway if bits == 4 else ((np.arange(127) + 0.5) / 127) ** 2
-    code = np.searchsorted(edges, y, side="right")
-    code = np.where((code > 0) & (y <= decay * level[code] * (1 + 1e-6)), code - 1, code)
+        level, edges = (np.arange(128) / 127) ** 2, ((np.arange(127) + 0.5) / 127) ** 2
+        size = 2.0 ** np.floor(np.log2(top)) / 128  # the spacing of bf16, which has 8 bits
+        size = np.round(top / size) * size
+        code = np.searchsorted(edges, np.abs(flat) / size, side="right")
     return (np.sign(flat) * level[code] * size).reshape(-1)[: x.size].reshape(x.shape)
 
 

@@ -1,24 +1,11 @@
 """Who makes the updates of a step: this machine, or several that share them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from .optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule
-
-
-class SpreadArray(Protocol):
-    """A state array whose rows are spread over several ranks."""
-
-    @property
-    def template(self) -> mx.array:
-        """An array with the shape and dtype of the whole array. It is not evaluated."""
-        ...
-
-    def own_rows(self, whole: mx.array) -> mx.array:
-        """The rows of the whole array that this rank holds."""
-        ...
 
 
 class UpdateStrategy:
@@ -54,8 +41,8 @@ class UpdateStrategy:
         """The arrays of all ranks along a new first axis. One machine's array is unchanged."""
         return own
 
-    def spread_state(self) -> Mapping[str, SpreadArray]:
-        """The arrays that are spread over the ranks, by the names they have on one machine."""
+    def spread_state(self) -> Mapping[str, mx.array]:
+        """Templates of the arrays that are spread over ranks, by their names on one machine."""
         return {}
 
     def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:

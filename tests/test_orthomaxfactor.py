@@ -122,7 +122,7 @@ HARD = {
     "rank one": np.outer(parameter((6,)), parameter((5,), 1)),
     "one row": parameter((6, 5)) * (np.arange(6) == 2)[:, None],
     "one column": parameter((6, 5)) * (np.arange(5) == 2),
-    "1e-37": parameter((6, 5)) * 1e-37,
+    "1e-25": parameter((6, 5)) * 1e-25,
     "1e30": parameter((6, 5)) * 1e30,
     "equal": np.full((6, 5), 3e38),
 }

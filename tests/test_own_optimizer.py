@@ -164,8 +164,8 @@ class ListState(SignSGD):
 
     def apply_single(self, gradient, parameter, state, layout=None):
         first, second = state["buffers"]
-        state["buffers"] = [first + 1, {"m": second["m"] + self.load(gradient)}]
-        return self.store(self.load(parameter) - self.load(gradient), parameter, state)
+        state["buffers"] = [first + 1, {"m": second["m"] + gradient}]
+        return parameter - gradient
 
 
 def test_lists_in_a_state_are_guarded_and_counted():

@@ -20,7 +20,6 @@ from mlx_maxfactor import (
 from mlx_maxfactor import functional as f
 
 BITS = [4, 8]
-DECAYS = [0.0, 0.5, 0.8, 0.9, 0.95]
 KINDS = [
     OrthoMaxFactor,
     Muon,
@@ -29,55 +28,43 @@ KINDS = [
 ]
 
 
-def round_trip(x, bits, decay=0.0):
-    codes, scale = f.quantize(mx.array(x), bits, decay)
-    return np.array(f.dequantize(codes, scale, x.shape)), np.array(scale.astype(mx.float32))
+def round_trip(x, bits):
+    x = mx.array(x)[None]
+    return np.array(f.dequantize(*f.quantize(x, bits), x.shape)[0])
 
 
-def test_levels_are_the_lloyd_max_levels_of_a_unit_normal():
-    level, error = reference.lloyd_max(15)
-    assert np.allclose(level, f.LEVELS, atol=6e-5)  # four decimals
-    assert error == pytest.approx(0.0107, abs=5e-5)
-
-
-@pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (64,), (65,), (40, 33), (3, 5, 60)], ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (64,), (40, 33), (3, 5, 60)], ids=str)
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
-def test_quantization_equals_its_twin(shape, size, bits, decay):
+def test_quantization_equals_its_twin(shape, size, bits):
     x = np.asarray(parameter(shape) * np.float32(size))
-    codes, scale = f.quantize(mx.array(x), bits, decay)
-    groups = -(-x.size // 64)
-    assert (codes.dtype, codes.shape) == {
-        4: (mx.uint8, (groups, 32)),
-        8: (mx.int8, (groups, 64)),
-    }[bits]
-    assert (scale.dtype, scale.shape) == (mx.bfloat16, (groups,))
-    back, scales = round_trip(x, bits, decay)
-    exact = reference.quantized(x, bits, decay, scales)
+    codes, scale = f.quantize(mx.array(x)[None], bits)
+    assert scale.size == -(-x.size // f.GROUPS[bits])
+    assert codes.nbytes == scale.size * f.GROUPS[bits] * bits // 8
     # Decoding rounds to float32 a few times.
-    assert np.allclose(back, exact, rtol=1e-6, atol=0)
-    flat = np.pad(np.float64(x).reshape(-1), (0, -x.size % 64)).reshape(-1, 64)
-    measured = np.sqrt(np.mean(flat**2, axis=1)) if bits == 4 else np.max(np.abs(flat), axis=1)
-    assert np.allclose(scales, measured, rtol=2**-8)  # bf16 has 8 bits
+    assert np.allclose(round_trip(x, bits), reference.quantized(x, bits), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e15])
+def test_four_bits_are_those_of_mlx(size):
+    # On a GPU they are computed by MLX. Ties and zeros of both signs are among them.
+    levels = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6], np.float32)
+    x = np.concatenate([parameter((32, 32)), np.outer([0, 1, -1], np.tile(levels, 4))]) * size
+    x = mx.array(x.astype(np.float32)).reshape(1, -1)
+    codes, scale = mx.quantize(x, group_size=32, bits=4, mode="mxfp4")
+    exact = mx.dequantize(codes, scale, group_size=32, bits=4, mode="mxfp4").astype(mx.float32)
+    ours = f.quantize(x, 4)
+    assert mx.array_equal(ours[1], scale).item()
+    assert mx.array_equal(f.dequantize(*ours, x.shape), exact).item()
+    assert mx.array_equal(f.dequantize(codes, scale, x.shape), exact).item()
 
 
 def test_quantization_error_of_a_normal_is_as_expected():
     x = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
-    errors = [np.mean((round_trip(x, bits)[0] - x) ** 2) for bits in BITS]
-    # The RMS of 64 elements differs from that of the normal; the error with 8 bits is a few 1e-5.
-    assert errors[0] == pytest.approx(0.0107, rel=0.1)
+    errors = [np.mean((round_trip(x, bits) - x) ** 2) for bits in BITS]
+    # Levels 0.5 apart near zero, in units of a third to a sixth of the group's largest magnitude.
+    assert errors[0] < 0.015
     assert errors[1] < 1e-4
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_halfway_values_round_away_from_zero(bits):
-    x = np.zeros(64, np.float32)
-    low, high = f.LEVELS[1:3] if bits == 4 else np.array([3, 4]) ** 2 / 127**2
-    x[0] = (low + high) / 2 if bits == 4 else 3.5**2 / 127**2
-    x[1] = np.sqrt(64 - x[0] ** 2) if bits == 4 else 1.0  # the scale is 1
-    for sign in (1, -1):
-        assert round_trip(sign * x, bits)[0][0] == pytest.approx(sign * high, rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -85,28 +72,30 @@ def test_zeros_stay_zero_next_to_other_values(bits):
     x = parameter((8, 64))
     x[:, 5] = 0
     x[3] = 0
-    back, _ = round_trip(x, bits)
+    back = round_trip(x, bits)
     assert not back[:, 5].any()
     assert not back[3].any()
     assert back.any()
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("decay", DECAYS[1:])
-def test_momentum_without_gradients_falls_to_zero(decay, bits):
-    # With rounding to nearest alone, 0.8 times the second level is rounded back to it forever.
-    rng, moment = np.random.default_rng(0), parameter((16, 64)) * 3
-    dead = np.arange(64) % 3 == 0
-    for _ in range(10):
-        moment = round_trip(
-            decay * moment + (1 - decay) * rng.normal(size=moment.shape), bits, decay
-        )[0]
-    assert np.abs(moment[:, dead]).max() > 0
-    for _ in range(300):
-        g = np.where(dead, 0.0, rng.normal(size=moment.shape))
-        moment = round_trip(np.float32(decay * moment + (1 - decay) * g), bits, decay)[0]
-    assert not moment[:, dead].any()
-    assert moment[:, ~dead].any()
+@pytest.mark.parametrize("state_dtype", ["int4", "int8"])
+@pytest.mark.parametrize("beta", [0.5, 0.8, 0.95])
+def test_momentum_without_gradients_falls_to_zero(beta, state_dtype):
+    # To nearest alone, 0.8 times a low level is rounded back to it forever.
+    optimizer, dead = Muon(momentum=beta, state_dtype=state_dtype), np.arange(64) % 3 == 0
+    tree = {"w": mx.array(parameter((16, 64)))}
+
+    def moment():
+        state = optimizer.state["w"]
+        scales = state["m_scale"][None]
+        return np.array(f.dequantize(state["m"][None], scales, (1, 16, 64))[0])
+
+    for seed in range(60):
+        g = parameter((16, 64), seed) * (~dead if seed >= 5 else 1.0)
+        tree = optimizer.apply_gradients({"w": mx.array(g.astype(np.float32))}, tree)
+        assert seed >= 5 or moment()[:, dead].any()
+    assert not moment()[:, dead].any()
+    assert moment()[:, ~dead].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,12 +175,12 @@ def test_state_equals_the_quantized_momentum_of_the_twin(kind, state_dtype):
         g = parameter((20, 33), t)
         tree = optimizer.apply_gradients({"w": mx.array(g)}, tree)
         state = optimizer.state["w"]
-        scale = np.array(state["m_scale"].astype(mx.float32))
-        after = np.array(f.dequantize(state["m"], state["m_scale"], (20, 33)))
-        exact = reference.quantized(beta * before + weight * g, bits, beta, scale)
-        # Rarely, float32 and float64 fall on different sides of a rounding threshold.
-        assert np.mean(~np.isclose(after, exact, rtol=1e-5)) < 0.01
-        before = after
+        after = f.dequantize(state["m"][None], state["m_scale"][None], (1, 20, 33))[0]
+        exact = reference.quantized(beta * before + weight * g, bits)
+        # Rarely, float32 and float64 fall on different sides of a rounding threshold, or AdamW's
+        # bound is below the moment.
+        assert np.mean(~np.isclose(np.array(after), exact, rtol=1e-5)) < 0.02
+        before = np.array(after)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -221,11 +210,11 @@ def test_state_size_of_hidden_matrices():
 
 
 def test_only_momentum_is_quantized_and_no_key_is_kept():
-    for state_dtype, dtype in (("int4", "uint8"), ("int8", "int8")):
+    for state_dtype, dtype, scale in (("int4", "uint32", "uint8"), ("int8", "int8", "bfloat16")):
         state = {}
         OrthoMaxFactor(state_dtype=state_dtype).init_single(mx.zeros((6, 5)), state)
         dtypes = {key: str(x.dtype).removeprefix("mlx.core.") for key, x in state.items()}
-        expected = {"row": "float32", "column": "float32", "m": dtype, "m_scale": "bfloat16"}
+        expected = {"row": "float32", "column": "float32", "m": dtype, "m_scale": scale}
         assert dtypes == expected
 
 
@@ -283,20 +272,9 @@ def test_resumed_run_is_bit_identical(name, state_dtype, rounding, tmp_path):
             assert mx.array_equal(a, b).item(), path
 
 
-@pytest.mark.parametrize("shape", [(12, 64), (12, 32), (12, 5), (130, 1)], ids=str)
-def test_arrays_can_be_divided_between_groups(shape):
-    rows = f.rows_of_groups(shape)
-    assert rows * np.prod(shape[1:]) % 64 == 0
-    x = mx.array(parameter(shape))
-    for bits in BITS:
-        whole = f.dequantize(*f.quantize(x, bits), shape)
-        cut = [x[i : i + rows] for i in range(0, shape[0], rows)]
-        parts = [f.dequantize(*f.quantize(part, bits), part.shape) for part in cut]
-        assert mx.array_equal(mx.concatenate(parts), whole).item()
-
-
 def test_few_bits_stay_close_to_float32_on_hard_gradients():
-    gradients = hard_gradients((32, 17))
+    # Without a gradient of exactly zero, whose momentum few bits forget sooner.
+    gradients = [np.where(g == 0, 1e-20, g).astype(np.float32) for g in hard_gradients((32, 17))]
     ends = []
     for state_dtype in ("float32", "int8", "int4"):
         optimizer, tree = (

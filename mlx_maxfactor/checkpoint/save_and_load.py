@@ -247,7 +247,7 @@ class _Loading:
         self.spread = {STATE + name: x for name, x in strategy.spread_state().items()}
         self.places = {**self.weights, **state}
         self.here = {name: kind_of(place.array) for name, place in self.places.items()}
-        self.here |= {name: kind_of(spread.template) for name, spread in self.spread.items()}
+        self.here |= {name: kind_of(template) for name, template in self.spread.items()}
         self.expected = {**kept, **state, **self.spread}.keys()
         self.used = description.find_used(optimizer)
         self.kept_here: set[str] = set()
@@ -286,8 +286,6 @@ class _Loading:
             array = self.arrays.pop(name).astype(self.here[name].dtype)
             if name not in self.places:  # another rank has it
                 continue
-            if name in self.spread:
-                array = self.spread[name].own_rows(array)
             mx.eval(array)
             container, key = self.places[name]
             number = isinstance(container[key], (int, float))

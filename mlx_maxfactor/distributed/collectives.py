@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .._validate import check_number
-from .assignment import RowRange
 
 MESSAGE_BYTES = 32 << 20
 """The most bytes that a rank sends in one collective, as in ``mlx.nn.average_gradients``."""
@@ -83,24 +82,25 @@ def _here() -> str:
     return f"rank {group.rank()} of {group.size()}"
 
 
-class ShardedArray(NamedTuple):
-    """An array whose rows are spread over the ranks.
+class OwnedArray(NamedTuple):
+    """An array that one rank has.
 
     Attributes:
-        shape: Shape of the whole array.
-        dtype: Dtype of the array.
-        ranges: Which rank has which rows, in row order.
-        own: The rows of this rank, or None.
+        shape: Its shape.
+        dtype: Its dtype.
+        owner: The rank that has it.
+        own: The array, on that rank.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
-    ranges: tuple[RowRange, ...]
-    own: mx.array | None
+    owner: int
+    own: mx.array | None = None
 
-    def size_of(self, rows: RowRange) -> int:
-        """Number of elements in a range of rows. An array without axes is one row."""
-        return (rows.stop - rows.start) * math.prod(self.shape[1:])
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 class OrderedCollectives:
@@ -147,21 +147,20 @@ class OrderedCollectives:
                 start = stop
         return means
 
-    def gathered(self, arrays: Mapping[str, ShardedArray]) -> dict[str, mx.array]:
-        """Gather every whole array, in few messages of equal size.
+    def gathered(self, arrays: Mapping[str, OwnedArray]) -> dict[str, mx.array]:
+        """Gather every array, in few messages of equal size.
 
-        For each dtype, a rank joins its rows of all arrays into one long buffer. Shorter buffers
-        are padded with zeros. A message is the same section of every rank's buffer.
+        For each dtype, a rank joins its arrays into one long buffer. Shorter buffers are padded
+        with zeros. A message is the same section of every rank's buffer.
         """
-        whole: dict[str, mx.array] = {}
+        found: dict[str, mx.array] = {}
         for dtype in {array.dtype: None for array in arrays.values()}:
             chosen = {name: array for name, array in arrays.items() if array.dtype == dtype}
             offsets, length = _offsets(chosen, self.size)
             own = [
-                (offsets[name, rows], array.own.reshape(-1))
+                (offsets[name], array.own.reshape(-1))
                 for name, array in chosen.items()
-                for rows in array.ranges
-                if rows.rank == self.rank and array.own is not None
+                if array.owner == self.rank and array.own is not None
             ]
             size = max(1, MESSAGE_BYTES // dtype.size)
             messages = [
@@ -169,13 +168,10 @@ class OrderedCollectives:
                 for start in range(0, length, size)
             ]
             for name, array in chosen.items():
-                parts = []
-                for rows in array.ranges:
-                    start = offsets[name, rows]
-                    stop = start + array.size_of(rows)
-                    parts += _received(messages, size, rows.rank, start, stop)
-                whole[name] = mx.concatenate(parts).reshape(array.shape)
-        return whole
+                start, stop = offsets[name], offsets[name] + array.size
+                parts = [*_received(messages, size, array.owner, start, stop)]
+                found[name] = mx.concatenate(parts).reshape(array.shape)
+        return found
 
 
 def _messages(arrays: Sequence[mx.array]) -> list[list[int]]:
@@ -195,16 +191,13 @@ def _messages(arrays: Sequence[mx.array]) -> list[list[int]]:
     return messages
 
 
-def _offsets(
-    arrays: Mapping[str, ShardedArray], ranks: int
-) -> tuple[dict[tuple[str, RowRange], int], int]:
-    """Where each range starts in its rank's buffer, and the length of the longest buffer."""
+def _offsets(arrays: Mapping[str, OwnedArray], ranks: int) -> tuple[dict[str, int], int]:
+    """Where each array starts in its rank's buffer, and the length of the longest buffer."""
     lengths = [0] * ranks
     offsets = {}
     for name, array in arrays.items():
-        for rows in array.ranges:
-            offsets[name, rows] = lengths[rows.rank]
-            lengths[rows.rank] += array.size_of(rows)
+        offsets[name] = lengths[array.owner]
+        lengths[array.owner] += array.size
     return offsets, max(lengths)
 
 

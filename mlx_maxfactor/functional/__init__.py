@@ -33,6 +33,7 @@ from .norms import (
     fusion_barrier,
     on_cpu,
     rms,
+    row_squares,
     scaled_global_norm,
     unit_peak,
 )
@@ -46,18 +47,18 @@ from .orthogonalization import (
     orthogonalize,
     polar_express,
 )
-from .quantization import FORGOTTEN, Bits, dequantize, quantize
-from .rounding import ElementRange, stochastic_round
+from .quantization import FORGOTTEN, GROUPS, Bits, dequantize, quantize
+from .rounding import stochastic_round
 from .steps import ROOT_FLOOR, agreement, cautious_scale, stepped, unit_rms
 
 __all__ = [
     "FORGOTTEN",
+    "GROUPS",
     "LAYOUTS",
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
     "Bits",
-    "ElementRange",
     "Layout",
     "Method",
     "agreement",
@@ -91,6 +92,7 @@ __all__ = [
     "polar_express",
     "quantize",
     "rms",
+    "row_squares",
     "scaled_global_norm",
     "second_moment_weight",
     "stepped",

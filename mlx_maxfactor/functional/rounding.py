@@ -1,36 +1,19 @@
 """Rounding of float32 to 16-bit dtypes."""
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
 BITS_DROPPED = {mx.bfloat16: 16, mx.float16: 13}
 """Mantissa bits that rounding from float32 to the dtype drops."""
 
 
-class ElementRange(NamedTuple):
-    """The position of a shard in the flattened whole array: its first element, and the whole size.
-
-    A shard draws the same random numbers as the whole array would at the same elements.
-    """
-
-    start: int
-    whole: int
-
-
-def stochastic_round(
-    x: mx.array, dtype: mx.Dtype, key: mx.array, part: ElementRange | None = None
-) -> mx.array:
+def stochastic_round(x: mx.array, dtype: mx.Dtype, key: mx.array) -> mx.array:
     """Round float32 to bf16 or fp16, up or down at random, without bias.
 
     Random bits are added below the last bit kept, then all lower bits are cut off. The nearer value
     is the more likely one. Values beyond the dtype's range, inf and NaN are rounded to nearest.
     """
     dropped = BITS_DROPPED[dtype]
-    shape = x.shape if part is None else (part.whole,)
-    noise = mx.random.randint(0, 1 << dropped, shape, mx.uint32, key)
-    if part is not None:
-        noise = noise[part.start : part.start + x.size].reshape(x.shape)
+    noise = mx.random.randint(0, 1 << dropped, x.shape, mx.uint32, key)
     kept = 0xFFFFFFFF << dropped & 0xFFFFFFFF
     rounded = ((x.view(mx.uint32) + noise) & kept).view(mx.float32)
     if dtype == mx.float16:

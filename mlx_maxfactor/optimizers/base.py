@@ -47,7 +47,7 @@ RESERVED = frozenset({"step", "learning_rate", "scheduled"})
 Rounding = Literal["nearest", "stochastic"]
 """How updates of bf16 and fp16 parameters are rounded."""
 
-SMALL, SMALL_ELEMENTWISE = 2**20, 2**14
+SMALL, SMALL_ELEMENTWISE = 2**17, 2**14
 """Parameters of at most this many elements are updated in groups: where a copy into the group costs
 less than kernels of their own."""
 
@@ -305,6 +305,11 @@ class Float32Optimizer(Optimizer):
             x = f.clamp(x, mx.finfo(mx.float16).max)
         if self.rounding == "nearest" or dtype == mx.float32:
             return x.astype(dtype)
+        if "key" not in state:
+            raise ValueError(
+                "stochastic rounding needs a random key: init_single must call "
+                "super().init_single(parameter, state)"
+            )
         state["key"], key = mx.random.split(state["key"])
         return f.stochastic_round(x, dtype, key)
 
@@ -482,8 +487,10 @@ def _batch(arrays: Sequence[mx.array], layout: str, flat: bool) -> mx.array:
 
 def _parts(x: mx.array, count: int) -> list[mx.array]:
     """Undo :func:`_joined`. Slices: MLX cannot compile a split of which not all parts are used."""
+    if count == 1:
+        return [x]
     size = x.shape[0] // count
-    return [x] if count == 1 else [x[i * size : (i + 1) * size] for i in range(count)]
+    return [x[i * size : (i + 1) * size] for i in range(count)]
 
 
 def _joined(arrays: Sequence[mx.array]) -> mx.array:

@@ -38,7 +38,7 @@ class Update(NamedTuple):
 UpdateRule = Callable[[ParameterSlot], Update | None]
 """Returns how to update a parameter, or None to leave it unchanged."""
 
-GROUP_ELEMENTS = 2**22
+GROUP_ELEMENTS = 2**19
 """Most elements of a group: its float32 copies exist at the same time."""
 
 
@@ -198,15 +198,17 @@ def _groups(
     slots: Sequence[ParameterSlot], rule: UpdateRule
 ) -> list[list[tuple[ParameterSlot, Update]]]:
     """Parameters to update together, the last ones first."""
-    groups: dict[Hashable, list[tuple[ParameterSlot, Update]]] = {}
-    for i, slot in enumerate(reversed(slots)):
-        update = rule(slot)
-        if update is None:
+    groups: list[list[tuple[ParameterSlot, Update]]] = []
+    open_groups: dict[Hashable, list[tuple[ParameterSlot, Update]]] = {}
+    for slot in reversed(slots):
+        if (update := rule(slot)) is None:
             continue
-        chunk = i * slot.parameter.size // GROUP_ELEMENTS
-        key = i if update.group is None else (update.group, chunk)
-        groups.setdefault(key, []).append((slot, update))
-    return list(groups.values())
+        group = open_groups.get(update.group) if update.group is not None else None
+        if group is None or (len(group) + 1) * slot.parameter.size > GROUP_ELEMENTS:
+            group = open_groups[update.group] = []
+            groups.append(group)
+        group.append((slot, update))
+    return groups
 
 
 def _selected(new: Any, old: Any, decision: StepDecision) -> Any:
