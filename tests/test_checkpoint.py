@@ -76,18 +76,21 @@ def trained(model, optimizer, steps=2):
 # Resuming
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resumed_run_is_bit_identical(name, path):
-    model, optimizer, step = build(name)
+FEW_BITS = [("muon", {"state_dtype": "int8"}), ("adamw", {"state_dtype": "int4"})]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OPTIMIZERS), *FEW_BITS])
+def test_resumed_run_is_bit_identical(name, options, path):
+    model, optimizer, step = build(name, **options)
     for _ in range(12):
         step()
     exact = snapshot(model, optimizer)
     at = random.Random(name).randrange(1, 12)
-    model, optimizer, step = build(name)
+    model, optimizer, step = build(name, **options)
     for _ in range(at):
         step()
     save_checkpoint(path, model, optimizer)
-    model, optimizer, step = build(name)
+    model, optimizer, step = build(name, **options)
     mx.random.seed(99)
     load_checkpoint(path, model, optimizer)
     for _ in range(12 - at):
