@@ -937,6 +937,7 @@ def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(make, ratio):
     assert others == pytest.approx([0.01 * ratio] * len(others))
 
 
+@pytest.mark.compiled
 def test_rate_set_by_hand_reaches_members_of_mlx_in_a_compiled_step():
     model = small_model()
     optimizer = create_optimizer(model, rest=mlx_optimizers.AdamW(1e-3), total_steps=1000)
