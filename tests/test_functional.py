@@ -151,6 +151,16 @@ def test_second_moment_of_a_rank_one_square_is_exact():
     assert np.allclose(np.array(root), np.array(g), rtol=1e-6)
 
 
+def test_statistics_move_towards_the_means_of_the_squares():
+    g = parameter((3, 5))
+    statistics = f.factored_second_moment(
+        mx.array(g), mx.ones((3, 1)), mx.ones((1, 5)), mx.array(0.25), eps=2.0
+    )
+    for ours, axis in zip(statistics, (1, 0), strict=True):
+        mean = np.mean(np.square(g), axis, keepdims=True) + 2.0
+        assert np.allclose(ours, 0.75 + 0.25 * mean, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3, 255), (4, 1000)], ids=str)
 def test_row_squares_equal_numpy(shape):
     x = parameter(shape)

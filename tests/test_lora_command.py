@@ -154,6 +154,7 @@ def wait_for(condition, child):
         time.sleep(0.005)
 
 
+@pytest.mark.processes
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(home):
     child, output = start(home, "stopped", "--iters", "100000", "--save-every", "50000")
     wait_for(lambda: ", loss " in output.read_text(), child)  # of the first steps
@@ -175,6 +176,7 @@ def test_no_checkpoint_is_written_while_the_trainer_holds_gradients():
     assert tuning.Tuning.save(run) is False
 
 
+@pytest.mark.processes
 def test_run_killed_at_random_moments_resumes_bit_for_bit(home):
     dice, checkpoint = random.Random(0), home / "killed" / "checkpoint.safetensors"
     stamp = lambda: checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0  # noqa: E731
@@ -409,6 +411,7 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     assert message in printed.err
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_losses_equal_those_of_mlx_lm_to_the_printed_digit(home, name, kind, monkeypatch):

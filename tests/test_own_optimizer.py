@@ -77,6 +77,7 @@ def test_tutorial_is_short_and_follows_the_paper(lion):
     assert np.allclose(np.array(tree["p"]), p, atol=1e-6)  # numbers near 1 are rounded 20 times
 
 
+@pytest.mark.compiled
 def test_tutorial_optimizer_works_by_name_compiled_and_guarded(lion):
     eager, compiled, skipped = make(), make(), make(skip_nonfinite=True)
     train(*eager, 5)
