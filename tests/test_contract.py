@@ -86,9 +86,9 @@ def test_update_keeps_shapes_and_dtypes_and_state_has_its_own_dtypes(make, dtype
         path: (dtype, path) for path in p
     }
     name = getattr(optimizer, "state_dtype", "float32")
-    moment = {"int4": mx.uint8, "int8": mx.int8, "bfloat16": mx.bfloat16}
-    own = {"count": mx.uint32, "key": mx.uint32, "m": moment.get(name, mx.float32)}
-    own["m_scale"] = mx.bfloat16
+    moment = {"int4": mx.uint32, "int8": mx.int8, "bfloat16": mx.bfloat16}
+    own = {"key": mx.uint32, "m": moment.get(name, mx.float32)}
+    own["m_scale"] = mx.uint8 if name == "int4" else mx.bfloat16
     for path in p:
         for key, array in tree_flatten(optimizer.state[path]):
             assert array.dtype == own.get(key, mx.float32), (path, key)
