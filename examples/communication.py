@@ -77,7 +77,7 @@ def cost_of(assignment: Assignment, nbytes: float) -> Cost:
     Gradients are summed around a ring, which sends ``2(N - 1)/N`` of their bytes. Then each rank
     sends its share of the parameters, padded to the largest share, to the ``N - 1`` others.
     """
-    ranks = assignment.ranks
+    ranks = len(assignment.loads)
     work, state, share = (max(load[i] for load in assignment.loads) for i in range(3))
     messages = -(-nbytes // MESSAGE_BYTES) * 2 * (ranks - 1)
     messages += -(-share // MESSAGE_BYTES) * (ranks - 1)

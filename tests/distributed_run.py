@@ -239,11 +239,8 @@ SHARDED = {
     "signsgd": {"hidden": "signsgd"},
     "maxfactor": {"hidden": "maxfactor", "momentum": 0.9, "cautious": True},
     "8 bits": {"state_dtype": "int8"},
-    "blocks": {"block": 8, "momentum": 0},
-    "blocks, one layer not updated": {"block": 16, "excluded": "down.0"},
-    "muon, blocks": {"hidden": "muon", "block": 8},
-    "muon, blocks, 4 bits": {"hidden": "muon", "block": 8, "state_dtype": "int4"},
-    "blocks, bf16": {
+    "no momentum, one layer not updated": {"momentum": 0, "excluded": "down.0"},
+    "muon, blocks, bf16": {
         "hidden": "muon",
         "block": 12,
         "state_dtype": "int8",

@@ -11,8 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_maxfactor import CheckpointError, create_optimizer
 from mlx_maxfactor.distributed import collectives
-from mlx_maxfactor.distributed.assignment import RowRange
-from mlx_maxfactor.distributed.collectives import OrderedCollectives, ShardedArray
+from mlx_maxfactor.distributed.collectives import OrderedCollectives, OwnedArray
 
 
 def run_ranks(size, act, monkeypatch):
@@ -75,37 +74,25 @@ def test_averaged_returns_means_in_few_messages(size, message_bytes, monkeypatch
 
 
 @pytest.mark.parametrize("message_bytes", [4, 20, 1 << 20])
-def test_gathered_joins_uneven_ranges(message_bytes, monkeypatch):
+def test_gathered_sends_each_array_from_its_owner(message_bytes, monkeypatch):
     monkeypatch.setattr(collectives, "MESSAGE_BYTES", message_bytes)
     whole = {
-        "cut": mx.arange(15.0).reshape(5, 3),
-        "one rank": mx.arange(100, 104).astype(mx.bfloat16),
-        "number": mx.array(7.0),
-        "bits": mx.arange(6, dtype=mx.uint8).reshape(3, 2),
-    }
-    ranges = {
-        "cut": (RowRange(0, 0, 1), RowRange(2, 1, 5)),
-        "one rank": (RowRange(1, 0, 4),),
-        "number": (RowRange(2, 0, 1),),
-        "bits": (RowRange(0, 0, 2), RowRange(1, 2, 3)),
+        "matrix": (0, mx.arange(15.0).reshape(5, 3)),
+        "vector": (1, mx.arange(100, 104).astype(mx.bfloat16)),
+        "number": (2, mx.array(7.0)),
+        "bits": (0, mx.arange(6, dtype=mx.uint8).reshape(3, 2)),
     }
 
     def act(group):
-        def own(name, x):
-            rows = [r for r in ranges[name] if r.rank == group.rank()]
-            if not rows:
-                return None
-            return x[rows[0].start : rows[0].stop] if x.ndim else x
-
         arrays = {
-            name: ShardedArray(x.shape, x.dtype, ranges[name], own(name, x))
-            for name, x in whole.items()
+            name: OwnedArray(x.shape, x.dtype, owner, x if owner == group.rank() else None)
+            for name, (owner, x) in whole.items()
         }
         return OrderedCollectives(group).gathered(arrays)
 
     results, sent = run_ranks(3, act, monkeypatch)
     for gathered in results:
-        for name, x in whole.items():
+        for name, (_, x) in whole.items():
             assert gathered[name].dtype == x.dtype
             assert mx.array_equal(gathered[name], x).item(), name
     assert {tuple(x.shape for x in messages) for messages in sent} == {
@@ -147,8 +134,7 @@ def test_step_on_several_ranks_equals_a_step_on_one_machine(size, options, monke
         for path, x in tree_flatten(model.parameters()):
             assert mx.allclose(parameters[path], x, atol=1e-6).item(), path
         assert sharded.plan.state_bytes == optimizer.plan.state_bytes
-    ranges = [rows for found in results[0][1].strategy.assignment.ranges.values() for rows in found]
-    assert {rows.rank for rows in ranges} == set(range(size))
+    assert {*results[0][1].strategy.assignment.owners.values()} == {*range(size)}
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -23,10 +23,8 @@ from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten
 
 from mlx_maxfactor import (
-    AdamW,
     CheckpointError,
     GuardedOptimizer,
-    MaxFactor,
     Muon,
     create_optimizer,
     load_checkpoint,
@@ -47,15 +45,14 @@ MAIN_CASES = [
     "data_parallel",
     "bf16, stochastic",
     "compiled",
-    "blocks, one layer not updated",
+    "no momentum, one layer not updated",
     "unwritable",
     "random states",
 ]
 FOUR_RANK_CASES = [*CASES] if KILLS >= 20 else MAIN_CASES
 CASES_BY_RANKS = {2: [*CASES], 4: FOUR_RANK_CASES}
-ROUNDING_DIFFERENCE = {"average_gradients": 2e-6, "blocks, bf16": 2.0**-6}
-"""Sums in another order round differently: gradients travel in other messages, and a rank
-multiplies fewer blocks at a time, which differs by two bf16 ulps."""
+ROUNDING_DIFFERENCE = {"average_gradients": 2e-6}
+"""Sums in another order round differently: gradients travel in other messages."""
 
 
 @pytest.fixture(scope="module", params=CASES_BY_RANKS, ids="{} ranks".format)
@@ -95,7 +92,9 @@ def test_each_rank_keeps_only_the_state_of_its_share(reports):
     # Late layers do not move assigned ranges, and MLX's optimizers are not divided.
     for name in sharded_cases(reports) - {"late layers", "mlx's own"}:
         ranks = reports[name]
-        assert max(rank["state"] for rank in ranks) <= 1.15 / len(ranks), name
+        assert max(rank["state"] for rank in ranks) <= 1.2 / len(ranks), (
+            name
+        )  # parameters are not cut
         assert all(rank["planned"][0] == rank["planned"][1] for rank in ranks), name
 
 
@@ -136,46 +135,25 @@ def test_new_ranks_get_their_own_random_keys(saved):
 # Assignment
 
 
-def costs(sizes, cuts=0):
-    return [
-        ParameterCost(f"{size}.{i}", size, cuts, (size, size, size)) for i, size in enumerate(sizes)
-    ]
+def costs(sizes):
+    return [ParameterCost(f"{size}.{i}", (size, size, size)) for i, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-def test_divisible_parameters_balance_the_load(ranks):
+def test_parameters_balance_the_load(ranks):
     assignment = Assignment(ranks)
-    assignment.add(costs([100, 90, 40, 30, 7, 1]) + costs([5000], cuts=8))
-    ranges = assignment.ranges["5000.0"]
-    assert [rows.start for rows in ranges[1:]] == [rows.stop for rows in ranges[:-1]]
-    assert (ranges[0].start, ranges[-1].stop) == (0, 5000)
-    assert all(rows.start % 8 == 0 for rows in ranges)
+    assignment.add(costs([100, 90, 40, 30, 7, 1, *[50] * 40]))
     state = [load[1] for load in assignment.loads]
-    assert sum(state) == pytest.approx(5268)
-    assert max(state) - min(state) <= 2 * 8
-
-
-def test_parameter_with_few_blocks_is_not_divided():
-    assignment = Assignment(4)
-    assignment.add(costs([300] * 16, cuts=160))
-    assert all(len(ranges) == 1 for ranges in assignment.ranges.values())
-    assert len({tuple(load) for load in assignment.loads}) == 1
-
-
-def test_rows_balance_their_largest_cost():
-    assignment = Assignment(2)
-    assignment.add(
-        [ParameterCost("a", 9, 0, (0, 900, 0)), ParameterCost("stack", 10, 1, (1000, 1, 1000))]
-    )
-    assert [rows.stop - rows.start for rows in assignment.ranges["stack"]] == [5, 5]
+    assert sum(state) == pytest.approx(2268)
+    assert max(state) - min(state) <= 100
 
 
 def test_later_parameters_do_not_move_earlier_ones():
     assignment = Assignment(2)
     assignment.add(costs([50, 40, 30]))
-    before = dict(assignment.ranges)
+    before = dict(assignment.owners)
     assignment.add(costs([50, 40, 30, 200]))
-    assert {path: assignment.ranges[path] for path in before} == before
+    assert {path: assignment.owners[path] for path in before} == before
     assert sorted(load[0] for load in assignment.loads) == [70, 250]
 
 
@@ -187,8 +165,9 @@ class WholeTree(Muon):
 
 
 def test_optimizer_that_updates_the_whole_tree_is_refused():
+    layers = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)])
     with pytest.raises(ValueError, match="WholeTree updates all of its parameters at once"):
-        create_optimizer(nn.Linear(3, 2), WholeTree(), group=Rank(0, 2))
+        create_optimizer(layers, WholeTree(), group=Rank(0, 2))
 
 
 def test_guard_around_an_optimizer_of_several_ranks_is_refused():
@@ -196,52 +175,6 @@ def test_guard_around_an_optimizer_of_several_ranks_is_refused():
     with pytest.raises(ValueError, match=r"give max_grad_norm, skip_nonfinite and max_skipped to"):
         GuardedOptimizer(optimizer)
     GuardedOptimizer(create_optimizer(nn.Linear(3, 2)))
-
-
-class WithoutLayout(AdamW):
-    """Its methods are those of MLX, without a layout."""
-
-    def init_single(self, parameter, state):  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().init_single(parameter, state)
-        state["scale"] = mx.array(1.0)  # belongs to the whole parameter
-
-    def apply_single(self, gradient, parameter, state):  # pyright: ignore
-        return super().apply_single(gradient, parameter, state)
-
-    def row_granularity(self, shape, layout):
-        return 1
-
-
-def test_state_without_layouts_is_cut():
-    model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 2))
-    optimizer = create_optimizer(model, WithoutLayout(), group=Rank(0, 2))
-    state = optimizer.optimizers[0].state["layers"][1]["weight"]
-    assert 0 < state["m"].shape[0] < 64
-    assert state["scale"].shape == ()
-
-
-class SubclassWithoutRows(Muon):
-    """A subclass that may use all rows at once, so it must not be divided."""
-
-
-class SubclassWithRows(SubclassWithoutRows):
-    def row_granularity(self, shape, layout):
-        return super().row_granularity(shape, layout)
-
-
-@pytest.mark.parametrize(
-    ("kind", "count"), [(SubclassWithoutRows, 1), (SubclassWithRows, 2), (Muon, 2)]
-)
-def test_subclass_is_divided_only_if_it_defines_row_granularity(kind, count):
-    model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 2))
-    optimizer = create_optimizer(model, kind(0.02, block=8), group=Rank(0, 2))
-    assert len(optimizer.strategy.assignment.ranges["layers.1.weight"]) == count
-
-
-@pytest.mark.parametrize("shape", [(5, 1, 1), (5, 3, 4)])
-def test_stack_of_single_numbers_is_not_divided(shape):
-    cuts = MaxFactor(0.02, momentum=0.8).row_granularity(shape, "experts")
-    assert bool(cuts) == (shape[1:] != (1, 1)), "single numbers are updated by another rule"
 
 
 def test_profiling_with_a_group_is_refused():
@@ -261,26 +194,18 @@ def test_rank_without_a_share_keeps_no_state():
     }
 
 
-BLOCKS = {"hidden": "muon", "block": 8}
-
-
-@pytest.mark.parametrize("state_dtype", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("options", [{"hidden": "adamw"}, BLOCKS], ids=["adamw", "blocks"])
-def test_single_machine_checkpoint_loads_on_three_ranks_after_a_failed_load(
-    options, state_dtype, tmp_path
-):
+@pytest.mark.parametrize("state_dtype", ["float32", "int4"])
+def test_single_machine_checkpoint_loads_on_three_ranks_after_a_failed_load(state_dtype, tmp_path):
     def made(group=None):
         model = nn.Sequential(nn.Linear(4, 256), nn.Linear(256, 96), nn.Linear(96, 2))
         model.freeze(keys=["weight"])
-        optimizer = create_optimizer(model, **options, state_dtype=state_dtype, group=group)
+        optimizer = create_optimizer(model, "adamw", state_dtype=state_dtype, group=group)
         model.unfreeze()  # the failed load creates the state of these layers
         return model, optimizer
 
-    def state_of(optimizer, key):
-        (found,) = (
-            x for path, x in tree_flatten(optimizer.state) if path.endswith(f"1.weight.{key}")
-        )
-        return found
+    def moments_of(optimizer):
+        arrays = dict(tree_flatten(optimizer.state))
+        return {path: x for path, x in arrays.items() if path.endswith(("weight.m", "weight.v"))}
 
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     model, optimizer = made()
@@ -294,13 +219,14 @@ def test_single_machine_checkpoint_loads_on_three_ranks_after_a_failed_load(
         with pytest.raises(CheckpointError, match="does not fit"):
             load_checkpoint(bad, model, optimizer)
         optimizer.init(model.trainable_parameters())
-        assert state_of(optimizer, "m").size < model.layers[1].weight.size / 2
         assert load_checkpoint(good, model, optimizer) == {"done": 1}
         assert optimizer.step.item() == 1
         parts.append(optimizer)
-    for key in ("m", "v") if options["hidden"] == "adamw" else ("m",):
-        rows = [state_of(part, key) for part in parts]
-        assert mx.array_equal(mx.concatenate(rows), state_of(whole, key))
+    found = [path for part in parts for path in moments_of(part)]
+    assert sorted(found) == sorted(moments_of(whole)), "each rank has the state of its parameters"
+    for part in parts:
+        for path, x in moments_of(part).items():
+            assert mx.array_equal(x, moments_of(whole)[path]).item()
 
 
 # Ranks that die or stall
