@@ -199,7 +199,7 @@ def test_error_for_an_older_format_names_the_format(path):
     header, data = read_parts(path)
     header["__metadata__"]["format"] = "2"
     forge(path, header, data)
-    message = "is a checkpoint of format '2', and this version reads 3: load it with the version of"
+    message = "is a checkpoint of format '2', and this version reads 4: load it with the version of"
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path, *tiny())
 
@@ -907,7 +907,7 @@ def test_missing_files_plain_weights_and_other_formats_have_their_own_errors(pat
         with pytest.raises(CheckpointError, match=r"holds weights alone.* use model.load_weights"):
             load_checkpoint(path, model, create_optimizer(model))
     mx.save_safetensors(str(path), weights, {"format": "9", "run": "{}", "checksum": "?"})
-    with pytest.raises(CheckpointError, match="of format '9', and this version reads 3"):
+    with pytest.raises(CheckpointError, match="of format '9', and this version reads 4"):
         load_checkpoint(path, model, create_optimizer(model))
 
 
@@ -1313,13 +1313,13 @@ def test_several_threads_can_save_to_one_path(path):
     mx.eval(model.state, optimizer.state)
     arrays = {"w": mx.arange(100_000)}
     mx.eval(arrays)
-    metadata = {"format": "3", "run": "{}"}
+    metadata = {"format": "4", "run": "{}"}
     failed = []
 
     def save(i):
         try:
             sealed_files.write(path, dict(arrays), metadata | {"extra": f"{i}" * 1000})
-            sealed_files.read(path, ("3",))
+            sealed_files.read(path, ("4",))
         except CheckpointError as problem:
             failed.append(problem)
 

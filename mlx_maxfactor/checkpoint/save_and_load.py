@@ -21,7 +21,7 @@ from ..strategy import UpdateStrategy
 from . import description, file
 from .file import CheckpointError, File, Kind, kind_of
 
-FORMATS = ("3",)
+FORMATS = ("4",)
 """Format versions that can be read. The last one is written."""
 
 STATE = "_run.optimizer."
