@@ -10,7 +10,7 @@ from variants import VARIANTS
 
 LADDER = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 1.5, 2, 3, 5, 7))
 
-# The rest in the records of characters and speech, older than today's default: AdamW with momentum.
+# The rest as it is without an exception for large vocabularies: AdamW with momentum.
 MOMENTUM_OF_REST = ("--rest-option=betas=[0.9, 0.95]", "--rest-option=factored=false")
 
 
@@ -35,11 +35,10 @@ class Training:
     shift: int = 0
     first_rates: int = 4
     seeds: int = 3
-    rest: tuple[str, ...] = ("--rest-learning-rate=0.01", *MOMENTUM_OF_REST)
+    rest: tuple[str, ...] = ("--rest-learning-rate=0.01",)
 
 
-REST_OF_SPEECH = ("--rest-learning-rate=0.02", *MOMENTUM_OF_REST)
-REST_OF_WORDS = ("--rest-learning-rate=0.02",)
+REST_OF_SPEECH = REST_OF_WORDS = ("--rest-learning-rate=0.02",)
 
 TRAININGS = {
     "language_model": Training("language_model", (), "language model, 300 steps"),

@@ -36,6 +36,10 @@ LORA_ROLES = frozenset({"lora_a", "lora_b"})
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES
 UNDECAYED_ROLES = frozenset({"norm", "bias", "vector", "unknown"})
 TABLE_ROLES = frozenset({"embedding", "head"})
+LARGE_TABLE = 1024
+"""Embeddings and output layers with more rows than this have ``table_options``: most of their rows
+are rare. With 96 characters as tokens each row has a gradient in nearly every step, and momentum
+helps."""
 
 P = ParamSpec("P")
 
@@ -80,7 +84,9 @@ def create_optimizer(
     shows them. Hidden matrices go to ``hidden``: Linears, attention projections, convolutions after
     the first as ``(out, -1)``, each matrix of stacked experts, LoRA's A and B. Embeddings, output
     layers, convolutions that read the input and expert gates go to ``rest``. Norms, biases, vectors
-    and arrays that belong to no known layer go to ``rest`` without weight decay.
+    and arrays that belong to no known layer go to ``rest`` without weight decay. In embeddings and
+    output layers of more than 1,024 rows AdamW keeps no momentum and a factored second moment: most
+    of their rows have no gradient in most steps, and stale momentum would move them.
 
     Args:
         model: The complete model. Freeze layers and add LoRA layers before.
@@ -320,7 +326,7 @@ def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer
         choice,
         decays=role not in UNDECAYED_ROLES,
         lora=role in LORA_ROLES,
-        table=role in TABLE_ROLES,
+        table=role in TABLE_ROLES and parameter.shape[0] > LARGE_TABLE,
     )
 
 

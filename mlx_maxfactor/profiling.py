@@ -162,7 +162,7 @@ def profile_step(
         >>> loss_and_gradients = nn.value_and_grad(model, lambda x: mx.mean(model(x) ** 2))
         >>> profile = profile_step(model, optimizer, loss_and_gradients, mx.ones((4, 8)), rounds=2)
         >>> list(profile.eager.parts)
-        ['forward and backward', 'guard', 'orthomaxfactor', 'adamw, no momentum', 'adamw, no decay']
+        ['forward and backward', 'guard', 'orthomaxfactor', 'adamw', 'adamw, no decay']
     """
     check_integer("rounds", rounds, 1)
     check_flags(compiled=compiled)

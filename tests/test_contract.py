@@ -549,7 +549,7 @@ def test_failed_update_changes_nothing(wrapped):
 def test_error_names_the_parameter_with_incomplete_state():
     optimizer = create_optimizer(Table(), "muon")
     states = optimizer.state["states"]
-    del next(s for s in states if s.get("output", {}).get("weight"))["output"]["weight"]["row"]
+    del next(s for s in states if s.get("output", {}).get("weight"))["output"]["weight"]["v"]
     tree = Table().parameters()
     message = "output.weight (10, 64), gradient (10, 64): its state has no 'row'; create the "
     with pytest.raises(ValueError, match=re.escape(message + "optimizer again if")):

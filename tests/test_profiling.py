@@ -43,9 +43,9 @@ BUILDERS = {
     "mlx split": lambda model: split(),
 }
 PARTS = {
-    "routed": ["guard", "orthomaxfactor", "adamw, no momentum", "adamw, no decay"],
+    "routed": ["guard", "orthomaxfactor", "adamw", "adamw, no decay"],
     "8-bit momentum": ["guard", "muon", "adafactor"],
-    "not guarded": ["orthomaxfactor", "adamw, no momentum", "adamw, no decay"],
+    "not guarded": ["orthomaxfactor", "adamw", "adamw, no decay"],
     "guarded": ["guard", "AdamW"],
     "guarded split": ["guard", "MultiOptimizer"],
     "bare": ["MaxFactor"],
