@@ -79,8 +79,9 @@ def create_optimizer(
     The router reads the role of each parameter from the module tree; ``print(optimizer.plan)``
     shows them. Hidden matrices go to ``hidden``: Linears, attention projections, convolutions after
     the first as ``(out, -1)``, each matrix of stacked experts, LoRA's A and B. Embeddings, output
-    layers, convolutions that read the input and expert gates go to ``rest``. Norms, biases, vectors
-    and arrays that belong to no known layer go to ``rest`` without weight decay.
+    layers, depthwise convolutions, convolutions that read the input and expert gates go to
+    ``rest``. Norms, biases, vectors and arrays that belong to no known layer go there too, without
+    weight decay.
 
     Args:
         model: The complete model. Freeze layers and add LoRA layers before.

@@ -217,6 +217,15 @@ def test_state_without_layouts_is_cut():
     assert state["scale"].shape == ()
 
 
+def test_grouped_convolution_is_not_cut():
+    # Its state is a stack of four matrices, its rows are outputs.
+    layers = [nn.Conv1d(8, 64, 3, groups=4), nn.Linear(64, 64), nn.Linear(64, 2)]
+    model = nn.Sequential(nn.Linear(4, 8), *layers)
+    optimizer = create_optimizer(model, Muon(0.02, block=8), group=Rank(0, 2))
+    assert len(optimizer.strategy.assignment.ranges["layers.1.weight"]) == 1
+    assert len(optimizer.strategy.assignment.ranges["layers.2.weight"]) == 2
+
+
 class SubclassWithoutRows(Muon):
     """A subclass that may use all rows at once, so it must not be divided."""
 

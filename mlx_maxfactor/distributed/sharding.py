@@ -138,7 +138,8 @@ class Sharding(UpdateStrategy):
             flops = optimizer.flops(shape, layout)
             # A subclass may read all rows where the class that defines the method does not.
             defines_it = "row_granularity" in vars(type(optimizer))
-            if shape and defines_it and optimizer.owns(path):
+            # Rows of a grouped convolution are no rows of its stack of matrices.
+            if shape and defines_it and optimizer.owns(path) and "/" not in layout:
                 granularity = optimizer.row_granularity(shape, layout)
         loads = (flops, float(_nbytes(self._shapes[path])), float(parameter.nbytes))
         return ParameterCost(path, _rows(parameter), granularity, loads)

@@ -24,6 +24,7 @@ ROLES = (
     "hidden",
     "conv",
     "conv_input",
+    "depthwise",
     "experts",
     "lora_a",
     "lora_b",
@@ -133,7 +134,20 @@ class Node:
         return self.is_a(*EMBEDDING, *LINEAR, *CONVOLUTION, *RECURRENT) or self.is_stacked
 
     @property
-    def reads(self) -> int | None:
+    def groups(self) -> int:
+        """Groups of a convolution, else 1."""
+        return getattr(self.module, "groups", 1) if self.is_a(*CONVOLUTION) else 1
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel of a convolution has its own kernel, so that there is no matrix."""
+        if self.groups == 1:
+            return False
+        weight: mx.array = self.module["weight"]
+        return self.groups in (weight.shape[0], weight.shape[-1] * self.groups)
+
+    @property
+    def input_width(self) -> int | None:
         """Width of the layer's input features."""
         m: Any = self.module
         if self.is_a(nn.QuantizedLinear):
@@ -141,7 +155,7 @@ class Node:
         if self.is_a(*LINEAR):
             return m.weight.shape[-1]
         if self.is_a(*CONVOLUTION):
-            return m.weight.shape[-1] * getattr(m, "groups", 1)
+            return m.weight.shape[-1] * self.groups
         if self.is_a(*RECURRENT):
             return (m["Wxh"] if "Wxh" in m else m["Wx"]).shape[-1]
         if self.is_stacked:
@@ -151,7 +165,7 @@ class Node:
         return None
 
     @property
-    def makes(self) -> int | None:
+    def output_width(self) -> int | None:
         """Width of the layer's output features."""
         m: Any = self.module
         if self.is_a(*EMBEDDING):
@@ -225,7 +239,7 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
                 role = "vector"  # a class token (1, 1, n), the gains (n, 1, 1) of weight norm
             if path in declared:
                 # A kernel declared hidden keeps its convolution layout, `(out, k..., in)`.
-                kernel = role == "conv" and declared[path] == "hidden"
+                kernel = role in ("conv", "depthwise") and declared[path] == "hidden"
                 role = "conv" if kernel else declared[path]
             elif role in ("hidden", "conv") and node in heads:
                 role, note = "head", heads[node]
@@ -266,14 +280,14 @@ def _role(node: Node, key: str, axes: int) -> str:
     if node.is_a(*LINEAR, *RECURRENT):
         return "hidden"
     if node.is_a(*CONVOLUTION):
-        return "conv"
+        return "depthwise" if node.is_depthwise else "conv"
     return "experts" if node.is_stacked else "unknown"
 
 
 def _layout(role: str, node: Node) -> str:
     """How an array of that role holds matrices."""
-    if role in ("conv", "conv_input") or (role == "head" and node.is_a(*CONVOLUTION)):
-        return "conv"
+    if role in ("conv", "conv_input", "depthwise") or (role == "head" and node.is_a(*CONVOLUTION)):
+        return "conv" if node.groups == 1 or node.is_depthwise else f"conv/{node.groups}"
     return "experts" if role == "experts" else "batched"
 
 
@@ -283,7 +297,7 @@ def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
     for node in nodes:
         own = {path.removeprefix(f"{node.path}."): (path, shape) for path, shape in node.shapes}
         linears = {
-            child.name: (f"{child.path}.weight", (child.makes, child.reads))
+            child.name: (f"{child.path}.weight", (child.output_width, child.input_width))
             for child in node.children
             if child.is_a(*LINEAR)
         }
@@ -348,12 +362,12 @@ def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
         first = next((node for node in inside if node.is_layer), None)
         if first is not None and first.is_a(*LINEAR, *CONVOLUTION, *RECURRENT):
             outside = [node for node in nodes if node not in inside]
-            if top is tops[0] or all(node.makes != first.reads for node in outside):
+            if top is tops[0] or all(node.output_width != first.input_width for node in outside):
                 readers.add(first)
     convolution = next((node for node in nodes if node.is_a(*CONVOLUTION)), None)
     if convolution and convolution.is_a(*PLAIN_CONVOLUTION) and not convolution.in_list:
         before = nodes[: nodes.index(convolution)]
-        if all(node.makes != convolution.reads for node in before):
+        if all(node.output_width != convolution.input_width for node in before):
             readers.add(convolution)
     return readers
 
@@ -367,7 +381,7 @@ def _find_heads(
     takers = [n for n in nodes if n not in readers and not (n.is_norm and n.in_list)]
 
     def is_read(node: Node) -> bool:
-        return any(n.reads == node.makes for n in takers if n is not node)
+        return any(n.input_width == node.output_width for n in takers if n is not node)
 
     heads = _named_heads(tops, [*linears, *(n for n in nodes if n.is_a(*CONVOLUTION))], is_read)
     tables = {n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)}
@@ -392,7 +406,7 @@ def _named_heads(
     at_top = {head: "" for n, head in last.items() if n.parent and not n.parent.is_part}
     in_parts = {head: "" for head in last.values() if not is_read(head)}
     towers = [n for n in layers if n.parent in tops and TOWER_NAME.fullmatch(n.name)]
-    if not at_top and len(towers) > 1 and len({n.makes for n in towers}) == 1:
+    if not at_top and len(towers) > 1 and len({n.output_width for n in towers}) == 1:
         return dict.fromkeys(towers, "")
     return at_top or in_parts
 
@@ -405,20 +419,23 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
     """
     branch = head
     while branch.parent is not None:
-        inside = {n: [m for m in n.walk() if m.reads] for n in branch.parent.children}
+        inside = {n: [m for m in n.walk() if m.input_width] for n in branch.parent.children}
         branches = [n for n, layers in inside.items() if layers]
-        width = inside[branch][0].reads
+        width = inside[branch][0].input_width
         items = [n for n in branches if n.path.rpartition(".")[0] == branch.path.rpartition(".")[0]]
         if branch.listed and branch is head and _are_parallel(items):
             yield from items
-        place, halved = branches.index(branch), {2 * (n.reads or 0) for n in linears}  # by a GLU
+        place, halved = (
+            branches.index(branch),
+            {2 * (n.input_width or 0) for n in linears},
+        )  # by a GLU
         for run in (reversed(branches[:place]), branches[place + 1 :]):
             for neighbour in run:
                 if neighbour.listed and not (branch is head and neighbour in items):  # a block
                     break
                 outlets = [n for n in inside[neighbour] if n in linears]
-                alike = outlets and inside[neighbour][0].reads == width
-                if not alike or is_read(outlets[-1]) or outlets[-1].makes in halved:
+                alike = outlets and inside[neighbour][0].input_width == width
+                if not alike or is_read(outlets[-1]) or outlets[-1].output_width in halved:
                     break
                 yield outlets[-1]
         branch = branch.parent
@@ -426,8 +443,10 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
 
 def _are_parallel(items: list[Node]) -> bool:
     """Whether the items are Linears with the same input width that do not form a chain."""
-    chain = all(a.makes == b.reads for a, b in pairwise(items))
-    return not chain and all(n.is_a(*LINEAR) and n.reads == items[0].reads for n in items)
+    chain = all(a.output_width == b.input_width for a, b in pairwise(items))
+    return not chain and all(
+        n.is_a(*LINEAR) and n.input_width == items[0].input_width for n in items
+    )
 
 
 def _is_modulation(node: Node) -> bool:
