@@ -55,8 +55,10 @@ INPUT_ROLES = {"hidden": "first", "conv": "conv_input"}
 
 HEAD_NAME = re.compile(
     r"(?!multi_head)(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
-    r"|embed_out|fc_out|proj_out|conv_?out|out_?conv|outc|final_(layer|conv)|score"
+    r"|embed_out|fc_out|proj_out|conv_?out|out_?conv|outc|(.*_)?final_(layer|conv)|score"
 )
+HEADS_NAME = re.compile(r"(?!(multi|att))(.*_)?(heads|final_layers?)")
+INPUT_NAME = re.compile(r"(.*_)?(in|emb|embed(der|ding)?s?)")
 TOWER_NAME = re.compile(r"(text|visual|vision|image|audio)_proj(ection)?")
 MODULATION_NAME = re.compile(r"ada(_?ln.*|_lin)?|(.*_)?mod|.*modulation", re.IGNORECASE)
 NORM_NAME = re.compile(r"(?!.*(Weight|Spectral)).*Norm.*")  # those two hold matrices
@@ -112,11 +114,17 @@ class Node:
         return self.path.rpartition(".")[2]
 
     @property
-    def in_list(self) -> bool:
-        """Whether this node or one above it is a list item. A Sequential's list does not count."""
+    def item(self) -> "Node | None":
+        """This node or the nearest above it that is a list item. A Sequential's do not count."""
         above = self.parent
-        listed = self.listed and not (above is not None and above.is_a(nn.Sequential))
-        return listed or (above is not None and above.in_list)
+        if self.listed and not (above is not None and above.is_a(nn.Sequential)):
+            return self
+        return above and above.item
+
+    @property
+    def in_list(self) -> bool:
+        """Whether this node or one above it is a list item."""
+        return self.item is not None
 
     @property
     def is_stacked(self) -> bool:
@@ -384,12 +392,16 @@ def _find_heads(
         return any(n.input_width == node.output_width for n in takers if n is not node)
 
     heads = _named_heads(tops, [*linears, *(n for n in nodes if n.is_a(*CONVOLUTION))], is_read)
-    tables = {n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)}
+    tables = [n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)]
     shaped = [n for n in linears if not n.in_list and n.module["weight"].shape in tables]
-    if not heads and shaped:
-        heads = {shaped[-1]: ""}
-    if not heads and linears and not is_read(linears[-1]):
-        heads = {linears[-1]: "guessed"}
+    unread = [n for n in shaped if not is_read(n)]
+    if not heads and unread:
+        heads = {unread[-1]: ""}
+    if not heads and linears and not is_read(linears[-1]) and not _ties_embedding(nodes):
+        heads = dict.fromkeys(_twins(linears[-1], linears), "guessed")
+    # A square layer may have the shape of a table of positions; tokens have the first table.
+    if not heads and (square := [n for n in shaped if n.module["weight"].shape == tables[0]]):
+        heads = {square[-1]: ""}
     for head, note in list(heads.items()):
         heads |= {n: note for n in _beside(head, linears, is_read) if n not in heads}
     return heads
@@ -404,7 +416,11 @@ def _named_heads(
     last = {n: found[-1] for n, found in inside if found}
     # A part may use such a name for an inner projection. Then another layer reads its output.
     at_top = {head: "" for n, head in last.items() if n.parent and not n.parent.is_part}
-    in_parts = {head: "" for head in last.values() if not is_read(head)}
+    in_parts = {
+        head: ""
+        for n, head in last.items()
+        if not is_read(head) and not (n.parent and INPUT_NAME.fullmatch(n.parent.name))
+    }
     towers = [n for n in layers if n.parent in tops and TOWER_NAME.fullmatch(n.name)]
     if not at_top and len(towers) > 1 and len({n.output_width for n in towers}) == 1:
         return dict.fromkeys(towers, "")
@@ -425,20 +441,44 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
         items = [n for n in branches if n.path.rpartition(".")[0] == branch.path.rpartition(".")[0]]
         if branch.listed and branch is head and _are_parallel(items):
             yield from items
-        place, halved = (
-            branches.index(branch),
-            {2 * (n.input_width or 0) for n in linears},
-        )  # by a GLU
+        place = branches.index(branch)
+        halved = {2 * (n.input_width or 0) for n in linears}  # by a GLU
         for run in (reversed(branches[:place]), branches[place + 1 :]):
             for neighbour in run:
                 if neighbour.listed and not (branch is head and neighbour in items):  # a block
                     break
                 outlets = [n for n in inside[neighbour] if n in linears]
                 alike = outlets and inside[neighbour][0].input_width == width
+                if any(n.in_list for n in inside[neighbour]):  # the trunk, or another tower
+                    alike &= type(neighbour.module) is type(branch.module)
                 if not alike or is_read(outlets[-1]) or outlets[-1].output_width in halved:
                     break
                 yield outlets[-1]
         branch = branch.parent
+
+
+def _twins(node: Node, linears: list[Node]) -> list[Node]:
+    """The layers at the same place in all items of the node's list, such as several critics.
+
+    There are none in a block: some layer of it makes the width that it reads.
+    """
+    block = node.parent and node.parent.item
+    if block is None:
+        return [node]
+    inside = [n for n in linears if n in block.walk()]
+    if any(n.output_width == inside[0].input_width for n in inside):
+        return []
+    items, place = map(re.escape, (block.path.rpartition(".")[0], node.path[len(block.path) :]))
+    found = [n for n in linears if re.fullmatch(rf"{items}\.\d+{place}", n.path)]
+    return [n for n in found if n.output_width == node.output_width]
+
+
+def _ties_embedding(nodes: list[Node]) -> bool:
+    """Whether the code of a module makes the output by an embedding table."""
+    kinds = {kind for n in nodes for kind in type(n.module).__mro__}
+    methods = [value for kind in kinds for key, value in vars(kind).items() if key != "as_linear"]
+    codes = [method.__code__ for method in methods if hasattr(method, "__code__")]
+    return any("as_linear" in code.co_names for code in codes)
 
 
 def _are_parallel(items: list[Node]) -> bool:
@@ -457,7 +497,7 @@ def _is_modulation(node: Node) -> bool:
 def _is_named_head(node: Node) -> bool:
     container, _, name = f".{node.path}".rpartition(".")
     named = not node.listed and HEAD_NAME.fullmatch(name) is not None
-    return named or container.endswith(".heads")
+    return named or HEADS_NAME.fullmatch(container.rpartition(".")[2]) is not None
 
 
 def _find_gates(nodes: list[Node]) -> set[Node]:
