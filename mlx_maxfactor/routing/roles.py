@@ -233,7 +233,9 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
     gates = _find_gates(nodes)
     lora = _find_lora(nodes)
     whole = [node for node in nodes if f"{node.path}.weight" not in lora]
-    heads = {} if "head" in declared.values() else _find_heads(tops, whole, gates, readers)
+    bare = _bare_heads(nodes)
+    known = bare or "head" in declared.values()
+    heads = {} if known else _find_heads(tops, whole, gates, readers)
 
     found = []
     for node in nodes:
@@ -245,6 +247,8 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
             note = ""
             if role == "unknown" and sum(n > 1 for n in shape) < 2:
                 role = "vector"  # a class token (1, 1, n), the gains (n, 1, 1) of weight norm
+            if path in bare:
+                role = "head"
             if path in declared:
                 # A kernel declared hidden keeps its convolution layout, `(out, k..., in)`.
                 kernel = role in ("conv", "depthwise") and declared[path] == "hidden"
@@ -407,6 +411,13 @@ def _find_heads(
     return heads
 
 
+def _bare_heads(nodes: list[Node]) -> set[str]:
+    """Paths of arrays without a layer that are named like a head and shaped like an embedding."""
+    tables = [n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)]
+    arrays = [array for n in nodes if not n.is_layer for array in n.shapes]
+    return {p for p, shape in arrays if shape in tables and HEAD_NAME.fullmatch(p.split(".")[-1])}
+
+
 def _named_heads(
     tops: list[Node], layers: list[Node], is_read: Callable[[Node], bool]
 ) -> dict[Node, str]:
@@ -448,7 +459,7 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
                 if neighbour.listed and not (branch is head and neighbour in items):  # a block
                     break
                 outlets = [n for n in inside[neighbour] if n in linears]
-                alike = outlets and inside[neighbour][0].input_width == width
+                alike = bool(outlets) and inside[neighbour][0].input_width == width
                 if any(n.in_list for n in inside[neighbour]):  # the trunk, or another tower
                     alike &= type(neighbour.module) is type(branch.module)
                 if not alike or is_read(outlets[-1]) or outlets[-1].output_width in halved:
