@@ -35,6 +35,12 @@ GROUPED_GATE = {"router": "*.gate.gate_proj.weight", "embedding": "*word_embeddi
 FUSED = {"hidden": "*.query_key_value.weight *.dense.weight"}
 GPT = {"hidden": "*.c_*.weight"}
 FEED_FORWARD = {"hidden": "*.feed_forward.w[123].weight"}
+GEMMA4 = {
+    "norm": "*norm.weight",
+    "embedding": "*embed_tokens*.weight",
+    "hidden": "*.per_layer_*.weight",
+    "vector": "*.layer_scalar",
+}
 A_LOG = {"vector": "*.A_log *.D"}
 
 ROLES: dict[str, dict[str, str]] = {
@@ -77,12 +83,8 @@ ROLES: dict[str, dict[str, str]] = {
         "hidden": "*_coefs.weight *.laurel.linear_* *.per_layer_* *_projections.*",
         "vector": "*.correct_output_scale",
     },
-    "gemma4": {
-        "norm": "*norm.weight",
-        "embedding": "*embed_tokens*.weight",
-        "hidden": "*.per_layer_*.weight",
-        "vector": "*.layer_scalar",
-    },
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4,
     "glm": {},
     "glm4": {},
     "glm4_moe": {},
