@@ -18,6 +18,7 @@ from ._validate import (
     check_choice,
     check_flags,
     check_integer,
+    check_steps,
     got,
     shown,
     warn,
@@ -102,7 +103,8 @@ def create_optimizer(
             or optimizers, for patterns also roles. A path takes precedence over a role, and an
             earlier pattern over a later one.
         exclude_first: Send a Linear that reads the model's input to ``rest``.
-        strict: Raise if an array belongs to no known layer and no rule names it.
+        strict: Raise if an array belongs to no known layer and no rule names it. Without it, a
+            tenth of the weights in such arrays is a warning.
         pretrained: Use the default rates for trained weights. Models with LoRA always do, and A and
             B have their own rates and options. AdamW on the rest stays at 1e-3; on A and B it has
             3e-4.
@@ -144,6 +146,8 @@ def create_optimizer(
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
     rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
+    if total_steps is not None:
+        total_steps = check_steps("total_steps", total_steps, 1)
     _check_specs(hidden_spec, rest_spec, total_steps)
 
     choices = _choices(parameters, exceptions, exclude_first)
@@ -305,7 +309,6 @@ def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) 
         spec.check_options(signature(create_optimizer).parameters, other)
     if total_steps is None:
         return
-    check_integer("total_steps", total_steps, 1)
     for spec in (hidden, rest):
         if callable(spec.rate):
             raise ValueError(
