@@ -18,7 +18,7 @@ from ast import literal_eval
 from collections import Counter
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -211,13 +211,18 @@ ARCHITECTURES = [
 ]
 
 
+def arrays(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree by path."""
+    return dict(tree_flatten(tree))
+
+
 def build(name: str) -> nn.Module:
     """A small model with random weights."""
     mx.random.seed(0)
     module = import_module(f"mlx_lm.models.{name}")
     config = {**SMALL, "model_type": name, **CORRECTIONS.get(name, {})}
     model = module.Model(module.ModelArgs.from_dict(config))
-    for path, x in tree_flatten(model.parameters()):  # RWKV 7 has zeros where weights are to come
+    for path, x in arrays(model.parameters()).items():  # RWKV 7 has zeros where weights are to come
         if mx.issubdtype(x.dtype, mx.floating) and not mx.any(x).item():
             model.update(tree_unflatten([(path, 0.1 * mx.random.normal(x.shape))]))
     return model
@@ -227,7 +232,7 @@ def add_lora(model: nn.Module) -> nn.Module:
     """Freeze the model, and add LoRA of rank 4 to all layers as mlx-lm does."""
     model.freeze()
     config = {"rank": 4, "scale": 20.0, "dropout": 0.0}
-    linear_to_lora_layers(model, len(model.layers), config)
+    linear_to_lora_layers(model, len(cast(Any, model).layers), config)
     return model
 
 
@@ -249,9 +254,9 @@ def step_problem(model: nn.Module, compiled: bool = False) -> str:
     if compiled:
         state = [model.state, optimizer.state]
         step = mx.compile(step, inputs=state, outputs=state)
-    before: dict[str, mx.array] = {}
+    before, loss, gradients = {}, mx.array(0.0), {}
     for _ in range(2):  # in the first, LoRA's B is zero, so that A has no gradient
-        before = dict(tree_flatten(model.parameters()))
+        before = arrays(model.parameters())
         try:
             loss, gradients = step(tokens)
         except Exception as problem:
@@ -259,8 +264,8 @@ def step_problem(model: nn.Module, compiled: bool = False) -> str:
         mx.eval(model.state, optimizer.state, loss, gradients)
     if not mx.isfinite(loss).item():
         return "the loss is not finite"
-    flat = dict(tree_flatten(gradients))
-    for path, new in tree_flatten(model.parameters()):
+    flat = arrays(gradients)
+    for path, new in arrays(model.parameters()).items():
         moved = not mx.array_equal(new, before[path]).item()
         if not mx.all(mx.isfinite(new)).item():
             return f"{path} is not finite"

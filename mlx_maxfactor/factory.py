@@ -146,9 +146,7 @@ def create_optimizer(
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
     rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
-    if total_steps is not None:
-        total_steps = check_steps("total_steps", total_steps, 1)
-    _check_specs(hidden_spec, rest_spec, total_steps)
+    total_steps = _check_specs(hidden_spec, rest_spec, total_steps)
 
     choices = _choices(parameters, exceptions, exclude_first)
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
@@ -304,17 +302,20 @@ def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
     return {"rounding": rounding, "seed": check_integer("seed", seed, 0, LARGEST_SEED)}
 
 
-def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) -> None:
+def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: Any) -> int | None:
+    """Check options and rates, and return the number of steps as an int."""
     for spec, other in ((hidden, rest), (rest, hidden)):
         spec.check_options(signature(create_optimizer).parameters, other)
     if total_steps is None:
-        return
+        return None
+    total_steps = check_steps("total_steps", total_steps, 1)
     for spec in (hidden, rest):
         if callable(spec.rate):
             raise ValueError(
                 f"{spec.rate_name} is a schedule, and total_steps makes one: give "
                 f"{spec.rate_name} as a number, its peak, or leave total_steps out"
             )
+    return total_steps
 
 
 def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer) -> int:
