@@ -68,6 +68,13 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
     return number
 
 
+def check_steps(name: str, value: Any, low: int) -> int:
+    """As check_integer, but a division may have made the number: 3.0 is 3."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    whole = is_number and float(value).is_integer()
+    return check_integer(name, int(float(value)) if whole else value, low)
+
+
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     """The value, if it is one of the choices."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):

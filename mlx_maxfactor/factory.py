@@ -18,6 +18,7 @@ from ._validate import (
     check_choice,
     check_flags,
     check_integer,
+    check_steps,
     got,
     shown,
     warn,
@@ -83,10 +84,11 @@ def create_optimizer(
     The router reads the role of each parameter from the module tree; ``print(optimizer.plan)``
     shows them. Hidden matrices go to ``hidden``: Linears, attention projections, convolutions after
     the first as ``(out, -1)``, each matrix of stacked experts, LoRA's A and B. Embeddings, output
-    layers, convolutions that read the input and expert gates go to ``rest``. Norms, biases, vectors
-    and arrays that belong to no known layer go to ``rest`` without weight decay. In embeddings and
-    output layers of more than 1,024 rows AdamW keeps no momentum and a factored second moment: most
-    of their rows have no gradient in most steps, and stale momentum would move them.
+    layers, depthwise convolutions, convolutions that read the input and expert gates go to
+    ``rest``. Norms, biases, vectors and arrays that belong to no known layer go there too, without
+    weight decay. In embeddings and output layers of more than 1,024 rows AdamW keeps no momentum
+    and a factored second moment: most of their rows have no gradient in most steps, and stale
+    momentum would move them.
 
     Args:
         model: The complete model. Freeze layers and add LoRA layers before.
@@ -107,7 +109,8 @@ def create_optimizer(
             or optimizers, for patterns also roles. A path takes precedence over a role, and an
             earlier pattern over a later one.
         exclude_first: Send a Linear that reads the model's input to ``rest``.
-        strict: Raise if an array belongs to no known layer and no rule names it.
+        strict: Raise if an array belongs to no known layer and no rule names it. Without it, a
+            tenth of the weights in such arrays is a warning.
         pretrained: Use the default rates for trained weights. Models with LoRA always do, and A and
             B have their own rates and options. AdamW on the rest stays at 1e-3; on A and B it has
             3e-4.
@@ -149,7 +152,7 @@ def create_optimizer(
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
     rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
-    _check_specs(hidden_spec, rest_spec, total_steps)
+    total_steps = _check_specs(hidden_spec, rest_spec, total_steps)
 
     choices = _choices(parameters, exceptions, exclude_first)
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
@@ -305,18 +308,20 @@ def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
     return {"rounding": rounding, "seed": check_integer("seed", seed, 0, LARGEST_SEED)}
 
 
-def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: int | None) -> None:
+def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: Any) -> int | None:
+    """Check options and rates, and return the number of steps as an int."""
     for spec, other in ((hidden, rest), (rest, hidden)):
         spec.check_options(signature(create_optimizer).parameters, other)
     if total_steps is None:
-        return
-    check_integer("total_steps", total_steps, 1)
+        return None
+    total_steps = check_steps("total_steps", total_steps, 1)
     for spec in (hidden, rest):
         if callable(spec.rate):
             raise ValueError(
                 f"{spec.rate_name} is a schedule, and total_steps makes one: give "
                 f"{spec.rate_name} as a number, its peak, or leave total_steps out"
             )
+    return total_steps
 
 
 def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer) -> int:

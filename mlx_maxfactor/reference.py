@@ -32,7 +32,7 @@ class Twin:
     view: tuple[int, ...] = ()  # of g, with the input axis last
 
     def update(self, p: Array, g: Array, layout: str | None = None) -> Array:
-        """Make update t; `layout` is "batched", "experts", "conv" or "transposed"."""
+        """Make update t; `layout` is "batched", "experts", "conv", "conv/4" or "transposed"."""
         self.t += 1
         rate = self.learning_rate
         eta: Any = rate(self.t - 1) if callable(rate) else rate
@@ -47,6 +47,9 @@ class Twin:
         self.view = shape
         if p.ndim >= 2 and layout == "conv":  # (out, k..., in) is the matrix (out, -1)
             p, g, self.view = p.reshape(len(p), -1), g.reshape(len(p), -1), (-1, shape[-1])
+        if p.ndim > 2 and layout.startswith("conv/"):  # the same for each group of outputs
+            stack, span = (int(layout[5:]), len(p) // int(layout[5:]), -1), (-2, -1)
+            p, g, self.view = p.reshape(stack), g.reshape(stack), (-1, shape[-1])
         return np.asarray(self.rule(p, g, eta, span)).reshape(shape)
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ._validate import check_integer, check_number, is_of_mlx
+from ._validate import check_number, check_steps, is_of_mlx
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ def warmup_cosine(
         Loshchilov and Hutter, *SGDR*, 2017, arXiv 1608.03983.
     """
     learning_rate = check_number("learning_rate", learning_rate, 0.0, ends="()")
-    total_steps = check_integer("total_steps", total_steps, 1)
+    total_steps = check_steps("total_steps", total_steps, 1)
     if warmup_steps is None:
         warmup_steps = min(2000, total_steps // 5)
-    warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
+    warmup_steps = check_steps("warmup_steps", warmup_steps, 0)
     min_ratio = check_number("min_ratio", min_ratio, 0.0, 1.0, "[]")
     start_ratio = check_number("start_ratio", start_ratio, 0.0, 1.0, "[]")
     if warmup_steps > total_steps:
@@ -206,7 +206,7 @@ def adaptive_schedule(
         ['1.0e-06', '5.0e-04', '1.0e-03', '5.0e-04', '1.0e-04']
     """
     initial_lr = check_number("initial_lr", initial_lr, 0.0, ends="()")
-    warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
+    warmup_steps = check_steps("warmup_steps", warmup_steps, 0)
     decay_factor = check_number("decay_factor", decay_factor, 0.0, 1.0, "[]")
 
     def rate(step: mx.array) -> mx.array:

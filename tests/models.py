@@ -19,6 +19,7 @@ EMBEDDING, HEAD, HIDDEN, ROUTER, NORM, BIAS, VECTOR, UNKNOWN = (
     for role in ("embedding", "head", "hidden", "router", "norm", "bias", "vector", "unknown")
 )
 CONV, CONV_INPUT, EXPERTS = ("conv", "conv"), ("conv_input", "conv"), ("experts", "experts")
+DEPTHWISE, GROUPED = ("depthwise", "conv"), ("conv", "conv/4")
 FIRST = ("first", "matrix")
 LORA = {"*.lora_a": ("lora_a", "transposed"), "*.lora_b": ("lora_b", "transposed")}
 
@@ -295,6 +296,36 @@ class ResNet(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.fc(x.mean(axis=(1, 2)))
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution, one of four groups, and two that mix all channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.dwconv = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=4)
+        self.pwconv = nn.Conv2d(24, 16, 1)
+        self.wide = nn.Conv2d(16, 32, 3, padding=1, groups=16)  # two kernels for each channel
+        self.shrink = nn.Conv2d(32, 16, 1, groups=16)  # each output has its own two inputs
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.pwconv(nn.gelu(self.grouped(self.dwconv(x))))
+        return x + self.shrink(nn.gelu(self.wide(x)))
+
+
+class ConvNeXt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 2, stride=2)
+        self.blocks = [ConvNeXtBlock() for _ in range(2)]
+        self.head = nn.Linear(16, CLASSES)
+
+    def __call__(self, images: mx.array) -> mx.array:
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(axis=(1, 2)))
 
 
 def conv_autoencoder() -> nn.Module:
@@ -783,7 +814,7 @@ CASES = [
         {
             "backbone.embeddings.weight": EMBEDDING,
             "*norm*.weight": NORM,
-            "*.conv1d.weight": CONV,
+            "*.conv1d.weight": DEPTHWISE,
             "*_proj.weight": HIDDEN,
             "*.A_log": UNKNOWN,
             "*.D": VECTOR,
@@ -851,6 +882,19 @@ CASES = [
         conv_autoencoder,
         {"layers.0.weight": CONV_INPUT, "layers.1.*": NORM, "*.bias": BIAS, "*.weight": CONV},
         loss_on(2, 8, 8, 1),
+    ),
+    Case(
+        "convnext",
+        ConvNeXt,
+        {
+            "stem.weight": CONV_INPUT,
+            "*.grouped.weight": GROUPED,
+            "*.pwconv.weight": CONV,
+            "blocks.*.weight": DEPTHWISE,
+            "head.weight": HEAD,
+            "*.bias": BIAS,
+        },
+        loss_on(2, 8, 8, 3),
     ),
     Case("lora", lambda: adapted(llama()), LORA, language_loss),
     Case("qlora", lambda: adapted(llama(), bits=4), LORA, language_loss),

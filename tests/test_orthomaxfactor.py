@@ -11,6 +11,7 @@ from models import CASES, Table
 from trajectories import SHAPES, assert_follows, label, parameter, trajectory
 
 from mlx_maxfactor import (
+    Adafactor,
     CheckpointError,
     MaxFactor,
     Muon,
@@ -48,7 +49,10 @@ def test_optimizer_follows_the_twin(options, shape, zero):
     if zero and options.get("min_rms") == 0:
         pytest.skip("with min_rms=0, zeros stay zeros")
     ours, twin = Float32Momentum(**options), reference.OrthoMaxFactor(**options)
-    assert_follows(ours, twin, shape, zero=zero)
+    # After a gradient with a row of zeros u is nearly of rank one, and Newton-Schulz multiplies the
+    # rounding of its small singular values by up to 485. Momentum averages such rows away.
+    bound = BOUND if ours.momentum else 1e-4
+    assert_follows(ours, twin, shape, zero=zero, bound=bound)
 
 
 @pytest.mark.parametrize("layout", ["batched", "experts", "conv", "transposed"])
@@ -59,6 +63,24 @@ def test_layouts_follow_the_twin(shape, block, layout):
     ours, twin = Float32Momentum(**options), reference.OrthoMaxFactor(**options)
     assert_follows(ours, twin, shape, layout)
     assert_follows(Muon(block=block), reference.Muon(block=block), shape, layout)
+
+
+def test_each_group_of_a_convolution_is_a_matrix():
+    for ours, twin in (
+        (Float32Momentum(momentum=0.5), reference.OrthoMaxFactor(momentum=0.5)),
+        (Muon(), reference.Muon()),
+        (Adafactor(), reference.Adafactor()),
+        (MaxFactor(momentum=0.5), reference.MaxFactor(momentum=0.5)),
+    ):
+        assert_follows(ours, twin, (6, 3, 3, 4), "conv/2")
+    step = Muon(1.0, weight_decay=0.0, method="polar_express", steps=8, layout="conv")
+    step.layouts["w"] = "conv/2"
+    zeros, g = {"w": mx.zeros((6, 5, 4))}, {"w": mx.random.normal((6, 5, 4))}
+    moved = f.as_matrices(step.apply_gradients(g, zeros)["w"], "conv/2")
+    products = moved @ moved.swapaxes(-1, -2)
+    assert moved.shape == (2, 3, 20)
+    # Polar Express leaves singular values within 2 % of one another.
+    assert mx.allclose(products / products[0, 0, 0], mx.eye(3), atol=0.05).item()
 
 
 @pytest.mark.parametrize("layout", ["experts", "batched", "conv", "transposed"])

@@ -292,3 +292,101 @@ def test_norm_of_attention_heads_does_not_hide_the_output_layer(head):
 
     roles = {p.path: p.role for p in find_roles(Model())}
     assert roles["final_linear.weight"] == "head"
+
+
+def positions_as_wide_as_the_model():
+    """BERT with as many positions as dimensions: the pooler has the shape of their table."""
+    tables = {"words": nn.Embedding(50, 32), "positions": nn.Embedding(32, 32)}
+    blocks = [mlp_of(32) for _ in range(2)]
+    return model_of(**tables, layers=blocks, pooler=nn.Linear(32, 32), relation=nn.Linear(32, 3))
+
+
+def bytes_as_wide_as_the_model():
+    """A language model of as many tokens as dimensions, with its output layer before its blocks."""
+    embedding, output = nn.Embedding(256, 256), nn.Linear(256, 256)
+    return model_of(embedding=embedding, to_bytes=output, blocks=[mlp_of(256) for _ in range(2)])
+
+
+def gated_experts(**parts):
+    """Klear: the last Linear of each block mixes two experts."""
+    blocks = [model_of(mlp=mlp_of(32), coefficient=nn.Linear(32, 2)) for _ in range(2)]
+    return model_of(embedding=nn.Embedding(50, 32), layers=blocks, **parts)
+
+
+class Tied(nn.Module):
+    """Gemma 4: the last Linear projects the inputs of all layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(50, 32), [mlp_of(32) for _ in range(2)]
+        self.per_layer_model_projection = nn.Linear(32, 12)
+
+    def __call__(self, tokens):
+        return self.embedding.as_linear(self.embedding(tokens))
+
+
+def language_model_of(trunk):
+    return model_of(model=trunk, lm_head=nn.Linear(32, 50))
+
+
+def critics():
+    return model_of(critics=[model_of(fc1=nn.Linear(6, 32), fc2=nn.Linear(32, 1)) for _ in "ab"])
+
+
+def diffusion_blocks():
+    return [model_of(mlp=mlp_of(32), ada=nn.Linear(32, 192)) for _ in range(2)]
+
+
+def seedvr():
+    """The output layer is in `vid_out`; a projection of the time is called as an output layer."""
+    time = model_of(proj_in=nn.Linear(16, 32), proj_out=nn.Linear(32, 192))
+    vid_in, vid_out = model_of(proj=nn.Linear(8, 32)), model_of(proj=nn.Linear(32, 8))
+    return model_of(vid_in=vid_in, emb_in=time, blocks=diffusion_blocks(), vid_out=vid_out)
+
+
+def z_image():
+    """The output layers are in a dictionary by patch size, before the blocks."""
+    final = model_of(linear=nn.Linear(32, 8), adaLN_modulation=nn.Linear(32, 32))
+    first = nn.Linear(8, 32)
+    parts = {"all_x_embedder": {"2-1": first}, "all_final_layer": {"2-1": final}}
+    return model_of(**parts, layers=diffusion_blocks())
+
+
+def two_towers():
+    towers = (
+        model_of(inp=nn.Linear(8, 32), blocks=[mlp_of(32)] * 2, proj=nn.Linear(32, 5))
+        for _ in range(2)
+    )
+    return model_of(**dict(zip(("queries", "answers"), towers, strict=True)))
+
+
+HEADS = {
+    "positions": (positions_as_wide_as_the_model, ["relation.weight"]),
+    "bytes": (bytes_as_wide_as_the_model, ["to_bytes.weight"]),
+    "blocks": (gated_experts, []),
+    "trunk": (lambda: language_model_of(gated_experts()), ["lm_head.weight"]),
+    "after blocks": (
+        lambda: gated_experts(to_tokens=nn.Linear(32, 50)),
+        ["to_tokens.weight"],
+    ),
+    "tied": (Tied, []),
+    "not tied": (lambda: language_model_of(Tied()), ["lm_head.weight"]),
+    "critics": (critics, ["critics.0.fc2.weight", "critics.1.fc2.weight"]),
+    "seedvr": (seedvr, ["vid_out.proj.weight"]),
+    "z_image": (z_image, ["all_final_layer.2-1.linear.weight"]),
+    "towers": (two_towers, ["queries.proj.weight", "answers.proj.weight"]),
+    "several heads": (
+        lambda: gated_experts(lm_heads=[nn.Linear(32, 50), nn.Linear(32, 50)]),
+        ["lm_heads.0.weight", "lm_heads.1.weight"],
+    ),
+    "chain": (
+        lambda: model_of(layers=[nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)]),
+        ["layers.2.weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_output_layers(name):
+    build, expected = HEADS[name]
+    assert heads(build()) == expected

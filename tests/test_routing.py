@@ -1021,3 +1021,61 @@ def test_names_with_dots_and_brackets():
     gradients = tree_map(mx.ones_like, model.parameters())
     with pytest.raises(ValueError, match=r"two parameters have the path parts\.a\.b\.weight"):
         AdamW().update(model, gradients)
+
+
+# Names of members, and layers that nobody knows
+
+
+class OwnConvolution(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = mx.zeros((channels, 3, channels)), mx.zeros((channels,))
+
+
+def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
+    layers = [OwnConvolution(16) for _ in range(2)]
+    model = nn.Sequential(nn.Conv1d(4, 16, 3), *layers, nn.Linear(16, 3))
+    message = r"^84% of the weights .* such as layers\.1\.weight \(16, 3, 16\), and go to rest"
+    with pytest.warns(UserWarning, match=message) as warned:
+        create_optimizer(model)
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = create_optimizer(model, rules={"layers.[12].weight": "conv"}).plan
+        assert [e.layout for e in plan if e.shape == (16, 3, 16)] == ["conv", "conv"]
+        create_optimizer(ResNet())
+        create_optimizer(next(case for case in CASES if case.name == "mamba").build())
+        model.layers[1].freeze()
+        model.layers[2].freeze()
+        create_optimizer(model)
+        bare = nn.Module()
+        bare.w = mx.zeros((4, 4))
+        create_optimizer(bare)
+
+
+def test_no_two_members_have_one_name():
+    model = next(case for case in CASES if case.name == "mamba").build()
+    optimizer = create_optimizer(model, "adamw", "adamw", total_steps=30)
+    labels = {e.role: e.optimizer for e in optimizer.plan}
+    assert (labels["hidden"], labels["depthwise"]) == ("adamw", "adamw 2")
+    objects = create_optimizer(model, AdamW(1e-3), AdamW(2e-3), rules={"*.A_log": AdamW(3e-3)})
+    assert [m.label for m in objects.members] == ["AdamW", "AdamW 2", "AdamW 3"]
+
+
+def test_members_without_parameters_are_not_shown():
+    model = llama()
+    model.freeze()
+    model.model.layers[1].unfreeze()
+    optimizer = create_optimizer(model)
+    assert "0 parameters" not in repr(optimizer)
+    assert "no momentum" not in repr(optimizer)
+    model.lm_head.unfreeze()
+    optimizer.update(model, random_gradients(model))
+    assert "adamw, no momentum: 1 parameter," in repr(optimizer)
+
+
+@pytest.mark.parametrize("steps", [30 / 10, np.float32(3), np.int64(3)], ids=str)
+def test_steps_may_come_from_a_division(steps):
+    exact, given = (create_optimizer(Table(), total_steps=n) for n in (3, steps))
+    assert repr(given) == repr(exact)
+    assert repr(warmup_cosine(0.1, steps, steps / 3)) == repr(warmup_cosine(0.1, 3, 1))

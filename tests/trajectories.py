@@ -62,10 +62,10 @@ the worst case. Rounding the statistics and the update, with steps of at most 5 
 again."""
 
 
-def assert_follows(optimizer, twin, shape, layout="batched", zero=False, seed=0):
+def assert_follows(optimizer, twin, shape, layout="batched", zero=False, seed=0, bound=BOUND):
     """Assert that the optimizer follows its twin, starting from noise or from zero."""
     start = parameter(shape, seed) * (not zero)
     gradients = hard_gradients(shape, seed=seed + 10)
     exact = twin_trajectory(twin, start, gradients, layout)
     assert np.max(np.abs(exact[-1] - start)) > 0, "the twin does not move: the test cannot fail"
-    assert distance(trajectory(optimizer, start, gradients, layout), exact) < BOUND
+    assert distance(trajectory(optimizer, start, gradients, layout), exact) < bound

@@ -14,6 +14,7 @@ from .layouts import (
     from_items,
     from_matrices,
     input_axis_shape,
+    is_stack,
     items_shape,
     matrices_shape,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "from_matrices",
     "fusion_barrier",
     "input_axis_shape",
+    "is_stack",
     "items_shape",
     "largest_moment",
     "matrices_shape",

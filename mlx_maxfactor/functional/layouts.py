@@ -11,24 +11,37 @@ LAYOUTS = get_args(Layout)
 
 - ``batched``: the last two axes are a matrix; norms span the whole array.
 - ``experts``: as ``batched``, but each matrix has its own norms.
-- ``conv``: ``(out, k..., in)``, one matrix ``(out, k... * in)``.
+- ``conv``: ``(out, k..., in)``, one matrix ``(out, k... * in)``. ``conv/4`` is a convolution with 4
+  groups: one such matrix for each, with its own norms. The router writes the number.
 - ``transposed``: a matrix stored as ``(in, out)``, like the two of LoRALinear.
 """
 
 
+def _groups(layout: str) -> int:
+    """Groups of a convolution; 0 for other layouts."""
+    name, _, groups = layout.partition("/")
+    return int(groups or 1) if name == "conv" else 0
+
+
 def as_matrices(x: mx.array, layout: str) -> mx.array:
     """View an array as the matrices it holds. Arrays without matrices are returned unchanged."""
-    if layout == "conv" and x.ndim > 2:
-        return x.reshape(x.shape[0], -1)
+    if (groups := _groups(layout)) and x.ndim > 2:
+        return x.reshape(*((groups,) if groups > 1 else ()), x.shape[0] // groups, -1)
     if layout == "transposed" and x.ndim > 1:
         return x.swapaxes(-1, -2)
     return x
 
 
+def is_stack(shape: tuple[int, ...], layout: str) -> bool:
+    """Whether an array holds several matrices that are updated by themselves."""
+    return (layout == "experts" or _groups(layout) > 1) and len(shape) > 2
+
+
 def as_items(x: mx.array, layout: str) -> mx.array:
     """View an array as the independent arrays that it holds, along a new or the first axis."""
-    if layout == "experts" and x.ndim > 2:
-        return x.reshape(-1, *x.shape[-2:])
+    if is_stack(x.shape, layout):
+        matrices = as_matrices(x, layout)
+        return matrices.reshape(-1, *matrices.shape[-2:])
     return mx.expand_dims(as_matrices(x, layout), 0)
 
 
@@ -56,7 +69,7 @@ def from_matrices(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
 
 def input_axis_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """The shape with the input axis last. For ``conv``, the kernel axes join the output axis."""
-    if layout == "conv" and len(shape) > 2:
+    if _groups(layout) and len(shape) > 2:
         return (math.prod(shape[:-1]), shape[-1])
     if layout == "transposed" and len(shape) > 1:
         return (*shape[:-2], shape[-1], shape[-2])

@@ -251,7 +251,7 @@ class Float32Optimizer(Optimizer):
         layout = self._own_layout(layout)
         new = self.new_state(f.items_shape(parameter.shape, layout))
         kept = moments.packed(new, self.state_dtype)
-        stack = _is_stack(parameter, layout)
+        stack = f.is_stack(parameter.shape, layout)
         state.update(kept if stack else {key: x.squeeze(0) for key, x in kept.items()})
         if self.rounding == "stochastic" and "key" not in state:
             state["key"] = mx.random.key(self.seed << 32 | self._keys_made)
@@ -273,7 +273,7 @@ class Float32Optimizer(Optimizer):
         """Return updated parameters of one shape. Their states change in place."""
         layout, count, first = self._own_layout(layout), len(gradients), parameters[0]
         flat = self.elementwise and count == 1 and self.state_dtype not in moments.BITS
-        stack = flat or _is_stack(first, layout)
+        stack = flat or f.is_stack(first.shape, layout)
         p = _batch(parameters, layout, flat)
         g = f.clamp_gradient(_batch(gradients, layout, flat))
         keys = [key for key in states[0] if key != "key"]
@@ -495,11 +495,6 @@ def _parts(x: mx.array, count: int) -> list[mx.array]:
 
 def _joined(arrays: Sequence[mx.array]) -> mx.array:
     return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays))
-
-
-def _is_stack(parameter: mx.array, layout: str) -> bool:
-    """Whether the first axis counts arrays that are updated by themselves."""
-    return layout == "experts" and parameter.ndim > 2
 
 
 def _is_updatable(x: mx.array) -> bool:

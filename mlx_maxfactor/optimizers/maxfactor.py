@@ -224,7 +224,7 @@ class MaxFactor(Float32Optimizer):
     def _filter(self, gradient: mx.array, parameter: mx.array, state: dict, layout: str) -> None:
         """Put the filtered gradient ``h`` into the state, along the axis of the inputs."""
         g = f.clamp_gradient(f.as_items(gradient, layout).astype(mx.float32))
-        stack = g.shape[0] > 1 or g.ndim == parameter.ndim
+        stack = f.is_stack(parameter.shape, layout)
         kept = {k: x if stack else x[None] for k, x in state.items() if k.startswith("m")}
         m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(parameter.shape, layout)
         h, m = self.momentum.replaced(g.reshape(shape), m.reshape(shape), state, self.nesterov)

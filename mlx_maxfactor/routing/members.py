@@ -1,7 +1,8 @@
 """Make the members of a routed optimizer from names, rates and options."""
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from mlx.optimizers import MultiOptimizer, Optimizer
@@ -159,9 +160,15 @@ class MemberFactory:
         return self._index[key]
 
     def in_use(self, routes: dict[str, int]) -> tuple[list[Member], dict[str, int]]:
-        """The members that update any parameter, and the routes to these."""
+        """The members that update any parameter, each with its own label, and their routes."""
         used = sorted(set(routes.values()))
-        return [self.members[i] for i in used], {p: used.index(i) for p, i in routes.items()}
+        members, count = [], Counter[str]()
+        for member in (self.members[i] for i in used):
+            count[member.label] += 1
+            same = count[member.label]
+            label = f"{member.label} {same}" if same > 1 else member.label
+            members.append(replace(member, label=label))
+        return members, {p: used.index(i) for p, i in routes.items()}
 
     def _spec_of(self, choice: str | Optimizer) -> MemberSpec:
         for spec in (self.hidden, self.rest):

@@ -24,6 +24,7 @@ ROLES = (
     "hidden",
     "conv",
     "conv_input",
+    "depthwise",
     "experts",
     "lora_a",
     "lora_b",
@@ -54,8 +55,10 @@ INPUT_ROLES = {"hidden": "first", "conv": "conv_input"}
 
 HEAD_NAME = re.compile(
     r"(?!multi_head)(.*_)?head|output|output_(layer|proj|projection)|(.*_)?classifier|logits|unembed(ding)?"
-    r"|embed_out|fc_out|proj_out|conv_?out|out_?conv|outc|final_(layer|conv)|score"
+    r"|embed_out|fc_out|proj_out|conv_?out|out_?conv|outc|(.*_)?final_(layer|conv)|score"
 )
+HEADS_NAME = re.compile(r"(?!(multi|att))(.*_)?(heads|final_layers?)")
+INPUT_NAME = re.compile(r"(.*_)?(in|emb|embed(der|ding)?s?)")
 TOWER_NAME = re.compile(r"(text|visual|vision|image|audio)_proj(ection)?")
 MODULATION_NAME = re.compile(r"ada(_?ln.*|_lin)?|(.*_)?mod|.*modulation", re.IGNORECASE)
 NORM_NAME = re.compile(r"(?!.*(Weight|Spectral)).*Norm.*")  # those two hold matrices
@@ -111,11 +114,17 @@ class Node:
         return self.path.rpartition(".")[2]
 
     @property
-    def in_list(self) -> bool:
-        """Whether this node or one above it is a list item. A Sequential's list does not count."""
+    def item(self) -> "Node | None":
+        """This node or the nearest above it that is a list item. A Sequential's do not count."""
         above = self.parent
-        listed = self.listed and not (above is not None and above.is_a(nn.Sequential))
-        return listed or (above is not None and above.in_list)
+        if self.listed and not (above is not None and above.is_a(nn.Sequential)):
+            return self
+        return above and above.item
+
+    @property
+    def in_list(self) -> bool:
+        """Whether this node or one above it is a list item."""
+        return self.item is not None
 
     @property
     def is_stacked(self) -> bool:
@@ -133,7 +142,20 @@ class Node:
         return self.is_a(*EMBEDDING, *LINEAR, *CONVOLUTION, *RECURRENT) or self.is_stacked
 
     @property
-    def reads(self) -> int | None:
+    def groups(self) -> int:
+        """Groups of a convolution, else 1."""
+        return getattr(self.module, "groups", 1) if self.is_a(*CONVOLUTION) else 1
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel of a convolution has its own kernel, so that there is no matrix."""
+        if self.groups == 1:
+            return False
+        weight: mx.array = self.module["weight"]
+        return self.groups in (weight.shape[0], weight.shape[-1] * self.groups)
+
+    @property
+    def input_width(self) -> int | None:
         """Width of the layer's input features."""
         m: Any = self.module
         if self.is_a(nn.QuantizedLinear):
@@ -141,7 +163,7 @@ class Node:
         if self.is_a(*LINEAR):
             return m.weight.shape[-1]
         if self.is_a(*CONVOLUTION):
-            return m.weight.shape[-1] * getattr(m, "groups", 1)
+            return m.weight.shape[-1] * self.groups
         if self.is_a(*RECURRENT):
             return (m["Wxh"] if "Wxh" in m else m["Wx"]).shape[-1]
         if self.is_stacked:
@@ -151,7 +173,7 @@ class Node:
         return None
 
     @property
-    def makes(self) -> int | None:
+    def output_width(self) -> int | None:
         """Width of the layer's output features."""
         m: Any = self.module
         if self.is_a(*EMBEDDING):
@@ -211,7 +233,9 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
     gates = _find_gates(nodes)
     lora = _find_lora(nodes)
     whole = [node for node in nodes if f"{node.path}.weight" not in lora]
-    heads = {} if "head" in declared.values() else _find_heads(tops, whole, gates, readers)
+    bare = _bare_heads(nodes)
+    known = bare or "head" in declared.values()
+    heads = {} if known else _find_heads(tops, whole, gates, readers)
 
     found = []
     for node in nodes:
@@ -223,9 +247,11 @@ def find_roles(model: nn.Module, declared: Mapping[str, str] | None = None) -> l
             note = ""
             if role == "unknown" and sum(n > 1 for n in shape) < 2:
                 role = "vector"  # a class token (1, 1, n), the gains (n, 1, 1) of weight norm
+            if path in bare:
+                role = "head"
             if path in declared:
                 # A kernel declared hidden keeps its convolution layout, `(out, k..., in)`.
-                kernel = role == "conv" and declared[path] == "hidden"
+                kernel = role in ("conv", "depthwise") and declared[path] == "hidden"
                 role = "conv" if kernel else declared[path]
             elif role in ("hidden", "conv") and node in heads:
                 role, note = "head", heads[node]
@@ -266,14 +292,14 @@ def _role(node: Node, key: str, axes: int) -> str:
     if node.is_a(*LINEAR, *RECURRENT):
         return "hidden"
     if node.is_a(*CONVOLUTION):
-        return "conv"
+        return "depthwise" if node.is_depthwise else "conv"
     return "experts" if node.is_stacked else "unknown"
 
 
 def _layout(role: str, node: Node) -> str:
     """How an array of that role holds matrices."""
-    if role in ("conv", "conv_input") or (role == "head" and node.is_a(*CONVOLUTION)):
-        return "conv"
+    if role in ("conv", "conv_input", "depthwise") or (role == "head" and node.is_a(*CONVOLUTION)):
+        return "conv" if node.groups == 1 or node.is_depthwise else f"conv/{node.groups}"
     return "experts" if role == "experts" else "batched"
 
 
@@ -283,7 +309,7 @@ def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
     for node in nodes:
         own = {path.removeprefix(f"{node.path}."): (path, shape) for path, shape in node.shapes}
         linears = {
-            child.name: (f"{child.path}.weight", (child.makes, child.reads))
+            child.name: (f"{child.path}.weight", (child.output_width, child.input_width))
             for child in node.children
             if child.is_a(*LINEAR)
         }
@@ -348,12 +374,12 @@ def _find_readers(tops: list[Node], nodes: list[Node]) -> set[Node]:
         first = next((node for node in inside if node.is_layer), None)
         if first is not None and first.is_a(*LINEAR, *CONVOLUTION, *RECURRENT):
             outside = [node for node in nodes if node not in inside]
-            if top is tops[0] or all(node.makes != first.reads for node in outside):
+            if top is tops[0] or all(node.output_width != first.input_width for node in outside):
                 readers.add(first)
     convolution = next((node for node in nodes if node.is_a(*CONVOLUTION)), None)
     if convolution and convolution.is_a(*PLAIN_CONVOLUTION) and not convolution.in_list:
         before = nodes[: nodes.index(convolution)]
-        if all(node.makes != convolution.reads for node in before):
+        if all(node.output_width != convolution.input_width for node in before):
             readers.add(convolution)
     return readers
 
@@ -367,18 +393,29 @@ def _find_heads(
     takers = [n for n in nodes if n not in readers and not (n.is_norm and n.in_list)]
 
     def is_read(node: Node) -> bool:
-        return any(n.reads == node.makes for n in takers if n is not node)
+        return any(n.input_width == node.output_width for n in takers if n is not node)
 
     heads = _named_heads(tops, [*linears, *(n for n in nodes if n.is_a(*CONVOLUTION))], is_read)
-    tables = {n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)}
+    tables = [n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)]
     shaped = [n for n in linears if not n.in_list and n.module["weight"].shape in tables]
-    if not heads and shaped:
-        heads = {shaped[-1]: ""}
-    if not heads and linears and not is_read(linears[-1]):
-        heads = {linears[-1]: "guessed"}
+    unread = [n for n in shaped if not is_read(n)]
+    if not heads and unread:
+        heads = {unread[-1]: ""}
+    if not heads and linears and not is_read(linears[-1]) and not _ties_embedding(nodes):
+        heads = dict.fromkeys(_twins(linears[-1], linears), "guessed")
+    # A square layer may have the shape of a table of positions; tokens have the first table.
+    if not heads and (square := [n for n in shaped if n.module["weight"].shape == tables[0]]):
+        heads = {square[-1]: ""}
     for head, note in list(heads.items()):
         heads |= {n: note for n in _beside(head, linears, is_read) if n not in heads}
     return heads
+
+
+def _bare_heads(nodes: list[Node]) -> set[str]:
+    """Paths of arrays without a layer that are named like a head and shaped like an embedding."""
+    tables = [n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)]
+    arrays = [array for n in nodes if not n.is_layer for array in n.shapes]
+    return {p for p, shape in arrays if shape in tables and HEAD_NAME.fullmatch(p.split(".")[-1])}
 
 
 def _named_heads(
@@ -390,9 +427,13 @@ def _named_heads(
     last = {n: found[-1] for n, found in inside if found}
     # A part may use such a name for an inner projection. Then another layer reads its output.
     at_top = {head: "" for n, head in last.items() if n.parent and not n.parent.is_part}
-    in_parts = {head: "" for head in last.values() if not is_read(head)}
+    in_parts = {
+        head: ""
+        for n, head in last.items()
+        if not is_read(head) and not (n.parent and INPUT_NAME.fullmatch(n.parent.name))
+    }
     towers = [n for n in layers if n.parent in tops and TOWER_NAME.fullmatch(n.name)]
-    if not at_top and len(towers) > 1 and len({n.makes for n in towers}) == 1:
+    if not at_top and len(towers) > 1 and len({n.output_width for n in towers}) == 1:
         return dict.fromkeys(towers, "")
     return at_top or in_parts
 
@@ -405,29 +446,58 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
     """
     branch = head
     while branch.parent is not None:
-        inside = {n: [m for m in n.walk() if m.reads] for n in branch.parent.children}
+        inside = {n: [m for m in n.walk() if m.input_width] for n in branch.parent.children}
         branches = [n for n, layers in inside.items() if layers]
-        width = inside[branch][0].reads
+        width = inside[branch][0].input_width
         items = [n for n in branches if n.path.rpartition(".")[0] == branch.path.rpartition(".")[0]]
         if branch.listed and branch is head and _are_parallel(items):
             yield from items
-        place, halved = branches.index(branch), {2 * (n.reads or 0) for n in linears}  # by a GLU
+        place = branches.index(branch)
+        halved = {2 * (n.input_width or 0) for n in linears}  # by a GLU
         for run in (reversed(branches[:place]), branches[place + 1 :]):
             for neighbour in run:
                 if neighbour.listed and not (branch is head and neighbour in items):  # a block
                     break
                 outlets = [n for n in inside[neighbour] if n in linears]
-                alike = outlets and inside[neighbour][0].reads == width
-                if not alike or is_read(outlets[-1]) or outlets[-1].makes in halved:
+                alike = bool(outlets) and inside[neighbour][0].input_width == width
+                if any(n.in_list for n in inside[neighbour]):  # the trunk, or another tower
+                    alike &= type(neighbour.module) is type(branch.module)
+                if not alike or is_read(outlets[-1]) or outlets[-1].output_width in halved:
                     break
                 yield outlets[-1]
         branch = branch.parent
 
 
+def _twins(node: Node, linears: list[Node]) -> list[Node]:
+    """The layers at the same place in all items of the node's list, such as several critics.
+
+    There are none in a block: some layer of it makes the width that it reads.
+    """
+    block = node.parent and node.parent.item
+    if block is None:
+        return [node]
+    inside = [n for n in linears if n in block.walk()]
+    if any(n.output_width == inside[0].input_width for n in inside):
+        return []
+    items, place = map(re.escape, (block.path.rpartition(".")[0], node.path[len(block.path) :]))
+    found = [n for n in linears if re.fullmatch(rf"{items}\.\d+{place}", n.path)]
+    return [n for n in found if n.output_width == node.output_width]
+
+
+def _ties_embedding(nodes: list[Node]) -> bool:
+    """Whether the code of a module makes the output by an embedding table."""
+    kinds = {kind for n in nodes for kind in type(n.module).__mro__}
+    methods = [value for kind in kinds for key, value in vars(kind).items() if key != "as_linear"]
+    codes = [method.__code__ for method in methods if hasattr(method, "__code__")]
+    return any("as_linear" in code.co_names for code in codes)
+
+
 def _are_parallel(items: list[Node]) -> bool:
     """Whether the items are Linears with the same input width that do not form a chain."""
-    chain = all(a.makes == b.reads for a, b in pairwise(items))
-    return not chain and all(n.is_a(*LINEAR) and n.reads == items[0].reads for n in items)
+    chain = all(a.output_width == b.input_width for a, b in pairwise(items))
+    return not chain and all(
+        n.is_a(*LINEAR) and n.input_width == items[0].input_width for n in items
+    )
 
 
 def _is_modulation(node: Node) -> bool:
@@ -438,7 +508,7 @@ def _is_modulation(node: Node) -> bool:
 def _is_named_head(node: Node) -> bool:
     container, _, name = f".{node.path}".rpartition(".")
     named = not node.listed and HEAD_NAME.fullmatch(name) is not None
-    return named or container.endswith(".heads")
+    return named or HEADS_NAME.fullmatch(container.rpartition(".")[2]) is not None
 
 
 def _find_gates(nodes: list[Node]) -> set[Node]:

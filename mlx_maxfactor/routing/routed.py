@@ -105,11 +105,12 @@ class RoutedOptimizer(CombinedOptimizer):
         return Plan(entries)
 
     def __repr__(self) -> str:
-        """One line for each member: its label, its number of parameters, the optimizer."""
+        """One line for each member with parameters: its label, how many, the optimizer."""
         counts = Counter(self._routes[path] for path in self._prepared)
         lines = [
             f"{member.label}: {_counted(counts[index])}, {shown_optimizer(member.optimizer)}"
             for index, member in enumerate(self.members)
+            if counts[index]
         ]
         return "\n  ".join(["RoutedOptimizer(", *lines, *self.guard.shown]) + "\n)"
 

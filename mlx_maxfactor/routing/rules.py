@@ -7,10 +7,15 @@ from typing import Any
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from .._validate import got, hint, shown
+from .._validate import got, hint, shown, warn
 from ..optimizers.base import flatten
 from .rates import OPTIMIZERS
 from .roles import ROLES, Parameter, find_aliases, find_roles
+
+UNEXPLAINED_SHARE = 0.1
+"""A larger share of weights without a known layer is a warning. A table of positions has less."""
+
+KNOWN_ROLES = frozenset({"embedding", "head", "first", "hidden", "conv", "conv_input", "experts"})
 
 
 def apply_rules(
@@ -55,8 +60,7 @@ def apply_rules(
         if role in rules:
             by_role[p.path] = rules[role]
     exceptions = by_role | {path: v for path, v in by_path.items() if path not in declared}
-    if strict:
-        _check_explained(model, parameters, exceptions)
+    _check_explained(model, parameters, exceptions, strict)
     return parameters, exceptions
 
 
@@ -65,16 +69,26 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _check_explained(
-    model: nn.Module, parameters: list[Parameter], exceptions: Mapping[str, Any]
+    model: nn.Module, parameters: list[Parameter], exceptions: Mapping[str, Any], strict: bool
 ) -> None:
-    paths = flatten(model.trainable_parameters())
-    unexplained = [
-        f"{p.path} {p.shape}"
-        for p in parameters
-        if p.role == "unknown" and p.path in paths and p.path not in exceptions
-    ]
-    if unexplained:
+    """Arrays of no known layer are an error if ``strict``, else a warning if they are many.
+
+    A model without any known layer is one of bare arrays on purpose.
+    """
+    sizes = {path: x.size for path, x in flatten(model.trainable_parameters()).items()}
+    trained = [p for p in parameters if p.path in sizes]
+    unexplained = [p for p in trained if p.role == "unknown" and p.path not in exceptions]
+    named = [f"{p.path} {p.shape}" for p in unexplained]
+    if strict and named:
         raise ValueError(
-            f"strict: {len(unexplained)} parameters belong to no layer the router knows: "
-            f"{', '.join(unexplained)}; give each a rule"
+            f"strict: {len(named)} parameters belong to no layer the router knows: "
+            f"{', '.join(named)}; give each a rule"
+        )
+    share = sum(sizes[p.path] for p in unexplained) / max(1, sum(sizes.values()))
+    if share > UNEXPLAINED_SHARE and any(p.role in KNOWN_ROLES for p in parameters):
+        largest = max(unexplained, key=lambda p: sizes[p.path])
+        warn(
+            f"{share:.0%} of the weights belong to no layer the router knows, such as "
+            f"{largest.path} {largest.shape}, and go to rest: if these are matrices, give rules "
+            f'such as {{"{largest.path}": "hidden"}} (or "conv", "experts")'
         )
