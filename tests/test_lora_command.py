@@ -294,7 +294,7 @@ def test_yaml_file_of_mlx_lm_is_read_as_it_is(home, capsys):
     path = home / "mlx_lm.yaml"
     path.write_text(MLX_LM_FILE + "speed: 9\n")
     arguments = parsed("-c", path, "--model", home / "model", "--iters", "7")
-    assert capsys.readouterr().out == f"{path}: nothing reads speed\n"
+    assert capsys.readouterr().out == f"{path}: nothing reads speed (did you mean 'seed'?)\n"
     assert (arguments.iters, arguments.seed, arguments.adapter_path) == (7, 3, "adapters")
     optimizer = adapted(home, arguments)
     assert {entry.optimizer for entry in optimizer.plan} == {"adamw"}
@@ -340,8 +340,8 @@ def test_yaml_file_takes_our_names_and_schedules(home):
     [
         (["--optimizer", "mouon"], "'mouon'"),
         (["--iters", "x"], "--iters"),
-        (["--iters", "0"], "iters must be an integer of at least 1, got 0"),
-        (["--seed", "-1"], "seed must be an integer of at least 0, got -1"),
+        (["--iters", "0"], "iters must be a whole number of at least 1, got 0"),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 4294967295, got -1"),
         (["--iters", "5", "--grad-accumulation-steps", "2"], "multiple"),
         (["--fine-tune-type", "q"], "'q'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),

@@ -38,9 +38,9 @@ def optimizer_names() -> list[str]:
     return [*OPTIMIZERS, *MLX_OPTIMIZERS]
 
 
-def optimizer_name(given: Any) -> str:
+def optimizer_name(given: Any, argument: str = "optimizer") -> str:
     """The name in lower case. Raises ValueError unless :func:`make_optimizer` takes it."""
-    return check_choice("optimizer", str(given).lower(), optimizer_names())
+    return check_choice(argument, str(given).lower(), optimizer_names())
 
 
 def with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
