@@ -20,7 +20,7 @@ from mlx_lm.lora import CONFIG_DEFAULTS, yaml_loader
 
 from .._validate import check_choice, check_flag, check_integer, check_number, hint, shown
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizer_names import optimizer_name
+from ..finetuning.optimizer_names import EXAMPLE, WARMUP, make_schedule, optimizer_name
 
 Check = Callable[[str, Any], Any]
 """Takes a name and a value. Returns the value in its final form, or raises ValueError."""
@@ -85,10 +85,10 @@ def bits(name: str, value: Any) -> int | None:
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
-    """A mapping of strings to values."""
+    """A mapping of strings to values, without those that are null."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must map names to values, got {shown(value)}")
-    return dict(value)
+    return {key: x for key, x in value.items() if x is not None}
 
 
 def lora_parameters(name: str, value: Any) -> dict[str, Any]:
@@ -98,20 +98,20 @@ def lora_parameters(name: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"{name} takes scale, which is alpha / rank, in place of alpha")
     for key in given:
         check_choice(f"a key of {name}", key, tuple(LORA))
-    checked = {key: LORA[key](f"{name}: {key}", x) for key, x in given.items() if x is not None}
+    checked = {key: LORA[key](f"{name}: {key}", x) for key, x in given.items()}
     return {**CONFIG_DEFAULTS["lora_parameters"], **checked}
 
 
 def optimizer_config(name: str, value: Any) -> dict[str, dict[str, Any]]:
     """Options by optimizer."""
     return {
-        optimizer_name(key, f"a key of {name}"): mapping(f"{name}: {key}", options or {})
+        optimizer_name(key, f"a key of {name}"): mapping(f"{name}: {key}", options)
         for key, options in mapping(name, value).items()
     }
 
 
 def lr_schedule(name: str, value: Any) -> dict[str, Any]:
-    """A schedule: a name and numbers. `make_schedule` knows which schedules there are."""
+    """A schedule that `make_schedule` can make: a name and numbers."""
     given = mapping(name, value)
     if not {"name", "arguments"} <= given.keys():
         raise ValueError(f"{name} takes a name and arguments, as in {EXAMPLE}")
@@ -123,7 +123,9 @@ def lr_schedule(name: str, value: Any) -> dict[str, Any]:
         number(f"{name}: arguments[{i}]", x)
     if "warmup" in given:
         checked["warmup"] = whole(0)(f"{name}: warmup", given["warmup"])
-    return {**given, **checked, "name": text(f"{name}: name", given["name"])}
+    checked = {**given, **checked, "name": text(f"{name}: name", given["name"])}
+    make_schedule(**checked)
+    return checked
 
 
 def hf_dataset(name: str, value: Any) -> Any:
@@ -133,8 +135,6 @@ def hf_dataset(name: str, value: Any) -> Any:
     return value
 
 
-EXAMPLE = "lr_schedule: {name: warmup_cosine, arguments: [0.001, 300, 30]}"
-WARMUP = ("warmup", "warmup_init")
 LORA: dict[str, Check] = {
     "rank": whole(1),
     "scale": partial(check_number, low=0.0, ends="()"),
