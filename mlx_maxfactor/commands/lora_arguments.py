@@ -20,6 +20,7 @@ from typing import Any
 
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser
 
+from .._validate import shown
 from ..finetuning.optimizer_names import optimizer_names
 from .settings import check_settings, read_config
 from .terminal import OneLineParser
@@ -120,6 +121,9 @@ def check(arguments: Namespace) -> None:
     if not (arguments.adapter_path or tests_only):
         raise ValueError("adapter_path is empty, which only --test alone takes: name a folder")
     arguments.option = dict(map(option, arguments.option))
+    own = (arguments.optimizer_config or {}).get(arguments.optimizer, {})
+    if taken := {"model", "name", "learning_rate", "lr_schedule"} & {*own, *arguments.option}:
+        raise ValueError(f"{taken.pop()} is an argument of its own, and not an option")
     if arguments.iters % arguments.grad_accumulation_steps:
         raise ValueError(
             "iters must be a multiple of grad_accumulation_steps, because mlx-lm drops the rest, "
@@ -132,10 +136,10 @@ def option(argument: str) -> tuple[str, Any]:
     name, equals, text = argument.partition("=")
     try:
         return name, json.loads(text) if equals else True
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise argparse.ArgumentTypeError(
-            f"--option takes NAME=VALUE with a JSON value (true, not True), got {argument!r} "
-            f"({problem})"
+            "--option takes NAME=VALUE with a JSON value (true, not True), got "
+            f"{shown(argument)} ({problem})"
         ) from None
 
 

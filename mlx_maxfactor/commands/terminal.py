@@ -59,13 +59,13 @@ def plain_output() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        sys.stdout.flush()
     finally:
         warnings.formatwarning = formatted
         try:
             sys.stdout.flush()
-        except OSError:  # Python would try again at its end, and print a traceback
-            silence(sys.stdout)
+        except OSError:
+            silence(sys.stdout)  # Python would try again at its end, and print a traceback
+            raise
 
 
 def silence(stream: Any) -> None:

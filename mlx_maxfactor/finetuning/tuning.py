@@ -291,7 +291,9 @@ class Tuning(TrainingCallback):
                 next(iterate_batches(self.sets["validation"], a.batch_size, a.max_seq_length))
                 keep()
         start = time.perf_counter()
-        loss = self.loss_on("validation", a.val_batches, before)
+        # mlx-lm validates on other batches each time. To be compared, losses need the same ones.
+        compared = a.keep_best or a.patience is not None
+        loss = self.loss_on("validation", a.val_batches, None if compared else before)
         seconds = time.perf_counter() - start
         self._report("validation", {"val_loss": loss, "val_time": seconds}, self.iteration - 1)
         self.bar.write(f"iteration {self.iteration - 1}: validation loss {loss:.3f}", sys.stderr)
