@@ -1101,7 +1101,7 @@ def test_terminal_that_lacks_a_character_does_not_end_the_run(home, monkeypatch)
 
 
 def test_output_that_cannot_be_written_is_one_line(home):
-    command = [sys.executable, "-m", "mlx_maxfactor", "lora", "--help"]
+    command = [sys.executable, "-m", "mlx_maxfactor", "--version"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
