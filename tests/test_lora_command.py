@@ -1101,12 +1101,23 @@ def test_terminal_that_lacks_a_character_does_not_end_the_run(home, monkeypatch)
 
 
 def test_output_that_cannot_be_written_is_one_line(home):
-    command = [sys.executable, "-m", "mlx_maxfactor", "--version"]
+    given = ["-c", str(home / "short.yaml"), "--test", "--adapter-path", ""]
+    command = [sys.executable, "-m", "mlx_maxfactor", "lora", *given]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("No space left on device")
+
+
+def test_progress_that_cannot_be_written_does_not_end_the_run(home, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    given = ["-c", str(home / "short.yaml"), "--iters", "4"]
+    assert main(["lora", *given, "--adapter-path", str(home / "unseen")]) == 0
 
 
 def test_warnings_are_one_line_without_source():

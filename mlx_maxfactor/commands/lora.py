@@ -7,7 +7,6 @@ network. Ctrl-C, SIGTERM and SIGHUP leave a checkpoint.
 import json
 import shlex
 import signal
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from ..finetuning.small_llama import build_model, write_task
 from ..finetuning.tuning import Tuning, describe_run
 from ..optimizers.base import flatten
 from .lora_arguments import BAD_INPUT, DEMO, one_line, parse_arguments
-from .terminal import OneLineParser, catching_interrupts
+from .terminal import OneLineParser, Progress, catching_interrupts
 
 TESTED = ("0.31.3", "0.32.2")
 """Versions of mlx-lm that this command was run with."""
@@ -75,7 +74,7 @@ def warn_of_version() -> None:
     """Say if this version of mlx-lm was never tried."""
     if (found := version("mlx-lm")) not in TESTED:
         tested = " and ".join(TESTED)
-        print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=sys.stderr)
+        print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=Progress())
 
 
 def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
@@ -151,7 +150,7 @@ def train(tuning: Tuning, sample: "Sample") -> None:
         print(f"nothing is left to train: iters is {arguments.iters}, {tuning.iteration} are done")
     elif not tuning.has_stopped:
         bar = {"desc": arguments.optimizer, "total": arguments.iters, "unit": "it"}
-        with tqdm(initial=tuning.iteration, **bar) as tuning.bar:
+        with tqdm(initial=tuning.iteration, file=Progress(), **bar) as tuning.bar:
             note = "stopping after this iteration"
             with catching_interrupts(lambda: tuning.bar.set_postfix_str(note)) as caught:
                 tuning.interrupts = caught
@@ -176,10 +175,10 @@ def print_notes(tuning: Tuning) -> None:
     a = tuning.arguments
     if a.lr_schedule and a.grad_accumulation_steps > 1:
         updates = a.iters // a.grad_accumulation_steps
-        print(f"lr_schedule counts updates: {a.iters} iterations are {updates}", file=sys.stderr)
+        print(f"lr_schedule counts updates: {a.iters} iterations are {updates}", file=Progress())
     for name, data in tuning.sets.items():
         for note in describe_lengths(name, data, a.batch_size, a.max_seq_length):
-            print(f"warning: {note}", file=sys.stderr)
+            print(f"warning: {note}", file=Progress())
 
 
 def print_plan(optimizer: Optimizer, most: int = 17) -> None:

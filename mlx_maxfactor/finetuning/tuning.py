@@ -296,7 +296,7 @@ class Tuning(TrainingCallback):
         loss = self.loss_on("validation", a.val_batches, None if compared else before)
         seconds = time.perf_counter() - start
         self._report("validation", {"val_loss": loss, "val_time": seconds}, self.iteration - 1)
-        self.bar.write(f"iteration {self.iteration - 1}: validation loss {loss:.3f}", sys.stderr)
+        self.bar.write(f"iteration {self.iteration - 1}: validation loss {loss:.3f}", self.bar.fp)
         self.keep_if_best(loss, self.iteration - 1)
         self.model.train()
 
