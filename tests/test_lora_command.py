@@ -1158,8 +1158,10 @@ def test_best_adapters_are_kept_and_a_run_that_no_longer_improves_stops(home, mo
         assert np.array_equal(array, arrays(best / "adapters.safetensors")[name])
     load(str(home / "model"), adapter_path=str(best))
     monkeypatch.setattr(tuning, "train", lambda *_, **__: pytest.fail("it was trained"))
+    before = (best / "adapters.safetensors").read_bytes()
     losses = iter([9.0])
     assert main([*given, "--keep-best", "--patience", "2", "--resume"]) == 0
+    assert (best / "adapters.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("option", [["--keep-best"], ["--patience", "1"]])

@@ -64,8 +64,8 @@ def samples(dice: random.Random) -> list:
     """Lines of one of mlx-lm's formats, and sometimes an odd one."""
     chat = [{"role": role, "content": "f(x)"} for role in ("user", "assistant")]
     kinds = [{"text": "f(x)"}, {"prompt": "f(x)", "completion": "y"}, {"messages": chat}]
-    lines = [dict(dice.choice(kinds[:] if dice.random() < 0.05 else [kinds[dice.randrange(3)]]))]
-    lines = [dict(lines[0]) for _ in range(dice.choice([1, 2, 4, 5]))]
+    kind = dice.choice(kinds)
+    lines = [dict(kind) for _ in range(dice.choice([1, 2, 4, 5]))]
     for line in lines:
         if dice.random() < 0.15:
             line[dice.choice([*line, "tools", "x"])] = odd(dice)
@@ -151,7 +151,9 @@ def attempt(seed: int, home: Path) -> str | None:
             if file.name == "config.json" and dice.random() < 0.3:
                 config = dict(SHAPE)
                 for _ in range(dice.choice([1, 2])):
-                    config[dice.choice([*config, "quantization", "text_config"])] = odd(dice)
+                    value = odd(dice)
+                    if value != 10**30:  # so many layers would be built for ever
+                        config[dice.choice([*config, "quantization", "text_config"])] = value
                 content = damaged(dice, json.dumps(config).encode(), 0.1)
             elif dice.random() < 0.03:
                 content = damaged(dice, content, 0.7)

@@ -30,6 +30,7 @@ from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..checkpoint.file import write
 from ..optimizers.base import flatten
 from .data import name_of_data
+from .models import prefixing_errors
 from .optimizer_names import MLX_OPTIMIZERS
 
 # A run that went on with another of these would not be the run that was interrupted.
@@ -142,12 +143,13 @@ class Tuning(TrainingCallback):
             (self.folder / "best" if arguments.keep_best else self.folder).mkdir(
                 parents=True, exist_ok=True
             )
-        self.reporter = get_reporting_callbacks(
-            arguments.report_to,
-            arguments.project_name,
-            arguments.adapter_path,
-            cast(Any, vars(arguments)),
-        )
+        with prefixing_errors(f"report_to {arguments.report_to}"):
+            self.reporter = get_reporting_callbacks(
+                arguments.report_to,
+                arguments.project_name,
+                arguments.adapter_path,
+                cast(Any, vars(arguments)),
+            )
         self.order = BatchOrder(arguments.seed)
         self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
         self.iteration = 0
@@ -194,11 +196,21 @@ class Tuning(TrainingCallback):
         notes = self._compare(extra["identity"])
         self.iteration = self.saved = extra["iteration"]
         self.history = extra["history"]
-        found = [(info["val_loss"], info["iteration"]) for info in self.history["validation"]]
-        self.best = min((x for x in found if math.isfinite(x[0])), default=self.best)
+        self.best = self._saved_best()
         self.order.restore(extra["order"])
         self.write_adapters(self.folder)
         return [*extra.differences, *notes]
+
+    def _saved_best(self) -> tuple[float, int]:
+        """The best validation of the run so far: of the adapters in best/, if they are kept."""
+        if self.arguments.keep_best:
+            with suppress(RuntimeError, KeyError, ValueError):  # no such file, or a damaged one
+                path = str(self.folder / "best" / "adapters.safetensors")
+                metadata = cast(Any, mx.load(path, return_metadata=True))[1]
+                return float(metadata["validation loss"]), int(metadata["iteration"])
+            return self.best
+        found = [(info["val_loss"], info["iteration"]) for info in self.history["validation"]]
+        return min((x for x in found if math.isfinite(x[0])), default=self.best)
 
     def _compare(self, saved: Mapping[str, Any]) -> list[str]:
         """What differs from the interrupted run, and may. Raises CheckpointError for the rest."""
@@ -239,9 +251,9 @@ class Tuning(TrainingCallback):
             clear_cache_threshold=a.clear_cache_threshold,
         )
         mx.reset_peak_memory()
-        log = {"encoding": "utf-8", "errors": "backslashreplace"}
+        log = self.folder / "mlx_lm.log"
         with (
-            (self.folder / "mlx_lm.log").open("a", **log) as file,
+            log.open("a", encoding="utf-8", errors="backslashreplace") as file,
             redirect_stdout(file),
             suppress(Finished),
         ):
@@ -305,7 +317,8 @@ class Tuning(TrainingCallback):
         if loss < self.best[0]:
             self.best = (loss, iteration)
             if self.arguments.keep_best:
-                self.write_adapters(self.folder / "best")
+                about = {"validation loss": repr(loss), "iteration": str(iteration)}
+                self.write_adapters(self.folder / "best", about)
 
     @property
     def has_stopped(self) -> bool:
@@ -334,7 +347,8 @@ class Tuning(TrainingCallback):
         self.history[kind].append(info)
         if self.reporter is not None:
             report = "on_train_loss_report" if kind == "training" else "on_val_loss_report"
-            getattr(self.reporter, report)(dict(info))
+            with prefixing_errors(f"report_to {self.arguments.report_to}"):
+                getattr(self.reporter, report)(dict(info))
 
     def save(self) -> bool:
         """Write checkpoint and adapters. Returns False while the trainer accumulates gradients.
@@ -368,9 +382,10 @@ class Tuning(TrainingCallback):
         self.write_adapters(self.folder)
         return True
 
-    def write_adapters(self, folder: Path) -> None:
+    def write_adapters(self, folder: Path, about: Mapping[str, str] | None = None) -> None:
         """Write the trained weights for mlx-lm, all of them or none, as checkpoints are."""
-        write(folder / "adapters.safetensors", flatten(self.model.trainable_parameters()), {})
+        weights = flatten(self.model.trainable_parameters())
+        write(folder / "adapters.safetensors", weights, about or {})
 
     def loss_on(self, name: str, count: int, state: Any = None) -> Any:
         """Nats a token on so many batches of a set (-1: all of them). None if the set is empty.
