@@ -194,7 +194,7 @@ def run_one(training: str, name: str, rate: float, seed: int, arguments: Argumen
         options.append(f"--learning-rate={hidden:g}")
     if configuration.searched:
         options.append(f"{configuration.searched}={rate:g}")
-        if configuration.searched != "--rest-learning-rate":
+        if configuration.searched != "--rest-learning-rate" and "--rest=same" not in options:
             options += trained.rest
     options += [f"--seed={seed}", *arguments.others]
     with tempfile.TemporaryDirectory() as folder:

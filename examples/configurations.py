@@ -104,11 +104,13 @@ TRAININGS = {
         ("--tokens=words", "--vocabulary=16384"),
         "16,384 words, 300 steps",
         first_rates=3,
+        seeds=2,
         rest=REST_OF_WORDS,
     ),
 }
 EVERYWHERE = tuple(TRAININGS)
 WORDS = ("words_4096", "words_4096_tied", "words_16384")
+WITHOUT_WORDS = tuple(name for name in TRAININGS if name not in WORDS)
 WITHOUT_LARGE = (
     "language_model",
     "language_model_1500",
@@ -220,7 +222,7 @@ MUON = rates(0.02, 0.015)
 CONFIGURATIONS: dict[str, Configuration] = {
     "OrthoMaxFactor": named(WHICH, "orthomaxfactor", rates(0.03, 0.015), EVERYWHERE),
     "OrthoMaxFactor, no momentum": named(
-        WHICH, "orthomaxfactor", rates(0.05, 0.02), EVERYWHERE, momentum=0
+        WHICH, "orthomaxfactor", rates(0.05, 0.02), WITHOUT_WORDS, momentum=0
     ),
     "Muon 0.8": named(WHICH, "muon", MUON, EVERYWHERE, momentum=0.8),
     "AdamW": named(WHICH, "adamw", rates(2e-3, 1e-3), EVERYWHERE),
@@ -233,6 +235,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
         "mlx_adamw",
         rates(1e-3, 1e-3),
         (*MAIN, "language_model_256", "language_model_long"),
+    ),
+    "mlx AdamW on all": Configuration(
+        WHICH, ("--optimizer=mlx_adamw", "--rest=same"), rates(2e-3, 1e-3), WORDS
     ),
     "mlx Adafactor": named(WHICH, "mlx_adafactor", rates(0.02, 0.01), MAIN),
     "mlx Adafactor, beta_1 0.9": named(
@@ -263,6 +268,14 @@ CONFIGURATIONS: dict[str, Configuration] = {
 CONFIGURATIONS |= {
     "OrthoMaxFactor, total_steps alone": replace(
         CONFIGURATIONS["OrthoMaxFactor"], question=LAW, searched=""
+    ),
+    "OrthoMaxFactor, AdamW with momentum on the rest": Configuration(
+        REST,
+        (*CONFIGURATIONS["OrthoMaxFactor"].arguments, *MOMENTUM_OF_REST),
+        rates(0.02, 0.02),
+        WORDS,
+        "--rest-learning-rate",
+        rate_of="OrthoMaxFactor",
     ),
     "OrthoMaxFactor, momentum in float32": variant(
         "OrthoMaxFactor", BITS, FEW, state_dtype="float32"

@@ -252,7 +252,7 @@ def make_optimizer(
     return create_optimizer(
         model,
         hidden=peer or cast(OptimizerName, name),
-        rest=arguments.rest,
+        rest=(peer or name) if arguments.rest == "same" else arguments.rest,
         total_steps=arguments.steps,
         learning_rate=None if peer else rate,
         rest_learning_rate=arguments.rest_learning_rate,
@@ -460,7 +460,7 @@ class Arguments(argparse.Namespace):
     compare: list[str] | None
     option: list[tuple[str, Any]]
     learning_rate: float | None
-    rest: OptimizerName
+    rest: Any  # a name, or "same"
     rest_option: list[tuple[str, Any]]
     rest_learning_rate: float | None
     steps: int
@@ -499,9 +499,8 @@ class Parser(OneLineParser):
         add_option("--option", help="an option of the optimizer for hidden matrices; VALUE is JSON")
         picked = "None: picked automatically"
         add("--learning-rate", type=rate, help=f"peak rate of the hidden matrices; {picked}")
-        add(
-            "--rest", choices=OPTIMIZERS, default="adamw", help="optimizer for all other parameters"
-        )
+        rest = "optimizer for all other parameters; same: that of the hidden matrices"
+        add("--rest", choices=["same", *OPTIMIZERS], default="adamw", help=rest)
         add_option("--rest-option", help="an option of the optimizer for the rest; VALUE is JSON")
         add("--rest-learning-rate", type=rate, help=f"peak rate of the rest; {picked}")
         add("--steps", type=integer, help="number of training steps")

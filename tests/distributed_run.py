@@ -160,6 +160,7 @@ def sharded(
             optimizer.update(model, gradients)
 
         if compiled:
+            mx.enable_compile()
             state = [model.state, optimizer.state]
             step = mx.compile(step, inputs=state, outputs=state)
         sent = []

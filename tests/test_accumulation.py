@@ -18,6 +18,7 @@ def masked_loss(model, tokens, lengths):
     return (losses * mask).sum() / mask.sum()
 
 
+@pytest.mark.compiled
 def test_unequal_micro_batches_give_the_gradient_of_the_whole_batch():
     mx.random.seed(0)
     model = llama()

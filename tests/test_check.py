@@ -10,6 +10,7 @@ from mlx_maxfactor import functional as f
 from mlx_maxfactor.commands import check, main
 
 
+@pytest.mark.compiled
 def test_every_check_passes_and_the_report_contains_no_path(tmp_path, capsys):
     path = tmp_path / "report.json"
     assert main(["check", "--output", str(path), "--seconds", "600"]) == 0

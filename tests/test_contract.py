@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -44,40 +45,57 @@ VARIANTS = {
     "adamw factored": (KINDS["adamw"], {"factored": True, "state_dtype": "int4"}),
     "signsgd sparse": (KINDS["signsgd"], {"sparse_rows": True}),
 }
+# Those whose kernels differ. Frequency bands are compiled in test_momentum.py.
+COMPILED = [
+    "orthomaxfactor",
+    "maxfactor cautious",
+    "adafactor rate",
+    "muon 8 bits",
+    "adamw factored",
+    "signsgd sparse",
+]
+
+
+def variant(name, **overrides):
+    kind, options = VARIANTS[name]
+    return kind(**{**options, **overrides})
 
 
 @pytest.fixture(params=VARIANTS)
 def make(request):
     """A function that builds one of the variants; its arguments override the variant's options."""
-    kind, options = VARIANTS[request.param]
-    return lambda **overrides: kind(**{**options, **overrides})
+    return partial(variant, request.param)
 
 
-def accepts_shape(optimizer, shape):
-    return len(shape) > 1 or type(optimizer).__name__ not in ("Muon", "OrthoMaxFactor")
+def arrays_of(optimizer, dtype, seed=0):
+    """An array of each shape that the optimizer takes."""
+    refuses_vectors = type(optimizer).__name__ in ("Muon", "OrthoMaxFactor")
+    shapes = [shape for shape in SHAPES if len(shape) > 1 or not refuses_vectors]
+    return {str(shape): mx.array(parameter(shape, seed)).astype(dtype) for shape in shapes}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_update_keeps_shape_and_dtype_and_state_has_its_own_dtypes(make, shape, dtype):
+def test_update_keeps_shapes_and_dtypes_and_state_has_its_own_dtypes(make, dtype):
     optimizer = make()
-    if not accepts_shape(optimizer, shape):
-        pytest.skip("Muon refuses vectors")
-    p = mx.array(parameter(shape)).astype(dtype)
-    g = mx.array(parameter(shape, 1)).astype(dtype)
-    p_before, g_before = np.array(p.astype(mx.float32)), np.array(g.astype(mx.float32))
-    tree = {"p": p}
+    p, g = arrays_of(optimizer, dtype), arrays_of(optimizer, dtype, seed=1)
+    kept_p, kept_g = (tree_map(lambda x: np.array(x.astype(mx.float32)), x) for x in (p, g))
+    tree = p
     for _ in range(3):
-        tree = optimizer.apply_gradients({"p": g}, tree)
-    assert (tree["p"].dtype, tree["p"].shape) == (dtype, shape)
-    for path, array in tree_flatten(optimizer.state["p"]):
-        name = getattr(optimizer, "state_dtype", "float32")
-        moment = {"int4": mx.uint8, "int8": mx.int8, "bfloat16": mx.bfloat16}
-        kept = {"count": mx.uint32, "key": mx.uint32, "m": moment.get(name, mx.float32)}
-        kept["m_scale"] = mx.bfloat16
-        assert array.dtype == kept.get(path, mx.float32)
-    assert np.array_equal(np.array(p.astype(mx.float32)), p_before), "the caller's array changed"
-    assert np.array_equal(np.array(g.astype(mx.float32)), g_before), "the caller's array changed"
+        tree = optimizer.apply_gradients(g, tree)
+    assert {path: (x.dtype, str(x.shape)) for path, x in tree.items()} == {
+        path: (dtype, path) for path in p
+    }
+    name = getattr(optimizer, "state_dtype", "float32")
+    moment = {"int4": mx.uint8, "int8": mx.int8, "bfloat16": mx.bfloat16}
+    own = {"count": mx.uint32, "key": mx.uint32, "m": moment.get(name, mx.float32)}
+    own["m_scale"] = mx.bfloat16
+    for path in p:
+        for key, array in tree_flatten(optimizer.state[path]):
+            assert array.dtype == own.get(key, mx.float32), (path, key)
+        for x, kept in ((p, kept_p), (g, kept_g)):
+            assert np.array_equal(np.array(x[path].astype(mx.float32)), kept[path]), (
+                f"the caller's array changed: {path}"
+            )
 
 
 GRADIENTS = {
@@ -106,16 +124,16 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", GRADIENTS)
-def test_any_finite_gradient_gives_finite_parameters_and_state(make, kind, dtype):
+def test_any_finite_gradient_gives_finite_parameters_and_state(make, dtype):
     # MLX's Adafactor returns NaN for fp16 zeros, for a dead row and for 1e-4.
     limit = {mx.float16: 65504.0}.get(dtype, 3.38e38)
-    g = mx.array(np.clip(GRADIENTS[kind]((6, 5)), -limit, limit).astype(np.float32)).astype(dtype)
-    assert mx.all(mx.isfinite(g)).item()
-    optimizer, tree = make(), {"p": mx.array(parameter((6, 5))).astype(dtype)}
+    arrays = {kind: np.clip(array((6, 5)), -limit, limit) for kind, array in GRADIENTS.items()}
+    g = {kind: mx.array(x.astype(np.float32)).astype(dtype) for kind, x in arrays.items()}
+    assert all(mx.all(mx.isfinite(x)).item() for x in g.values())
+    optimizer, tree = make(), dict.fromkeys(g, mx.array(parameter((6, 5))).astype(dtype))
     for sign in (1, 1, -1, 0, 1):
-        tree = optimizer.apply_gradients({"p": sign * g}, tree)
-        for path, array in tree_flatten({"p": tree["p"], "state": optimizer.state["p"]}):
+        tree = optimizer.apply_gradients({kind: sign * x for kind, x in g.items()}, tree)
+        for path, array in tree_flatten({"p": tree, "state": optimizer.state}):
             assert mx.all(mx.isfinite(array)).item(), path
 
 
@@ -156,6 +174,7 @@ def test_parameters_unfrozen_after_init_are_updated(make):
     assert moved["layers"][1] == {}
 
 
+@pytest.mark.compiled
 def test_shapeless_compilation_is_refused_by_mlx(make):
     optimizer, tree = make(), {k: mx.array(parameter((4, 3))) for k in "vw"}
     step: Any = mx.compile(lambda tree: optimizer.apply_gradients(tree, tree), shapeless=True)
@@ -214,8 +233,13 @@ def test_schedule_advances_until_a_rate_is_set_by_hand(make):
         optimizer.learning_rate = -1.0
 
 
-def test_rate_set_by_hand_reaches_a_compiled_step(make):
-    optimizer, tree = make(learning_rate=lambda step: 0.5 / (step + 1)), {"w": mx.ones((3, 3))}
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["orthomaxfactor", "adafactor"])
+def test_rate_set_by_hand_reaches_a_compiled_step(name):
+    optimizer, tree = (
+        variant(name, learning_rate=lambda step: 0.5 / (step + 1)),
+        {"w": mx.ones((3, 3))},
+    )
     optimizer.init(tree)
     step: Any = mx.compile(
         optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state
@@ -264,25 +288,22 @@ def close(a, b, tolerance):
     return all(np.allclose(a[path], b[path], rtol=0, atol=tolerance) for path in a)
 
 
-@pytest.fixture(params=[False, True], ids=["bare", "routed"])
-def build(request, make):
-    """A function that builds a model, its loss and its optimizer with state, bare or routed."""
-
-    def built():
-        model, loss = regression()
-        schedule = warmup_cosine(0.01, 20, 5, start_ratio=0.2)
-        optimizer = make(learning_rate=schedule)
-        if request.param:
-            optimizer = create_optimizer(model, optimizer, "adamw", rest_learning_rate=schedule)
-        else:
-            optimizer.init(model.trainable_parameters())
-        return model, loss, optimizer
-
-    return built
+def build(name, routed=True):
+    """A model, its loss and its optimizer with state, routed or bare."""
+    model, loss = regression()
+    schedule = warmup_cosine(0.01, 20, 5, start_ratio=0.2)
+    optimizer = variant(name, learning_rate=schedule)
+    if routed:
+        optimizer = create_optimizer(model, optimizer, "adamw", rest_learning_rate=schedule)
+    else:
+        optimizer.init(model.trainable_parameters())
+    return model, loss, optimizer
 
 
-def test_compiled_equals_eager_in_one_trace(build):
-    eager, compiled = build(), build()
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_equals_eager_in_one_trace(name):
+    eager, compiled = build(name), build(name)
     losses, _ = train(*eager, steps=10)
     same, traces = train(*compiled, steps=10, compiled=True)
     assert traces == 1
@@ -292,14 +313,15 @@ def test_compiled_equals_eager_in_one_trace(build):
     assert close(flat(eager[0]), flat(compiled[0]), 2e-5)
 
 
-def test_resumed_training_is_exact(build):
-    model, loss, optimizer = build()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resumed_training_is_exact(name):
+    model, loss, optimizer = build(name)
     train(model, loss, optimizer, 6)
     weights = tree_map(lambda a: a, model.parameters())
     state = copy.deepcopy(optimizer.state)
     train(model, loss, optimizer, 6)
 
-    resumed, loss, optimizer = build()
+    resumed, loss, optimizer = build(name)
     resumed.update(weights)
     optimizer.state = state
     train(resumed, loss, optimizer, 6)
@@ -307,9 +329,11 @@ def test_resumed_training_is_exact(build):
         assert np.array_equal(array, flat(resumed)[path])
 
 
-def test_assigned_state_reaches_a_compiled_step(build):
+@pytest.mark.compiled
+@pytest.mark.parametrize("routed", [False, True], ids=["bare", "routed"])
+def test_assigned_state_reaches_a_compiled_step(routed):
     # MLX ignores `optimizer.state = loaded` after mx.compile has captured the old state.
-    model, loss, optimizer = build()
+    model, loss, optimizer = build("orthomaxfactor", routed)
     start = tree_map(lambda a: a, model.parameters())
     saved = copy.deepcopy(optimizer.state)
 
@@ -346,18 +370,21 @@ def test_training_lowers_the_loss(make):
         "Muon": 0.02,
         "AdamW": 0.01,
     }
-    optimizer = make(learning_rate=warmup_cosine(rate[type(optimizer).__name__], 300, 10))
+    optimizer = make(learning_rate=warmup_cosine(rate[type(optimizer).__name__], 200, 10))
     if getattr(optimizer, "relative_step", False) and isinstance(optimizer, MaxFactor):
         # α = min(η, 1e-6 · t · RMS(p)): the published warm-up makes tiny steps for 10^4 steps.
         optimizer.init(model.trainable_parameters())
         optimizer.state["step"] = mx.array(10_000, mx.uint64)
         optimizer.learning_rate = 0.01
-    losses, _ = train(model, loss, optimizer, 300, compiled=True)
+    losses, _ = train(model, loss, optimizer, 200)
     assert losses[-1] < 0.75 * losses[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "whisper", "lora_moe", "resnet"])
-@pytest.mark.parametrize("hidden", OPTIMIZERS)
+@pytest.mark.compiled
+# Experts and transposed LoRA matrices; the kernels of convolutions.
+@pytest.mark.parametrize(
+    ("name", "hidden"), [("lora_moe", "adafactor"), ("resnet", "orthomaxfactor")]
+)
 def test_real_shapes_compile_once_and_equal_eager(name, hidden):
     case = next(case for case in CASES if case.name == name)
     results = []
@@ -372,19 +399,23 @@ def test_real_shapes_compile_once_and_equal_eager(name, hidden):
     assert np.allclose(*results, rtol=1e-3)
 
 
-WRAPPERS = ["bare", "guarded", "routed", "scheduled"]
+WRAPPED = [
+    *((name, "routed") for name in VARIANTS),
+    *((name, wrapper) for name in COMPILED[:4] for wrapper in ("bare", "guarded", "scheduled")),
+]
 
 
-def wrapped(make, wrapper):
-    """An optimizer for `Table`: bare, guarded or routed."""
+@pytest.fixture(params=WRAPPED, ids=", ".join)
+def wrapped(request):
+    """A function that builds an optimizer for `Table`: bare, guarded or routed."""
+    name, wrapper = request.param
     if wrapper == "bare":
-        return make()
+        return partial(variant, name)
     if wrapper == "guarded":
-        return GuardedOptimizer(make(), max_grad_norm=1.0)
-    steps = 50 if wrapper == "scheduled" else None
-    return create_optimizer(
-        Table(), make(), total_steps=steps, rounding="stochastic", skip_nonfinite=True
-    )
+        return lambda: GuardedOptimizer(variant(name), max_grad_norm=1.0)
+    options = {"rounding": "stochastic", "skip_nonfinite": True}
+    options["total_steps"] = 50 if wrapper == "scheduled" else None
+    return lambda: create_optimizer(Table(), variant(name), **options)
 
 
 def matrix(seed=0, dtype=mx.float32):
@@ -406,9 +437,8 @@ def unpickled(optimizer):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_copy_trains_like_the_original_and_shares_no_array(make, wrapper, copied):
-    optimizer, tree = wrapped(make, wrapper), matrix()
+def test_copy_trains_like_the_original_and_shares_no_array(wrapped, copied):
+    optimizer, tree = wrapped(), matrix()
     for seed in range(3):
         tree = optimizer.apply_gradients(matrix(seed), tree)
     other, trees = copied(optimizer), [tree, tree]
@@ -422,14 +452,13 @@ def test_copy_trains_like_the_original_and_shares_no_array(make, wrapper, copied
     assert all(array is not theirs[key] for key, array in tree_flatten(optimizer.state))
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_state_survives_mlx_save_and_load(make, wrapper, tmp_path):
-    optimizer, tree = wrapped(make, wrapper), matrix()
+def test_state_survives_mlx_save_and_load(wrapped, tmp_path):
+    optimizer, tree = wrapped(), matrix()
     for seed in range(3):
         tree = optimizer.apply_gradients(matrix(seed), tree)
     mx.save_safetensors(str(tmp_path / "state.safetensors"), dict(tree_flatten(optimizer.state)))
     read = list(mx.load(str(tmp_path / "state.safetensors")).items())
-    other, trees = wrapped(make, wrapper), [tree, tree]
+    other, trees = wrapped(), [tree, tree]
     other.state = tree_unflatten(read)
     for seed in range(3, 6):
         trees[0] = optimizer.apply_gradients(matrix(seed), trees[0])
@@ -438,9 +467,8 @@ def test_state_survives_mlx_save_and_load(make, wrapper, tmp_path):
     assert same_state(optimizer, other)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_update_without_parameters_only_advances_the_schedule(make, wrapper):
-    optimizer = wrapped(make, wrapper)
+def test_update_without_parameters_only_advances_the_schedule(wrapped):
+    optimizer = wrapped()
     optimizer.init(matrix())
     before = {
         path: array
@@ -454,12 +482,11 @@ def test_update_without_parameters_only_advances_the_schedule(make, wrapper):
     assert all(mx.array_equal(array, after[path]).item() for path, array in before.items())
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bf16"])
-@pytest.mark.parametrize("given", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_gradient_can_have_another_dtype(make, wrapper, dtype, given):
+@pytest.mark.parametrize("given", [mx.float32, mx.float16], ids=str)
+def test_gradient_can_have_another_dtype(wrapped, dtype, given):
     """Its values are used, but weights and state keep their own dtypes."""
-    plain, cast = wrapped(make, wrapper), wrapped(make, wrapper)
+    plain, cast = wrapped(), wrapped()
     trees = [matrix(dtype=dtype), matrix(dtype=dtype)]
     for optimizer in (plain, cast):
         optimizer.init(trees[0])
@@ -491,24 +518,23 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("shape", [(6, 70), (1, 5), (3, 1), (1, 1), (2, 4, 5), (1, 1, 1)], ids=str)
-def test_views_give_the_same_update(make, shape, view):
-    plain, viewed = make(), make()
-    p, g = mx.array(parameter(shape)), mx.array(parameter(shape, 1))
-    views = [VIEWS[view](x) for x in (p, g)]
-    trees = [{"p": p}, {"p": views[0]}]
-    for _ in range(3):
-        trees[0] = plain.apply_gradients({"p": g}, trees[0])
-        trees[1] = viewed.apply_gradients({"p": views[1]}, trees[1])
-    assert np.allclose(np.array(trees[0]["p"]), np.array(trees[1]["p"]), rtol=1e-5, atol=1e-6)
+def test_views_give_the_same_update(make, view):
+    shapes = [(6, 70), (1, 5), (3, 1), (1, 1), (2, 4, 5), (1, 1, 1)]
+    p, g = ({str(s): mx.array(parameter(s, seed)) for s in shapes} for seed in (0, 1))
+    results = []
+    for see in (lambda x: x, VIEWS[view]):
+        optimizer, tree, gradients = make(), tree_map(see, p), tree_map(see, g)
+        for _ in range(3):
+            tree = optimizer.apply_gradients(gradients, tree)
+        results.append(tree)
+    for shape, array in results[0].items():
+        assert np.allclose(array, results[1][shape], rtol=1e-5, atol=1e-6), shape
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_failed_update_changes_nothing(make, wrapper):
-    optimizer = wrapped(make, wrapper)
-    bare = make()
-    bare.init(matrix())
-    if not any(array.size > 2 for _, array in tree_flatten(bare.state)):
+def test_failed_update_changes_nothing(wrapped):
+    optimizer = wrapped()
+    optimizer.init(matrix())
+    if not any(x.size > 2 for path, x in tree_flatten(optimizer.state) if "linear1.weight" in path):
         pytest.skip("this optimizer keeps no state for a matrix")
     tree = matrix() | {"output": {"weight": mx.array(parameter((10, 64)))}}
     tree = optimizer.apply_gradients(tree, tree)
@@ -523,7 +549,7 @@ def test_failed_update_changes_nothing(make, wrapper):
 def test_error_names_the_parameter_with_incomplete_state():
     optimizer = create_optimizer(Table(), "muon")
     states = optimizer.state["states"]
-    del next(s for s in states if s.get("output", {}).get("weight"))["output"]["weight"]["v"]
+    del next(s for s in states if s.get("output", {}).get("weight"))["output"]["weight"]["row"]
     tree = Table().parameters()
     message = "output.weight (10, 64), gradient (10, 64): its state has no 'row'; create the "
     with pytest.raises(ValueError, match=re.escape(message + "optimizer again if")):
@@ -559,14 +585,13 @@ class Mixed(nn.Module):
         self.layers[2].set_dtype(mx.bfloat16)
 
 
-@pytest.mark.parametrize("guards", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("hidden", OPTIMIZERS)
-def test_routed_optimizer_accepts_every_dtype_shape_and_view(hidden, view, guards):
+def test_routed_optimizer_accepts_every_dtype_shape_and_view(hidden, view):
     def trained(see):
         mx.random.seed(0)
         model = Mixed()
-        optimizer = create_optimizer(model, hidden, **guards)
+        optimizer = create_optimizer(model, hidden, max_grad_norm=1.0, skip_nonfinite=True)
         keys = iter(mx.random.split(mx.random.key(1), 60))
         before = dict(tree_flatten(model.parameters()))
         for _ in range(3):

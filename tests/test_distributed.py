@@ -37,7 +37,10 @@ from mlx_maxfactor.checkpoint.save_and_load import _own_key
 from mlx_maxfactor.distributed.assignment import Assignment, ParameterCost
 from mlx_maxfactor.distributed.collectives import STALLED
 
-pytestmark = pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here"),
+]
 
 KILLS = int(os.environ.get("KILLS", "4"))
 MAIN_CASES = [
@@ -302,7 +305,7 @@ def test_single_machine_checkpoint_loads_on_three_ranks_after_a_failed_load(
 
 # Ranks that die or stall
 
-WAIT = 30
+WAIT = 10
 """Seconds that the other ranks wait if MLX does not notice a closed connection."""
 
 

@@ -184,15 +184,7 @@ def test_it_is_a_flag_and_changes_no_size():
 # The examples
 
 
-@pytest.fixture
-def eager():
-    """Two steps are faster than their compilation."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.mark.usefixtures("eager")
+@pytest.mark.examples
 def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
     import compare_finetuning
 
@@ -216,6 +208,7 @@ def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
 
+@pytest.mark.examples
 def test_the_kept_records_of_fine_tuning_make_the_table():
     from compare_finetuning import BASELINE, read, report
 

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import compare_memory
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -34,6 +33,8 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.compiled
+@pytest.mark.examples
 @pytest.mark.parametrize(
     ("kind", "checkpointed", "optimizer", "accumulated"),
     [
@@ -43,6 +44,8 @@ def folder(tmp_path_factory):
     ],
 )
 def test_estimate_is_within_ten_percent_of_a_real_run(kind, checkpointed, optimizer, accumulated):
+    import compare_memory  # draws with matplotlib
+
     request = memory_estimate.Request(
         CONFIG | {"hidden_size": 256, "intermediate_size": 704},
         optimizer,
@@ -152,7 +155,7 @@ def test_models_that_need_more_than_two_layers_are_measured():
     assert found.measured.startswith(("3 and 6 layers", "1 and 2 layers"))
 
 
-GEMMA = CONFIG | {"model_type": "gemma3_text", "head_dim": 16, "num_hidden_layers": 8}
+GEMMA = CONFIG | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window_pattern": 3}
 IN_PARTS = {"model_type": "gemma3", "text_config": GEMMA, "vocab_size": CONFIG["vocab_size"]}
 """A model with images keeps what describes its text model in a part of its config."""
 

@@ -97,6 +97,7 @@ def test_gram_matrix_must_be_recomputed(name, monkeypatch):
         assert relative_rounding_error(name, x, 8) > 40
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU multiplies them whole")
 @pytest.mark.parametrize("shape", [(23, 23), (24, 70), (70, 24), (3, 17, 30)], ids=str)
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
@@ -165,6 +166,16 @@ def test_second_moment_of_a_rank_one_square_is_exact():
     row, column = f.factored_second_moment(g, mx.zeros((3, 1)), mx.zeros((1, 2)), mx.array(1.0))
     rows, root = f.factored_root(row, column, mx.mean(row), 1e-10)
     assert np.allclose(np.array(rows * root), np.array(g), rtol=1e-6)
+
+
+def test_statistics_move_towards_the_means_of_the_squares():
+    g = parameter((3, 5))
+    statistics = f.factored_second_moment(
+        mx.array(g), mx.ones((3, 1)), mx.ones((1, 5)), mx.array(0.25), eps=2.0
+    )
+    for ours, axis in zip(statistics, (1, 0), strict=True):
+        mean = np.mean(np.square(g), axis, keepdims=True) + 2.0
+        assert np.allclose(ours, 0.75 + 0.25 * mean, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3, 255), (4, 256), (3, 1000), (2, 1021)], ids=str)

@@ -160,6 +160,7 @@ def wait_for(condition, child):
         time.sleep(0.005)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(name, home):
     number = getattr(signal, name)
@@ -178,6 +179,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(name, home):
         assert same(home, name, "unstopped")
 
 
+@pytest.mark.processes
 def test_a_closed_terminal_leaves_a_checkpoint(home):
     terminal, side = os.openpty()
     checkpoint = home / "closed" / "checkpoint.safetensors"
@@ -210,6 +212,7 @@ def test_no_checkpoint_is_written_while_the_trainer_holds_gradients():
     assert tuning.Tuning.save(run) is False
 
 
+@pytest.mark.processes
 def test_run_killed_at_random_moments_resumes_bit_for_bit(home):
     dice, checkpoint = random.Random(0), home / "killed" / "checkpoint.safetensors"
     stamp = lambda: checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0  # noqa: E731
@@ -456,6 +459,7 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     assert message in printed.err
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_losses_equal_those_of_mlx_lm_to_the_printed_digit(home, name, kind, monkeypatch):
@@ -1100,6 +1104,7 @@ def test_terminal_that_lacks_a_character_does_not_end_the_run(home, monkeypatch)
     assert (home / "a 10 é" / "losses.json").exists()
 
 
+@pytest.mark.processes
 def test_output_that_cannot_be_written_is_one_line(home):
     given = ["-c", str(home / "short.yaml"), "--test", "--adapter-path", ""]
     command = [sys.executable, "-m", "mlx_maxfactor", "lora", *given]

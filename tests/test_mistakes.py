@@ -269,6 +269,7 @@ def random_step(model, optimizer):
     optimizer.update(model, gradients)
 
 
+@pytest.mark.compiled
 def test_numpy_numbers_are_accepted():
     # A NumPy float32 times an MLX array is a NumPy array, which a compiled step cannot trace.
     whole, half = np.int64(4), np.float32(0.5)
@@ -363,6 +364,7 @@ def test_schedule_function_is_called_only_at_the_current_step():
     assert optimizer.learning_rate.item() == pytest.approx(0.2)
 
 
+@pytest.mark.compiled
 def test_schedule_that_falls_below_zero_is_clamped_to_zero():
     # A compiled step cannot raise, and a rate below 0 would ascend.
     optimizer, tree = SignSGD(lambda step: 0.5 - step, weight_decay=0.0), {"b": mx.zeros(1)}
@@ -371,6 +373,7 @@ def test_schedule_that_falls_below_zero_is_clamped_to_zero():
     assert [step({"b": mx.ones(1)}, tree)["b"].item() for _ in range(3)] == [-0.5, 0.0, 0.0]
 
 
+@pytest.mark.compiled
 def test_traced_rate_can_be_assigned():
     optimizer = create(MaxFactor(), AdamW())
 
@@ -482,6 +485,7 @@ def test_repr_of_a_routed_optimizer_shows_its_members():
     assert "OrthoMaxFactor(learning_rate=0.25)" in repr(optimizer)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("rate", [0.05, warmup_cosine(0.1, 10, 2)], ids=["constant", "schedule"])
 def test_printing_inside_a_compiled_step_changes_nothing(rate):
     model, texts = Table(), []
@@ -677,6 +681,7 @@ def test_rate_can_be_an_array_of_one_element():
     assert optimizer.learning_rate.item() == pytest.approx(0.05)
 
 
+@pytest.mark.compiled
 def test_state_of_a_routed_optimizer_shows_rate_and_step():
     model, optimizer = Table(), create(learning_rate=warmup_cosine(0.1, 10, 2))
     state = [model.state, optimizer.state]

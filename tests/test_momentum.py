@@ -185,6 +185,7 @@ def test_late_parameter_counts_its_own_updates():
         assert np.allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.compiled
 def test_compiled_equals_eager():
     runs = []
     for compiled in (False, True):

@@ -143,23 +143,6 @@ def test_hard_gradients_give_a_step_of_the_effective_rate(kind, momentum, block)
         p = moved
 
 
-def test_state_without_momentum_holds_only_row_and_column_statistics():
-    state = {}
-    OrthoMaxFactor(momentum=0).init_single(mx.zeros((48, 32)), state)
-    assert sum(x.nbytes for x in state.values()) == 4 * (48 + 32)
-    state = {}
-    Muon(momentum=0).init_single(mx.zeros((48, 32)), state)
-    assert state == {}
-
-
-def test_transposed_gradients_give_the_same_step():
-    # A Linear's gradient is a transposed view in memory.
-    g, p = mx.array(parameter((24, 40))), {"w": mx.array(parameter((24, 40), 1))}
-    view = mx.contiguous(g.T).T
-    moved = [OrthoMaxFactor().apply_gradients({"w": x}, p)["w"] for x in (g, view)]
-    assert mx.array_equal(*moved).item()
-
-
 # Matrices that start at zero
 
 

@@ -117,8 +117,7 @@ def test_profiling_changes_nothing(name, poison):
     mx.eval(model.state, optimizer.state)
     before, objects = numpy_arrays(model, optimizer), arrays(model, optimizer)
     seen, inside = model.seen, attributes(optimizer)
-    compiled = name == "guarded"  # compiling is slow on a CPU
-    profile_step(model, optimizer, loss_and_gradients, batch(poison), rounds=1, compiled=compiled)
+    profile_step(model, optimizer, loss_and_gradients, batch(poison), rounds=1)
     assert_equal(numpy_arrays(model, optimizer), before)
     now = arrays(model, optimizer)
     assert [k for k in now if now[k] is not objects[k] and "random" not in k] == []
@@ -126,7 +125,7 @@ def test_profiling_changes_nothing(name, poison):
     assert attributes(optimizer) == inside
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiled)])
 @pytest.mark.parametrize("name", ["routed", "mlx"])
 def test_profiling_does_not_change_later_training(name, compiled):
     ends = []
@@ -154,7 +153,11 @@ def test_profiling_does_not_change_later_training(name, compiled):
 
 @pytest.mark.parametrize("poison", [0.0, float("nan")], ids=["good", "bad"])
 @pytest.mark.parametrize(
-    ("name", "compiled"), [*((name, False) for name in BUILDERS), ("routed", True), ("mlx", True)]
+    ("name", "compiled"),
+    [
+        *((name, False) for name in BUILDERS),
+        pytest.param("routed", True, marks=pytest.mark.compiled),
+    ],
 )
 def test_profiled_parts_together_equal_the_whole_step(name, poison, compiled):
     model, optimizer, loss_and_gradients = model_and_optimizer(name, mx.float32)
@@ -224,6 +227,7 @@ def test_time_is_attributed_to_the_right_part():
     assert eager.total.seconds >= eager.total.python_seconds >= 0.3
 
 
+@pytest.mark.compiled
 def test_memory_is_attributed_to_the_right_part():
     model = nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 8, bias=False))
     optimizer = create_optimizer(model, "adamw", **GUARDS)

@@ -23,6 +23,8 @@ from puzzles import (
     solutions,
 )
 
+pytestmark = pytest.mark.examples
+
 CELLS = SIDE * SIDE
 
 

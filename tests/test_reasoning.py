@@ -24,6 +24,8 @@ from mlx_maxfactor import (
     warmup_cosine,
 )
 
+pytestmark = pytest.mark.examples
+
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_reasoning.py"
 
 
@@ -255,11 +257,8 @@ def test_resumed_sudoku_run_equals_the_uninterrupted_run(tmp_path):
     ],
     ids=str,
 )
-def test_bad_arguments_give_one_line_and_status_2(arguments, message, tmp_path):
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert message in done.stderr
+def test_bad_arguments_give_one_line_and_status_2(arguments, message, capsys, monkeypatch):
+    command_line.assert_refused(SCRIPT, arguments, message, capsys, monkeypatch)
 
 
 # The comparison

@@ -336,10 +336,11 @@ def test_total_steps_picks_each_peak_and_builds_each_schedule():
     peaks = {
         "orthomaxfactor": peak("orthomaxfactor", 400, 64),
         "rest": OPTIMIZERS["adamw"].rest_peak,
+        "tables": 0.02,
     }
     assert {e.optimizer: e.rate for e in optimizer.plan} == {
         "orthomaxfactor": peaks["orthomaxfactor"],
-        "adamw, no momentum": pytest.approx(peaks["rest"]),
+        "adamw, no momentum": pytest.approx(peaks["tables"]),
         "adamw, no decay": pytest.approx(peaks["rest"]),
     }
     assert "  0.04  " in str(optimizer.plan)
@@ -348,20 +349,21 @@ def test_total_steps_picks_each_peak_and_builds_each_schedule():
         for member in optimizer.optimizers:
             member.state["step"] = mx.array(t, mx.uint64)
             member.advance()
-        rate, ratio = schedule(t).item(), peaks["rest"] / peaks["orthomaxfactor"]
-        assert rates(optimizer) == pytest.approx([rate, ratio * rate, ratio * rate], rel=1e-5)
+        shape = schedule(t).item() / peaks["orthomaxfactor"]
+        each = [shape * peaks[name] for name in ("orthomaxfactor", "tables", "rest")]
+        assert rates(optimizer) == pytest.approx(each, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"learning_rate": 0.08}, [0.08, 0.02]),
+        ({"learning_rate": 0.08}, [0.08, 0.04]),
         ({"rest_learning_rate": 3e-3}, [0.04, 3e-3]),
         ({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3]),
-        ({"momentum": 0}, [0.07, 0.01]),
-        ({"hidden": "muon"}, [0.04, 0.01]),
-        ({"hidden": "adamw"}, [3e-3, 0.01]),
-        ({"hidden": Muon(0.3)}, [0.3, 0.01]),
+        ({"momentum": 0}, [0.07, 0.02]),
+        ({"hidden": "muon"}, [0.04, 0.02]),
+        ({"hidden": "adamw"}, [3e-3, 0.02]),
+        ({"hidden": Muon(0.3)}, [0.3, 0.02]),
         ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
         ({"pretrained": True}, [0.01, 1e-3]),
     ],
@@ -373,6 +375,17 @@ def test_rate_given_with_total_steps_is_the_peak(options, expected):
         member.state["step"] = mx.array(40, mx.uint64)
         member.advance()
     assert rates(optimizer)[:2] == pytest.approx(expected, rel=1e-5)
+
+
+def test_peak_of_tables_falls_with_the_width():
+    # The peak of other parameters does not.
+    for width, expected in ((64, 0.02), (256, 0.01)):
+        model = nn.Sequential(
+            nn.Embedding(100, width), nn.Linear(width, width), nn.Linear(width, 100)
+        )
+        peaks = {e.role: e.rate for e in create_optimizer(model, total_steps=100).plan}
+        assert peaks["embedding"] == peaks["head"] == pytest.approx(expected)
+        assert peaks["bias"] == pytest.approx(0.01)
 
 
 def test_peak_depends_on_steps_and_width():
@@ -924,6 +937,7 @@ def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(make, ratio):
     assert others == pytest.approx([0.01 * ratio] * len(others))
 
 
+@pytest.mark.compiled
 def test_rate_set_by_hand_reaches_members_of_mlx_in_a_compiled_step():
     model = small_model()
     optimizer = create_optimizer(model, rest=mlx_optimizers.AdamW(1e-3), total_steps=1000)

@@ -55,6 +55,7 @@ def test_scaled_schedule_has_a_peak_and_a_repr():
     assert scaled(lambda step: step, 2.0).peak is None
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("schedule", [warmup_cosine(1e-2, 20, 5), adaptive_schedule(1e-2, 5)])
 def test_compiled_step_follows_the_schedule(schedule):
     optimizer, tree = SignSGD(schedule, weight_decay=0.0), {"b": mx.zeros(1)}

@@ -11,6 +11,8 @@ import pytest
 import speech_data
 from speech_data import Clip, Synthesizer, clips_of_folder, load_synthetic, log_mel, resample
 
+pytestmark = pytest.mark.examples
+
 RATE = speech_data.SAMPLE_RATE
 SIGNALS = {
     "noise": np.random.default_rng(0).normal(0, 0.1, 16_100),

@@ -38,7 +38,7 @@ def extra_memory_of_a_step(optimizer, dtype, compiled):
     return (mx.get_peak_memory() - before) / MATRIX
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiled)])
 def test_few_float32_copies_exist_at_once(compiled):
     # Measured: 3 to 9 of 64 matrices, because MLX's CPU backend allocates a hundred kernels ahead;
     # 20 to 29 when updates did not wait for each other.
@@ -122,6 +122,8 @@ def test_each_member_counts_a_step_once():
     assert [member.step.item() for member in optimizer.optimizers] == [3] * 4
 
 
+@pytest.mark.compiled
+@pytest.mark.examples
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_guards_keep_the_memory_that_checkpointing_saves(kind):
     # A norm that reads the first gradients first keeps the activations of all layers: 1.6 times as

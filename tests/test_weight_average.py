@@ -93,6 +93,7 @@ def flat(average):
     return {path: np.array(x.astype(mx.float32)) for path, x in average.state["weights"].items()}
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_compiled_step_updates_the_average_and_is_traced_once(dtype):
     results = []
@@ -132,6 +133,7 @@ def test_weights_are_restored_after_an_error_inside_applied():
         assert np.array_equal(np.array(x), own[path])
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_resumed_average_equals_the_uninterrupted_one(dtype, tmp_path):
     path = tmp_path / "run.safetensors"

@@ -182,7 +182,7 @@ class MemberFactory:
         options = {**self.shared, "seed": seed, **defaults, **spec.options}
         if not decays:
             options["weight_decay"] = 0.0
-        default = self._default_rate(spec, preset)
+        default = self._default_rate(spec, preset, table)
         is_primary = spec is self.primary and preset == self.primary_preset
         if spec.choice == "adafactor" and not is_primary and spec.rate is None and preset != "lora":
             optimizer = Adafactor(**options)  # with its relative step
@@ -205,13 +205,13 @@ class MemberFactory:
             )
         return Member(label, optimizer, peak)
 
-    def _default_rate(self, spec: MemberSpec, preset: RatePreset) -> float:
+    def _default_rate(self, spec: MemberSpec, preset: RatePreset, table: bool = False) -> float:
         if isinstance(spec.choice, Optimizer):
             return peak_rate_of(spec.choice)
-        peak = OPTIMIZERS[spec.choice].rest_peak
-        if self.run and spec is self.rest and peak is not None:
-            return peak if preset == "scratch" else min(peak, default_rate(spec.choice, preset))
-        return default_rate(spec.choice, preset, self.run)
+        if self.run is None or not (table or spec is self.rest):
+            return default_rate(spec.choice, preset, self.run)
+        peak = OPTIMIZERS[spec.choice].rest_peak_of(self.run, table)
+        return peak if preset == "scratch" else min(peak, default_rate(spec.choice, preset))
 
     def _rate_of(self, spec: MemberSpec, default: float) -> Rate:
         """The rate of a member that was requested by name and is not the primary one."""

@@ -53,6 +53,7 @@ class OptimizerEntry:
         rest_peak: The best peak for the parameters that are not hidden. None: ``peak``.
         table_options: Options for embeddings and output layers, whose rows are tokens.
         table_label: What the plan adds to the name where these options are used.
+        table_peak: The best peak there. None: ``rest_peak``.
     """
 
     kind: type[Float32Optimizer]
@@ -64,11 +65,21 @@ class OptimizerEntry:
     rest_peak: float | None = None
     table_options: Mapping[str, Any] = field(default_factory=dict)
     table_label: str = ""
+    table_peak: Callable[[Run], float] | None = None
 
     def peak_of(self, run: Run) -> float:
         """The peak for a run from scratch, to two digits."""
-        peak = self.learning_rate if self.peak is None else self.peak(run)
-        return float(f"{peak:.2g}")
+        return _two_digits(self.learning_rate if self.peak is None else self.peak(run))
+
+    def rest_peak_of(self, run: Run, table: bool) -> float:
+        """The peak for parameters that are not hidden: of a table, or another."""
+        if table and self.table_peak is not None:
+            return _two_digits(self.table_peak(run))
+        return self.peak_of(run) if self.rest_peak is None else self.rest_peak
+
+
+def _two_digits(x: float) -> float:
+    return float(f"{x:.2g}")
 
 
 def _orthomaxfactor_peak(run: Run) -> float:
@@ -112,6 +123,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         # Stale momentum moves rows that have no gradient, and in a large vocabulary most have none.
         table_options={"betas": (0.0, 0.999), "factored": True},
         table_label="no momentum",
+        table_peak=lambda run: 2e-2 * math.sqrt(WIDTH / run.width),
     ),
 }
 """Every optimizer that has a name.
