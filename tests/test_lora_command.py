@@ -1,13 +1,18 @@
 """The command ``mlx-maxfactor lora``: equal to mlx_lm.lora, interrupted, killed, resumed, fused."""
 
+import io
 import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,14 +27,15 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.models.llama import Model, ModelArgs, TransformerBlock
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
-from mlx_lm.tuner.trainer import evaluate
+from mlx_lm.tuner.trainer import evaluate, iterate_batches
 from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import save_model
 
 from mlx_maxfactor.commands import lora, main
 from mlx_maxfactor.commands.lora_arguments import parse_arguments
-from mlx_maxfactor.commands.terminal import catching_interrupts
+from mlx_maxfactor.commands.terminal import catching_interrupts, plain_output
 from mlx_maxfactor.finetuning import models, small_llama, tuning
+from mlx_maxfactor.finetuning.data import describe_lengths, load_data, name_of_data, padding
 from mlx_maxfactor.finetuning.models import add_adapters
 
 KILLS = int(os.environ.get("KILLS", "6"))
@@ -155,19 +161,49 @@ def wait_for(condition, child):
 
 
 @pytest.mark.processes
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(home):
-    child, output = start(home, "stopped", "--iters", "100000", "--save-every", "50000")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(name, home):
+    number = getattr(signal, name)
+    child, output = start(home, name, "--iters", "100000", "--save-every", "50000")
     wait_for(lambda: ", loss " in output.read_text(), child)  # of the first steps
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, number)
     child.join()
     last = output.read_text().strip().splitlines()[-1]
-    assert child.exitcode == 130
+    assert child.exitcode == 128 + number
     assert "--resume" in last
     done = int(last.split(" has ")[1].split()[0])
     assert done > 0
     assert done % 2 == 0, "the trainer held half of a step's gradients"
-    run(home, "unstopped", "--iters", str(done))
-    assert same(home, "stopped", "unstopped")
+    if name == "SIGINT":
+        run(home, "unstopped", "--iters", str(done))
+        assert same(home, name, "unstopped")
+
+
+@pytest.mark.processes
+def test_a_closed_terminal_leaves_a_checkpoint(home):
+    terminal, side = os.openpty()
+    checkpoint = home / "closed" / "checkpoint.safetensors"
+    given = ("-c", home / "short.yaml", "--adapter-path", home / "closed", "--iters", "100000")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mlx_maxfactor", "lora", *map(str, given)],
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+    )
+    os.close(side)
+    reader = threading.Thread(target=drain, args=(terminal, checkpoint.exists))
+    reader.start()
+    reader.join()
+    os.close(terminal)  # what is written from now on fails
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(60) == 128 + signal.SIGHUP
+    mx.load(str(checkpoint))
+
+
+def drain(terminal, is_enough):
+    while not is_enough():
+        os.read(terminal, 4096)
 
 
 def test_no_checkpoint_is_written_while_the_trainer_holds_gradients():
@@ -296,7 +332,7 @@ def test_yaml_file_of_mlx_lm_is_read_as_it_is(home, capsys):
     path = home / "mlx_lm.yaml"
     path.write_text(MLX_LM_FILE + "speed: 9\n")
     arguments = parsed("-c", path, "--model", home / "model", "--iters", "7")
-    assert capsys.readouterr().out == f"{path}: nothing reads speed\n"
+    assert capsys.readouterr().out == f"{path}: nothing reads speed (did you mean 'seed'?)\n"
     assert (arguments.iters, arguments.seed, arguments.adapter_path) == (7, 3, "adapters")
     optimizer = adapted(home, arguments)
     assert {entry.optimizer for entry in optimizer.plan} == {"adamw"}
@@ -314,7 +350,7 @@ def test_file_with_a_data_set_of_the_hub_needs_no_data_folder(home):
     path.write_text("hf_dataset: {path: someone/something, prompt_feature: question}\n")
     arguments = parsed("-c", path, "--model", "x")
     assert (arguments.data, arguments.hf_dataset["path"]) == (None, "someone/something")
-    assert models.name_of_data(arguments) == "hf_dataset"
+    assert name_of_data(arguments) == "hf_dataset"
     with pytest.raises(ValueError, match="model is missing"):  # not the small model of the demo
         parsed("-c", path)
     path.write_text("hf_dataset: []\n")
@@ -342,24 +378,33 @@ def test_yaml_file_takes_our_names_and_schedules(home):
     [
         (["--optimizer", "mouon"], "'mouon'"),
         (["--iters", "x"], "--iters"),
-        (["--iters", "0"], "iters must be an integer of at least 1, got 0"),
-        (["--seed", "-1"], "seed must be an integer of at least 0, got -1"),
+        (["--iters", "0"], "iters must be a whole number of at least 1, got 0"),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 4294967295, got -1"),
         (["--iters", "5", "--grad-accumulation-steps", "2"], "multiple"),
         (["--fine-tune-type", "q"], "'q'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
         (["-c", "{home}/list.yaml"], "must map names to values"),
         (["-c", "{home}/schedule.yaml"], "'cosine'"),
-        (["-c", "{home}/keys.yaml"], "arguments: [0.001, 300, 30]}"),
+        (
+            ["-c", "{home}/keys.yaml"],
+            "keys.yaml: lr_schedule: a key of warmup_cosine must be one of",
+        ),
         (["--quantize", "--fine-tune-type", "full"], "quantized weights have no gradient"),
         (["--model", "nowhere/at/all"], "model nowhere/at/all: "),
         (["--model", "nowhere/at-all"], "model nowhere/at-all: "),
         (["--model", "{home}/data"], "config.json"),
-        (["--data", "{home}/model"], "Training set not found or empty"),
+        (["--data", "{home}/model"], "the training set, train.jsonl, is missing"),
         (["--data", "nowhere/at/all"], "data nowhere/at/all: there is no such folder"),
-        (["--data", "{home}/broken"], "broken: Expecting property name"),
-        (["--data", "{home}/empty"], "empty: a file of the folder is empty"),
+        (
+            ["--data", "{home}/broken"],
+            "train.jsonl, line 1: each line must be a JSON object; column 2",
+        ),
+        (["--data", "{home}/empty"], "the training set, train.jsonl, is missing or empty"),
         (["--data", "{home}/keys"], "Unsupported data format"),
-        (["--data", "{home}/numbers"], "numbers: text input must be"),
+        (
+            ["--data", "{home}/numbers"],
+            "numbers/train.jsonl, line 1: text must be a string, got nan",
+        ),
         (["--model", "{home}/unknown"], "Model type nonesuch not supported"),
         (["--resume-adapter-file", "{home}/old.safetensors"], "lora_a is (64, 3) in the file and"),
         (["--batch-size", "12"], "batch_size is 12, but the training set has 11 lines"),
@@ -372,7 +417,10 @@ def test_yaml_file_takes_our_names_and_schedules(home):
         (["--adapter-path", "/dev/null"], "/dev/null"),
         (["-c", "{home}/none.yaml"], "lr_schedule: arguments must be a list"),
         (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
-        (["--train", "--test", "--data", "{home}/untested"], "Test set not found or empty"),
+        (
+            ["--train", "--test", "--data", "{home}/untested"],
+            "the test set, test.jsonl, is missing or empty",
+        ),
         (["--test", "--resume"], "resume continues a training"),
         (["--test", "--adapter-path", "{home}/nothing"], "nothing: "),
     ],
@@ -609,10 +657,10 @@ def conversions(tmp_path, monkeypatch):
     """The models that were quantized, in place of mlx-lm's conversion, in an empty folder."""
     made = []
 
-    def convert(source, target, quantize):
+    def convert(source, target, quantize, q_bits):
         made.append(source)
         Path(target).mkdir(parents=True)
-        (Path(target) / "config.json").write_text("{}")
+        (Path(target) / "config.json").write_text(json.dumps({"quantization": {"bits": q_bits}}))
 
     monkeypatch.setattr(models, "convert", convert)
     monkeypatch.chdir(tmp_path)
@@ -746,3 +794,384 @@ def test_ctrl_c_while_the_progress_bar_is_written_still_ends_after_the_step():
     with catching_interrupts(note) as caught:
         signal.raise_signal(signal.SIGINT)
     assert len(caught) == 1
+
+
+# Other people's data
+
+
+def folder_of(home, name, *lines, **parts):
+    """A data set of these lines in all three files, or of other lines in some of them."""
+    (home / name).mkdir(exist_ok=True)
+    for part in ("train", "valid", "test"):
+        chosen = parts.get(part, lines)
+        encoded = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in chosen]
+        (home / name / f"{part}.jsonl").write_bytes(b"\n".join(encoded))
+    return home / name
+
+
+def error_of(home, name, *arguments, capsys, code=2):
+    """The error of a run, which must be one line."""
+    given = ["-c", home / "short.yaml", "--adapter-path", home / name, "--iters", "4", *arguments]
+    with pytest.raises(SystemExit) as end:
+        main(["lora", *map(str, given)])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == code, last
+    assert last.startswith("mlx-maxfactor lora: error: ")
+    return last
+
+
+TEXT, PAIR = {"text": "def f(x)"}, {"prompt": "def f(x)", "completion": "x"}
+ASKED, ANSWER = {"role": "user", "content": "f"}, {"role": "assistant", "content": "x"}
+CHAT = {"messages": [ASKED, ANSWER]}
+WRONG_LINES = {
+    "no text": (TEXT, {"text": ""}, "text is empty: remove the line"),
+    "null": (TEXT, {"text": None}, "text is null"),
+    "number": (TEXT, {"text": 3}, "text must be a string, got 3"),
+    "no key": (TEXT, {"txt": "x"}, "text is missing"),
+    "list": (TEXT, ["x"], "each line must be a JSON object, got ['x']"),
+    "latin": (TEXT, b'{"text": "caf\xe9"}', "it is not UTF-8"),
+    "cut": (TEXT, b'{"text": "a', "column 10: Unterminated string"),
+    "two": (TEXT, b'{"text": "a"}{"text": "b"}', "Extra data"),
+    "deep": (TEXT, b'{"text": ' + b"[" * 100_000, "maximum recursion depth"),
+    "surrogate": (TEXT, {"text": "\ud800"}, "line 9: "),
+    "null completion": (PAIR, {**PAIR, "completion": None}, "completion is null"),
+    "no completion": (PAIR, {"prompt": "x"}, "completion is missing"),
+    "no messages": (CHAT, {"messages": []}, "messages must be a list of messages, got []"),
+    "message": (CHAT, {"messages": ["x"]}, "messages[0] must have a role, got 'x'"),
+    "no content": (CHAT, {"messages": [{"role": "user"}]}, "messages[0] has no content"),
+    "role": (CHAT, {"messages": [{"role": None, "content": ""}]}, "must have a role"),
+}
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+@pytest.mark.parametrize("kind", WRONG_LINES)
+def test_a_wrong_line_is_named_before_the_first_step(kind, part, home, capsys):
+    right, wrong, message = WRONG_LINES[kind]
+    lines = {part: [*[right] * 6, b"", b"  ", wrong, right]}
+    data = folder_of(home, f"wrong {kind}", *[right] * 8, **lines)
+    given = ("--data", data, "--train", "--test")
+    error = error_of(home, "wrong", *given, capsys=capsys)
+    assert f"{part}.jsonl, line 9: " in error
+    assert message in error
+    assert str(data) in error
+
+
+def test_blank_lines_and_byte_order_marks_are_read_over(home):
+    marked = b"\xef\xbb\xbf" + json.dumps(TEXT).encode()
+    data = folder_of(home, "blank", marked, b"", TEXT, b"\r", TEXT, marked, b"")
+    tokenizer = load(str(home / "model"))[1]
+    arguments = SimpleNamespace(data=str(data), train=True, test=False, batch_size=2)
+    assert len(load_data(arguments, tokenizer)["training"]) == 4
+
+
+@pytest.mark.parametrize("name", ["folder", "data file"])
+def test_data_that_cannot_be_read_is_named(name, home, capsys):
+    data = folder_of(home, f"odd {name}", TEXT, TEXT)
+    if name == "folder":
+        (data / "train.jsonl").unlink()
+        (data / "train.jsonl").mkdir()
+    message = {"folder": "Is a directory", "data file": "is a file: give the folder that has"}[name]
+    data = data / "train.jsonl" if name == "data file" else data
+    assert message in error_of(home, "odd", "--data", data, capsys=capsys)
+
+
+def with_template(home, name, template):
+    """The model with another chat template."""
+    shutil.copytree(home / "model", home / name)
+    path = home / name / "tokenizer_config.json"
+    small_llama.write_json(path, json.loads(path.read_text()) | {"chat_template": template})
+    return home / name
+
+
+def test_line_that_the_chat_template_refuses_is_named(home, capsys):
+    raising = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    model = with_template(home, "raising", raising + small_llama.TEMPLATE)
+    odd = {"messages": [{"role": "tool", "content": "x"}, ANSWER]}
+    data = folder_of(home, "tools", *[CHAT] * 5, odd)
+    error = error_of(home, "tools", "--model", model, "--data", data, capsys=capsys)
+    assert "train.jsonl, line 6: no tools" in error
+
+
+def test_chats_of_one_message_are_trained_as_by_mlx_lm(home, capsys):
+    data = folder_of(home, "single", *[{"messages": [ANSWER]}] * 6)
+    given = ["--adapter-path", str(home / "singles"), "--data", str(data), "--iters", "2"]
+    assert main(["lora", "-c", str(home / "short.yaml"), *given]) == 0
+    error = error_of(home, "singles", "--data", data, "--mask-prompt", capsys=capsys)
+    assert "train.jsonl, line 1: mask_prompt needs a chat of at least two messages" in error
+
+
+def test_repaired_data_are_resumed_on_purpose_alone(home, capsys):
+    lines = [{"text": f"def f{i}(x)"} for i in range(9)]
+    data = folder_of(home, "repaired", *lines)
+    given = ["-c", home / "short.yaml", "--adapter-path", home / "repair", "--data", data]
+    given = ["lora", *map(str, given)]
+    assert main([*given, "--iters", "2"]) == 0
+    folder_of(home, "repaired", *lines, train=[TEXT, *lines])
+    error = error_of(home, "repair", "--data", data, "--resume", capsys=capsys)
+    assert "the training set is not that of" in error
+    assert "continue with it by --allow-changed-data" in error
+    assert main([*given, "--iters", "4", "--resume", "--allow-changed-data"]) == 0
+    assert "2 of 4 iterations are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["template", "valid"])
+def test_what_changed_between_run_and_resume_is_noticed(changed, home, capsys):
+    model = with_template(home, f"before {changed}", small_llama.TEMPLATE)
+    data = folder_of(home, f"same {changed}", *[PAIR] * 6)
+    given = ["--model", model, "--data", data]
+    first = ["-c", home / "short.yaml", "--adapter-path", home / changed, *given, "--iters", "2"]
+    assert main(["lora", *map(str, first)]) == 0
+    if changed == "template":
+        path = model / "tokenizer_config.json"
+        path.write_text(path.read_text().replace("<|end|>{% else", "!<|end|>{% else"))
+    else:
+        folder_of(home, f"same {changed}", *[PAIR] * 6, valid=[PAIR] * 5)
+    error = error_of(home, changed, *given, "--resume", capsys=capsys)
+    assert "validation set is not that of" in error
+    assert ("training set is not that of" in error) == (changed == "template")
+
+
+def test_long_first_sample_is_cut_for_the_sample_of_the_model(home):
+    data = folder_of(home, "novel", {"text": "def f " * 10_000}, *[TEXT] * 5)
+    tokenizer = load(str(home / "model"))[1]
+    arguments = SimpleNamespace(data=str(data), train=True, test=False, batch_size=2)
+    prompt, wanted = load_data(arguments, tokenizer)["validation"].first_prompt(64)
+    assert (len(prompt), len(wanted)) == (32, 32)
+
+
+def test_cut_samples_and_padding_are_told_before_training(home, capsys):
+    lines = [TEXT, {"text": "def f " * 500}] * 6
+    given = ["--data", str(folder_of(home, "mixed", *lines)), "--iters", "2"]
+    given = ["-c", str(home / "short.yaml"), "--adapter-path", str(home / "mixed run"), *given]
+    assert main(["lora", *given, "--max-seq-length", "512"]) == 0
+    told = capsys.readouterr().err.partition("it/s]")[0]
+    assert "6 of 12 training samples are longer than max_seq_length=512 and are cut" in told
+    assert "6 of 12 validation samples are longer" in told
+    assert "; with the lines of the file sorted by length, " not in told  # 48 % are padding
+    assert "of a batch is padding" not in told
+
+
+def test_padding_is_that_of_the_batches_of_mlx_lm():
+    sizes = [3, 90, 5, 70, 2, 71, 1, 60]
+    data = CacheDataset([{"x": n} for n in sizes])
+    data._proc_data = [([1] * n, 0) for n in sizes]
+    batches = [tokens for tokens, _ in iterate_batches(data, 2, 80)]
+    padded = sum(int(mx.sum(tokens == 0).item()) for tokens in batches)
+    share = padded / sum(tokens.size for tokens in batches)
+    assert padding(sizes, 2, 80) == pytest.approx(share)
+    notes = describe_lengths("training", data, 2, 80)
+    assert notes[0].startswith("1 of 8 training samples are longer than max_seq_length=80")
+    sorted_share = f"{padding(sorted(sizes), 2, 80):.0%}"
+    remedy = f"with the lines of the file sorted by length, {sorted_share}"
+    assert notes[1] == f"{share:.0%} of a batch is padding; {remedy}"
+
+
+def test_samples_without_a_token_to_learn_are_counted():
+    data = [([1] * 9, 5), ([1] * 9, 9), ([1] * 99, 40), ([1], 0)]
+    notes = describe_lengths("validation", data, 2, 32)
+    assert any(
+        note.startswith("1 of 4 validation samples have no token to learn") for note in notes
+    )
+    learned = [min(len(x), 31) >= max(1, start) for x, start in data]
+    assert learned.count(False) == 1
+
+
+# Settings that meet the model
+
+
+@pytest.mark.parametrize("name", ["mlx_adamw", "orthomaxfactor"])
+def test_keys_that_match_nothing_are_one_error_that_lists_the_layers(name, home, capsys):
+    path = home / "keyed.yaml"
+    keys = {"lora_parameters": {"keys": ["q_proj"]}}
+    path.write_text(yaml.safe_dump(yaml.safe_load((home / "short.yaml").read_text()) | keys))
+    error = error_of(home, "keyed", "-c", path, "--optimizer", name, capsys=capsys)
+    assert "keys ['q_proj'] match no layer" in error
+    assert "self_attn.q_proj" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ('betas="0.9"', "adam: betas must be a pair of numbers, got '0.9'"),
+        ("betas=[0.9]", "adam: betas must be a pair of numbers, got [0.9]"),
+        ('eps="1e-8"', "adam: eps must be in (-inf, inf), got '1e-8'"),
+        ("bias_correction=1", "adam: bias_correction must be True or False, got 1"),
+        ("epsilon=1", "an option of adam must be one of 'betas', 'eps', 'bias_correction'"),
+    ],
+)
+def test_options_of_mlx_optimizers_are_checked(option, message, home, capsys):
+    given = ("--optimizer", "adam", "--option", option)
+    assert message in error_of(home, "options", *given, capsys=capsys)
+
+
+def test_small_rate_is_named_as_it_was_given(home):
+    given = ("--model", "x", "--data", "y", "--num-layers", "-1", "--learning-rate", "1e-5")
+    with pytest.warns(UserWarning, match="1e-05 is small for LoRA") as told:
+        adapted(home, parsed(*given))
+    assert len(told) == 1
+    assert "the default is 0.0005" in str(told[0].message)
+
+
+def test_schedule_says_that_it_counts_updates(home, capsys):
+    path = home / "counted.yaml"
+    path.write_text((home / "short.yaml").read_text() + SCHEDULED)
+    given = ["-c", str(path), "--adapter-path", str(home / "counted"), "--iters", "4"]
+    assert main(["lora", *given]) == 0
+    assert "lr_schedule counts updates: 4 iterations are 2" in capsys.readouterr().err
+
+
+def test_sizes_reach_mlx_and_the_trainer(home, monkeypatch):
+    limits, settings = [], []
+    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    monkeypatch.setattr(tuning, "train", lambda *_, args, **__: settings.append(args))
+    given = ["-c", str(home / "short.yaml"), "--adapter-path", str(home / "sizes"), "--iters", "2"]
+    sizes = ["--cache-limit", "2GB", "--clear-cache-threshold", "7GB"]
+    assert main(["lora", *given, *sizes]) == 0
+    assert limits == [2 * 10**9]
+    assert settings[0].clear_cache_threshold == 7 * 10**9
+
+
+def test_empty_adapter_path_tests_the_base_model(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    before = sorted(home.iterdir())
+    assert main(["lora", "-c", "short.yaml", "--test", "--adapter-path", ""]) == 0
+    assert re.search(r"Test loss \d", capsys.readouterr().out)
+    assert sorted(home.iterdir()) == before
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_model_that_is_quantized_already_is_not_quantized_again(key, conversions, tmp_path):
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({key: {"bits": 8, "group_size": 64}}))
+    with pytest.raises(ValueError, match=r"quantized already \(bits: 8\): leave out --quantize"):
+        models.quantized_copy("model")
+    assert conversions == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_copy_of_a_quantized_model_of_the_hub_is_refused(conversions, monkeypatch, tmp_path):
+    def convert(source, target, quantize, q_bits):
+        Path(target).mkdir(parents=True)
+        small_llama.write_json(Path(target) / "config.json", {"quantization": {"bits": 8}})
+
+    monkeypatch.setattr(models, "convert", convert)
+    with pytest.raises(ValueError, match=r"quantized already \(bits: 8\)"):
+        models.quantized_copy("someone/model-8bit")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+# Disks and terminals
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_full_disk_is_one_line_and_leaves_no_part(nth, home, monkeypatch, capsys):
+    write, written = mx.save_safetensors, []
+
+    def full(path, *arguments):
+        written.append(path)
+        if len(written) == nth:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[write] Unable to write 1024 bytes to file.")
+        write(path, *arguments)
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    error = error_of(home, f"full{nth}", capsys=capsys, code=1)
+    assert "safetensors was not written: [write] Unable to write" in error
+    left = [path.name for path in (home / f"full{nth}").iterdir()]
+    assert not [name for name in left if "partial" in name]
+
+
+def test_adapters_and_checkpoint_are_written_through_their_links(home):
+    folder, other = home / "linked", home / "elsewhere"
+    folder.mkdir()
+    other.mkdir()
+    names = ("adapters.safetensors", "checkpoint.safetensors")
+    for name in names:
+        (folder / name).symlink_to(other / name)
+    run(home, "linked", "--iters", "2", *LORA)
+    assert all((folder / name).is_symlink() and (other / name).is_file() for name in names)
+
+
+def test_terminal_that_lacks_a_character_does_not_end_the_run(home, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    data = folder_of(home, "accents", *[{"text": "é" * 40}] * 6)
+    given = ["-c", str(home / "short.yaml"), "--data", str(data), "--iters", "2"]
+    assert main(["lora", *given, "--adapter-path", str(home / "a 10 é")]) == 0
+    printed = output.buffer.getvalue().decode("ascii")
+    assert "\\xe9\\xe9\\xe9" in printed
+    assert re.search(r"--adapter-path '.*/a 10 \\xe9' --prompt ...\n", printed)
+    assert (home / "a 10 é" / "losses.json").exists()
+
+
+@pytest.mark.processes
+def test_output_that_cannot_be_written_is_one_line(home):
+    given = ["-c", str(home / "short.yaml"), "--test", "--adapter-path", ""]
+    command = [sys.executable, "-m", "mlx_maxfactor", "lora", *given]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("No space left on device")
+
+
+def test_progress_that_cannot_be_written_does_not_end_the_run(home, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    given = ["-c", str(home / "short.yaml"), "--iters", "4"]
+    assert main(["lora", *given, "--adapter-path", str(home / "unseen")]) == 0
+
+
+def test_warnings_are_one_line_without_source():
+    with plain_output():
+        text = warnings.formatwarning("rates differ", UserWarning, "bin/mlx-maxfactor", 8)
+    assert text == "warning: rates differ\n"
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    try:
+        with catching_interrupts(lambda: None) as caught:
+            signal.raise_signal(signal.SIGHUP)
+        assert caught == []
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# The best adapters
+
+
+def test_best_adapters_are_kept_and_a_run_that_no_longer_improves_stops(home, monkeypatch):
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.25, 9.0])
+    monkeypatch.setattr(tuning, "evaluate", lambda *_, **__: next(losses))
+    given = ["-c", str(home / "short.yaml"), "--adapter-path", str(home / "best run"), *LORA]
+    given = ["lora", *given, "--iters", "40", "--steps-per-eval", "3", "--save-every", "3"]
+    assert main([*given, "--keep-best", "--patience", "2"]) == 0
+    kept = json.loads((home / "best run" / "losses.json").read_text())
+    validated = [(info["iteration"], info["val_loss"]) for info in kept["validation"]]
+    assert validated == [(0, 5.0), (2, 4.0), (5, 3.0), (8, 3.5), (11, 3.25)]
+    run(home, "five", "--iters", "4", *LORA)  # two batches an update: 5 iterations make 2 updates
+    best, five = home / "best run" / "best", home / "five"
+    assert (
+        arrays(best / "adapters.safetensors").keys() == arrays(five / "adapters.safetensors").keys()
+    )
+    for name, array in arrays(five / "adapters.safetensors").items():
+        assert np.array_equal(array, arrays(best / "adapters.safetensors")[name])
+    load(str(home / "model"), adapter_path=str(best))
+    monkeypatch.setattr(tuning, "train", lambda *_, **__: pytest.fail("it was trained"))
+    before = (best / "adapters.safetensors").read_bytes()
+    losses = iter([9.0])
+    assert main([*given, "--keep-best", "--patience", "2", "--resume"]) == 0
+    assert (best / "adapters.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", [["--keep-best"], ["--patience", "1"]])
+def test_keeping_the_best_needs_a_validation_set(option, home, capsys):
+    data = folder_of(home, "unvalidated", *[TEXT] * 5)
+    (data / "valid.jsonl").unlink()
+    error = error_of(home, "unvalidated run", "--data", data, *option, capsys=capsys)
+    assert "keep_best and patience need a validation set" in error

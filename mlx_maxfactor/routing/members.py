@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from mlx.optimizers import MultiOptimizer, Optimizer
 
-from .._validate import LARGEST_SEED, Rate, check_rate, got, hint
+from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, warn
 from ..optimizers.adafactor import Adafactor, relative_step_of
 from ..optimizers.base import options_of
 from ..optimizers.maxfactor import STEP_MOVED
@@ -196,11 +196,20 @@ class MemberFactory:
             optimizer.learning_rate = self._in_proportion(relative_step_of, default)
         else:
             rate = self.rate if is_primary else self._rate_of(spec, default)
-            optimizer = entry.kind(default if rate is None else rate, **options)
+            # A rate that follows from another one was not chosen, so it is set without a warning.
+            follows = not is_primary and (spec is self.primary or spec.rate is None)
+            optimizer = entry.kind(default if follows or rate is None else rate, **options)
+            if follows:
+                set_rate(optimizer, cast(Rate, rate))
         label = ", ".join([spec.choice] + [entry.table_label] * table + ["no decay"] * (not decays))
         peak = peak_rate_of(optimizer)
         if not peak and (is_primary or spec.rate != 0):  # not known, or 0 because the primary is
             peak = default
+        if is_primary and preset == "lora" and "min_rms" in defaults and 0 < peak <= default / 20:
+            warn(
+                f"learning_rate {peak:g} is small for LoRA with {spec.choice}, whose rate is the "
+                f"RMS of a step: the default is {default:g}"
+            )
         return Member(label, optimizer, peak)
 
     def _default_rate(self, spec: MemberSpec, preset: RatePreset, table: bool = False) -> float:
