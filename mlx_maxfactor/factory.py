@@ -167,12 +167,10 @@ def create_optimizer(
         primary=hidden_spec if own else rest_spec,
         run=_run(total_steps, own or parameters, hidden_options),
     )
-    members, routes = factory.in_use(
-        {p.path: _route(factory, p, choices[p.path]) for p in parameters}
-    )
+    routes = {p.path: _route(factory, p, choices[p.path]) for p in parameters}
     guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
     strategy = Sharding(group) if group is not None and group.size() > 1 else None
-    return RoutedOptimizer(model, parameters, members, routes, guard, strategy)
+    return RoutedOptimizer(model, parameters, factory.labelled(routes), routes, guard, strategy)
 
 
 def estimate_state_bytes(model: nn.Module, *arguments: Any, **options: Any) -> int:

@@ -647,7 +647,7 @@ def test_plan_difference_shows_both_roles(path):
     (line,) = (line for line in lines if line.startswith("plan"))
     shape = tuple(model.output.weight.shape)
     assert line == (
-        f"plan, output.weight: AdamW {shape}, head in the file, AdamW {shape}, hidden here"
+        f"plan, output.weight: AdamW 2 {shape}, head in the file, AdamW {shape}, hidden here"
     )
 
 

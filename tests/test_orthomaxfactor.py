@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from models import CASES, Table
-from trajectories import SHAPES, assert_follows, label, parameter, trajectory
+from trajectories import BOUND, SHAPES, assert_follows, label, parameter, trajectory
 
 from mlx_maxfactor import (
     Adafactor,

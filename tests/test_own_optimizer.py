@@ -175,5 +175,5 @@ def test_lists_in_a_state_are_guarded_and_counted():
     assert optimizer.plan.state_bytes == 2 * model.weight.nbytes
     for factor in (1.0, float("nan")):
         optimizer.update(model, {"weight": factor * mx.ones((2, 3))})
-    first, second = optimizer.optimizers[0].state["weight"]["buffers"]
+    first, second = optimizer.optimizers[1].state["weight"]["buffers"]
     assert first.tolist() == second["m"].tolist() == [[1.0] * 3] * 2

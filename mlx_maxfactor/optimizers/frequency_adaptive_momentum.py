@@ -76,7 +76,7 @@ class FrequencyAdaptiveMomentum:
         """Make the state besides the buffer ``m``. The input axis is the last one of the shape."""
         if len(shape) < 2 or min(shape[-2:]) < LEAST_SIDE:
             return {}
-        state = {"count": mx.array(0, mx.uint32)}
+        state = {"count": mx.array(0.0)}
         if self.bands > 1:
             state["power"] = mx.zeros((*shape[:-2], 1, self.bands))
         return state
@@ -111,7 +111,7 @@ class FrequencyAdaptiveMomentum:
         Returns:
             Three arrays ``(..., 1, bands)``.
         """
-        t = mx.maximum(state["count"], 1).astype(mx.float32)
+        t = mx.maximum(state["count"], 1)
         share = state["power"] / f.bias_correction(self.beta, t)
         return share, *self.weights(share)
 
@@ -128,6 +128,6 @@ class FrequencyAdaptiveMomentum:
         """The replacement for the gradient: a mixture that shifts from it to the momentum."""
         if "count" not in state or (self.blend == 1 and self.blend_steps == 1):
             return momentum
-        t = state["count"].astype(mx.float32)
+        t = state["count"]
         weight = f.fusion_barrier(self.blend * mx.minimum(1.0, t / self.blend_steps))
         return (1 - weight) * gradient + weight * momentum

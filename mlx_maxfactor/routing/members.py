@@ -1,7 +1,7 @@
 """Make the members of a routed optimizer from names, rates and options."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -159,16 +159,16 @@ class MemberFactory:
             self.members.append(self._member(spec, decays, preset, table))
         return self._index[key]
 
-    def in_use(self, routes: dict[str, int]) -> tuple[list[Member], dict[str, int]]:
-        """The members that update any parameter, each with its own label, and their routes."""
-        used = sorted(set(routes.values()))
+    def labelled(self, routes: Mapping[str, int]) -> list[Member]:
+        """The members, each that updates any parameter with a label of its own."""
         members, count = [], Counter[str]()
-        for member in (self.members[i] for i in used):
-            count[member.label] += 1
+        for i, member in enumerate(self.members):
+            if i in routes.values():
+                count[member.label] += 1
             same = count[member.label]
             label = f"{member.label} {same}" if same > 1 else member.label
             members.append(replace(member, label=label))
-        return members, {p: used.index(i) for p, i in routes.items()}
+        return members
 
     def _spec_of(self, choice: str | Optimizer) -> MemberSpec:
         for spec in (self.hidden, self.rest):
