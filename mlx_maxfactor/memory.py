@@ -67,7 +67,8 @@ def estimate_training_memory(
         (477312, True)
     """
     try:
-        from .finetuning.memory_estimate import DTYPES, Request, estimate, read_config
+        from .finetuning.memory_estimate import Request, estimate
+        from .finetuning.model_config import DTYPES, read_config
         from .finetuning.models import FINE_TUNE_TYPES
         from .finetuning.optimizer_names import optimizer_name
     except ModuleNotFoundError as missing:
@@ -75,8 +76,9 @@ def estimate_training_memory(
             f"estimate_training_memory needs {missing.name}: pip install mlx-lm"
         ) from missing
     check_flags(grad_checkpoint=grad_checkpoint)
+    config, folder = read_config(model)
     request = Request(
-        read_config(model),
+        config,
         optimizer_name(optimizer),
         options,
         check_choice("fine_tune_type", fine_tune_type, FINE_TUNE_TYPES),
@@ -88,5 +90,6 @@ def estimate_training_memory(
         check_integer("grad_accumulation_steps", grad_accumulation_steps, 1),
         None if dtype is None else check_choice("dtype", dtype, tuple(DTYPES)),
         None if bits is None else check_integer("bits", bits, 2, 8),
+        folder,
     )
     return estimate(request)

@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .._validate import check_integer
-from ..finetuning.memory_estimate import (
-    DTYPES,
-    MemoryEstimate,
-    Request,
-    available_bytes,
-    estimate,
-    quantization_of,
-    read_config,
-)
+from ..finetuning.memory_estimate import MemoryEstimate, Request, available_bytes, estimate
+from ..finetuning.model_config import DTYPES, quantization_of, read_config
 from ..finetuning.models import FINE_TUNE_TYPES
 from ..finetuning.optimizer_names import optimizer_name
 from ..routing import OPTIMIZERS
@@ -107,7 +100,7 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
     parameters = dict(arguments.lora_parameters or {})
     if "rank" in given:
         parameters["rank"] = given["rank"]
-    config = read_config(arguments.model)
+    config, folder = read_config(arguments.model)
     options = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
     request = Request(
         config,
@@ -122,6 +115,7 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
         arguments.grad_accumulation_steps,
         getattr(arguments, "dtype", None),
         bits_of(arguments.quantize),
+        folder,
     )
     kind = request.fine_tune_type
     title = (
