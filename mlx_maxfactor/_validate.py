@@ -27,7 +27,10 @@ def check_number(
     """The value, if it is a number in the interval, whose ends are drawn as ``[)`` or ``(]``."""
     inside = False
     if isinstance(value, Real) and not isinstance(value, bool):
-        x = c_float(float(value)).value  # arithmetic is float32: 1e-46 is 0 there, and 1e39 inf
+        try:  # arithmetic is float32: 1e-46 is 0 there, and 1e39 inf
+            x = c_float(float(value)).value
+        except OverflowError:  # a whole number beyond float64
+            x = math.copysign(math.inf, value > 0 or -1)
         inside = (x >= low if ends[0] == "[" else x > low) and (
             x <= high if ends[1] == "]" else x < high
         )

@@ -29,7 +29,7 @@ from mlx_lm.utils import save_model
 from mlx_maxfactor.commands import lora, main
 from mlx_maxfactor.commands.lora_arguments import parse_arguments
 from mlx_maxfactor.commands.terminal import catching_interrupts
-from mlx_maxfactor.finetuning import models, small_llama, tuning
+from mlx_maxfactor.finetuning import data, models, small_llama, tuning
 from mlx_maxfactor.finetuning.models import add_adapters
 
 KILLS = int(os.environ.get("KILLS", "6"))
@@ -294,7 +294,7 @@ def test_yaml_file_of_mlx_lm_is_read_as_it_is(home, capsys):
     path = home / "mlx_lm.yaml"
     path.write_text(MLX_LM_FILE + "speed: 9\n")
     arguments = parsed("-c", path, "--model", home / "model", "--iters", "7")
-    assert capsys.readouterr().out == f"{path}: nothing reads speed\n"
+    assert capsys.readouterr().out == f"{path}: nothing reads speed (did you mean 'seed'?)\n"
     assert (arguments.iters, arguments.seed, arguments.adapter_path) == (7, 3, "adapters")
     optimizer = adapted(home, arguments)
     assert {entry.optimizer for entry in optimizer.plan} == {"adamw"}
@@ -312,7 +312,7 @@ def test_file_with_a_data_set_of_the_hub_needs_no_data_folder(home):
     path.write_text("hf_dataset: {path: someone/something, prompt_feature: question}\n")
     arguments = parsed("-c", path, "--model", "x")
     assert (arguments.data, arguments.hf_dataset["path"]) == (None, "someone/something")
-    assert models.name_of_data(arguments) == "hf_dataset"
+    assert data.name_of_data(arguments) == "hf_dataset"
     with pytest.raises(ValueError, match="model is missing"):  # not the small model of the demo
         parsed("-c", path)
     path.write_text("hf_dataset: []\n")
@@ -340,24 +340,33 @@ def test_yaml_file_takes_our_names_and_schedules(home):
     [
         (["--optimizer", "mouon"], "'mouon'"),
         (["--iters", "x"], "--iters"),
-        (["--iters", "0"], "iters must be an integer of at least 1, got 0"),
-        (["--seed", "-1"], "seed must be an integer of at least 0, got -1"),
+        (["--iters", "0"], "iters must be a whole number of at least 1, got 0"),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 4294967295, got -1"),
         (["--iters", "5", "--grad-accumulation-steps", "2"], "multiple"),
         (["--fine-tune-type", "q"], "'q'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
         (["-c", "{home}/list.yaml"], "must map names to values"),
         (["-c", "{home}/schedule.yaml"], "'cosine'"),
-        (["-c", "{home}/keys.yaml"], "arguments: [0.001, 300, 30]}"),
+        (
+            ["-c", "{home}/keys.yaml"],
+            "keys.yaml: lr_schedule: a key of warmup_cosine must be one of",
+        ),
         (["--quantize", "--fine-tune-type", "full"], "quantized weights have no gradient"),
         (["--model", "nowhere/at/all"], "model nowhere/at/all: "),
         (["--model", "nowhere/at-all"], "model nowhere/at-all: "),
         (["--model", "{home}/data"], "config.json"),
-        (["--data", "{home}/model"], "Training set not found or empty"),
+        (["--data", "{home}/model"], "the training set, train.jsonl, is missing"),
         (["--data", "nowhere/at/all"], "data nowhere/at/all: there is no such folder"),
-        (["--data", "{home}/broken"], "broken: Expecting property name"),
-        (["--data", "{home}/empty"], "empty: a file of the folder is empty"),
+        (
+            ["--data", "{home}/broken"],
+            "train.jsonl, line 1: each line must be a JSON object; column 2",
+        ),
+        (["--data", "{home}/empty"], "the training set, train.jsonl, is missing or empty"),
         (["--data", "{home}/keys"], "Unsupported data format"),
-        (["--data", "{home}/numbers"], "numbers: text input must be"),
+        (
+            ["--data", "{home}/numbers"],
+            "numbers/train.jsonl, line 1: text must be a string, got nan",
+        ),
         (["--model", "{home}/unknown"], "Model type nonesuch not supported"),
         (["--resume-adapter-file", "{home}/old.safetensors"], "lora_a is (64, 3) in the file and"),
         (["--batch-size", "12"], "batch_size is 12, but the training set has 11 lines"),
@@ -370,7 +379,10 @@ def test_yaml_file_takes_our_names_and_schedules(home):
         (["--adapter-path", "/dev/null"], "/dev/null"),
         (["-c", "{home}/none.yaml"], "lr_schedule: arguments must be a list"),
         (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
-        (["--train", "--test", "--data", "{home}/untested"], "Test set not found or empty"),
+        (
+            ["--train", "--test", "--data", "{home}/untested"],
+            "the test set, test.jsonl, is missing or empty",
+        ),
         (["--test", "--resume"], "resume continues a training"),
         (["--test", "--adapter-path", "{home}/nothing"], "nothing: "),
     ],
@@ -606,10 +618,10 @@ def conversions(tmp_path, monkeypatch):
     """The models that were quantized, in place of mlx-lm's conversion, in an empty folder."""
     made = []
 
-    def convert(source, target, quantize):
+    def convert(source, target, quantize, q_bits):
         made.append(source)
         Path(target).mkdir(parents=True)
-        (Path(target) / "config.json").write_text("{}")
+        (Path(target) / "config.json").write_text(json.dumps({"quantization": {"bits": q_bits}}))
 
     monkeypatch.setattr(models, "convert", convert)
     monkeypatch.chdir(tmp_path)

@@ -39,12 +39,15 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or does not fit. If anything was changed, the message says so.
 
     Attributes:
+        problem: The message without the remedy.
         differences: Everything that does not fit, one line each. The message shows the first ones.
+        remedy: What to do about it in a program. Empty: the problem says it.
     """
 
-    def __init__(self, message: str, differences: Iterable[str] = ()):
-        super().__init__(message)
-        self.differences = tuple(differences)
+    def __init__(self, problem: str, differences: Iterable[str] = (), remedy: str = ""):
+        between = "\n" if "\n" in problem else ": "
+        super().__init__(f"{problem}{between}{remedy}" if remedy else problem)
+        self.problem, self.differences, self.remedy = problem, tuple(differences), remedy
 
 
 class Kind(NamedTuple):
@@ -166,10 +169,10 @@ def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _metadata(path: Path, metadata: Any, formats: tuple[str, ...]) -> dict[str, str]:
     """Return the metadata, if ``write`` made them and the format is known."""
-    if not isinstance(metadata, dict) or not metadata.keys() & {"checksum", "run"}:
+    if not isinstance(metadata, dict) or "run" not in metadata:
         raise CheckpointError(
-            f"{path} holds weights alone, as mlx-lm and model.save_weights write them: "
-            "use model.load_weights(path) for it, with strict=False if they are adapters"
+            f"{path} holds weights alone, as mlx-lm and model.save_weights write them",
+            remedy="use model.load_weights(path) for it, with strict=False if they are adapters",
         )
     if not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata are not text")

@@ -200,7 +200,8 @@ def load_checkpoint(
             loading = _Loading(saved, model, optimizer, average, cast=cast, rates=rates)
             loading.check(strict)
     except CheckpointError as problem:
-        raise CheckpointError(f"{path} {problem}", problem.differences) from None
+        known = problem.differences, problem.remedy
+        raise CheckpointError(f"{path} {problem.problem}", *known) from None
     except (ValueError, RuntimeError) as problem:
         raise CheckpointError(f"{path} was not loaded: {problem}") from problem
     try:
@@ -265,17 +266,18 @@ class _Loading:
         ]
         listed = _listed(differences)
         if differences and strict:
+            say = "say rates='file' or rates='here', or " if problems else ""
+            remedy = f"{say}build both as they were when it was saved, or {self._remedy()}"
             raise CheckpointError(
-                f"does not fit this model and optimizer:{listed}\n"
-                f"build both as they were when it was saved, or {self._remedy()}{self._hint()}",
+                f"does not fit this model and optimizer:{listed}",
                 differences,
+                "\n".join(filter(None, (remedy, self._hint()))),
             )
         others = {name for name in self.kinds if not name.startswith((STATE, AVERAGE))}
         weights = others | (self.expected & self.weights.keys())
         if weights and not self._fitting() & self.weights.keys():
-            raise CheckpointError(
-                f"holds no weight that fits this model:{listed}{self._hint()}", differences
-            )
+            problem = f"holds no weight that fits this model:{listed}"
+            raise CheckpointError(problem, differences, self._hint())
         self.extra.differences = (*notes, *differences)
 
     def apply(self) -> None:
@@ -312,7 +314,7 @@ class _Loading:
         kinds = [(kind, self.here.get(name)) for name, kind in self.kinds.items()]
         if self.cast or not any(_differ_in_dtype(*pair) for pair in kinds):
             return ""
-        return "\ncast=True casts floating-point arrays of another dtype"
+        return "cast=True casts floating-point arrays of another dtype"
 
     def _remedy(self) -> str:
         """The alternative to rebuilding the run: keep the rates here, if nothing else differs."""
@@ -356,7 +358,7 @@ class _Loading:
                 if i in self.used and built:
                     notes.append(f"{self.used[i]}: {line}, which is used")
                 elif i in self.used:
-                    conflicts.append(f"{self.used[i]}: {line}: say rates='file' or rates='here'")
+                    conflicts.append(f"{self.used[i]}: {line}")
         return notes, conflicts
 
     def _constant_rates(

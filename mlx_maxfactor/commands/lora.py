@@ -1,36 +1,33 @@
 """``mlx-maxfactor lora``: fine-tune with mlx-lm, our optimizers, and checkpoints that resume.
 
 Without a model and data it makes a small llama and a task (`finetuning.small_llama`), and needs no
-network. Ctrl-C leaves a checkpoint.
+network. Ctrl-C, SIGTERM and SIGHUP leave a checkpoint.
 """
 
 import json
-import math
 import shlex
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.optimizers import Optimizer
 from mlx_lm import generate
 from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
 from tqdm import tqdm
 
-from ..checkpoint import CheckpointError
+from ..finetuning.data import describe_lengths, load_data, name_of_data
 from ..finetuning.models import (
     add_adapters,
     bytes_of,
     load_adapters_into,
-    load_data,
     load_model,
-    name_of_data,
     number_of_layers,
     prefixing_errors,
 )
@@ -44,7 +41,8 @@ from .terminal import OneLineParser, catching_interrupts
 TESTED = ("0.31.3", "0.32.2")
 """Versions of mlx-lm that this command was run with."""
 
-TOKENS = 16  # in a sample
+TOKENS = 16  # that the model writes in a sample
+LONGEST = 256  # prompt and continuation of a sample
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,15 +57,17 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted before the first iteration\n")
     try:
-        if arguments.train:
+        if sample is not None:
             train(tuning, sample)
         if arguments.test:
             loss = tuning.loss_on("test", arguments.test_batches)
-            print(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
-    except (CheckpointError, FloatingPointError, OSError) as problem:
-        parser.exit(1, f"\n{parser.prog}: error: {problem}\n")
+            print(f"Test loss {loss:.3f}, Test ppl {np.exp(loss):.3f}.")
+    except (FloatingPointError, *BAD_INPUT) as problem:
+        less = "; try a smaller --batch-size or --max-seq-length" * ("llocate" in str(problem))
+        parser.exit(1, f"\n{parser.prog}: error: {one_line(problem)}{less}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{how_to_resume(tuning, argv)}\n")
+        number = next(iter(tuning.interrupts), signal.SIGINT)
+        parser.exit(128 + number, f"\n{how_to_resume(tuning, argv)}\n")
     return 0
 
 
@@ -78,13 +78,17 @@ def warn_of_version() -> None:
         print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=sys.stderr)
 
 
-def prepare(arguments: Namespace) -> tuple[Tuning, "Sample"]:
+def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
     """Model, data, optimizer and checkpoint. Wrong input fails here, before any training."""
     if (ranks := mx.distributed.init().size()) > 1:
         raise ValueError(
             f"this command trains on one machine, and was started on {ranks} ranks: for several, "
             "use create_optimizer(model, group=...) in a program"
         )
+    tests_only = arguments.test and not arguments.train
+    arguments.train = not tests_only
+    if arguments.cache_limit is not None:
+        mx.set_cache_limit(arguments.cache_limit)
     if arguments.model == DEMO["model"]:
         build_model(arguments.model)
     if arguments.data == DEMO["data"]:
@@ -94,16 +98,18 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample"]:
         quantize=arguments.quantize,
         trust_remote_code=bool(arguments.trust_remote_code),
     )
-    tests_only = arguments.test and not arguments.train
-    arguments.train = not tests_only  # mlx-lm reads the training set only then
     datasets = load_data(arguments, tokenizer)
-    with prefixing_errors(name_of_data(arguments)):
-        sample = Sample.of(model, tokenizer, next(filter(len, (datasets[1], *datasets))))
-    mx.random.seed(arguments.seed)
     if tests_only:
         with prefixing_errors(f"adapters {arguments.adapter_path}"):
-            load_adapters(model, arguments.adapter_path)
-        return Tuning(model, None, datasets, arguments), sample
+            if arguments.adapter_path:  # an empty path tests the base model, as in mlx-lm
+                load_adapters(model, arguments.adapter_path)
+        return Tuning(model, None, datasets, arguments), None
+    validation = datasets["validation"]
+    if not validation and (arguments.keep_best or arguments.patience):
+        raise ValueError("keep_best and patience need a validation set: valid.jsonl in the folder")
+    with prefixing_errors(name_of_data(arguments)):
+        sample = Sample.of(model, tokenizer, validation or datasets["training"])
+    mx.random.seed(arguments.seed)
     kind = arguments.fine_tune_type
     arguments.num_layers = number_of_layers(arguments.num_layers, len(cast(Any, model).layers))
     add_adapters(model, kind, arguments.num_layers, arguments.lora_parameters)
@@ -140,9 +146,10 @@ def train(tuning: Tuning, sample: "Sample") -> None:
     arguments = tuning.arguments
     print_trainable_parameters(tuning.model)
     print_plan(tuning.optimizer)
+    print_notes(tuning)
     if tuning.iteration >= arguments.iters:
         print(f"nothing is left to train: iters is {arguments.iters}, {tuning.iteration} are done")
-    else:
+    elif not tuning.has_stopped:
         bar = {"desc": arguments.optimizer, "total": arguments.iters, "unit": "it"}
         with tqdm(initial=tuning.iteration, **bar) as tuning.bar:
             note = "stopping after this iteration"
@@ -150,10 +157,29 @@ def train(tuning: Tuning, sample: "Sample") -> None:
                 tuning.interrupts = caught
                 tuning.bar.set_postfix_str("compiling the first step")
                 tuning.run()
+    if tuning.has_stopped:
+        best, iteration = tuning.best
+        print(
+            f"stopped after {tuning.iteration} iterations: for {arguments.patience} validations "
+            f"(patience) no loss was below {best:.3f}, that of iteration {iteration}"
+        )
     loss = tuning.loss_on("validation", arguments.val_batches)
+    if loss is not None:
+        tuning.keep_if_best(loss, tuning.iteration)
     print_results(tuning, sample, loss)
     save_results(tuning, loss)
-    print_what_to_do_next(arguments)
+    print_what_to_do_next(tuning)
+
+
+def print_notes(tuning: Tuning) -> None:
+    """What to know before the run: how schedules count, samples that are cut, padding."""
+    a = tuning.arguments
+    if a.lr_schedule and a.grad_accumulation_steps > 1:
+        updates = a.iters // a.grad_accumulation_steps
+        print(f"lr_schedule counts updates: {a.iters} iterations are {updates}", file=sys.stderr)
+    for name, data in tuning.sets.items():
+        for note in describe_lengths(name, data, a.batch_size, a.max_seq_length):
+            print(f"warning: {note}", file=sys.stderr)
 
 
 def print_plan(optimizer: Optimizer, most: int = 17) -> None:
@@ -183,12 +209,9 @@ class Sample:
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, dataset: Any) -> "Sample":
-        """The untuned model's continuation. Half of a plain text is its prompt."""
-        masked = copy(dataset)
-        masked.mask_prompt = True
-        tokens, offset = masked.process(masked[0])
-        offset = offset or len(tokens) // 2
-        sample = cls(tokenizer, tokens[:offset], tokens[offset : offset + TOKENS])
+        """The untuned model's continuation of the first sample."""
+        prompt, wanted = dataset.first_prompt(LONGEST)
+        sample = cls(tokenizer, prompt, wanted[:TOKENS])
         sample.before = sample.written_by(model)
         return sample
 
@@ -242,13 +265,15 @@ def save_results(tuning: Tuning, loss: float | None) -> None:
     path.write_text(json.dumps(finite, indent=1), encoding="utf-8")
 
 
-def print_what_to_do_next(arguments: Namespace) -> None:
+def print_what_to_do_next(tuning: Tuning) -> None:
     """Where the losses are, and how to use the adapters."""
-    model, adapters = arguments.model, arguments.adapter_path
-    print(f"\nlosses   {Path(adapters) / 'losses.json'}")
-    print(f"use it   mlx_lm.generate --model {model} --adapter-path {adapters} --prompt ...")
+    arguments = tuning.arguments
+    used = ["--model", arguments.model, "--adapter-path", arguments.adapter_path]
     # Quantized again, the fused weights would lose part of what was learned.
-    whole = " --dequantize" if arguments.quantize else ""
-    print(
-        f"fuse it  mlx_lm.fuse --model {model} --adapter-path {adapters} --save-path fused{whole}"
-    )
+    whole = ["--dequantize"] if arguments.quantize else []
+    print(f"\nlosses   {tuning.folder / 'losses.json'}")
+    if arguments.keep_best:
+        loss, iteration = tuning.best
+        print(f"best     {tuning.folder / 'best'}: {loss:.3f} after {iteration} iterations")
+    print(f"use it   {shlex.join(['mlx_lm.generate', *used, '--prompt', '...'])}")
+    print(f"fuse it  {shlex.join(['mlx_lm.fuse', *used, '--save-path', 'fused', *whole])}")

@@ -15,16 +15,13 @@ mlx_adamw, mlx_muon and mlx_adafactor. adam and sgd are mlx's.
 import argparse
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import yaml
-from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
+from mlx_lm.lora import CONFIG_DEFAULTS, build_parser
 
-from ..checkpoint import CheckpointError
-from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizer_names import EXAMPLE, optimizer_name, optimizer_names
+from ..finetuning.optimizer_names import optimizer_names
+from .settings import check_settings, read_config
 from .terminal import OneLineParser
 
 DEFAULTS = {
@@ -35,8 +32,12 @@ DEFAULTS = {
     "optimizer": "orthomaxfactor",
     "learning_rate": None,
     "option": [],
-    "quantize": False,
+    "quantize": None,
     "resume": False,
+    "allow_changed_data": False,
+    "keep_best": False,
+    "patience": None,
+    "cache_limit": None,
     "trust_remote_code": False,  # mlx-lm 0.31, the last for Python 3.10, does not have it
 }
 """mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
@@ -52,20 +53,8 @@ DEMO = {
 }
 """Defaults where neither a model nor data are given."""
 
-COUNTS = (
-    "batch_size",
-    "iters",
-    "steps_per_report",
-    "steps_per_eval",
-    "save_every",
-    "max_seq_length",
-    "grad_accumulation_steps",
-)
-READ_ELSEWHERE = {f"{kind}_feature" for kind in ("prompt", "completion", "text", "chat")} | {
-    "hf_dataset"
-}
 BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
-BAD_INPUT += (ValueError, yaml.YAMLError)
+BAD_INPUT += (ValueError,)
 USAGE = """examples:
   mlx-maxfactor lora                                    a small model and task, made on the spot
   mlx-maxfactor lora --model ./my_model --data ./my_data --iters 600
@@ -84,13 +73,24 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
         add_help=False,
         raw=True,
     )
-    parser.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
+    parser.set_defaults(trust_remote_code=None)
     add_optimizer_arguments(parser)
     add = parser.add_argument
-    add("--quantize", action="store_true", default=None, help="train on a copy in 4 bits")
-    add("--resume", action="store_true", default=None, help="continue from the checkpoint")
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    # Sizes and bits are strings here: the table of settings reads them, as in a file.
+    add("--clear-cache-threshold", metavar="SIZE", help="empty MLX's cache after a step above it")
+    add("--cache-limit", metavar="SIZE", help="the most that MLX's cache may hold, such as 2GB")
+    add(
+        "--quantize", nargs="?", const=4, type=int, metavar="BITS", help="train on a copy in 4 bits"
+    )
+    flag = {"action": "store_true", "default": None}
+    add("--resume", **flag, help="continue from the checkpoint")
+    add("--allow-changed-data", **flag, help="let --resume continue with changed data")
+    add("--keep-best", **flag, help="keep the adapters with the lowest validation loss in best/")
+    add("--patience", type=int, metavar="N", help="stop after N validations without a lower loss")
+    given = check_settings(vars(parser.parse_args(argv)))
     file = read_config(given["config"]) if "config" in given else {}
+    if "learning_rate" in given and file.pop("lr_schedule", None):
+        print(f"{given['config']}: lr_schedule is not used, because --learning-rate is given")
     known_values = {**file, **given}
     demo = DEMO if not {"model", "data", "hf_dataset"} & known_values.keys() else {}
     arguments = Namespace(**{**DEFAULTS, **demo, **known_values})
@@ -106,43 +106,19 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--option", action="append", metavar="NAME=VALUE", help=values)
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """A YAML file of mlx_lm.lora. Keys that nothing reads are named, and ignored as by mlx-lm."""
-    file = yaml.load(Path(path).read_text(encoding="utf-8"), yaml_loader) or {}
-    if not isinstance(file, Mapping):
-        raise ValueError(f"{path} must map names to values")
-    if unread := file.keys() - DEFAULTS.keys() - READ_ELSEWHERE:
-        print(f"{path}: nothing reads {', '.join(sorted(map(str, unread)))}")
-    return {name: value for name, value in file.items() if value is not None}
-
-
 def check(arguments: Namespace) -> None:
-    """Raise ValueError for what would fail late or be taken for something else."""
+    """Raise ValueError for arguments that do not go together."""
     given = vars(arguments)
-    for name in COUNTS:
-        if type(given[name]) is not int or given[name] < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {given[name]!r}")
-    for name, least in (("seed", 0), ("num_layers", -1), ("val_batches", -1)):
-        value = given[name]
-        if value is None and name == "num_layers":
-            continue
-        if type(value) is not int or not least <= value < 2**31:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     for name in ("model", "data"):
         if given[name] is None and not (name == "data" and given.get("hf_dataset")):
             raise ValueError(f"{name} is missing: give --{name}, a folder or a name on the hub")
-    if arguments.fine_tune_type not in FINE_TUNE_TYPES:
-        raise ValueError(f"fine_tune_type is lora, dora or full, got {arguments.fine_tune_type!r}")
     if arguments.quantize and arguments.fine_tune_type == "full":
         raise ValueError("quantize needs lora or dora: quantized weights have no gradient")
-    arguments.optimizer = optimizer_name(arguments.optimizer)
-    if arguments.test and not arguments.train and arguments.resume:
+    tests_only = arguments.test and not arguments.train
+    if tests_only and arguments.resume:
         raise ValueError("resume continues a training; --test alone tests the saved adapters")
-    for name in ("optimizer_config", "lora_parameters", "lr_schedule"):
-        if not isinstance(given[name], Mapping | None):
-            raise ValueError(f"{name} must map names to values, got {given[name]!r}")
-    if arguments.lr_schedule and not {"name", "arguments"} <= arguments.lr_schedule.keys():
-        raise ValueError(f"lr_schedule takes a name and arguments, as in {EXAMPLE}")
+    if not (arguments.adapter_path or tests_only):
+        raise ValueError("adapter_path is empty, which only --test alone takes: name a folder")
     arguments.option = dict(map(option, arguments.option))
     if arguments.iters % arguments.grad_accumulation_steps:
         raise ValueError(
@@ -166,4 +142,4 @@ def option(argument: str) -> tuple[str, Any]:
 def one_line(problem: BaseException) -> str:
     """The message of an exception, in one line."""
     text = str(problem.args[0] if isinstance(problem, KeyError) else problem)
-    return text if isinstance(problem, CheckpointError) else " ".join(text.split())
+    return " ".join(text.split())

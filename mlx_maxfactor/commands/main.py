@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .._version import __version__
-from .terminal import OneLineParser
+from .terminal import OneLineParser, plain_output
 
 COMMANDS = {
     "fits": ("estimate the peak memory of a training step", "mlx-maxfactor fits ./my_model"),
@@ -24,6 +24,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 for success.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if not arguments:
+        parser.print_help()
+        return 2
+    try:
+        with plain_output():
+            return run(parser, arguments)
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted\n")
+    except OSError as problem:  # of the output: commands report those of their files
+        parser.exit(1, f"{parser.prog}: error: the output was not written: {problem}\n")
+
+
+def make_parser() -> OneLineParser:
+    """The command line before that of the command."""
     width = max(map(len, COMMANDS))
     lines = [
         f"  {name:{width}}  {what}\n{'':{width}}    {example}"
@@ -37,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--version", action="version", version=__version__)
-    if not arguments:
-        parser.print_help()
-        return 2
+    return parser
+
+
+def run(parser: OneLineParser, arguments: Sequence[str]) -> int:
+    """Import the command and run it."""
     command = parser.parse_args(arguments[:1]).command
     try:
         module = import_module(f".{command}", __package__)

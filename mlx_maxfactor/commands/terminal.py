@@ -1,8 +1,11 @@
-"""What the commands share: one-line errors, tables, Ctrl-C."""
+"""What the commands share: one-line errors, tables, signals."""
 
 import argparse
+import io
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -47,21 +50,59 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 @contextmanager
+def plain_output() -> Iterator[None]:
+    """No failure at a character that the terminal lacks or a closed pipe; warnings in one line."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        warnings.formatwarning = formatted
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again at its end, and print a traceback
+            silence(sys.stdout)
+
+
+def silence(stream: Any) -> None:
+    """Send what is written to a stream from now on to nowhere."""
+    with suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
 def catching_interrupts(note: Callable[[], None]) -> Iterator[list[int]]:
-    """Collect Ctrl-C in a list, so that the current step can end. A second one stops at once.
+    """Collect signals that end a program in a list, so that the current step can end.
+
+    These are Ctrl-C, SIGTERM and SIGHUP. A second one stops at once. What the program was started
+    to ignore, as by nohup, stays ignored.
 
     Args:
-        note: Called at the first Ctrl-C, to tell the user.
+        note: Called at the first signal, to tell the user.
     """
     caught: list[int] = []
 
     def catch(number: int, _: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
         caught.append(number)
-        with suppress(RuntimeError):  # the signal may come while the same stream is written
+        if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone
+            for stream in (sys.stdout, sys.stderr):
+                if stream.isatty():
+                    silence(stream)
+        with suppress(RuntimeError, OSError):  # the same stream may be written at this moment
             note()
 
-    before = signal.signal(signal.SIGINT, catch)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers = {n: signal.getsignal(n) for n in numbers}
+    before = {n: x for n, x in handlers.items() if x not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, catch)
     try:
         yield caught
     except RuntimeError:
@@ -69,4 +110,5 @@ def catching_interrupts(note: Callable[[], None]) -> Iterator[list[int]]:
             raise KeyboardInterrupt from None
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

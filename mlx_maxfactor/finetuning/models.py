@@ -1,8 +1,8 @@
-"""Load models, data and adapters as ``mlx_lm.lora`` does, with errors that name what is wrong."""
+"""Load models and adapters as ``mlx_lm.lora`` does, with errors that name what is wrong."""
 
+import json
 import shutil
-from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,6 @@ import mlx.nn as nn
 from mlx_lm import load
 from mlx_lm.convert import convert
 from mlx_lm.lora import CONFIG_DEFAULTS
-from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from .._validate import shown
@@ -25,21 +24,21 @@ MARKER = ".mlx-maxfactor-copy"
 
 @contextmanager
 def prefixing_errors(what: str) -> Iterator[None]:
-    """Put what was read in front of mlx-lm's error message."""
+    """Put what was read in front of an error message. Other people's code may raise anything."""
     try:
         yield
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as problem:
-        raise ValueError(f"{what}: {problem}") from problem
+    except Exception as problem:
+        raise ValueError(f"{what}: {str(problem) or type(problem).__name__}") from problem
 
 
 def load_model(
-    model: str, *, quantize: bool = False, trust_remote_code: bool = False
+    model: str, *, quantize: int | None = None, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any, str]:
     """A model folder, or a name on the hub.
 
     Args:
         model: The folder or the name.
-        quantize: Train on a copy in 4 bits. Default False.
+        quantize: Train on a copy in so many bits. Default None.
         trust_remote_code: Let the model's folder run its own code. Default False.
 
     Returns:
@@ -49,33 +48,37 @@ def load_model(
         ValueError: mlx-lm cannot load it, or a folder is in the place of the copy.
     """
     if quantize:
-        model = str(quantized_copy(model))
+        model = str(quantized_copy(model, quantize))
     # mlx-lm 0.31, the last for Python 3.10, does not have this argument.
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     with prefixing_errors(f"model {model}"):
         network, tokenizer = load(model, tokenizer_config=trust, **trust)[:2]
+        if not getattr(network, "layers", None):
+            raise ValueError("it has no list of layers, and mlx-lm trains the last layers")
     return network, tokenizer, model
 
 
-def quantized_copy(model: str) -> Path:
-    """A copy in 4 bits: beside a folder, in ``runs`` for a name on the hub.
+def quantized_copy(model: str, bits: int = 4) -> Path:
+    """A quantized copy: beside a folder, in ``runs`` for a name on the hub.
 
     Adapters fit only the weights they were trained on, so the copy is kept, and made again only if
     the model's files are newer.
 
     Args:
         model: The folder or the name.
+        bits: Bits of a weight.
 
     Returns:
         The folder of the copy.
 
     Raises:
-        ValueError: The folder exists and is not our copy, or mlx-lm cannot load the model.
+        ValueError: The model is quantized already, mlx-lm cannot load it, or the folder exists and
+            is not our copy.
     """
     source = Path(model).resolve()
-    folder = Path("runs", f"{model.replace('/', '--')}-4bit")
+    folder = Path("runs", f"{model.replace('/', '--')}-{bits}bit")
     if source.exists():
-        folder = source.with_name(f"{source.name}-4bit")
+        folder = source.with_name(f"{source.name}-{bits}bit")
     marker = folder / MARKER
     if folder.exists():
         if not (marker.is_file() and (folder / "config.json").is_file()):
@@ -89,39 +92,28 @@ def quantized_copy(model: str) -> Path:
     partial = folder.with_name(f".{folder.name}{MARKER}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with prefixing_errors(f"model {model}"):
-        convert(model, str(partial), quantize=True)
-    (partial / MARKER).touch()
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        try:
+            before = _quantized_in(source)
+            if before is None:
+                convert(model, str(partial), quantize=True, q_bits=bits)
+            # mlx-lm copies the weights of a quantized model as they are.
+            if (found := before or _quantized_in(partial)) != bits or before:
+                raise ValueError(f"it is quantized already (bits: {found}): leave out --quantize")
+            (partial / MARKER).touch()
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return folder
 
 
-def load_data(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
-    """Sets for training, validation and test, in any format that mlx-lm knows.
-
-    Raises:
-        ValueError: mlx-lm cannot read them, or a set is smaller than a batch.
-    """
-    with prefixing_errors(name_of_data(arguments)):
-        try:
-            datasets = load_dataset(arguments, tokenizer)
-        except IndexError:
-            raise ValueError("a file of the folder is empty") from None
-        except ModuleNotFoundError as missing:  # mlx-lm takes what is no folder for a hub name
-            if getattr(arguments, "hf_dataset", None):
-                raise ValueError(f"it needs the package {missing.name}") from None
-            raise ValueError(f"there is no such folder (and no package {missing.name})") from None
-    for name, data in zip(("training", "validation", "test"), datasets, strict=True):
-        if 0 < len(data) < arguments.batch_size:
-            raise ValueError(
-                f"batch_size is {arguments.batch_size}, but the {name} set has {len(data)} lines"
-            )
-    return datasets
-
-
-def name_of_data(arguments: Namespace) -> str:
-    """What messages call the data. mlx-lm reads ``hf_dataset`` in place of a folder."""
-    return "hf_dataset" if getattr(arguments, "hf_dataset", None) else f"data {arguments.data}"
+def _quantized_in(folder: Path) -> Any:
+    """In how many bits a model is quantized, or by which method. None: it is not."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = config.get("quantization") or config.get("quantization_config") or {}
+    return found.get("bits", found.get("quant_method"))
 
 
 def number_of_layers(num_layers: int | None, layers: int) -> int:
@@ -166,6 +158,13 @@ def add_adapters(
         raise ValueError(f"fine_tune_type is lora, dora or full, got {shown(fine_tune_type)}")
     settings = dict(lora_parameters or {})
     linear_to_lora_layers(model, num_layers, settings, use_dora=fine_tune_type == "dora")
+    if not flatten(model.trainable_parameters()):
+        modules = layers[-1].named_modules()
+        linear = [name for name, layer in modules if hasattr(layer, "weight") and name]
+        raise ValueError(
+            f"lora_parameters: keys {shown(settings.get('keys'))} match no layer; the last layer "
+            f"has {', '.join(sorted(linear))}"
+        )
 
 
 def load_adapters_into(model: nn.Module, path: str) -> None:

@@ -1,5 +1,6 @@
 """Optimizers and schedules by the names that the command line and YAML files use."""
 
+import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
@@ -10,7 +11,14 @@ from mlx.optimizers import Optimizer, schedulers
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.utils import build_schedule
 
-from .._validate import check_choice, shown
+from .._validate import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_pair,
+    check_rate,
+)
 from ..combined import GuardedOptimizer
 from ..factory import create_optimizer
 from ..routing import OPTIMIZERS
@@ -29,7 +37,9 @@ GUARD: dict[str, Any] = {"skip_nonfinite": True, "max_skipped": 20}
 """Options of every optimizer: steps that are not finite are skipped, but not 20 in a row."""
 
 GUARD_OPTIONS = ("max_grad_norm", "skip_nonfinite", "max_skipped")
+MLX_SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 SCHEDULES = {"warmup_cosine": warmup_cosine, "adaptive_schedule": adaptive_schedule}
+WARMUP = ("warmup", "warmup_init")
 EXAMPLE = "lr_schedule: {name: warmup_cosine, arguments: [0.001, 300, 30]}"
 
 
@@ -38,9 +48,9 @@ def optimizer_names() -> list[str]:
     return [*OPTIMIZERS, *MLX_OPTIMIZERS]
 
 
-def optimizer_name(given: Any) -> str:
+def optimizer_name(given: Any, argument: str = "optimizer") -> str:
     """The name in lower case. Raises ValueError unless :func:`make_optimizer` takes it."""
-    return check_choice("optimizer", str(given).lower(), optimizer_names())
+    return check_choice(argument, str(given).lower(), optimizer_names())
 
 
 def with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,12 +67,26 @@ def make_mlx_optimizer(name: str, rate: Any, options: Mapping[str, Any]) -> Opti
     """One of mlx's own optimizers, guarded if the options say so."""
     guard = {key: x for key, x in options.items() if key in GUARD_OPTIONS}
     rest = {key: x for key, x in options.items() if key not in GUARD_OPTIONS}
-    try:
-        optimizer: Optimizer = MLX_OPTIMIZERS[name](rate, **rest)
-    except TypeError as problem:
-        raise ValueError(f"{name}: {problem}") from None
+    kind = MLX_OPTIMIZERS[name]
+    takes = {key: x.default for key, x in [*signature(kind).parameters.items()][1:]}
+    for key, value in rest.items():
+        check_choice(f"an option of {name}", key, tuple(takes))
+        _check_like(f"{name}: {key}", value, takes[key])
+    optimizer: Optimizer = kind(rate, **rest)
     needed = guard.get("skip_nonfinite") or guard.get("max_grad_norm") is not None
     return GuardedOptimizer(optimizer, **guard) if needed else optimizer
+
+
+def _check_like(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError unless a value is of the kind of the default. mlx does not check it."""
+    if isinstance(default, bool):
+        check_flag(name, value)
+    elif isinstance(default, int):
+        check_integer(name, value, 1)
+    elif isinstance(default, tuple | list):
+        check_pair(name, value, -math.inf, ends="()")
+    elif default is not None or value is not None:
+        check_number(name, value, -math.inf, ends="()")
 
 
 def make_optimizer(
@@ -100,20 +124,22 @@ def make_optimizer(
     return optimizer
 
 
-def make_schedule(name: str, arguments: Sequence[float], **warmup: Any) -> Schedule:
+def make_schedule(name: str, arguments: Sequence[float], **others: Any) -> Schedule:
     """A schedule of mlx by mlx-lm's rules, or one of ours."""
-    if not isinstance(arguments, Sequence) or not arguments:
-        raise ValueError(f"lr_schedule: arguments must be a list, as in {EXAMPLE}")
-    if name in SCHEDULES:
-        try:
-            return SCHEDULES[name](*arguments, **warmup)
-        except TypeError as problem:
-            takes = signature(SCHEDULES[name])
-            raise ValueError(f"{problem}; it takes {takes}, as in {EXAMPLE}") from None
-    if not hasattr(schedulers, name):
-        names = ", ".join(SCHEDULES)
-        raise ValueError(f"lr_schedule is one of {names} or a schedule of mlx, got {shown(name)}")
-    function = build_schedule({"name": name, "arguments": arguments, **warmup})
+    check_choice("lr_schedule: name", name, (*SCHEDULES, *MLX_SCHEDULES))
+    function = SCHEDULES.get(name) or getattr(schedulers, name)
+    keys = WARMUP if name in MLX_SCHEDULES else signature(function).parameters
+    for key in others:
+        check_choice(f"lr_schedule: a key of {name}", key, ("name", "arguments", *keys))
+    try:
+        if name in SCHEDULES:
+            return SCHEDULES[name](*arguments, **others)
+        built = build_schedule({"name": name, "arguments": arguments, **others})
+    except (TypeError, ZeroDivisionError) as problem:
+        takes = f"it takes {signature(function)}, as in {EXAMPLE}"
+        raise ValueError(f"lr_schedule: {problem}; {takes}") from None
     peak = max(arguments[:2]) if name == "linear_schedule" else arguments[0]
     # The description tells it apart from other schedules in a checkpoint.
-    return Schedule(function, f"{name}{tuple(arguments)}, {warmup}", peak=peak)
+    schedule = Schedule(built, f"{name}{tuple(arguments)}, {others}", peak=peak)
+    check_rate("lr_schedule", schedule)
+    return schedule

@@ -7,12 +7,12 @@ stopped. The batches and their order are mlx-lm's, so a run without an interrupt
 """
 
 import json
+import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from hashlib import sha256
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -22,30 +22,31 @@ import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
-from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
 from mlx_lm.utils import save_config
 from tqdm import tqdm
 
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ..checkpoint.file import write
 from ..optimizers.base import flatten
-from .models import name_of_data, prefixing_errors
+from .data import name_of_data
 from .optimizer_names import MLX_OPTIMIZERS
 
 # A run that went on with another of these would not be the run that was interrupted.
 KEPT = ("batch_size", "grad_accumulation_steps", "mask_prompt", "max_seq_length", "seed")
 KEPT += ("fine_tune_type", "lora_parameters", "num_layers", "steps_per_eval")
 
-REMEDY = "start a new run from adapters.safetensors in its folder with --resume-adapter-file"
-REMEDIES = {
-    "build both as they were when it was saved": "give the options of the interrupted run",
-    'keep the rates and schedules of this optimizer with rates="here"': REMEDY,
-    "load what fits with strict=False": REMEDY,
-    "\ncast=True casts floating-point arrays of another dtype": "",
-    "say rates='file' or rates='here'": "give --learning-rate",
-    "use model.load_weights(path) for it, with strict=False if they are adapters": REMEDY,
-}
-"""What `load_checkpoint` proposes, as code, and what the user of the command can do."""
+DATA = ("training set", "validation set")
+"""What may differ on purpose: a repaired line changes it."""
+
+REMEDY = (
+    "give the options of the interrupted run, or start a new run from adapters.safetensors in its "
+    "folder with --resume-adapter-file"
+)
+
+
+class Finished(Exception):  # noqa: N818
+    """Raised in mlx-lm's trainer to end it where all is saved: it would save once more itself."""
 
 
 class BatchOrder:
@@ -105,14 +106,14 @@ class Tuning(TrainingCallback):
     Args:
         model: The model, with its adapters.
         optimizer: Its optimizer. None: the model is only tested.
-        datasets: Sets for training, validation and test.
+        datasets: Sets by "training", "validation" and "test", see ``data.load_data``.
         arguments: mlx-lm's arguments, see ``commands.lora_arguments``.
 
     Attributes:
         iteration: The current iteration of the whole run, from 1.
         saved: Iterations that the checkpoint contains.
         path: The checkpoint.
-        partial: Where adapters are written before they replace the old ones.
+        best: The lowest validation loss, and after how many iterations.
         skipped: Iterations whose gradients were not finite.
         history: What the trainer reported, by "training" and "validation".
 
@@ -124,21 +125,23 @@ class Tuning(TrainingCallback):
         self,
         model: nn.Module,
         optimizer: Optimizer | None,
-        datasets: Sequence[Any],
+        datasets: Mapping[str, Any],
         arguments: Namespace,
     ):
         self.model, self.arguments = model, arguments
         self.optimizer: Any = optimizer
-        names = ("training", "validation", "test")
-        self.sets = {name: CacheDataset(data) for name, data in zip(names, datasets, strict=True)}
-        for name in names:
+        self.sets = datasets
+        for name in datasets:
             self._check_tokens(name)
         self.identity = {name: getattr(arguments, name) for name in KEPT}
-        self.identity["training set"] = digest(datasets[0])
         self.folder = Path(arguments.adapter_path)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "checkpoint.safetensors"
-        self.partial = self.folder / "adapters.partial.safetensors"
+        if optimizer is not None:
+            sets = (datasets["training"], datasets["validation"])
+            self.identity |= {k: x and x.digest() for k, x in zip(DATA, sets, strict=True)}
+            (self.folder / "best" if arguments.keep_best else self.folder).mkdir(
+                parents=True, exist_ok=True
+            )
         self.reporter = get_reporting_callbacks(
             arguments.report_to,
             arguments.project_name,
@@ -149,6 +152,7 @@ class Tuning(TrainingCallback):
         self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
         self.iteration = 0
         self.saved = 0
+        self.best: tuple[float, int] = (math.inf, 0)
         self.skipped = 0
         self.interrupts: list[int] = []
         self.bar: tqdm[Any] = tqdm(disable=True)
@@ -157,13 +161,11 @@ class Tuning(TrainingCallback):
         data, a = self.sets[name], self.arguments
         if not data:
             return
-        # A line is read when it is needed, so errors come here too.
-        with prefixing_errors(f"{name_of_data(a)}, the {name} set"):
-            found = any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1))
-        if not found:
+        if not any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1)):
             raise ValueError(
-                f"the {name} set has no token to learn: within max_seq_length={a.max_seq_length} "
-                "there are only prompts, which mask_prompt leaves out; raise max_seq_length"
+                f"{name_of_data(a)}: the {name} set has no token to learn: within max_seq_length="
+                f"{a.max_seq_length} there are only prompts, which mask_prompt leaves out; raise "
+                "max_seq_length"
             )
 
     def resume(self) -> list[str]:
@@ -181,22 +183,40 @@ class Tuning(TrainingCallback):
         if a.optimizer in MLX_OPTIMIZERS and not a.lr_schedule:
             # They do not know how they were built: a rate given here is used, else the file's.
             rates = "file" if a.learning_rate is None else "here"
-        with naming_remedies():
+        try:
             extra = load_checkpoint(self.path, self.model, self.optimizer, rates=rates)
+        except CheckpointError as problem:
+            first, *others = problem.problem.splitlines()
+            found = f"{first} {'; '.join(map(str.strip, others))}".strip()
+            raise CheckpointError(f"{found}; {REMEDY}" if problem.remedy else found) from problem
         if not isinstance(extra.get("identity"), dict):
             raise CheckpointError(f"{self.path} is not a checkpoint of mlx-maxfactor lora")
-        different = [
-            f"{name} is {extra['identity'].get(name)} in {self.path}, and {here} here"
-            for name, here in self.identity.items()
-            if extra["identity"].get(name) != here
-        ]
-        if different:
-            raise CheckpointError("; ".join(different))
+        notes = self._compare(extra["identity"])
         self.iteration = self.saved = extra["iteration"]
         self.history = extra["history"]
+        found = [(info["val_loss"], info["iteration"]) for info in self.history["validation"]]
+        self.best = min((x for x in found if math.isfinite(x[0])), default=self.best)
         self.order.restore(extra["order"])
-        self.write_adapters()
-        return list(extra.differences)
+        self.write_adapters(self.folder)
+        return [*extra.differences, *notes]
+
+    def _compare(self, saved: Mapping[str, Any]) -> list[str]:
+        """What differs from the interrupted run, and may. Raises CheckpointError for the rest."""
+        odd = [name for name, here in self.identity.items() if saved.get(name) != here]
+        changed = [f"the {name} is not that of {self.path}" for name in odd if name in DATA]
+        different = [
+            f"{name} is {saved.get(name)} in {self.path}, and {self.identity[name]} here"
+            for name in odd
+            if name not in DATA
+        ]
+        if different:
+            raise CheckpointError(f"{'; '.join([*different, *changed])}; {REMEDY}")
+        if changed and not self.arguments.allow_changed_data:
+            raise CheckpointError(
+                f"{'; '.join(changed)} (its lines, the tokenizer or the chat template changed): "
+                "restore it, or continue with it by --allow-changed-data"
+            )
+        return changed
 
     def run(self) -> None:
         """Train until ``iters`` iterations are done. mlx-lm's own output goes to ``mlx_lm.log``.
@@ -206,18 +226,25 @@ class Tuning(TrainingCallback):
             KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         """
         a = self.arguments
-        save_config(dict(vars(a)), self.folder / "adapter_config.json")
+        for folder in (self.folder, self.folder / "best")[: 1 + a.keep_best]:
+            save_config(dict(vars(a)), folder / "adapter_config.json")
         settings = TrainingArgs(
             batch_size=a.batch_size,
             iters=a.iters - self.iteration,
             steps_per_report=a.steps_per_report,
             steps_per_save=sys.maxsize,
             max_seq_length=a.max_seq_length,
-            adapter_file=str(self.partial),  # mlx-lm would write over those that `save` wrote
             grad_checkpoint=a.grad_checkpoint,
             grad_accumulation_steps=a.grad_accumulation_steps,
+            clear_cache_threshold=a.clear_cache_threshold,
         )
-        with (self.folder / "mlx_lm.log").open("a") as log, redirect_stdout(log):
+        mx.reset_peak_memory()
+        log = {"encoding": "utf-8", "errors": "backslashreplace"}
+        with (
+            (self.folder / "mlx_lm.log").open("a", **log) as file,
+            redirect_stdout(file),
+            suppress(Finished),
+        ):
             train(
                 self.model,
                 self.optimizer,
@@ -226,7 +253,6 @@ class Tuning(TrainingCallback):
                 iterate_batches=self.batches,
                 training_callback=self,
             )
-        self.partial.unlink(missing_ok=True)
 
     def batches(self, dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator:
         """Training batches from the next iteration on, without end."""
@@ -245,8 +271,9 @@ class Tuning(TrainingCallback):
                 yield batch
                 # The trainer asks for the next batch: this iteration is done and evaluated.
                 self.bar.update(self.iteration - self.bar.n)
-                if (self.interrupts or self._is_save_due()) and self.save() and self.interrupts:
-                    raise KeyboardInterrupt
+                ends = self.interrupts or self.has_stopped
+                if (ends or self._is_save_due()) and self.save() and ends:
+                    raise KeyboardInterrupt if self.interrupts else Finished
                 batch = next(remaining, None)
             self.order.start_epoch()
 
@@ -268,7 +295,22 @@ class Tuning(TrainingCallback):
         seconds = time.perf_counter() - start
         self._report("validation", {"val_loss": loss, "val_time": seconds}, self.iteration - 1)
         self.bar.write(f"iteration {self.iteration - 1}: validation loss {loss:.3f}", sys.stderr)
+        self.keep_if_best(loss, self.iteration - 1)
         self.model.train()
+
+    def keep_if_best(self, loss: float, iteration: int) -> None:
+        """Note the loss after so many iterations, and write the adapters if none was lower."""
+        if loss < self.best[0]:
+            self.best = (loss, iteration)
+            if self.arguments.keep_best:
+                self.write_adapters(self.folder / "best")
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the last ``patience`` validations were all above the best one."""
+        later = [x for x in self.history["validation"] if x["iteration"] > self.best[1]]
+        patience = self.arguments.patience
+        return patience is not None and len(later) >= patience
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Keep the loss, and write a checkpoint if it is the last one."""
@@ -279,6 +321,7 @@ class Tuning(TrainingCallback):
         )
         if self.iteration == self.arguments.iters:
             self.save()
+            raise Finished
 
     def _is_save_due(self) -> bool:
         every = self.arguments.save_every
@@ -320,13 +363,12 @@ class Tuning(TrainingCallback):
             order=self.order.description(),
         )
         self.saved = self.iteration
-        self.write_adapters()
+        self.write_adapters(self.folder)
         return True
 
-    def write_adapters(self) -> None:
-        """Write the trained weights for mlx-lm: beside the old file, which is then replaced."""
-        mx.save_safetensors(str(self.partial), flatten(self.model.trainable_parameters()))
-        self.partial.replace(self.folder / "adapters.safetensors")
+    def write_adapters(self, folder: Path) -> None:
+        """Write the trained weights for mlx-lm, all of them or none, as checkpoints are."""
+        write(folder / "adapters.safetensors", flatten(self.model.trainable_parameters()), {})
 
     def loss_on(self, name: str, count: int, state: Any = None) -> Any:
         """Nats a token on so many batches of a set (-1: all of them). None if the set is empty.
@@ -339,18 +381,6 @@ class Tuning(TrainingCallback):
         with self.order.drawing(state or self.order.first):
             settings = (a.batch_size, count, a.max_seq_length)
             return evaluate(self.model, data, *settings, iterate_batches=full_batches)
-
-
-@contextmanager
-def naming_remedies() -> Iterator[None]:
-    """Put remedies of the command in the place of those that are code."""
-    try:
-        yield
-    except CheckpointError as problem:
-        message = str(problem)
-        for code, command in REMEDIES.items():
-            message = message.replace(code, command)
-        raise CheckpointError(message, problem.differences) from problem
 
 
 def full_batches(*settings: Any, **others: Any) -> Iterator[Any]:
@@ -371,11 +401,3 @@ def describe_run(path: Path) -> str:
         return f"a run of {json.loads(metadata['extra'])['iteration']} iterations"
     except (RuntimeError, KeyError, TypeError, ValueError):
         return "a run"
-
-
-def digest(dataset: Any) -> str:
-    """A hash that tells this data from other data."""
-    hash = sha256()
-    for i in range(len(dataset)):
-        hash.update(json.dumps(dataset[i], default=str).encode())
-    return hash.hexdigest()[:16]

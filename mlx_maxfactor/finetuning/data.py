@@ -1,0 +1,189 @@
+"""Data sets for mlx-lm's trainer: every line is checked and tokenized before the first step."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import copy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tuner.datasets import CacheDataset, create_dataset, load_dataset
+from tqdm import tqdm
+
+from .._validate import shown
+from .models import prefixing_errors
+
+FILES = {"training": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
+ROUNDED = 32  # mlx-lm pads a batch to a multiple of this, and one token more
+
+
+class TokenizedDataset(CacheDataset):
+    """A set of mlx-lm, all tokenized.
+
+    Args:
+        data: The set.
+        places: Where each sample is, for errors. It is checked in its place.
+    """
+
+    def __init__(self, data: Any, places: Sequence[str]):
+        super().__init__(data)
+        self.data = data
+        for i, place in enumerate(tqdm(places, desc="reading data", delay=3, leave=False)):
+            with prefixing_errors(place):
+                check_sample(data, data[i])
+                if not self[i][0]:
+                    raise ValueError("there is no token in it: remove it")
+
+    def first_prompt(self, longest: int) -> tuple[list[int], list[int]]:
+        """The first sample, cut to so many tokens, as a prompt and what continues it.
+
+        Half of a plain text, or of a chat of one message, is its prompt.
+        """
+        tokens, offset = self[0]
+        masked = copy(self.data)
+        masked.mask_prompt = True
+        with suppress(Exception):  # a template may refuse the prompt alone
+            offset = masked.process(self.data[0])[1]
+        tokens = tokens[:longest]
+        offset = offset if 0 < offset < len(tokens) else max(1, len(tokens) // 2)
+        return tokens[:offset], tokens[offset:]
+
+    def digest(self) -> str:
+        """A hash of all tokens: it changes with the data, the tokenizer and its chat template."""
+        found = sha256()
+        for i in range(len(self)):
+            found.update(json.dumps(self[i]).encode())
+        return found.hexdigest()[:16]
+
+
+def load_data(arguments: Namespace, tokenizer: Any) -> dict[str, Any]:
+    """The sets that a run uses, by "training", "validation" and "test". A set may be empty.
+
+    Raises:
+        ValueError: A set is missing or smaller than a batch, or a line is wrong. It is named.
+    """
+    a, name = arguments, name_of_data(arguments)
+    used = ["training", "validation"] * bool(a.train) + ["test"] * bool(a.test)
+    folder = Path(a.data or "")
+    if a.data and folder.is_file():
+        raise ValueError(f"{name} is a file: give the folder that has {', '.join(FILES.values())}")
+    if getattr(a, "hf_dataset", None) or not folder.is_dir():
+        found = dict(zip(FILES, _load_from_hub(a, tokenizer), strict=True))
+        places = {
+            key: [f"{name}, {key} row {i + 1}" for i in range(len(found[key]))] for key in used
+        }
+    else:
+        with prefixing_errors(name):
+            lines = {key: list(read_lines(folder / FILES[key])) for key in used}
+        found, places = {}, {key: [place for place, _ in lines[key]] for key in used}
+        for key in used:
+            with prefixing_errors(f"{folder / FILES[key]}"):
+                samples = [sample for _, sample in lines[key]]
+                found[key] = create_dataset(samples, tokenizer, a) if samples else []
+    for key in used:
+        if not len(found[key]) and key != "validation":
+            raise ValueError(f"{name}: the {key} set, {FILES[key]}, is missing or empty")
+        if 0 < len(found[key]) < a.batch_size:
+            lines = f"the {key} set has {len(found[key])} lines"
+            raise ValueError(f"{name}: batch_size is {a.batch_size}, but {lines}")
+    return {key: TokenizedDataset(found[key], places[key]) if key in used else [] for key in FILES}
+
+
+def _load_from_hub(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
+    """Sets of the hub, as mlx-lm loads them."""
+    with prefixing_errors(name_of_data(arguments)):
+        try:
+            return load_dataset(arguments, tokenizer)
+        except ModuleNotFoundError as missing:  # mlx-lm takes what is no folder for a hub name
+            if getattr(arguments, "hf_dataset", None):
+                raise ValueError(f"it needs the package {missing.name}") from None
+            raise ValueError(f"there is no such folder (and no package {missing.name})") from None
+
+
+def name_of_data(arguments: Namespace) -> str:
+    """What messages call the data. mlx-lm reads ``hf_dataset`` in place of a folder."""
+    return "hf_dataset" if getattr(arguments, "hf_dataset", None) else f"data {arguments.data}"
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The samples of a JSONL file, each with its place. Blank lines are skipped.
+
+    Raises:
+        ValueError: A line is not a JSON object in UTF-8.
+    """
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        with prefixing_errors(f"{path.name}, line {number}"):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                sample = json.loads(text) if text else None
+            except UnicodeDecodeError:
+                raise ValueError("it is not UTF-8: save the file in this encoding") from None
+            except json.JSONDecodeError as problem:
+                where = f"column {problem.colno}: {problem.msg}"
+                raise ValueError(f"each line must be a JSON object; {where}") from None
+            if text and not isinstance(sample, Mapping):
+                raise ValueError(f"each line must be a JSON object, got {shown(sample)}")
+        if text:
+            yield f"{path}, line {number}", sample
+
+
+def check_sample(data: Any, sample: Any) -> None:
+    """Raise ValueError for what fails in mlx-lm, or is trained as the text "None"."""
+    for name in ("text_key", "prompt_key", "completion_key", "chat_key"):
+        key = getattr(data, name, None)
+        if key is not None and sample.get(key) is None:
+            raise ValueError(f"{key} is {'null' if key in sample else 'missing'}")
+        if name == "text_key" and key is not None:
+            if not isinstance(sample[key], str):
+                raise ValueError(f"{key} must be a string, got {shown(sample[key])}")
+            if not sample[key]:
+                raise ValueError(f"{key} is empty: remove the line")
+    if (key := getattr(data, "chat_key", None)) is None:
+        return
+    messages = sample[key]
+    if not (isinstance(messages, list) and messages):
+        raise ValueError(f"{key} must be a list of messages, got {shown(messages)}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{key}[{i}] must have a role, got {shown(message)}")
+        if message.get("content") is None and not message.keys() - {"role", "content"}:
+            raise ValueError(f"{key}[{i}] has no content")
+    if data.mask_prompt and len(messages) < 2:
+        raise ValueError("mask_prompt needs a chat of at least two messages")
+
+
+def describe_lengths(name: str, data: Any, batch_size: int, longest: int) -> list[str]:
+    """What a user should know of the lengths: samples that are cut or learn nothing, padding."""
+    sizes = [len(tokens) for tokens, _ in data]
+    if not sizes:
+        return []
+    notes, of = [], f"of {len(sizes):,} {name} samples"
+    if cut := [size for size in sizes if size > longest]:
+        notes.append(
+            f"{len(cut):,} {of} are longer than max_seq_length={longest} and are cut; "
+            f"the longest has {max(cut):,} tokens"
+        )
+    if lost := sum(max(1, start) > min(len(x), longest - 1) for x, start in data):
+        notes.append(f"{lost:,} {of} have no token to learn: their prompt is all that is left")
+    if name != "training":
+        return notes
+    share, best = (padding(x, batch_size, longest) for x in (sizes, sorted(sizes)))
+    if share > 0.5:
+        remedy = f"; with the lines of the file sorted by length, {best:.0%}"
+        notes.append(f"{share:.0%} of a batch is padding{remedy * (best < 0.9 * share)}")
+    return notes
+
+
+def padding(sizes: Sequence[int], batch_size: int, longest: int) -> float:
+    """The share of padding in mlx-lm's batches, which are neighbouring lines of the file."""
+    whole = len(sizes) // batch_size * batch_size
+    used = [min(size, longest) for size in sizes[:whole]]
+    computed = 0
+    for i in range(0, whole, batch_size):
+        most = max(used[i : i + batch_size])
+        computed += batch_size * min(1 + ROUNDED * -(-most // ROUNDED), longest)
+    return 1 - sum(used) / max(1, computed)
