@@ -31,7 +31,7 @@ from mlx_maxfactor.finetuning.optimizer_names import make_optimizer
 
 HEAD = ["model", "training", "layers x width", "tokens", "optimizer", "weights", "real, MB"]
 HEAD += ["estimate, MB", "ratio", "seconds", "peak over real"]
-SHARED = {"rms_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "vocab_size": 2048}
+SHARED = {"rms_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "vocab_size": 1024}
 SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rope_theta": 1e4}
 SHARED |= {"max_position_embeddings": 2048, "attention_bias": False, "tie_word_embeddings": True}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -89,7 +89,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "lfm2": {
         "conv_bias": False,
         "conv_L_cache": 3,
-        "block_dim": 256,
         "block_multiple_of": 64,
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": False,
@@ -109,6 +108,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hunyuan": EXPERTS
     | {
         "moe_topk": 2,
+        "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
         "num_shared_expert": 1,
         "use_mixed_mlp_moe": True,
         "use_qk_norm": True,
@@ -119,7 +119,7 @@ MODELS: dict[str, dict[str, Any]] = {
 WAYS = list(itertools.product(("lora", "full"), (False, True)))
 OPTIMIZERS = ("orthomaxfactor", "mlx_adamw", "muon", "orthomaxfactor", "adamw")
 WEIGHTS = ("float32", "float32", "4 bits", "bfloat16", "float32", "float32")
-TOKENS = ((4, 128), (2, 256), (1, 512))
+TOKENS = ((4, 64), (2, 128), (1, 256))
 USABLE = [2 / 3 * x if x <= 32 else 3 / 4 * x for x in (8, 16, 24, 32, 36, 48, 64, 96, 128)]
 
 
@@ -146,8 +146,10 @@ def requests() -> list[tuple[Request, str]]:
     for number, (name, model) in enumerate(MODELS.items()):
         for index, (kind, checkpointed) in enumerate(WAYS):
             dtype, (batch, tokens) = next(weights), next(lengths)
-            width, layers = 256 if index % 2 else 320, model.get("num_hidden_layers", 8)
-            sizes = {"hidden_size": width, "n_embd": width, "model_dim": width}
+            if dtype == "bfloat16" and "num_experts" in model:
+                dtype = "float32"  # a CPU has no other product with gathered experts
+            width, layers = 192 if index % 2 else 256, model.get("num_hidden_layers", 8)
+            sizes = {"hidden_size": width, "n_embd": width, "model_dim": width, "block_dim": width}
             counts = dict.fromkeys(
                 ("num_hidden_layers", "n_layer", "num_transformer_layers"), layers
             )

@@ -59,22 +59,28 @@ class Plan:
     weights: Sequence[float]
 
 
-def plan_of(model: nn.Module, trained: int, checkpointed: bool) -> Plan:
-    """Measure one trained layer of each kind, then each kind with a second one.
+def plan_of(model: nn.Module, trained: int, checkpointed: bool, more: bool) -> Plan:
+    """Measure a few trained layers of each kind, then each kind with further ones.
 
     Args:
         model: The model, before adapters.
         trained: How many of the last layers are trained.
         checkpointed: With gradient checkpointing a second layer adds more than a third one does,
-            so where there is one kind, a second and a third are measured together.
+            so where there is one kind, several are added together.
+        more: Measure more layers than needed: an error of the difference counts less.
     """
     kinds, sizes = kinds_of(model), sizes_of(model)
     counted = [[i for i in kind if i >= len(sizes) - trained] for kind in kinds]
-    base = [kind[0] for kind, members in zip(kinds, counted, strict=True) if members]
+    single = sum(map(bool, counted)) == 1
+    first = 2 if more and single and trained > 2 else 1
+    extras = (1 + (single and checkpointed)) * (2 if more else 1)
+    base = [
+        i for kind, members in zip(kinds, counted, strict=True) if members for i in kind[:first]
+    ]
     kept, weights = [base], [1.0]
     for kind, members in zip(kinds, counted, strict=True):
-        extra = kind[1 : 3 if checkpointed and len(base) == 1 else 2]
-        further = sum(sizes[i] for i in members) - sizes[kind[0]]
+        extra = kind[first : first + extras]
+        further = sum(sizes[i] for i in members) - sum(sizes[i] for i in kind[:first])
         if members and extra and further > 0:
             kept.append([*base, *extra])
             weights.append(further / sum(sizes[i] for i in extra))

@@ -31,6 +31,7 @@ from .layer_kinds import Plan, keep_layers, plan_of, whole
 from .model_config import (
     DTYPES,
     convert_predicate,
+    converted_dtype,
     dtype_of,
     has_weights,
     narrowed,
@@ -38,7 +39,7 @@ from .model_config import (
     quantize_as_config_says,
     value_of,
 )
-from .models import add_adapters, bytes_of, number_of_layers
+from .models import add_adapters, bytes_of, number_of_layers, prefixing_errors
 from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
 
 BATCHES = 3
@@ -49,6 +50,9 @@ SECONDS = 10.0
 
 SHARES = (1 / 4, 1 / 2, 1)
 """Sequence lengths that are measured, as shares of the longest one."""
+
+MARGIN = 1.04
+"""Peaks vary by a few percent from run to run, and too little memory is worse than too much."""
 
 LONGEST = 60.0
 """Seconds that measuring one length may take. Longer ones are extrapolated."""
@@ -114,30 +118,35 @@ class Request:
         """
         source = "config" if self.folder is None else str(self.folder / "config.json")
         if self._reads_weights and not halvings:
-            with explaining(f"model {self.folder}"):
+            source = f"model {self.folder}"
+            with prefixing_errors(source):
                 model = load_model(cast(Path, self.folder), lazy=True)[0]
-            dtype = self.dtype or (self.bits and _casts_to(self.config))
-            if dtype:
+            if dtype := self.dtype or (self.bits and converted_dtype(self.config)):
                 model.set_dtype(DTYPES[dtype])
         else:
-            with explaining(source):
+            with prefixing_errors(source):
                 config = narrowed(self.config, halvings)
                 model_class, arguments_class = _get_classes(config)
                 model = model_class(arguments_class.from_dict(config))
                 self._cast_and_quantize(model)
-        if self.bits:
-            quantize(model, convert_predicate(model), bits=self.bits)
+        if not getattr(model, "layers", None):
+            raise ValueError(f"{source}: it has no list of layers, and mlx-lm trains the last ones")
         for path, x in flatten(model.parameters()).items():
             if any(size < 1 for size in x.shape):
                 raise ValueError(f"{source}: {path} would have the shape {x.shape}")
+        if self.bits and not (halvings and self._reads_weights):
+            if found := bits_of(model):
+                raise ValueError(
+                    f"{source}: it is quantized already (bits: {found}): leave out --quantize"
+                )
+            quantize(model, convert_predicate(model), bits=self.bits)
         return model
 
     def _cast_and_quantize(self, model: nn.Module) -> None:
-        """Make a model of the config's like its weights, or as the config says."""
+        """Make a model of the config like the weights beside it, or as the config says."""
         if not self._reads_weights:
             model.set_dtype(DTYPES[self.dtype or dtype_of(self.config)])
-            if not self.bits:
-                quantize_as_config_says(model, self.config)
+            quantize_as_config_says(model, self.config)
             return
         like = self.base()
         model.set_dtype(main_dtype(like))
@@ -182,6 +191,7 @@ class MemoryEstimate:
         weights: Weights, adapters included.
         states: Optimizer state with each optimizer, by name.
         measured: What was measured, in words.
+        device: The device that it was measured on, and holds for.
         lengths: Sequence lengths that were measured.
         steps: ``step`` of each of them.
     """
@@ -190,6 +200,7 @@ class MemoryEstimate:
     weights: int
     states: Mapping[str, int]
     measured: str
+    device: str
     lengths: Sequence[int]
     steps: Sequence[int]
 
@@ -223,7 +234,7 @@ def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstima
     states = {name: request.state_bytes(model, name) for name in optimizer_names()}
     del model
     lengths, steps, measured = measure(request, shares)
-    return MemoryEstimate(request, weights, states, measured, lengths, steps)
+    return MemoryEstimate(request, weights, states, measured, device_name(), lengths, steps)
 
 
 def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[int], str]:
@@ -240,12 +251,29 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
     lengths = lengths[: min(map(len, measured))]
     runs = zip(*(run[: len(lengths)] for run in measured), strict=True)
     steps = [factor * float(np.dot(plan.weights, run)) for run in runs]
-    # Scaled up from a part of the width, the gradients of the weights would be too few.
-    least = bytes_of(asked.build().trainable_parameters()) if halvings else 0
-    steps = [round(max(x, least)) for x in steps]
+    kept = bytes_of(asked.build().trainable_parameters()) if _keeps_gradients(request) else 0
+    own = bytes_of(_with_layers(request, plan, plan.kept[0], halvings).trainable_parameters())
+    logits = request.batch_size * 4 * (_vocabulary(request) >> halvings)
+    for i, (length, few) in enumerate(zip(lengths, measured[0], strict=False)):
+        # Few layers need most at the logits, all layers where most gradients are there.
+        least = kept + factor * max(0, few - 2 * logits * length - own) if kept else 0
+        steps[i] = MARGIN * max(steps[i], least)
     counts = " and ".join(map(str, sorted({len(kept) for kept in plan.kept})))
     tokens = f"up to {request.batch_size} x {lengths[-1]:,} tokens"
-    return lengths, steps, f"{counts} layers{words}, {tokens}"
+    return lengths, list(map(round, steps)), f"{counts} layers{words}, {tokens}"
+
+
+def _keeps_gradients(request: Request) -> bool:
+    """Whether all gradients are there at once: a guard looks at them before the update."""
+    options = with_defaults(request.optimizer, request.options or {})
+    return bool(options.get("skip_nonfinite")) or request.grad_accumulation_steps > 1
+
+
+def _with_layers(request: Request, plan: Plan, kept: Sequence[int], halvings: int) -> nn.Module:
+    """The model with some of its layers, all of them trained."""
+    model = request.build(halvings, every_layer=True)
+    keep_layers(model, kept, plan.kinds)
+    return model
 
 
 def _lengths(request: Request, shares: Sequence[float]) -> list[int]:
@@ -255,7 +283,10 @@ def _lengths(request: Request, shares: Sequence[float]) -> list[int]:
     while lengths[0] > 1024 or (lengths[0] > 2 and lengths[0] * row > available_bytes()):
         lengths.insert(0, max(2, lengths[0] // 4))
     if lengths[0] * row > available_bytes():
-        raise ValueError(f"batch_size is {request.batch_size}, too large to measure on this device")
+        raise ValueError(
+            f"batch_size {request.batch_size} with a vocabulary of {_vocabulary(request):,}: two "
+            "tokens of each sequence do not fit on this device"
+        )
     return lengths
 
 
@@ -268,17 +299,13 @@ def _measure_plan(request: Request, lengths: Sequence[int]) -> tuple[int, Plan, 
     """Measure at a part of the width, or with every layer, where nothing else runs."""
     problem: Exception | None = None
     high, low = cast(Any, mx.random.state)[0].tolist()
-    wanted = _halvings(request, sum(lengths))
+    wanted, chosen = _halvings(request, sum(lengths))
     for halvings in sorted({wanted, 0}, reverse=True):
-        model = request.base(halvings)
-        plan = plan_of(model, request.trained_layers, request.grad_checkpoint)
-        for tried in (plan, whole(model)):
+        for plan in (chosen, whole(request.base(halvings))):
             try:
-                runs = [
-                    measure_steps(request, tried, kept, lengths, halvings) for kept in tried.kept
-                ]
-                return halvings, tried, runs
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as failed:
+                runs = [measure_steps(request, plan, kept, lengths, halvings) for kept in plan.kept]
+                return halvings, plan, runs
+            except Exception as failed:  # models may raise anything
                 problem = problem or failed
             finally:
                 # A step that fails leaves a placeholder in the random state.
@@ -286,22 +313,21 @@ def _measure_plan(request: Request, lengths: Sequence[int]) -> tuple[int, Plan, 
     raise ValueError(f"the model does not run: {problem}") from problem
 
 
-def _halvings(request: Request, tokens: int) -> int:
+def _halvings(request: Request, tokens: int) -> tuple[int, Plan]:
     """How often width and vocabulary are halved, so that a few layers are measured soon."""
     speed = _speed(main_dtype(request.base()))
     batches = 2 * request.batch_size * min(request.grad_accumulation_steps, BATCHES)
-    for halvings in range(6):
+    for halvings in range(7):
         base = request.base(halvings)
-        plan = plan_of(base, request.trained_layers, request.grad_checkpoint)
-        weights = 0
-        for kept in plan.kept:
-            model = request.build(halvings, every_layer=True)
-            keep_layers(model, kept, plan.kinds)
-            weights += sum(x.size for x in flatten(model.parameters()).values())
-        # Two updates, six operations of both passes for each weight and token.
-        if 6 * weights * batches * tokens / speed < SECONDS and _fits(request, model):
-            return halvings
-    return 6
+        for more in (True, False):
+            plan = plan_of(base, request.trained_layers, request.grad_checkpoint, more)
+            models = [_with_layers(request, plan, kept, halvings) for kept in plan.kept]
+            weights = sum(x.size for m in models for x in flatten(m.parameters()).values())
+            # Two updates, six operations of both passes for each weight and token.
+            soon = 6 * weights * batches * tokens / speed < SECONDS
+            if (soon and all(_fits(request, model) for model in models)) or halvings == 6:
+                return halvings, plan
+    raise AssertionError
 
 
 def _fits(request: Request, model: nn.Module) -> bool:
@@ -434,20 +460,20 @@ def width_of(model: nn.Module) -> int:
     return sum(x.shape[-2] for x in flatten(model.parameters()).values() if x.ndim > 1)
 
 
-def _casts_to(config: Mapping[str, Any]) -> str | None:
-    """The dtype to which ``mlx_lm.convert`` casts a model before it quantizes it."""
-    name = config.get("torch_dtype") or value_of({**config, "dtype": None}, "dtype")
-    return name if name in DTYPES else None
+def bits_of(model: nn.Module) -> int | None:
+    """Bits of most of the weights that are quantized. None: no weights are."""
+    sizes: dict[int, int] = {}
+    for _, module in model.named_modules():
+        if (bits := getattr(module, "bits", None)) and hasattr(module, "weight"):
+            sizes[bits] = sizes.get(bits, 0) + cast(Any, module).weight.size
+    return max(sizes, key=lambda bits: sizes[bits]) if sizes else None
 
 
-@contextmanager
-def explaining(source: str) -> Iterator[None]:
-    """Name what was read when mlx-lm cannot build a model from it, whatever the exception."""
-    try:
-        yield
-    except Exception as problem:
-        kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
-        raise ValueError(f"{source}: {kind}{problem}") from problem
+def device_name() -> str:
+    """The device that MLX uses."""
+    if mx.default_device() == mx.cpu:
+        return "this machine's CPU"
+    return str(mx.device_info().get("device_name", "this machine's GPU"))
 
 
 def _at_length(lengths: Sequence[int], steps: Sequence[int], length: int) -> int:

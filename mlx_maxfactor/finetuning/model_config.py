@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_config
 
-from .._validate import shown
+from .._validate import check_integer, shown
 from .models import prefixing_errors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -75,7 +75,9 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
         folder = Path(cached).parent
     name = str(folder / "config.json")
     with prefixing_errors(name):
-        config = _checked(load_config(folder), name)
+        config = load_config(folder)
+    config = _checked(config, name)
+    with prefixing_errors(str(folder / "hf_quant_config.json")):
         path = folder / "hf_quant_config.json"
         if path.is_file() and not quantization_config(config):
             config["quantization_config"] = json.loads(path.read_text(encoding="utf-8"))
@@ -85,6 +87,9 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
 def _checked(config: Any, name: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{name} must map names to values, with model_type among them")
+    for key in ("vocab_size", "hidden_size"):
+        if (size := value_of(config, key)) is not None:
+            check_integer(f"{name}: {key}", size, 1)
     return config
 
 
@@ -128,6 +133,12 @@ def dtype_of(config: Mapping[str, Any]) -> str:
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
     return name
+
+
+def converted_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype to which ``mlx_lm.convert`` casts a model. None: it leaves it as it is."""
+    name = config.get("torch_dtype") or _text_config(config).get("dtype")
+    return name if name in DTYPES else None
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -197,7 +208,10 @@ def quantize(
     """Quantize the modules that a predicate chooses and whose width allows it."""
 
     def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        divides = hasattr(module, "to_quantized") and not module.weight.shape[-1] % group_size
-        return predicate(path, module) if divides else False
+        if not hasattr(module, "to_quantized"):
+            return False
+        found = predicate(path, module)
+        size = found.get("group_size", group_size) if isinstance(found, dict) else group_size
+        return False if cast(Any, module).weight.shape[-1] % size else found
 
     nn.quantize(model, group_size, bits, mode=mode, class_predicate=chosen)
