@@ -1,6 +1,7 @@
 """``mlx-maxfactor fits``: the peak memory of a training step, and which Macs it fits.
 
-Nothing of the model's size is allocated, and no weights are needed. See
+Nothing of the model's size is allocated, and no weights are needed; where they lie beside the
+config, they say what is quantized. The first line is the answer in one sentence. See
 ``mlx_maxfactor.estimate_training_memory``, which does the same in a program.
 """
 
@@ -84,12 +85,12 @@ def make_parser() -> OneLineParser:
         help="compute activations again in the backward pass",
     )
     add("--grad-accumulation-steps", type=integer, help="batches for one update (1)")
-    add("--dtype", choices=DTYPES, help="dtype of the weights (as the config says)")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (as they are, or as the config says)")
     add(
         "--quantize",
         type=integer,
         metavar="BITS",
-        help="bits of a quantized base, 2 to 8 (as the config says)",
+        help="quantize the model in 2, 3, 4, 5, 6 or 8 bits",
     )
     add_optimizer_arguments(parser)
     add(

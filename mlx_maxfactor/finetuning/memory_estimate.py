@@ -8,10 +8,10 @@ of each kind at full width; each further layer adds what a second one of its kin
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -239,11 +239,21 @@ def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstima
 
 def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[int], str]:
     """Bytes of a step by sequence length, in the whole model, and what was measured, in words."""
-    asked, factor, words = request, 1.0, ""
-    if mx.default_device() == mx.cpu and main_dtype(request.base()) != mx.float32:
-        # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
-        request, factor, words = replace(request, dtype="float32"), 0.5, " in float32"
     lengths = _lengths(request, shares)
+    if mx.default_device() != mx.cpu or main_dtype(request.base()) == mx.float32:
+        return _measure(request, lengths, None)
+    if not _halvings(request, sum(lengths))[0]:
+        with suppress(ValueError):  # a CPU does not multiply gathered experts in 16 bits
+            return _measure(request, lengths, None)
+    # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
+    return _measure(replace(request, dtype="float32"), lengths, request)
+
+
+def _measure(
+    request: Request, lengths: Sequence[int], asked: Request | None
+) -> tuple[list[int], list[int], str]:
+    """Measure a request, perhaps in float32 for one that was asked for in 16 bits."""
+    factor, words = (0.5, " in float32") if asked else (1.0, "")
     halvings, plan, measured = _measure_plan(request, lengths)
     if halvings:
         factor *= width_of(request.base()) / width_of(request.base(halvings))
@@ -251,13 +261,14 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
     lengths = lengths[: min(map(len, measured))]
     runs = zip(*(run[: len(lengths)] for run in measured), strict=True)
     steps = [factor * float(np.dot(plan.weights, run)) for run in runs]
-    kept = bytes_of(asked.build().trainable_parameters()) if _keeps_gradients(request) else 0
+    trained = (asked or request).build().trainable_parameters()
+    kept = bytes_of(trained) if _keeps_gradients(request) else 0
     own = bytes_of(_with_layers(request, plan, plan.kept[0], halvings).trainable_parameters())
     logits = request.batch_size * 4 * (_vocabulary(request) >> halvings)
     for i, (length, few) in enumerate(zip(lengths, measured[0], strict=False)):
         # Few layers need most at the logits, all layers where most gradients are there.
         least = kept + factor * max(0, few - 2 * logits * length - own) if kept else 0
-        steps[i] = MARGIN * max(steps[i], least)
+        steps[i] = MARGIN * max(steps[i], least, 1.0)
     counts = " and ".join(map(str, sorted({len(kept) for kept in plan.kept})))
     tokens = f"up to {request.batch_size} x {lengths[-1]:,} tokens"
     return lengths, list(map(round, steps)), f"{counts} layers{words}, {tokens}"
@@ -317,20 +328,20 @@ def _halvings(request: Request, tokens: int) -> tuple[int, Plan]:
     """How often width and vocabulary are halved, so that a few layers are measured soon."""
     speed = _speed(main_dtype(request.base()))
     batches = 2 * request.batch_size * min(request.grad_accumulation_steps, BATCHES)
-    for halvings in range(7):
-        base = request.base(halvings)
-        for more in (True, False):
-            plan = plan_of(base, request.trained_layers, request.grad_checkpoint, more)
-            models = [_with_layers(request, plan, kept, halvings) for kept in plan.kept]
-            weights = sum(x.size for m in models for x in flatten(m.parameters()).values())
-            # Two updates, six operations of both passes for each weight and token.
-            soon = 6 * weights * batches * tokens / speed < SECONDS
-            if (soon and all(_fits(request, model) for model in models)) or halvings == 6:
-                return halvings, plan
-    raise AssertionError
+    trained, checkpointed = request.trained_layers, request.grad_checkpoint
+    for halvings, more in product(range(6), (True, False)):
+        plan = plan_of(request.base(halvings), trained, checkpointed, more)
+        models = [_with_layers(request, plan, kept, halvings) for kept in plan.kept]
+        weights = sum(x.size for m in models for x in flatten(m.parameters()).values())
+        # Two updates, six operations of both passes for each weight and token.
+        soon = 6 * weights * batches * tokens / speed < SECONDS
+        if soon and all(_fits(request, model) for model in models):
+            return halvings, plan
+    return 6, plan_of(request.base(6), trained, checkpointed, False)
 
 
 def _fits(request: Request, model: nn.Module) -> bool:
+    """Whether weights and state leave enough memory for a step on this device."""
     held = bytes_of(model.parameters()) + request.state_bytes(model)
     return held < 0.6 * available_bytes()
 
