@@ -28,13 +28,14 @@ def estimate_training_memory(
     """Estimate the peak memory of fine-tuning a model with ``mlx-maxfactor lora``.
 
     Nothing of the model's size is allocated: weights and state follow from shapes, the rest is
-    measured with models of a few layers. Steps whose gradients are not finite are skipped, which
-    needs memory; ``skip_nonfinite=False`` estimates a step without it. ``mx.get_peak_memory`` is
-    reset.
+    measured with a few layers of each kind, on this device, for which the estimate holds. Steps
+    whose gradients are not finite are skipped, which needs memory; ``skip_nonfinite=False``
+    estimates a step without it. ``mx.get_peak_memory`` is reset.
 
     Args:
-        model: A folder with a ``config.json`` (weights are not needed), a name on the hub that is
-            in the local cache, or the config itself.
+        model: A folder with a ``config.json``, a name on the hub that is in the local cache, or
+            the config itself. Weights are not needed; where they are beside the config, they say
+            what is quantized, and in which dtype they are.
         optimizer: One of our names, or "adam", "sgd", "mlx_adamw", "mlx_muon", "mlx_adafactor".
             Default "orthomaxfactor".
         fine_tune_type: "lora", "dora" or "full". Default "lora".
@@ -45,8 +46,9 @@ def estimate_training_memory(
         max_seq_length: Tokens in a sequence. Default 2048.
         grad_checkpoint: Compute each layer's activations again in the backward pass. Default False.
         grad_accumulation_steps: Batches for one update. Default 1.
-        dtype: "float32", "bfloat16" or "float16". None: as the config says, or bfloat16.
-        bits: Bits of quantized base weights. None: as the config says.
+        dtype: "float32", "bfloat16" or "float16". None: as the weights or the config say, or
+            bfloat16.
+        bits: Bits of quantized base weights. None: as the weights or the config say.
         **options: Options of the optimizer.
 
     Returns:
@@ -67,7 +69,8 @@ def estimate_training_memory(
         (477312, True)
     """
     try:
-        from .finetuning.memory_estimate import DTYPES, Request, estimate, read_config
+        from .finetuning.memory_estimate import Request, estimate
+        from .finetuning.model_config import DTYPES, read_config
         from .finetuning.models import FINE_TUNE_TYPES
         from .finetuning.optimizer_names import optimizer_name
     except ModuleNotFoundError as missing:
@@ -75,8 +78,9 @@ def estimate_training_memory(
             f"estimate_training_memory needs {missing.name}: pip install mlx-lm"
         ) from missing
     check_flags(grad_checkpoint=grad_checkpoint)
+    config, folder = read_config(model)
     request = Request(
-        read_config(model),
+        config,
         optimizer_name(optimizer),
         options,
         check_choice("fine_tune_type", fine_tune_type, FINE_TUNE_TYPES),
@@ -88,5 +92,6 @@ def estimate_training_memory(
         check_integer("grad_accumulation_steps", grad_accumulation_steps, 1),
         None if dtype is None else check_choice("dtype", dtype, tuple(DTYPES)),
         None if bits is None else check_integer("bits", bits, 2, 8),
+        folder,
     )
     return estimate(request)

@@ -1,6 +1,7 @@
 """``mlx-maxfactor fits``: the peak memory of a training step, and which Macs it fits.
 
-Nothing of the model's size is allocated, and no weights are needed. See
+Nothing of the model's size is allocated, and no weights are needed; where they lie beside the
+config, they say what is quantized. The first line is the answer in one sentence. See
 ``mlx_maxfactor.estimate_training_memory``, which does the same in a program.
 """
 
@@ -14,22 +15,23 @@ from typing import Any
 
 from .._validate import check_integer
 from ..finetuning.memory_estimate import (
-    DTYPES,
     MemoryEstimate,
     Request,
     available_bytes,
+    bits_of,
     estimate,
-    quantization_of,
-    read_config,
+    main_dtype,
 )
+from ..finetuning.model_config import DTYPES, read_config
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizer_names import optimizer_name
 from ..routing import OPTIMIZERS
 from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
-from .lora_arguments import read_config as read_yaml
+from .settings import check_settings
+from .settings import read_config as read_yaml
 from .terminal import OneLineParser, integer, table
 
 GB = 1e9
+KINDS = {"lora": "LoRA", "dora": "DoRA", "full": "full"}
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GiB
 USAGE = """examples:
   mlx-maxfactor fits ./Qwen2.5-0.5B                      LoRA with mlx-lm's defaults
@@ -40,18 +42,22 @@ USAGE = """examples:
 def main(argv: Sequence[str]) -> int:
     """Print the estimate. Returns 0 if the run fits, else 1."""
     parser = make_parser()
-    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
     start = time.perf_counter()
     try:
-        request, title = request_of(given)
+        given = check_settings(vars(parser.parse_args(argv)))
+        request, name = request_of(given)
         limit = usable_bytes(given["memory"]) if "memory" in given else available_bytes()
         found = estimate(request)
-        print(f"{title}\n\n{parts_table(found)}\n\n{optimizers_table(found)}\n")
+        print(sentence(found, name, given.get("memory")), training(request), sep="\n", end="\n\n")
+        print(f"{parts_table(found)}\n\n{optimizers_table(found)}\n")
         print(f"{macs_table(found)}\n\n{verdict(found, limit)}")
     except BAD_INPUT as problem:
         parser.error(one_line(problem))
     seconds = time.perf_counter() - start
-    print(f"measured with {found.measured} in {seconds:.0f} s; the rest follows from shapes")
+    print(
+        f"for {found.device}: measured there with {found.measured} in {seconds:.0f} s; the rest "
+        "follows from shapes"
+    )
     return 0 if found.peak <= limit else 1
 
 
@@ -79,12 +85,12 @@ def make_parser() -> OneLineParser:
         help="compute activations again in the backward pass",
     )
     add("--grad-accumulation-steps", type=integer, help="batches for one update (1)")
-    add("--dtype", choices=DTYPES, help="dtype of the weights (as the config says)")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (as they are, or as the config says)")
     add(
         "--quantize",
         type=integer,
         metavar="BITS",
-        help="bits of a quantized base, 2 to 8 (as the config says)",
+        help="quantize the model in 2, 3, 4, 5, 6 or 8 bits",
     )
     add_optimizer_arguments(parser)
     add(
@@ -98,16 +104,15 @@ def make_parser() -> OneLineParser:
 
 
 def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
-    """What the command line and the YAML file ask for, and a line that says it."""
+    """What the command line and the YAML file ask for, and the model's name."""
     file = read_yaml(given["config"]) if "config" in given else {}
     arguments = Namespace(**{**DEFAULTS, **file, **given})
     if arguments.model is None:
         raise ValueError("give a model: a folder with a config.json, or a name in the hub's cache")
-    arguments.optimizer = optimizer_name(arguments.optimizer)
     parameters = dict(arguments.lora_parameters or {})
     if "rank" in given:
         parameters["rank"] = given["rank"]
-    config = read_config(arguments.model)
+    config, folder = read_config(arguments.model)
     options = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
     request = Request(
         config,
@@ -117,27 +122,41 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
         arguments.num_layers,
         parameters,
         arguments.batch_size,
-        arguments.max_seq_length,
-        bool(arguments.grad_checkpoint),
+        check_integer("max_seq_length", arguments.max_seq_length, 2),
+        arguments.grad_checkpoint,
         arguments.grad_accumulation_steps,
         getattr(arguments, "dtype", None),
-        bits_of(arguments.quantize),
+        arguments.quantize or None,
+        folder,
     )
-    kind = request.fine_tune_type
-    title = (
-        f"{Path(arguments.model).name}: {config['model_type']}, {kind} in {request.trained_layers} "
-        f"of {request.layers} layers, {request.batch_size} x {request.max_seq_length:,} tokens"
+    return request, Path(arguments.model).resolve().name
+
+
+def sentence(found: MemoryEstimate, name: str, memory: float | None) -> str:
+    """The answer in one sentence: for the Mac asked for, or else the smallest one that it fits."""
+    request, model = found.request, found.request.base()
+    weights = f"{bits} bits" if (bits := bits_of(model)) else str(main_dtype(model))[9:]
+    tokens = f"{request.max_seq_length:,} tokens"
+    if request.batch_size > 1:
+        tokens = f"{request.batch_size} x {tokens}"
+    macs = [mac for mac in MACS if found.peak <= usable_bytes(mac)]
+    verdict = f"fits a {macs[0]} GB Mac" if macs else "fits no Mac"
+    if memory is not None:
+        fits = "fits" if found.peak <= usable_bytes(memory) else "does not fit"
+        verdict = f"{fits} a {memory:g} GB Mac"
+    kind = KINDS[request.fine_tune_type]
+    return f"{name}, {weights}, {kind}, {tokens}: {found.peak / GB:.3g} GB, {verdict}"
+
+
+def training(request: Request) -> str:
+    """What else the memory depends on, in one line."""
+    count = request.grad_accumulation_steps
+    return (
+        f"{request.config['model_type']}: {request.trained_layers} of {request.layers} layers "
+        f"trained with {request.optimizer}"
         + (", gradient checkpointing" if request.grad_checkpoint else "")
-        + (f", {count} batches an update" if (count := request.grad_accumulation_steps) > 1 else "")
+        + (f", {count} batches an update" if count > 1 else "")
     )
-    return request, title
-
-
-def bits_of(quantize: Any) -> int | None:
-    """Bits of a quantized base. A file of ``lora`` says True for 4 bits, or False."""
-    if quantize is True:
-        return 4
-    return check_integer("quantize", quantize, 2, 8) if quantize else None
 
 
 def usable_bytes(memory: float) -> float:
@@ -215,7 +234,7 @@ def changes(request: Request) -> Iterator[tuple[str, Request]]:
         yield changed("--grad-checkpoint", grad_checkpoint=True)
     if request.fine_tune_type == "full":
         yield changed("--fine-tune-type lora", fine_tune_type="lora")
-    if not (request.bits or quantization_of(request.config)):
+    if not bits_of(request.base()):
         yield changed("--quantize", bits=4)
     while request.max_seq_length > 256:
         length = request.max_seq_length // 2

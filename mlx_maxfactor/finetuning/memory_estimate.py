@@ -1,19 +1,17 @@
 """Estimate the peak memory of a training step before anything of the model's size is allocated.
 
 Weights and optimizer state follow from shapes. Activations, gradients and temporary arrays are
-measured on this device, with models of a few layers at full width, in the same compiled step as
-``mlx-maxfactor lora`` makes; each further layer adds what the last one added.
+measured on this device, in the same compiled step as ``mlx-maxfactor lora`` makes, with one layer
+of each kind at full width; each further layer adds what a second one of its kind added.
 """
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import combinations
+from functools import cached_property, partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,22 +22,25 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _get_classes, load_model
 
-from .._validate import shown
 from ..factory import estimate_state_bytes
 from ..optimizers.base import flatten
 from ..routing import OPTIMIZERS
+from .layer_kinds import Plan, keep_layers, plan_of, whole
+from .model_config import (
+    DTYPES,
+    convert_predicate,
+    converted_dtype,
+    dtype_of,
+    has_weights,
+    narrowed,
+    quantize,
+    quantize_as_config_says,
+    value_of,
+)
 from .models import add_adapters, bytes_of, number_of_layers, prefixing_errors
 from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
-
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-PAIRS = ((1, 2), (2, 4), (3, 6), (4, 8), (6, 12))
-"""Numbers of layers that are measured: the first pair with which the model runs."""
-
-CHECKPOINTED = (1, 3)
-"""The first pair with gradient checkpointing, where the second layer alone adds more than a third.
-"""
 
 BATCHES = 3
 """The most that are accumulated: a fourth batch needs what the third one did."""
@@ -47,24 +48,15 @@ BATCHES = 3
 SECONDS = 10.0
 """Models that cannot be measured in this time are measured at a part of their width."""
 
-QUANTIZATIONS = {
-    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
-}
-"""Formats of others, by ``quant_method``, whose weights mlx-lm reads as they are."""
-
 SHARES = (1 / 4, 1 / 2, 1)
 """Sequence lengths that are measured, as shares of the longest one."""
 
-WIDTHS = (
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-"""What is halved in a model of which two layers do not fit on this device, or take too long."""
+MARGIN = 1.04
+"""Peaks vary by a few percent from run to run, and too little memory is worse than too much."""
+
+LONGEST = 60.0
+"""Seconds that a batch may take at the longest length. Where it takes more, the rest follows from
+shorter lengths."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +74,9 @@ class Request:
         max_seq_length: Tokens in a sequence.
         grad_checkpoint: Whether each layer's activations are computed again in the backward pass.
         grad_accumulation_steps: Batches for one update.
-        dtype: Of the weights that are not quantized.
-        bits: Bits of quantized weights; None: as the config says.
+        dtype: Of the weights that are not quantized; None: as the weights or the config say.
+        bits: Bits of quantized weights; None: as the weights or the config say.
+        folder: Where the config lies, perhaps beside weights.
     """
 
     config: Mapping[str, Any]
@@ -98,59 +91,85 @@ class Request:
     grad_accumulation_steps: int = 1
     dtype: str | None = None
     bits: int | None = None
+    folder: Path | None = None
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Layers of the model."""
-        return int(value_of(self.config, "num_hidden_layers"))
+        return len(cast(Any, self.base()).layers)
 
     @property
     def trained_layers(self) -> int:
         """Layers that are trained."""
         return number_of_layers(self.num_layers, self.layers)
 
-    @property
-    def weight_dtype(self) -> mx.Dtype:
-        """Dtype of the weights that are not quantized."""
-        return DTYPES[self.dtype or _dtype_of(self.config)]
+    @cached_property
+    def _reads_weights(self) -> bool:
+        own_code = self.config.get("model_file")  # mlx-lm asks for it to be trusted
+        return self.folder is not None and not own_code and has_weights(self.folder)
 
-    def build(self, layers: int | None = None, halvings: int = 0) -> nn.Module:
-        """The model, ready to be trained. No array of it is evaluated.
+    def base(self, halvings: int = 0) -> nn.Module:
+        """The model before adapters. No array of it is evaluated.
 
         Args:
-            layers: Build so many layers, all of them trained. None: the model as it is.
             halvings: How often the width is halved.
 
         Raises:
-            ValueError: mlx-lm cannot build it, or builds another number of layers.
+            ValueError: mlx-lm cannot build it.
         """
-        config = _resized(self.config, layers, halvings)
-        with prefixing_errors("config.json"):
-            model_class, arguments_class = _get_classes(config)
-            model = model_class(arguments_class.from_dict(config))
-            if layers is not None and (found := len(model.layers)) != layers:
-                raise ValueError(f"num_hidden_layers is {layers}, but the model has {found} layers")
-            model.set_dtype(self.weight_dtype)
-            if (quantization := self._quantization()) is not None:
-                nn.quantize(model, **quantization)
-            trained = -1 if layers is not None else self.trained_layers
-            parameters = self.lora_parameters or CONFIG_DEFAULTS["lora_parameters"]
-            add_adapters(model, self.fine_tune_type, trained, parameters)
+        source = "config" if self.folder is None else str(self.folder / "config.json")
+        if self._reads_weights and not halvings:
+            source = f"model {self.folder}"
+            with prefixing_errors(source):
+                model = load_model(cast(Path, self.folder), lazy=True)[0]
+            if dtype := self.dtype or (self.bits and converted_dtype(self.config)):
+                model.set_dtype(DTYPES[dtype])
+        else:
+            with prefixing_errors(source):
+                config = narrowed(self.config, halvings)
+                model_class, arguments_class = _get_classes(config)
+                model = model_class(arguments_class.from_dict(config))
+                self._cast_and_quantize(model)
+        if not getattr(model, "layers", None):
+            raise ValueError(f"{source}: it has no list of layers, and mlx-lm trains the last ones")
+        for path, x in flatten(model.parameters()).items():
+            if any(size < 1 for size in x.shape):
+                raise ValueError(f"{source}: {path} would have the shape {x.shape}")
+        if self.bits and not (halvings and self._reads_weights):
+            if found := bits_of(model):
+                raise ValueError(
+                    f"{source}: it is quantized already (bits: {found}): leave out --quantize"
+                )
+            quantize(model, convert_predicate(model), bits=self.bits)
         return model
 
-    def _quantization(self) -> dict[str, Any] | None:
-        given: Mapping[str, Any] = {} if self.bits else quantization_of(self.config)
-        bits = self.bits or given.get("bits")
-        if bits is None:
-            return None
-        size, mode = int(given.get("group_size", 64)), given.get("mode", "affine")
+    def _cast_and_quantize(self, model: nn.Module) -> None:
+        """Make a model of the config like the weights beside it, or as the config says."""
+        if not self._reads_weights:
+            model.set_dtype(DTYPES[self.dtype or dtype_of(self.config)])
+            quantize_as_config_says(model, self.config)
+            return
+        like = self.base()
+        model.set_dtype(main_dtype(like))
+        modes = {
+            path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+            for path, module in cast(Any, like).named_modules()
+            if hasattr(module, "bits") and hasattr(module, "mode")
+        }
+        quantize(model, lambda path, _: modes.get(path, False), bits=4)
 
-        def divides(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            if not hasattr(module, "to_quantized") or cast(Any, module).weight.shape[-1] % size:
-                return False
-            return given.get(path, True)
+    def build(self, halvings: int = 0, *, every_layer: bool = False) -> nn.Module:
+        """The model, ready to be trained. No array of it is evaluated.
 
-        return {"group_size": size, "bits": int(bits), "mode": mode, "class_predicate": divides}
+        Args:
+            halvings: How often the width is halved.
+            every_layer: Train all layers. Default: as requested.
+        """
+        model = self.base(halvings)
+        parameters = self.lora_parameters or CONFIG_DEFAULTS["lora_parameters"]
+        trained = -1 if every_layer else self.trained_layers
+        add_adapters(model, self.fine_tune_type, trained, parameters)
+        return model
 
     def state_bytes(self, model: nn.Module, optimizer: str | None = None) -> int:
         """Bytes of an optimizer's state, from shapes."""
@@ -173,6 +192,7 @@ class MemoryEstimate:
         weights: Weights, adapters included.
         states: Optimizer state with each optimizer, by name.
         measured: What was measured, in words.
+        device: The device that it was measured on, and holds for.
         lengths: Sequence lengths that were measured.
         steps: ``step`` of each of them.
     """
@@ -181,6 +201,7 @@ class MemoryEstimate:
     weights: int
     states: Mapping[str, int]
     measured: str
+    device: str
     lengths: Sequence[int]
     steps: Sequence[int]
 
@@ -207,79 +228,6 @@ class MemoryEstimate:
         return int(lengths[too_long[0]] - 32 if len(too_long) else lengths[-1])
 
 
-def read_config(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a folder, or of a name on the hub that is in the local cache.
-
-    Args:
-        model: The folder, the name, or the config itself.
-
-    Returns:
-        The config, with ``num_hidden_layers`` at its top level.
-
-    Raises:
-        ValueError: There is no config, or it lacks the model's type or number of layers.
-    """
-    if isinstance(model, Mapping):
-        return _checked_config(dict(model), "config")
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.utils import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(str(model), "config.json")
-        except HFValidationError:
-            cached = None
-        if not isinstance(cached, str):
-            raise ValueError(f"model {model}: there is no {path}, and the hub's cache has none")
-        path = Path(cached)
-    with prefixing_errors(str(path)):
-        config = json.loads(path.read_text(encoding="utf-8"))
-    return _checked_config(config, str(path))
-
-
-def _checked_config(config: Any, name: str) -> dict[str, Any]:
-    """The config with the number of layers at its top level. The name is for errors."""
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(f"{name} must map names to values, with model_type among them")
-    layers = value_of(config, "num_hidden_layers")
-    if not isinstance(layers, int):
-        raise ValueError(f"{name}: num_hidden_layers is missing")
-    return {**config, "num_hidden_layers": layers}
-
-
-def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """A value of a config, or of the ``text_config`` in it. None: neither has it."""
-    found = config.get(key)
-    return _text_config(config).get(key) if found is None else found
-
-
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a model with images or sound that describes its text model. Empty: no part."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else {}
-
-
-def _resized(config: Mapping[str, Any], layers: int | None, halvings: int) -> dict[str, Any]:
-    """A copy of a config with so many layers and a halved width, also in its ``text_config``."""
-    resized = deepcopy(dict(config))  # mlx-lm writes into text_config
-    for part in (resized, _text_config(resized)):
-        for key in WIDTHS:
-            if halvings and part.get(key) is not None:
-                part[key] = max(1, int(part[key]) >> halvings)
-        if layers is not None and "num_hidden_layers" in part:
-            part["num_hidden_layers"] = layers
-    return resized
-
-
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of quantized weights, in mlx-lm's words. Empty: nothing."""
-    if config.get("quantization"):
-        return config["quantization"]
-    theirs = config.get("quantization_config") or {}
-    return QUANTIZATIONS.get(str(theirs.get("quant_method")), theirs)
-
-
 def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstimate:
     """Estimate the peak of a request, measured at these shares of its sequence length."""
     model = request.build()
@@ -287,44 +235,116 @@ def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstima
     states = {name: request.state_bytes(model, name) for name in optimizer_names()}
     del model
     lengths, steps, measured = measure(request, shares)
-    return MemoryEstimate(request, weights, states, measured, lengths, steps)
+    return MemoryEstimate(request, weights, states, measured, device_name(), lengths, steps)
 
 
 def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[int], str]:
     """Bytes of a step by sequence length, in the whole model, and what was measured, in words."""
-    asked, factor, words = request, 1.0, ""
-    if mx.default_device() == mx.cpu and request.weight_dtype != mx.float32:
-        # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
-        request, factor, words = replace(request, dtype="float32"), 0.5, " in float32"
-    lengths = sorted({max(2, round(share * request.max_seq_length)) for share in shares})
-    halvings = _halvings(request, sum(lengths))
+    lengths = _lengths(request, shares)
+    if mx.default_device() != mx.cpu or main_dtype(request.base()) == mx.float32:
+        return _measure(request, lengths, None)
+    if not _halvings(request, sum(lengths))[0]:
+        with suppress(ValueError):  # a CPU does not multiply gathered experts in 16 bits
+            return _measure(request, lengths, None)
+    # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
+    return _measure(replace(request, dtype="float32"), lengths, request)
+
+
+def _measure(
+    request: Request, lengths: Sequence[int], asked: Request | None
+) -> tuple[list[int], list[int], str]:
+    """Measure a request, perhaps in float32 for one that was asked for in 16 bits."""
+    factor, words = (0.5, " in float32") if asked else (1.0, "")
+    halvings, plan, measured = _measure_plan(request, lengths)
     if halvings:
-        factor, words = factor * 2**halvings, f"{words} at 1/{2**halvings} of width and vocabulary"
-    pair, few, many = _measure_pair(request, halvings, lengths)
-    lengths = lengths[: min(len(few), len(many))]
-    more = (request.trained_layers - pair[0]) / (pair[1] - pair[0])
-    steps = [factor * (x + more * (y - x)) for x, y in zip(few, many, strict=False)]
-    # Scaled up from a part of the width, the gradients of the weights would be too few.
-    least = bytes_of(asked.build().trainable_parameters()) if halvings else 0
-    steps = [max(x, least) for x in steps]
-    sizes = f"{pair[0]} and {pair[1]} layers{words}"
+        factor *= width_of(request.base()) / width_of(request.base(halvings))
+        words += f" at 1/{2**halvings} of width and vocabulary"
+    lengths = lengths[: min(map(len, measured))]
+    runs = zip(*(run[: len(lengths)] for run in measured), strict=True)
+    steps = [factor * float(np.dot(plan.weights, run)) for run in runs]
+    trained = (asked or request).build().trainable_parameters()
+    kept = bytes_of(trained) if _keeps_gradients(request) else 0
+    own = bytes_of(_with_layers(request, plan, plan.kept[0], halvings).trainable_parameters())
+    logits = request.batch_size * 4 * (_vocabulary(request) >> halvings)
+    for i, (length, few) in enumerate(zip(lengths, measured[0], strict=False)):
+        # Few layers need most at the logits, all layers where most gradients are there.
+        least = kept + factor * max(0, few - 2 * logits * length - own) if kept else 0
+        steps[i] = MARGIN * max(steps[i], least, 1.0)
+    counts = " and ".join(map(str, sorted({len(kept) for kept in plan.kept})))
     tokens = f"up to {request.batch_size} x {lengths[-1]:,} tokens"
-    return lengths, list(map(round, steps)), f"{sizes}, {tokens}"
+    return lengths, list(map(round, steps)), f"{counts} layers{words}, {tokens}"
 
 
-def _halvings(request: Request, tokens: int) -> int:
-    """How often width and vocabulary are halved, so that two layers fit and are measured soon."""
-    available, speed = available_bytes(), _speed(request.weight_dtype)
-    for halvings in range(6):
-        models = [request.build(layers, halvings) for layers in PAIRS[0]]
-        held = bytes_of(models[1].parameters()) + request.state_bytes(models[1])
-        # Two updates, six operations of both passes for each weight and token.
+def _keeps_gradients(request: Request) -> bool:
+    """Whether all gradients are there at once: a guard looks at them before the update."""
+    options = with_defaults(request.optimizer, request.options or {})
+    return bool(options.get("skip_nonfinite")) or request.grad_accumulation_steps > 1
+
+
+def _with_layers(request: Request, plan: Plan, kept: Sequence[int], halvings: int) -> nn.Module:
+    """The model with some of its layers, all of them trained."""
+    model = request.build(halvings, every_layer=True)
+    keep_layers(model, kept, plan.kinds)
+    return model
+
+
+def _lengths(request: Request, shares: Sequence[float]) -> list[int]:
+    """Lengths to measure, from one that fits on this device in any case."""
+    lengths = sorted({max(2, round(share * request.max_seq_length)) for share in shares})
+    row = 16 * request.batch_size * _vocabulary(request)  # logits of a token, and what they need
+    while lengths[0] > 1024 or (lengths[0] > 2 and lengths[0] * row > available_bytes()):
+        lengths.insert(0, max(2, lengths[0] // 4))
+    if lengths[0] * row > available_bytes():
+        raise ValueError(
+            f"batch_size {request.batch_size} with a vocabulary of {_vocabulary(request):,}: two "
+            "tokens of each sequence do not fit on this device"
+        )
+    return lengths
+
+
+def _vocabulary(request: Request) -> int:
+    size = value_of(request.config, "vocab_size")
+    return size if isinstance(size, int) else 32
+
+
+def _measure_plan(request: Request, lengths: Sequence[int]) -> tuple[int, Plan, list[list[int]]]:
+    """Measure at a part of the width, or with every layer, where nothing else runs."""
+    problem: Exception | None = None
+    high, low = cast(Any, mx.random.state)[0].tolist()
+    wanted, chosen = _halvings(request, sum(lengths))
+    for halvings in sorted({wanted, 0}, reverse=True):
+        for plan in (chosen, whole(request.base(halvings))):
+            try:
+                runs = [measure_steps(request, plan, kept, lengths, halvings) for kept in plan.kept]
+                return halvings, plan, runs
+            except Exception as failed:  # models may raise anything
+                problem = problem or failed
+            finally:
+                # A step that fails leaves a placeholder in the random state.
+                mx.random.seed(high << 32 | low)
+    raise ValueError(f"the model does not run: {problem}") from problem
+
+
+def _halvings(request: Request, tokens: int) -> tuple[int, Plan]:
+    """How often width and vocabulary are halved, so that a few layers are measured soon."""
+    speed = _speed(main_dtype(request.base()))
+    batches = 2 * request.batch_size * min(request.grad_accumulation_steps, BATCHES)
+    trained, checkpointed = request.trained_layers, request.grad_checkpoint
+    for halvings, more in product(range(6), (True, False)):
+        plan = plan_of(request.base(halvings), trained, checkpointed, more)
+        models = [_with_layers(request, plan, kept, halvings) for kept in plan.kept]
         weights = sum(x.size for m in models for x in flatten(m.parameters()).values())
-        batches = 2 * request.batch_size * min(request.grad_accumulation_steps, BATCHES)
-        seconds = 6 * weights * batches * tokens / speed
-        if held < 0.6 * available and seconds < SECONDS:
-            return halvings
-    return 6
+        # Two updates, six operations of both passes for each weight and token.
+        soon = 6 * weights * batches * tokens / speed < SECONDS
+        if soon and all(_fits(request, model) for model in models):
+            return halvings, plan
+    return 6, plan_of(request.base(6), trained, checkpointed, False)
+
+
+def _fits(request: Request, model: nn.Module) -> bool:
+    """Whether weights and state leave enough memory for a step on this device."""
+    held = bytes_of(model.parameters()) + request.state_bytes(model)
+    return held < 0.6 * available_bytes()
 
 
 def _speed(dtype: mx.Dtype) -> float:
@@ -338,64 +358,63 @@ def _speed(dtype: mx.Dtype) -> float:
     return 2 * 512**3 / min(seconds)
 
 
-def _measure_pair(
-    request: Request, halvings: int, lengths: Sequence[int]
-) -> tuple[tuple[int, int], list[int], list[int]]:
-    """Measure with one and two layers, or more where the model does not run with so few."""
-    problem: Exception | None = None
-    high, low = cast(Any, mx.random.state)[0].tolist()
-    first = [CHECKPOINTED] if request.grad_checkpoint else []
-    for pair in (*first, *PAIRS):
-        try:
-            few, many = (measure_steps(request, n, lengths, halvings) for n in pair)
-            return pair, few, many
-        except (IndexError, KeyError, TypeError, ValueError) as failed:
-            problem = problem or failed
-        finally:
-            # A step that fails leaves a placeholder in the random state.
-            mx.random.seed(high << 32 | low)
-    raise ValueError(f"the model does not run: {problem}") from problem
-
-
 def measure_steps(
-    request: Request, layers: int, lengths: Sequence[int], halvings: int = 0
+    request: Request, plan: Plan, kept: Sequence[int], lengths: Sequence[int], halvings: int = 0
 ) -> list[int]:
-    """Peak bytes of a compiled training step beyond weights and state, with so many layers.
+    """Peak bytes of a compiled training step beyond weights and state, with the layers kept.
 
-    A length that would not fit on this device ends the list.
+    A length that would not fit on this device, or take long, ends the list.
     """
     gc.collect()
     mx.clear_cache()
     before, available = mx.get_active_memory(), available_bytes()
-    model = request.build(layers, halvings)
-    options = dict(request.options or {})
-    optimizer = make_optimizer(model, request.optimizer, **options)
-    state = [model.state, optimizer.state, mx.random.state]
-    mx.eval(state)
-    held = bytes_of(model.parameters()) + bytes_of(optimizer.state)
-    step = _compiled_step(model, optimizer, state, request.grad_accumulation_steps)
+    model = request.build(halvings, every_layer=True)
     steps: list[int] = []
-    model.train()
     with restoring_layers(model):
         if request.grad_checkpoint:
             grad_checkpoint(cast(Any, model).layers[0])
+        keep_layers(model, kept, plan.kinds)
+        if not _fits(request, model):
+            raise ValueError("a few of its layers do not fit on this device")
+        run, held = _step_and_held(request, model)
         for length in lengths:
             if steps and _at_most(lengths[: len(steps)], steps, length) > available:
                 break
-            shape = (request.batch_size, length)
-            vocabulary = max(1, int(value_of(request.config, "vocab_size") or 32) >> halvings)
-            batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
-            mx.eval(batch)
-            peak, total = 0, None
-            several = min(request.grad_accumulation_steps, BATCHES)
-            for i in range(2 * several):
-                mx.reset_peak_memory()
-                loss, total = step(batch, total, (i + 1) % several == 0)
-                mx.eval(loss, total, state)
-                mx.clear_cache()
-                peak = max(peak, mx.get_peak_memory())
+            peak, seconds = run(length, halvings)
             steps.append(peak - before - held)
+            if seconds * (request.max_seq_length / length) > LONGEST:
+                break
     return steps
+
+
+def _step_and_held(
+    request: Request, model: nn.Module
+) -> tuple[Callable[[int, int], tuple[int, float]], int]:
+    """A function that measures peak and seconds of an update, and bytes of weights and state."""
+    optimizer = make_optimizer(model, request.optimizer, **(request.options or {}))
+    state = [model.state, optimizer.state, mx.random.state]
+    mx.eval(state)
+    step = _compiled_step(model, optimizer, state, request.grad_accumulation_steps)
+    several = min(request.grad_accumulation_steps, BATCHES)
+    model.train()
+
+    def run(length: int, halvings: int) -> tuple[int, float]:
+        shape = (request.batch_size, length)
+        vocabulary = max(1, _vocabulary(request) >> halvings)
+        batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
+        mx.eval(batch)
+        peak, seconds, total = 0, LONGEST, None
+        for i in range(2 * several):
+            start = time.perf_counter()
+            mx.reset_peak_memory()
+            loss, total = step(batch, total, (i + 1) % several == 0)
+            mx.eval(loss, total, state)
+            mx.clear_cache()
+            peak = max(peak, mx.get_peak_memory())
+            seconds = min(seconds, time.perf_counter() - start)  # the first time, it is compiled
+        return peak, seconds
+
+    return run, bytes_of(model.parameters()) + bytes_of(optimizer.state)
 
 
 def _compiled_step(
@@ -443,12 +462,34 @@ def available_bytes() -> int:
         return 8 << 30
 
 
-def _dtype_of(config: Mapping[str, Any]) -> str:
-    name = value_of(config, "torch_dtype") or value_of(config, "dtype") or "bfloat16"
-    name = str(name).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
-    return name
+def main_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of most weights that are not quantized."""
+    sizes = dict.fromkeys(DTYPES.values(), 0)
+    for x in flatten(model.parameters()).values():
+        if x.dtype in sizes:
+            sizes[x.dtype] += x.size
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def width_of(model: nn.Module) -> int:
+    """Columns that all matrices together make of a token, which its activations grow with."""
+    return sum(x.shape[-2] for x in flatten(model.parameters()).values() if x.ndim > 1)
+
+
+def bits_of(model: nn.Module) -> int | None:
+    """Bits of most of the weights that are quantized. None: no weights are."""
+    sizes: dict[int, int] = {}
+    for _, module in model.named_modules():
+        if (bits := getattr(module, "bits", None)) and hasattr(module, "weight"):
+            sizes[bits] = sizes.get(bits, 0) + cast(Any, module).weight.size
+    return max(sizes, key=lambda bits: sizes[bits]) if sizes else None
+
+
+def device_name() -> str:
+    """The device that MLX uses."""
+    if mx.default_device() == mx.cpu:
+        return "this machine's CPU"
+    return str(mx.device_info().get("device_name", "this machine's GPU"))
 
 
 def _at_length(lengths: Sequence[int], steps: Sequence[int], length: int) -> int:

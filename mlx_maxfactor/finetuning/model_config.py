@@ -1,0 +1,217 @@
+"""Read a model's folder: its config, and what the config says of quantized weights."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load_config
+
+from .._validate import check_integer, shown
+from .models import prefixing_errors
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "mamba_n_heads",
+    "mamba_num_heads",
+    "n_embd",
+    "n_head",
+    "model_dim",
+    "vocab_size",
+)
+"""What is halved in a model that does not fit on this device, or takes too long to measure."""
+
+MODES = {
+    "affine": {"group_size": 32, "bits": 4, "mode": "affine"},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+}
+FORMATS = {
+    "nvfp4-pack-quantized": "nvfp4",
+    "mxfp4-pack-quantized": "mxfp4",
+    "pack-quantized": "affine",
+}
+"""Formats of compressed-tensors that mlx-lm reads as they are."""
+
+
+def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """A model's config, and its folder.
+
+    Args:
+        model: The folder, a name on the hub that is in the local cache, or the config itself.
+
+    Returns:
+        The config, and the folder, or None where the config was passed.
+
+    Raises:
+        ValueError: There is no config, or it lacks the model's type.
+    """
+    if isinstance(model, Mapping):
+        return _checked(dict(model), "config"), None
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.utils import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(str(model), "config.json")
+        except HFValidationError:
+            cached = None
+        if not isinstance(cached, str):
+            path = folder / "config.json"
+            raise ValueError(f"model {model}: there is no {path}, and the hub's cache has none")
+        folder = Path(cached).parent
+    name = str(folder / "config.json")
+    with prefixing_errors(name):
+        config = load_config(folder)
+    config = _checked(config, name)
+    with prefixing_errors(str(folder / "hf_quant_config.json")):
+        path = folder / "hf_quant_config.json"
+        if path.is_file() and not quantization_config(config):
+            config["quantization_config"] = json.loads(path.read_text(encoding="utf-8"))
+    return config, folder
+
+
+def _checked(config: Any, name: str) -> dict[str, Any]:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{name} must map names to values, with model_type among them")
+    for key in ("vocab_size", "hidden_size"):
+        if (size := value_of(config, key)) is not None:
+            check_integer(f"{name}: {key}", size, 1)
+    return config
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all weights lie beside the config, as mlx-lm reads them."""
+    index = folder / "model.safetensors.index.json"
+    needed: set[str] = set()
+    if index.is_file():
+        with prefixing_errors(str(index)):
+            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    found = {file.name for file in folder.glob("model*.safetensors")}
+    return bool(found) and needed <= found
+
+
+def value_of(config: Mapping[str, Any], key: str) -> Any:
+    """A value of a config, or of the ``text_config`` in it. None: neither has it."""
+    found = config.get(key)
+    return _text_config(config).get(key) if found is None else found
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model with images or sound that describes its text model. Empty: no part."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
+def narrowed(config: Mapping[str, Any], halvings: int) -> dict[str, Any]:
+    """A copy of a config with a halved width, also in its ``text_config``."""
+    copied = deepcopy(dict(config))  # mlx-lm writes into text_config
+    for part in (copied, _text_config(copied)):
+        for key in WIDTHS:
+            if halvings and isinstance(part.get(key), int):
+                part[key] = max(1, part[key] >> halvings)
+    return copied
+
+
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """The name of the dtype that a config says, or bfloat16."""
+    name = value_of(config, "torch_dtype") or value_of(config, "dtype") or "bfloat16"
+    name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
+    return name
+
+
+def converted_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype to which ``mlx_lm.convert`` casts a model. None: it leaves it as it is."""
+    name = config.get("torch_dtype") or _text_config(config).get("dtype")
+    return name if name in DTYPES else None
+
+
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What another program wrote of quantized weights. Empty: nothing."""
+    found = value_of(config, "quantization_config")
+    return found if isinstance(found, Mapping) else {}
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of quantized weights, in mlx-lm's words. Empty: nothing."""
+    if config.get("quantization"):
+        return config["quantization"]
+    theirs = quantization_config(config)
+    method, mode = theirs.get("quant_method"), None
+    if method in ("awq", "gptq"):
+        return {"group_size": theirs.get("group_size", 128), "bits": 4}
+    if method in MODES:
+        mode = method
+    elif method == "compressed-tensors":
+        mode = FORMATS.get(str(theirs.get("format")))
+    elif method == "modelopt":
+        mode = "nvfp4"
+    elif method == "fp8" and theirs.get("scale_fmt") == "ue8m0":
+        mode = "mxfp8" if theirs.get("weight_block_size") == [32, 32] else None
+    return MODES[mode] if mode else {}
+
+
+def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Quantize what mlx-lm would find quantized in the weights that belong to a config."""
+    if not (given := quantization_of(config)):
+        return
+    as_convert, theirs = convert_predicate(model), quantization_config(config)
+    left_out = theirs.get("modules_to_not_convert") or theirs.get("ignore") or ()
+    patterns = [str(name) for name in (*left_out, "*lm_head")]
+
+    def ours(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        return given[path] if path in given else as_convert(path, module)
+
+    def others(path: str, module: nn.Module) -> bool:
+        embeds = isinstance(module, nn.Embedding)
+        return not (embeds or any(_matches(path, name) for name in patterns))
+
+    quantize(model, ours if config.get("quantization") else others, **{"group_size": 64, **given})
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a module, or what it is part of, is named by a pattern of another program."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], path) is not None
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+
+
+def convert_predicate(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    """What ``mlx_lm.convert`` quantizes: all that it can, unless the model says otherwise."""
+    return getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+
+def quantize(
+    model: nn.Module,
+    predicate: Callable[[str, nn.Module], bool | dict[str, Any]],
+    *,
+    bits: int,
+    group_size: int = 64,
+    mode: str = "affine",
+    **_: Any,
+) -> None:
+    """Quantize the modules that a predicate chooses and whose width allows it."""
+
+    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        found = predicate(path, module)
+        size = found.get("group_size", group_size) if isinstance(found, dict) else group_size
+        return False if cast(Any, module).weight.shape[-1] % size else found
+
+    nn.quantize(model, group_size, bits, mode=mode, class_predicate=chosen)
