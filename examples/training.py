@@ -252,7 +252,7 @@ def make_optimizer(
     return create_optimizer(
         model,
         hidden=peer or cast(OptimizerName, name),
-        rest=(peer or name) if arguments.rest == "same" else arguments.rest,
+        rest=(peer or cast(Any, name)) if arguments.rest == "same" else arguments.rest,
         total_steps=arguments.steps,
         learning_rate=None if peer else rate,
         rest_learning_rate=arguments.rest_learning_rate,

@@ -112,14 +112,19 @@ class NorMuon(Muon):
         super().__init__(learning_rate, **options)
         self.beta2 = beta2
 
-    def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
+    def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Add one float per row."""
-        super().init_single(parameter, state, layout)
-        state["v"] = mx.zeros((*f.as_matrices(parameter, layout or self.layout).shape[:-1], 1))
+        return super().new_state(shape) | {"v": mx.zeros((*shape[:-1], 1))}
 
-    def direction(self, u: mx.array, state: dict) -> mx.array:
-        """The orthogonalized step with normalized rows."""
-        step = super().direction(u, state)
+    def rule(
+        self, g: mx.array, p: mx.array, state: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Muon's update with normalized rows."""
+        u, kept = f.momentum(g, state, self.momentum, self.nesterov)
+        step = f.orthogonalize(f.unit_peak(u), self.method, self.steps, self.block)
         mean = mx.mean(mx.square(step), axis=-1, keepdims=True)
-        state["v"] = self.beta2 * state["v"] + (1 - self.beta2) * mean
-        return 0.2 * f.unit_rms(step * mx.rsqrt(state["v"] + 1e-10))
+        v = self.beta2 * state["v"] + (1 - self.beta2) * mean
+        step = 0.2 * f.unit_rms(step * mx.rsqrt(v + 1e-10))
+        rate = self.step_size(p, self.step, self.learning_rate)
+        p = f.stepped(p, self.learning_rate * self.weight_decay, rate * step)
+        return p, {**kept, "v": v}

@@ -30,7 +30,7 @@ def check_number(
         try:  # arithmetic is float32: 1e-46 is 0 there, and 1e39 inf
             x = c_float(float(value)).value
         except OverflowError:  # a whole number beyond float64
-            x = math.copysign(math.inf, value > 0 or -1)
+            x = math.inf if str(value)[0] != "-" else -math.inf
         inside = (x >= low if ends[0] == "[" else x > low) and (
             x <= high if ends[1] == "]" else x < high
         )

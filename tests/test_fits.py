@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any, cast
 
 import compare_memory
 import mlx.core as mx
@@ -195,7 +196,7 @@ def test_weights_beside_the_config_say_what_is_quantized(tmp_path):
     nn.quantize(model, class_predicate=some)
     request = save(model, CONFIG | {"quantization": {"group_size": 64, "bits": 4}}, tmp_path)
     for halvings in (0, 1):
-        layer = request.base(halvings).layers[0]
+        layer: Any = cast(Any, request.base(halvings)).layers[0]
         assert (layer.self_attn.q_proj.bits, layer.mlp.up_proj.bits) == (4, 8)
     assert memory_estimate.bytes_of(request.base().parameters()) == memory_estimate.bytes_of(model)
     (tmp_path / "model.safetensors.index.json").write_text(

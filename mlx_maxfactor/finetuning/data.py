@@ -7,7 +7,7 @@ from contextlib import suppress
 from copy import copy
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset, load_dataset
 from tqdm import tqdm
@@ -33,7 +33,7 @@ class TokenizedDataset(CacheDataset):
         for i, place in enumerate(tqdm(places, desc="reading data", delay=3, leave=False)):
             with prefixing_errors(place):
                 check_sample(data, data[i])
-                if not self[i][0]:
+                if not cast(Any, self[i])[0]:
                     raise ValueError("there is no token in it: remove it")
 
     def first_prompt(self, longest: int) -> tuple[list[int], list[int]]:
@@ -41,7 +41,7 @@ class TokenizedDataset(CacheDataset):
 
         Half of a plain text, or of a chat of one message, is its prompt.
         """
-        tokens, offset = self[0]
+        tokens, offset = cast(Any, self[0])
         masked = copy(self.data)
         masked.mask_prompt = True
         with suppress(Exception):  # a template may refuse the prompt alone

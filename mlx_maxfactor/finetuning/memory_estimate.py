@@ -259,7 +259,7 @@ def _measure(
     if halvings:
         factor *= width_of(request.base()) / width_of(request.base(halvings))
         words += f" at 1/{2**halvings} of width and vocabulary"
-    lengths = lengths[: min(map(len, measured))]
+    lengths = list(lengths[: min(map(len, measured))])
     runs = zip(*(run[: len(lengths)] for run in measured), strict=True)
     steps = [factor * float(np.dot(plan.weights, run)) for run in runs]
     trained = (asked or request).build().trainable_parameters()

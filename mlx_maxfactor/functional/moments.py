@@ -19,7 +19,11 @@ def second_moment_weight(
 
 
 def factored_second_moment(
-    gradient: mx.array, row: mx.array, column: mx.array, weight: mx.array, eps: float = 0.0
+    gradient: mx.array,
+    row: mx.array,
+    column: mx.array,
+    weight: mx.array | float,
+    eps: float = 0.0,
 ) -> tuple[mx.array, mx.array]:
     """Moving averages of the row and column means of ``g² + eps``.
 

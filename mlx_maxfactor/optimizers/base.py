@@ -97,9 +97,6 @@ class Float32Optimizer(Optimizer):
         [0.8999999761581421, 0.8999999761581421]
     """
 
-    elementwise: bool = False
-    """Whether each element is updated by itself, so that layouts do not matter."""
-
     _usual_rate: float | None = None
     """A typical rate, if rates are relative to the weights and therefore unlike AdamW's."""
 
@@ -220,6 +217,11 @@ class Float32Optimizer(Optimizer):
         return () if layout == self.layout else (layout,)
 
     # The update of arrays
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each element is updated by itself, so that one fused kernel is enough."""
+        return False
 
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """The state of new arrays, by name. Default: none.

@@ -1,5 +1,6 @@
 """MaxFactor: factored second moments, infinity norm, sign times row maximum."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -211,23 +212,31 @@ class MaxFactor(Float32Optimizer):
             shape = f.input_axis_shape(parameter.shape, layout or self.layout)
             state.update(self.momentum.init(shape))
 
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict, layout: str | None = None
-    ) -> mx.array:
-        """Update one parameter. Bands of frequencies need the gradient's own axes."""
+    def apply_batch(
+        self,
+        gradients: Sequence[mx.array],
+        parameters: Sequence[mx.array],
+        states: Sequence[dict],
+        layout: str | None = None,
+    ) -> list[mx.array]:
+        """Update arrays of one shape. Bands of frequencies need the gradient's own axes."""
         if isinstance(self.momentum, FrequencyAdaptiveMomentum):
-            self._filter(gradient, parameter, state, layout or self.layout)
-        updated = super().apply_single(gradient, parameter, state, layout)
-        state.pop("h", None)
+            for gradient, state in zip(gradients, states, strict=True):
+                self._filter(self.momentum, gradient, state, layout or self.layout)
+        updated = super().apply_batch(gradients, parameters, states, layout)
+        for state in states:
+            state.pop("h", None)
         return updated
 
-    def _filter(self, gradient: mx.array, parameter: mx.array, state: dict, layout: str) -> None:
+    def _filter(
+        self, momentum: FrequencyAdaptiveMomentum, gradient: mx.array, state: dict, layout: str
+    ) -> None:
         """Put the filtered gradient ``h`` into the state, along the axis of the inputs."""
         g = f.clamp_gradient(f.as_items(gradient, layout).astype(mx.float32))
-        stack = f.is_stack(parameter.shape, layout)
+        stack = f.is_stack(gradient.shape, layout)
         kept = {k: x if stack else x[None] for k, x in state.items() if k.startswith("m")}
-        m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(parameter.shape, layout)
-        h, m = self.momentum.replaced(g.reshape(shape), m.reshape(shape), state, self.nesterov)
+        m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(gradient.shape, layout)
+        h, m = momentum.replaced(g.reshape(shape), m.reshape(shape), state, self.nesterov)
         kept = moments.packed({"m": m.reshape(g.shape), "h": h.reshape(g.shape)}, self.state_dtype)
         state.update(kept if stack else {k: x.squeeze(0) for k, x in kept.items()})
 

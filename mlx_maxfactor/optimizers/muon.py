@@ -98,7 +98,8 @@ class Muon(Float32Optimizer):
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """η · s, the spectral norm of an update."""
-        return rate * f.muon_scale(*p.shape[-2:], self.scale)
+        rows, columns = p.shape[-2:]
+        return rate * f.muon_scale(rows, columns, self.scale)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""
