@@ -255,7 +255,7 @@ def make_optimizer(
         rest=(peer or cast(Any, name)) if arguments.rest == "same" else arguments.rest,
         total_steps=arguments.steps,
         learning_rate=None if peer else rate,
-        rest_learning_rate=arguments.rest_learning_rate,
+        rest_learning_rate=None if arguments.rest == "same" else arguments.rest_learning_rate,
         rules=rules,
         max_grad_norm=1.0,
         skip_nonfinite=True,

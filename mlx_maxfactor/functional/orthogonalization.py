@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from .layouts import crop, pad
+from .moments import SMALLEST_NORMAL
 from .norms import unit_frobenius
 from .steps import unit_rms
 
@@ -215,15 +216,20 @@ def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int, size: int | 
         gram = x @ x.swapaxes(-1, -2) if axis == -2 else x.swapaxes(-1, -2) @ x
         scale = mx.array(1.0)
         if i == 0:
-            trace = _trace(gram)
-            scale = mx.rsqrt(mx.where(trace > 0, trace, 1.0))
+            scale = _inverse_root(_trace(gram))
             gram = gram * mx.square(scale)
-        q = _product_of_steps(gram, group, scale)
+        q = _product_of_steps(gram, group)
         if size is not None and group is groups[-1]:
-            square = mx.sum(q * (gram @ q), axis=(-3, -2, -1), keepdims=True) / size
-            q = q * mx.rsqrt(mx.where(square > 0, square, 1.0))
+            square = mx.sum(q * (gram @ q), axis=(-3, -2, -1), keepdims=True)
+            scale = scale * _inverse_root(square / size)
+        q = q * scale
         x = q @ x if axis == -2 else x @ q
     return x
+
+
+def _inverse_root(x: mx.array) -> mx.array:
+    """``1 / √x``, and 1 where x is not a normal number: the matrix is zero then, or nearly."""
+    return mx.rsqrt(mx.where(x >= SMALLEST_NORMAL, x, 1.0))
 
 
 def _groups(table: list[Quintic]) -> list[list[Quintic]]:
@@ -235,12 +241,12 @@ def _groups(table: list[Quintic]) -> list[list[Quintic]]:
     return [table[:2], *(table[i : i + 3] for i in range(2, len(table), 3))]
 
 
-def _product_of_steps(gram: mx.array, group: list[Quintic], scale: mx.array) -> mx.array:
-    """The product of a scale and the steps' ``P = aI + B``, ``B = bA + cA²``; A becomes PAP."""
+def _product_of_steps(gram: mx.array, group: list[Quintic]) -> mx.array:
+    """The product of the steps' ``P = aI + B``, ``B = bA + cA²``. All commute; A becomes PAP."""
     q = _identity(gram.shape[-1])
     for i, (a, b, c) in enumerate(group):
         step = mx.addmm(gram, gram, gram, alpha=c, beta=b)
-        q = scale * (a * q + step) if i == 0 else mx.addmm(q, step, q, beta=a)
+        q = a * q + step if i == 0 else mx.addmm(q, step, q, beta=a)
         if i < len(group) - 1:
             gram = mx.addmm(gram, step, gram, beta=a)
             gram = mx.addmm(gram, step, gram, beta=a)
