@@ -8,7 +8,7 @@ of each kind at full width; each further layer adds what a second one of its kin
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations, product
@@ -240,21 +240,13 @@ def estimate(request: Request, shares: Sequence[float] = SHARES) -> MemoryEstima
 
 def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[int], str]:
     """Bytes of a step by sequence length, in the whole model, and what was measured, in words."""
+    asked, factor, words = request, 1.0, ""
+    if mx.default_device() == mx.cpu and main_dtype(request.base()) != mx.float32:
+        # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
+        # Adapters stay in float32, and so does a part of what is computed with them.
+        factor = 1 / 2 if request.fine_tune_type == "full" else 2 / 3
+        request, words = replace(request, dtype="float32"), " in float32"
     lengths = _lengths(request, shares)
-    if mx.default_device() != mx.cpu or main_dtype(request.base()) == mx.float32:
-        return _measure(request, lengths, None)
-    if not _halvings(request, sum(lengths))[0]:
-        with suppress(ValueError):  # a CPU does not multiply gathered experts in 16 bits
-            return _measure(request, lengths, None)
-    # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
-    return _measure(replace(request, dtype="float32"), lengths, request)
-
-
-def _measure(
-    request: Request, lengths: Sequence[int], asked: Request | None
-) -> tuple[list[int], list[int], str]:
-    """Measure a request, perhaps in float32 for one that was asked for in 16 bits."""
-    factor, words = (0.5, " in float32") if asked else (1.0, "")
     halvings, plan, measured = _measure_plan(request, lengths)
     if halvings:
         factor *= width_of(request.base()) / width_of(request.base(halvings))
@@ -262,7 +254,7 @@ def _measure(
     lengths = list(lengths[: min(map(len, measured))])
     runs = zip(*(run[: len(lengths)] for run in measured), strict=True)
     steps = [factor * float(np.dot(plan.weights, run)) for run in runs]
-    trained = (asked or request).build().trainable_parameters()
+    trained = asked.build().trainable_parameters()
     kept = bytes_of(trained) if _keeps_gradients(request) else 0
     own = bytes_of(_with_layers(request, plan, plan.kept[0], halvings).trainable_parameters())
     logits = request.batch_size * 4 * (_vocabulary(request) >> halvings)
