@@ -376,7 +376,8 @@ def test_every_configuration_is_a_different_optimizer():
             for member in optimizer.optimizers
         ]
         kinds = [type(member) for member in optimizer.optimizers]
-        made.add(str((kinds, options, given.convolution_option, float(optimizer.learning_rate))))
+        own = given.convolution_option, given.rest_option, float(optimizer.learning_rate)
+        made.add(str((kinds, options, own)))
         lead = optimizer.optimizers[0]
         assert ("cautious" in name) <= ("cautious=true" in str(configuration.arguments))
         assert name.startswith(("MaxFactor", "mel axis")) == (type(lead) is MaxFactor)
