@@ -242,8 +242,8 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
     """Bytes of a step by sequence length, in the whole model, and what was measured, in words."""
     asked, factor, words = request, 1.0, ""
     if mx.default_device() == mx.cpu and main_dtype(request.base()) != mx.float32:
-        # A CPU multiplies 16-bit matrices twenty times slower; its float32 arrays are twice as big.
-        # Adapters stay in float32, and so does a part of what is computed with them.
+        # A CPU multiplies 16-bit matrices twenty times slower, and its float32 arrays are twice as
+        # big. Adapters, and a part of what is computed with them, are in float32 in any case.
         factor = 1 / 2 if request.fine_tune_type == "full" else 2 / 3
         request, words = replace(request, dtype="float32"), " in float32"
     lengths = _lengths(request, shares)
