@@ -144,7 +144,8 @@ UNLIKE_LLAMA = ["gpt2", "openelm", "mamba2", "gpt_oss", "gemma4_text", "granitem
 @pytest.mark.parametrize("name", [*UNLIKE_LLAMA, "nemotron_h", "lfm2", "hunyuan"])
 def test_configs_that_mlx_lm_reads_are_read(name, tmp_path):
     request = next(r for r, model in compare_memory.requests() if model == name)
-    small = {"hidden_size": 64, "n_embd": 64, "model_dim": 64, "intermediate_size": 96}
+    small = dict.fromkeys(("hidden_size", "n_embd", "model_dim", "block_dim"), 64)
+    small["intermediate_size"] = 96
     small = {key: x for key, x in small.items() if name != "mamba2" or key != "intermediate_size"}
     config = request.config | small | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
     (tmp_path / "config.json").write_text(json.dumps(config))
