@@ -95,7 +95,13 @@ def home(tmp_path_factory):
     return folder
 
 
+SIGNALS = {signal.SIGINT: signal.default_int_handler}
+SIGNALS |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+
+
 def program(arguments, output):
+    for number, handler in SIGNALS.items():  # tests that run in the background ignore some
+        signal.signal(number, handler)
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -181,6 +187,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(name, home):
 
 @pytest.mark.processes
 def test_a_closed_terminal_leaves_a_checkpoint(home):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     terminal, side = os.openpty()
     checkpoint = home / "closed" / "checkpoint.safetensors"
     given = ("-c", home / "short.yaml", "--adapter-path", home / "closed", "--iters", "100000")
@@ -191,6 +198,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(home):
         stderr=side,
         start_new_session=True,
     )
+    signal.signal(signal.SIGHUP, before)
     os.close(side)
     reader = threading.Thread(target=drain, args=(terminal, checkpoint.exists))
     reader.start()

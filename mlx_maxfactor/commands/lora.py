@@ -117,6 +117,13 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
     if arguments.resume_adapter_file is not None:
         load_adapters_into(model, arguments.resume_adapter_file)
     tuning = Tuning(model, optimizer_of(model, arguments), datasets, arguments)
+    resume(tuning)
+    return tuning, sample
+
+
+def resume(tuning: Tuning) -> None:
+    """Go back to the checkpoint if that is asked for, and say what becomes of one that is there."""
+    arguments = tuning.arguments
     if arguments.resume and tuning.path.exists():
         print(f"resuming {tuning.path}", *tuning.resume(), sep="\n")
         print(f"{tuning.saved} of {arguments.iters} iterations are done")
@@ -125,7 +132,6 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
     elif tuning.path.exists():
         found = describe_run(tuning.path)
         print(f"{tuning.folder} holds {found}, which is replaced; --resume would continue it")
-    return tuning, sample
 
 
 def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
