@@ -41,6 +41,7 @@ from configurations import (
     SIZES,
     TRAININGS,
     WHICH,
+    WORDS,
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -326,10 +327,13 @@ def table(names: Sequence[str], records: Sequence[Record], training: str) -> str
 
 
 def overview(records: Mapping[str, Sequence[Record]]) -> str:
-    """A Markdown table of final losses, for the configurations that every training has."""
-    best = {training: at_best(kept) for training, kept in records.items()}
+    """A Markdown table of final losses, for the configurations that every training has.
+
+    Trainings on words have other configurations, and tables of their own.
+    """
+    best = {name: at_best(kept) for name, kept in records.items() if name not in WORDS}
     names = [name for name in CONFIGURATIONS if all(name in groups for groups in best.values())]
-    rows = [["", *(TRAININGS[training].title for training in records)]]
+    rows = [["", *(TRAININGS[training].title for training in best)]]
     for name in names:
         losses = [[r.final("loss") for r in groups[name]] for groups in best.values()]
         rows.append([name, *map(spread, losses)])
