@@ -204,9 +204,9 @@ def test_cautious_step_divides_agreeing_elements_by_their_share():
 
 @pytest.mark.parametrize("layout", ["batched", "experts", "conv", "transposed"])
 @pytest.mark.parametrize("shape", [(), (3,), (3, 4), (2, 3, 4), (2, 3, 4, 5)], ids=str)
-def test_from_matrices_inverts_as_matrices(shape, layout):
+def test_from_items_inverts_as_items(shape, layout):
     x = mx.array(parameter(shape))
-    back = f.from_matrices(f.as_matrices(x, layout), x.shape, layout)
+    back = f.from_items(f.as_items(x, layout), x.shape, layout)
     assert back.shape == x.shape
     assert mx.array_equal(back, x).item()
 

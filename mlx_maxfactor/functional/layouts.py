@@ -62,11 +62,6 @@ def matrices_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return as_matrices(mx.zeros(shape), layout).shape  # never evaluated
 
 
-def from_matrices(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
-    """Undo :func:`as_matrices`: return ``x`` in the original shape."""
-    return x.swapaxes(-1, -2) if layout == "transposed" and x.ndim > 1 else x.reshape(shape)
-
-
 def input_axis_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """The shape with the input axis last. For ``conv``, the kernel axes join the output axis."""
     if _groups(layout) and len(shape) > 2:

@@ -159,11 +159,11 @@ def orthogonalize(
 
 def _cut(x: mx.array, axis: int, block: int) -> mx.array:
     """Cut matrices into blocks of rows (axis -2) or columns (-1), ``(..., blocks, m, n)``."""
-    # Rows of zeros fill the last block: they stay zero, and change nothing of the others.
-    *batch, rows, columns = pad(x, axis, block).shape
+    x = pad(x, axis, block)  # rows of zeros stay zero, and change nothing of the others
+    *batch, rows, columns = x.shape
     if axis == -2:
-        return pad(x, axis, block).reshape(*batch, -1, block, columns)
-    return mx.contiguous(pad(x, axis, block).reshape(*batch, rows, -1, block).swapaxes(-2, -3))
+        return x.reshape(*batch, -1, block, columns)
+    return mx.contiguous(x.reshape(*batch, rows, -1, block).swapaxes(-2, -3))
 
 
 def _joined(blocks: mx.array, axis: int, shape: Sequence[int]) -> mx.array:

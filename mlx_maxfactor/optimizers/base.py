@@ -253,8 +253,7 @@ class Float32Optimizer(Optimizer):
         layout = self._own_layout(layout)
         new = self.new_state(f.items_shape(parameter.shape, layout))
         kept = moments.packed(new, self.state_dtype)
-        stack = f.is_stack(parameter.shape, layout)
-        state.update(kept if stack else {key: x.squeeze(0) for key, x in kept.items()})
+        state.update(moments.of_one(kept, f.is_stack(parameter.shape, layout)))
         if self.rounding == "stochastic" and "key" not in state:
             state["key"] = mx.random.key(self.seed << 32 | self._keys_made)
             self._keys_made += 1
@@ -284,7 +283,7 @@ class Float32Optimizer(Optimizer):
         state = moments.packed(state, self.state_dtype)
         parts = {key: _parts(x, count) for key, x in state.items()}
         for i, own in enumerate(states):
-            own.update({k: xs[i] if stack else xs[i].squeeze(0) for k, xs in parts.items()})
+            own.update(moments.of_one({k: xs[i] for k, xs in parts.items()}, stack))
         new = self._rounded(new, first.dtype, states[0])
         each = _parts(new, count)
         return each if flat else [f.from_items(x, first.shape, layout) for x in each]

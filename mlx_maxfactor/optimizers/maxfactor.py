@@ -238,7 +238,7 @@ class MaxFactor(Float32Optimizer):
         m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(gradient.shape, layout)
         h, m = momentum.replaced(g.reshape(shape), m.reshape(shape), state, self.nesterov)
         kept = moments.packed({"m": m.reshape(g.shape), "h": h.reshape(g.shape)}, self.state_dtype)
-        state.update(kept if stack else {k: x.squeeze(0) for k, x in kept.items()})
+        state.update(moments.of_one(kept, stack))
 
     def rule(
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]

@@ -45,6 +45,11 @@ def unpacked(state: Mapping[str, mx.array], g: mx.array) -> dict[str, mx.array]:
     return read
 
 
+def of_one(state: Mapping[str, mx.array], stack: bool) -> Mapping[str, mx.array]:
+    """The state of one parameter: without the first axis, unless this counts its own matrices."""
+    return state if stack else {key: x.squeeze(0) for key, x in state.items()}
+
+
 def statistics(shape: tuple[int, ...]) -> dict[str, mx.array]:
     """Zero row and column statistics for matrices of this shape."""
     return {
