@@ -1,6 +1,6 @@
 """Several optimizers as one: how a step gets from gradients to parameters."""
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,18 +10,8 @@ from mlx.utils import tree_map
 
 from ._validate import check_update, got
 from .guard import Guard
-from .optimizers.base import Float32Optimizer, flatten
-from .optimizers.update_loop import (
-    ParameterSlot,
-    StepDecision,
-    Update,
-    UpdateLoop,
-    UpdateRule,
-    find_slots,
-    in_order,
-    top_level_arrays,
-    unchanged_on_error,
-)
+from .optimizers.foreign import as_member
+from .step import ParameterSlot, find_slots, in_order, take_step
 from .strategy import UpdateStrategy
 
 
@@ -39,6 +29,7 @@ class CombinedOptimizer(MultiOptimizer):
     ):
         super().__init__(optimizers, [None] * (len(optimizers) - 1))
         self.filters = []  # `index_of` replaces them, and MLX's own lambda could not be pickled
+        self._members = [as_member(optimizer) for optimizer in optimizers]
         self.guard = guard
         self.strategy = strategy or UpdateStrategy()
         self._updates = 0  # counted by Python, to check the guard after every max_skipped
@@ -54,10 +45,7 @@ class CombinedOptimizer(MultiOptimizer):
     @property
     def step(self) -> mx.array:
         """Number of updates that were made. Skipped steps do not count."""
-        member: Any = self.optimizers[0]
-        while "step" not in member.state:  # mlx's MultiOptimizer counts in its members
-            member = member.optimizers[0]
-        return member.step
+        return self._members[0].step
 
     @property
     def skipped(self) -> mx.array:
@@ -86,61 +74,25 @@ class CombinedOptimizer(MultiOptimizer):
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
-        slots = self.strategy.receive(self._find_slots(gradients, parameters))
+        slots = self.strategy.average_gradients(self._find_slots(gradients, parameters))
         decision = self.guard.decide([slot.gradient for slot in slots])
-        with unchanged_on_error(self._states, slots):
-            rule = self.begin_step(range(len(self.optimizers)), gradients, parameters, decision)
-            updated = self.strategy.update(UpdateLoop(decision), slots, rule)
+        step = partial(take_step, members=self._members, decision=decision)
+        updated = self.strategy.update(slots, step)
         self.guard.count(decision)
         return in_order(gradients, slots, updated)
 
-    def begin_step(
-        self, members: Sequence[int], gradients: dict, parameters: dict, decision: StepDecision
-    ) -> UpdateRule:
-        """Begin a step of some members: count it, and move their schedules.
-
-        Returns:
-            What updates each parameter of theirs.
-        """
-        whole: dict[str, mx.array] = {}
-        for index in members:
-            optimizer = self.optimizers[index]
-            if updates_singly(optimizer):
-                _advance(optimizer, decision)
-            else:
-                whole |= _update_whole(
-                    optimizer, self.split(gradients, index), parameters, decision
-                )
-
-        def rule(slot: ParameterSlot) -> Update | None:
-            if slot.path in whole:
-                return Update(lambda *_: [whole[slot.path]], {})
-            index = self.index_of(slot.path)
-            if index is None:
-                return None
-            optimizer = self.optimizers[index]
-            if isinstance(optimizer, Float32Optimizer):
-                return optimizer.update_of(slot, index)
-            apply = optimizer.apply_single
-            return Update(lambda gs, ps, ss: [apply(gs[0], ps[0], ss[0])], slot.states[index])
-
-        return rule
-
     def _find_slots(self, gradients: dict, parameters: dict) -> list[ParameterSlot]:
-        slots = find_slots(gradients, parameters, self._states)
+        slots = find_slots(gradients, parameters, self._members, self.index_of)
         if not all(map(self._is_ready, slots)):
             # The members' init gets parameters here. MLX's lazy call would hand it gradients.
             self.init(tree_map(lambda _, p: p, gradients, parameters))
-            slots = find_slots(gradients, parameters, self._states)
+            slots = find_slots(gradients, parameters, self._members, self.index_of)
         return slots
 
     def _is_ready(self, slot: ParameterSlot) -> bool:
-        index = self.index_of(slot.path)
-        return index is not None and isinstance(slot.states[index], dict)
-
-    @property
-    def _states(self) -> list[dict]:
-        return [optimizer.state for optimizer in self.optimizers]
+        if slot.member is not None and slot.member.updates_at_once:
+            return False  # it makes its own state, again and again
+        return isinstance(slot.state, dict) or not mx.issubdtype(slot.parameter.dtype, mx.inexact)
 
     @property
     def state(self) -> dict:
@@ -148,7 +100,7 @@ class CombinedOptimizer(MultiOptimizer):
 
         ``state["step"]`` and ``state["learning_rate"]`` are those of the optimizer as a whole.
         """
-        state = _State(self, states=self._states)
+        state = _State(self, states=[member.state for member in self._members])
         if self.guard.counts:
             state["guard"] = self.guard.counts
         return state
@@ -161,8 +113,8 @@ class CombinedOptimizer(MultiOptimizer):
                 f"state must hold {len(self.optimizers)} states, one for each member, got "
                 f"{len(states)}"
             )
-        for optimizer, new in zip(self.optimizers, states, strict=True):
-            _assign_state(optimizer, new)
+        for member, new in zip(self._members, states, strict=True):
+            member.state = new
         counts = state.get("guard", {})
         for name in self.guard.counts:
             self.guard.counts[name] = counts.get(name, mx.array(0, mx.uint32))
@@ -255,65 +207,3 @@ def shown_optimizer(optimizer: Optimizer) -> str:
     if kind.__repr__ is object.__repr__:
         return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
     return repr(optimizer)
-
-
-def _assign_state(optimizer: Optimizer, state: Any) -> None:
-    """Copy a state into the live dictionaries of any optimizer."""
-    if isinstance(optimizer, (Float32Optimizer, CombinedOptimizer)):
-        optimizer.state = state
-    elif isinstance(optimizer, MultiOptimizer):
-        for member, inner in zip(optimizer.optimizers, state["states"], strict=True):
-            _assign_state(member, inner)
-    else:
-        copied = tree_map(lambda array: array, state)
-        optimizer.state.clear()
-        optimizer.state.update(copied)
-
-
-def updates_singly(optimizer: Optimizer) -> bool:
-    """Whether an optimizer updates one parameter at a time, as MLX's own do."""
-    own = type(optimizer).apply_gradients
-    return own in (Optimizer.apply_gradients, Float32Optimizer.apply_gradients)
-
-
-def _advance(optimizer: Optimizer, decision: StepDecision) -> None:
-    """Count an update and move the schedules, unless the step is skipped."""
-    before = top_level_arrays(optimizer.state)
-    if isinstance(optimizer, Float32Optimizer):
-        optimizer.advance()
-    else:
-        for key, schedule in optimizer._schedulers.items():
-            new = schedule(optimizer.step)
-            if key == "learning_rate" and "scheduled" in optimizer.state:  # see routed.set_rate
-                new = mx.where(optimizer.state["scheduled"], new, optimizer.state[key])
-            optimizer.state[key] = new
-        optimizer.state["step"] = optimizer.step + 1
-    for key, x in before.items():
-        optimizer.state[key] = decision.select(optimizer.state[key], x)
-
-
-def _update_whole(
-    optimizer: Optimizer, gradients: Any, parameters: Any, decision: StepDecision
-) -> dict[str, mx.array]:
-    """The update of an optimizer that replaces ``apply_gradients``, by path."""
-    before = tree_map(lambda array: array, optimizer.state)
-
-    def chosen(new: mx.array, old: mx.array) -> mx.array:
-        return decision.select(new.astype(old.dtype), old)
-
-    try:
-        updated = optimizer.apply_gradients(tree_map(decision.scaled, gradients), parameters)
-    except Exception:
-        _replace(before, optimizer.state, lambda _, old: old)
-        raise
-    _replace(before, optimizer.state, chosen)
-    return flatten(tree_map(chosen, updated, parameters))
-
-
-def _replace(before: Any, live: Any, chosen: Callable[[mx.array, mx.array], mx.array]) -> None:
-    """Put ``chosen(new, old)`` in place of each array of a live state."""
-    for key, old in before.items() if isinstance(before, dict) else enumerate(before):
-        if isinstance(old, mx.array):
-            live[key] = chosen(live[key], old)
-        else:
-            _replace(old, live[key], chosen)

@@ -26,12 +26,13 @@ from ._validate import (
 from .distributed.sharding import Sharding
 from .guard import Guard
 from .optimizers import AdamW, SignSGD
-from .optimizers.base import Float32Optimizer, Rounding, flatten, refuse_complex
+from .optimizers.base import Float32Optimizer, Rounding, refuse_complex
 from .routing.members import MemberFactory, MemberSpec
 from .routing.rates import WIDTH, OptimizerName, Run
 from .routing.roles import Parameter, find_roles
 from .routing.routed import RoutedOptimizer
 from .routing.rules import apply_rules
+from .trees import flatten
 
 LORA_ROLES = frozenset({"lora_a", "lora_b"})
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES

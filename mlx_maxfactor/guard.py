@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from . import functional as f
 from ._validate import check_flag, check_integer, check_number, known
-from .optimizers.update_loop import StepDecision
+from .step import StepDecision
 
 
 class Guard:
@@ -79,8 +79,8 @@ class Guard:
         """Count the step if it is skipped."""
         if self.skip_nonfinite:
             skipped, in_a_row = self.counts["skipped"], self.counts["skipped_in_a_row"]
-            self.counts["skipped"] = decision.select(skipped, skipped + 1)
-            self.counts["skipped_in_a_row"] = decision.select(mx.zeros_like(in_a_row), in_a_row + 1)
+            self.counts["skipped"] = decision.kept(skipped, skipped + 1)
+            self.counts["skipped_in_a_row"] = decision.kept(mx.zeros_like(in_a_row), in_a_row + 1)
 
     def check(self, step: mx.array) -> None:
         """Raise if too many steps in a row were skipped. With a limit, it waits for the device.

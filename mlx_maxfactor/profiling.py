@@ -16,9 +16,9 @@ from mlx.utils import tree_map
 from ._validate import check_flags, check_integer
 from .combined import CombinedOptimizer
 from .guard import Guard
-from .optimizers.base import flatten
 from .optimizers.update_loop import StepDecision, UpdateLoop, find_slots, in_order
 from .routing.routed import RoutedOptimizer
+from .trees import flatten
 
 WHOLE, FORWARD, GUARD, WAIT = "whole step", "forward and backward", "guard", "wait"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule
+from .step import ParameterSlot
 
 
 class UpdateStrategy:
@@ -21,15 +21,17 @@ class UpdateStrategy:
     def prepare(self, optimizer: Any, parameters: dict) -> None:
         """Called when the optimizer has made the state of these parameters."""
 
-    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
-        """The slots with the gradients to use."""
+    def average_gradients(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
+        """The slots, each with the mean of all ranks' gradients."""
         return slots
 
     def update(
-        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
+        self,
+        slots: list[ParameterSlot],
+        step: Callable[[list[ParameterSlot]], dict[str, mx.array]],
     ) -> dict[str, mx.array]:
-        """Every parameter by path, updated."""
-        return loop.update_all(slots, rule)
+        """Every parameter by path, updated by ``step``."""
+        return step(slots)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of whole states, by path, where this machine holds only parts of them."""

@@ -10,7 +10,7 @@ from mlx.utils import tree_map_with_path
 
 from . import functional as f
 from ._validate import check_integer, check_number, shown
-from .optimizers.base import flatten
+from .trees import flatten
 
 DTYPES = (mx.float32, mx.bfloat16)
 

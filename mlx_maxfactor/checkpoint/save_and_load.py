@@ -14,10 +14,9 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
 from .._validate import check_choice, check_flags, got
-from ..optimizers.base import flatten
-from ..optimizers.update_loop import at_path
 from ..routing.roles import find_aliases
 from ..strategy import UpdateStrategy
+from ..trees import at_path, flatten
 from . import description, file
 from .file import CheckpointError, File, Kind, kind_of
 

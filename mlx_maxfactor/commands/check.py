@@ -31,8 +31,8 @@ from .._version import __version__
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..factory import create_optimizer
 from ..optimizers import Muon, OrthoMaxFactor, SignSGD
-from ..optimizers.base import flatten
 from ..routing import OPTIMIZERS
+from ..trees import flatten
 from .terminal import OneLineParser, integer, table
 
 STEPS = 20

@@ -33,7 +33,7 @@ from ..finetuning.models import (
 from ..finetuning.optimizer_names import make_optimizer
 from ..finetuning.small_llama import build_model, write_task
 from ..finetuning.tuning import Tuning, describe_run
-from ..optimizers.base import flatten
+from ..trees import flatten
 from .lora_arguments import BAD_INPUT, DEMO, one_line, parse_arguments
 from .terminal import OneLineParser, Progress, catching_interrupts
 

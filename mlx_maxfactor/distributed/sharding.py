@@ -7,10 +7,11 @@ from weakref import ref
 import mlx.core as mx
 
 from ..checkpoint.file import CheckpointError
-from ..combined import CombinedOptimizer, updates_singly
-from ..optimizers.base import Float32Optimizer, flatten
-from ..optimizers.update_loop import ParameterSlot, UpdateLoop, UpdateRule, at_path
+from ..combined import CombinedOptimizer
+from ..optimizers.foreign import as_member
+from ..step import ParameterSlot
 from ..strategy import UpdateStrategy
+from ..trees import at_path, flatten
 from .assignment import Assignment, ParameterCost
 from .collectives import MESSAGE_BYTES, OrderedCollectives, OwnedArray
 
@@ -55,7 +56,8 @@ class Sharding(UpdateStrategy):
         Raises:
             ValueError: A member updates all of its parameters at once.
         """
-        if whole := [type(o).__name__ for o in optimizer.optimizers if not updates_singly(o)]:
+        at_once = [o for o in optimizer.optimizers if as_member(o).updates_at_once]
+        if whole := [type(o).__name__ for o in at_once]:
             raise ValueError(
                 f"{', '.join(whole)} updates all of its parameters at once and cannot be shared "
                 "among ranks: give its members to create_optimizer"
@@ -76,18 +78,20 @@ class Sharding(UpdateStrategy):
             if self.assignment.owners.get(path) != self.rank:
                 state.clear()
 
-    def receive(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
+    def average_gradients(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
         """The slots, with each gradient averaged over all ranks."""
         self._collectives = self._new_collectives()
         means = self._collectives.averaged([slot.gradient for slot in slots])
         return [slot._replace(gradient=g) for slot, g in zip(slots, means, strict=True)]
 
     def update(
-        self, loop: UpdateLoop, slots: list[ParameterSlot], rule: UpdateRule
+        self,
+        slots: list[ParameterSlot],
+        step: Callable[[list[ParameterSlot]], dict[str, mx.array]],
     ) -> dict[str, mx.array]:
         """Update this rank's share, and gather the shares of the others."""
         owners = self.assignment.owners
-        own = loop.update_all([s for s in slots if owners.get(s.path) == self.rank], rule)
+        own = step([s for s in slots if owners.get(s.path) == self.rank])
         shared = {
             s.path: OwnedArray(
                 s.parameter.shape, s.parameter.dtype, owners[s.path], own.get(s.path)
@@ -111,13 +115,12 @@ class Sharding(UpdateStrategy):
         return at_path(self._member_of(path).state, path)
 
     def _member_of(self, path: str) -> Any:
-        return self._optimizer().optimizers[self._optimizer().index_of(path)]
+        return as_member(self._optimizer().optimizers[self._optimizer().index_of(path)])
 
     def _cost(self, path: str, parameter: mx.array) -> ParameterCost:
         """What it costs to own a parameter."""
-        optimizer, flops = self._member_of(path), float(parameter.size)
-        if isinstance(optimizer, Float32Optimizer):
-            flops = optimizer.flops(parameter.shape, optimizer.layout_of(path))
+        member = self._member_of(path)
+        flops = member.flops(parameter.shape, member.layout_of(path))
         loads = (flops, float(_nbytes(self._shapes[path])), float(parameter.nbytes))
         return ParameterCost(path, loads)
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..optimizers.base import flatten
+from ..trees import flatten
 
 MOST = 4
 """More kinds than these are merged: layers that differ in nothing but their sizes are one kind."""

@@ -25,8 +25,8 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from mlx_lm.utils import _get_classes, load_model
 
 from ..factory import estimate_state_bytes
-from ..optimizers.base import flatten
 from ..routing import OPTIMIZERS
+from ..trees import flatten
 from .layer_kinds import Plan, keep_layers, plan_of, whole
 from .model_config import (
     DTYPES,

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..checkpoint.file import write
-from ..optimizers.base import flatten
+from ..trees import flatten
 from .data import name_of_data
 from .models import prefixing_errors
 from .optimizer_names import MLX_OPTIMIZERS

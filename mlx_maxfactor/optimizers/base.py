@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from inspect import Parameter, signature
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from .. import functional as f
 from .._validate import (
@@ -23,17 +23,9 @@ from .._validate import (
     warn,
 )
 from ..schedules import described
+from ..step import StepDecision, find_slots, in_order, take_step
+from ..trees import child_at, children, flatten, trainable
 from . import moment_state as moments
-from .update_loop import (
-    ParameterSlot,
-    Update,
-    UpdateLoop,
-    child_at,
-    children,
-    find_slots,
-    in_order,
-    unchanged_on_error,
-)
 
 COMPLEX = (
     "complex parameters are not supported: store the real and imaginary parts as two arrays, or "
@@ -99,6 +91,8 @@ class Float32Optimizer(Optimizer):
 
     _usual_rate: float | None = None
     """A typical rate, if rates are relative to the weights and therefore unlike AdamW's."""
+
+    updates_at_once = False
 
     def __init__(
         self,
@@ -208,13 +202,9 @@ class Float32Optimizer(Optimizer):
         """The layout of the parameter at ``path``."""
         return self.layouts.get(path, self.layout)
 
-    def layout_argument(self, path: str) -> tuple[str, ...]:
-        """The layout as an argument, or nothing if it is the optimizer's own.
-
-        A subclass may define only MLX's methods, which take no layout.
-        """
-        layout = self.layout_of(path)
-        return () if layout == self.layout else (layout,)
+    def set_layout(self, path: str, layout: str) -> None:
+        """Set the layout of the parameter at ``path``."""
+        self.layouts[path] = layout
 
     # The update of arrays
 
@@ -288,14 +278,6 @@ class Float32Optimizer(Optimizer):
         each = _parts(new, count)
         return each if flat else [f.from_items(x, first.shape, layout) for x in each]
 
-    def _group(self, path: str, parameter: mx.array) -> Hashable:
-        """What parameters that are updated together have in common. None: update it alone."""
-        own = type(self).apply_single is Float32Optimizer.apply_single
-        small = SMALL_ELEMENTWISE if self.elementwise else SMALL
-        if parameter.size > small or not own or self.rounding == "stochastic":
-            return None
-        return id(self), self.layout_of(path), parameter.shape, parameter.dtype
-
     def _own_layout(self, layout: str | None) -> str:
         # Elementwise updates need no layout, and so the state has the same shapes as in MLX.
         return "batched" if self.elementwise else layout or self.layout
@@ -352,7 +334,7 @@ class Float32Optimizer(Optimizer):
                 problems.append(f"{path}: {COMPLEX}")
             elif _is_updatable(tree) and self.owns(path):
                 try:
-                    self.init_single(tree, state, *self.layout_argument(path))
+                    self.init_single(tree, state, *self._given_layout(path))
                 except ValueError as problem:
                     problems.append(f"{path}: {problem}")
         return state
@@ -364,30 +346,45 @@ class Float32Optimizer(Optimizer):
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
-        slots = find_slots(gradients, parameters, [self.state])
-        if any(not isinstance(slot.states[0], dict) for slot in slots):
+        slots = find_slots(gradients, parameters, [self], lambda _: 0)
+        if any(not isinstance(slot.state, dict) for slot in slots):
             self.init(gradients)
-            slots = find_slots(gradients, parameters, [self.state])
-        with unchanged_on_error([self.state], slots):
-            self.advance()
-            updated = UpdateLoop().update_all(slots, lambda slot: self.update_of(slot, 0))
-        return in_order(gradients, slots, updated)
+            slots = find_slots(gradients, parameters, [self], lambda _: 0)
+        return in_order(gradients, slots, take_step(slots, [self], StepDecision()))
 
     def advance(self) -> None:
         """Count an update, and set its rate."""
         self.state["learning_rate"] = self._next_rate()
         self.state["step"] = self.step + 1
 
-    def update_of(self, slot: ParameterSlot, index: int) -> Update | None:
-        """How to update a parameter, whose state has this index. None: it is not trained."""
-        if not (self.owns(slot.path) and _is_updatable(slot.parameter)):
+    def group_of(self, path: str, parameter: mx.array) -> Hashable:
+        """What parameters that are updated together have in common. None: update it alone."""
+        small = SMALL_ELEMENTWISE if self.elementwise else SMALL
+        if parameter.size > small or not self._is_batched or self.rounding == "stochastic":
             return None
-        group, layout = self._group(slot.path, slot.parameter), self.layout_argument(slot.path)
-        if group is not None:
-            apply = lambda gs, ps, states: self.apply_batch(gs, ps, states, *layout)  # noqa: E731
-        else:
-            apply = lambda gs, ps, ss: [self.apply_single(gs[0], ps[0], ss[0], *layout)]  # noqa: E731
-        return Update(apply, slot.states[index], group, self.elementwise)
+        return id(self), self.layout_of(path), parameter.shape, parameter.dtype
+
+    def apply(
+        self,
+        paths: Sequence[str],
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        states: list[dict],
+    ) -> list[mx.array]:
+        """Return updated parameters of one shape and layout. Their states change in place."""
+        if self._is_batched:
+            return self.apply_batch(gradients, parameters, states, self.layout_of(paths[0]))
+        given = self._given_layout(paths[0])
+        return [self.apply_single(gradients[0], parameters[0], states[0], *given)]
+
+    def _given_layout(self, path: str) -> tuple[str, ...]:
+        # A subclass may define only MLX's methods, which take no layout.
+        layout = self.layout_of(path)
+        return () if layout == self.layout else (layout,)
+
+    @property
+    def _is_batched(self) -> bool:
+        return type(self).apply_single is Float32Optimizer.apply_single
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of an update, as the number of matrix-product operations that take as long."""
@@ -437,16 +434,6 @@ def options_of(kind: type) -> dict[str, Any]:
             if len(named) == len(parameters):
                 break
     return {k: v for k, v in options.items() if k not in ("self", "learning_rate")}
-
-
-def flatten(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a tree by path."""
-    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
-
-
-def trainable(model: Any) -> Any:
-    """The trainable parameters of a model. A tree is returned unchanged."""
-    return model.trainable_parameters() if isinstance(model, nn.Module) else model
 
 
 def _as_rate(rate: Any) -> mx.array:

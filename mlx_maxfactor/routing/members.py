@@ -10,10 +10,11 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, warn
 from ..optimizers.adafactor import Adafactor, relative_step_of
 from ..optimizers.base import options_of
+from ..optimizers.foreign import as_member
 from ..optimizers.maxfactor import STEP_MOVED
 from ..schedules import Schedule, scaled, with_peak
 from .rates import OPTIMIZERS, RatePreset, Run, default_rate, schedule_of
-from .routed import Member, set_rate
+from .routed import Member
 
 HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
 """Wrong option names under which a user may pass an optimizer's name."""
@@ -200,7 +201,7 @@ class MemberFactory:
             follows = not is_primary and (spec is self.primary or spec.rate is None)
             optimizer = entry.kind(default if follows or rate is None else rate, **options)
             if follows:
-                set_rate(optimizer, cast(Rate, rate))
+                as_member(optimizer).set_rate(cast(Rate, rate))
         label = ", ".join([spec.choice] + [entry.table_label] * table + ["no decay"] * (not decays))
         peak = peak_rate_of(optimizer)
         if not peak and (is_primary or spec.rate != 0):  # not known, or 0 because the primary is
@@ -245,14 +246,14 @@ class MemberFactory:
         """Give an optimizer with a constant rate the shape of the primary's schedule."""
         own = optimizer._schedulers.get("learning_rate")
         if isinstance(own, SharedSchedule):  # from an earlier call
-            set_rate(optimizer, own.own_rate)
+            as_member(optimizer).set_rate(own.own_rate)
         elif own is not None or "learning_rate" not in optimizer.state:
             return  # it has a schedule, or, as MLX's Adafactor, a rate relative to the weights
         if callable(self.rate):
             rate = float(optimizer.learning_rate)
             peak = _known_peak(self.rate, f"the rate of {type(optimizer).__name__}")
             shared = scaled(self.rate, rate / peak)
-            set_rate(optimizer, SharedSchedule(**vars(shared), own_rate=rate))
+            as_member(optimizer).set_rate(SharedSchedule(**vars(shared), own_rate=rate))
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear
 
-from ..optimizers.update_loop import children
+from ..trees import children
 
 ROLES = (
     "embedding",

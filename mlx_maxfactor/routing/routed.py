@@ -12,10 +12,10 @@ from mlx.optimizers import Optimizer
 from .._validate import Rate, check_rate, known
 from ..combined import CombinedOptimizer, shown_optimizer
 from ..guard import Guard
-from ..optimizers.base import Float32Optimizer, flatten, refuse_complex, trainable
-from ..optimizers.update_loop import ParameterSlot, children
+from ..optimizers.base import refuse_complex
 from ..schedules import scaled
 from ..strategy import UpdateStrategy
+from ..trees import children, flatten, trainable
 from .plan import Plan, PlanEntry
 from .roles import Parameter, find_aliases
 
@@ -77,9 +77,7 @@ class RoutedOptimizer(CombinedOptimizer):
         self._primary = min((self._routes[path] for path in self._prepared), default=0)
 
     def _set_layout(self, path: str) -> None:
-        optimizer = self.optimizers[self._routes[path]]
-        if isinstance(optimizer, Float32Optimizer):
-            optimizer.layouts[path] = self._parameters[path].layout
+        self._members[self._routes[path]].set_layout(path, self._parameters[path].layout)
 
     @property
     def plan(self) -> Plan:
@@ -152,10 +150,6 @@ class RoutedOptimizer(CombinedOptimizer):
         """Index of the member that updates the parameter at a path."""
         return self._routes.get(path)
 
-    def _is_ready(self, slot: ParameterSlot) -> bool:
-        # No member updates integer arrays.
-        return super()._is_ready(slot) or not mx.issubdtype(slot.parameter.dtype, mx.inexact)
-
     def split(self, tree: Any, index: int, path: str = "") -> Any:
         """The tree without the parameters of other members. Lists keep their length."""
         if not isinstance(tree, (dict, list, tuple)):
@@ -179,10 +173,9 @@ class RoutedOptimizer(CombinedOptimizer):
     def learning_rate(self, learning_rate: Rate) -> None:
         learning_rate = check_rate("learning_rate", learning_rate, self.step)
         primary = self.members[self._primary]
-        if isinstance(primary.optimizer, Float32Optimizer):
-            primary.optimizer.warn_if_small(learning_rate)
+        self._members[self._primary].warn_if_small(learning_rate)
         first, first_constant = self.learning_rate, _is_constant(primary.optimizer)
-        for member in self.members:
+        for member, updater in zip(self.members, self._members, strict=True):
             if "learning_rate" not in member.optimizer.state:
                 continue  # MLX's Adafactor with a rate relative to the weights
             rate = member.optimizer.state["learning_rate"]
@@ -190,9 +183,9 @@ class RoutedOptimizer(CombinedOptimizer):
             peaks = member.peak_rate, primary.peak_rate
             ratio = mx.where(constant, rate / first, peaks[0] / peaks[1] if peaks[1] else 1.0)
             if callable(learning_rate):
-                set_rate(member.optimizer, scaled(learning_rate, float(ratio)))
+                updater.set_rate(scaled(learning_rate, float(ratio)))
             else:
-                set_rate(member.optimizer, learning_rate * ratio)
+                updater.set_rate(learning_rate * ratio)
         if known(self.learning_rate) is not None:  # not traced
             # Another thread could not evaluate the rates later.
             mx.eval([member.optimizer.state.get("learning_rate") for member in self.members])
@@ -204,32 +197,13 @@ class RoutedOptimizer(CombinedOptimizer):
         """
         tree = trainable(model)
         rates: dict[str, float] = {}
-        for index, optimizer in enumerate(self.optimizers):
-            part = self.split(tree, index)
-            if isinstance(optimizer, Float32Optimizer):
-                rates |= optimizer.effective_learning_rates(part)
-            else:
-                rate = float(optimizer.state.get("learning_rate", float("nan")))
-                rates |= dict.fromkeys(flatten(part), rate)
+        for index, member in enumerate(self._members):
+            rates |= member.effective_learning_rates(self.split(tree, index))
         return {path: rates[path] for path in self._parameters if path in rates}
 
 
 def _counted(count: int) -> str:
     return f"{count} parameter{'s' * (count != 1)}"
-
-
-def set_rate(optimizer: Optimizer, rate: Rate) -> None:
-    """Set the rate of any MLX optimizer: a number ends its schedule, a function starts one."""
-    if isinstance(optimizer, Float32Optimizer):
-        optimizer.set_rate(rate)
-    elif callable(rate):
-        optimizer._maybe_schedule("learning_rate", rate)
-        optimizer.state["scheduled"] = mx.array(True)
-    else:
-        optimizer.learning_rate = rate
-        if "scheduled" in optimizer.state:
-            # The schedule stays: a compiled step computes it, and asks the state if it counts.
-            optimizer.state["scheduled"] = mx.array(False)
 
 
 def _is_constant(optimizer: Optimizer) -> mx.array:

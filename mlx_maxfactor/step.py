@@ -1,0 +1,254 @@
+"""One step of all parameters: groups of small ones, large ones one after the other.
+
+This is the only engine. A bare optimizer is one member; a routed optimizer has several.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from .trees import matched_leaves, select
+
+GROUP_ELEMENTS = 2**19
+"""Most elements of a group: its float32 copies exist at the same time."""
+
+
+class Member(Protocol):
+    """What the engine asks of an optimizer.
+
+    Attributes:
+        elementwise: Whether each element is updated by itself, so that one fused kernel is enough.
+        updates_at_once: Whether it updates all of its parameters in one call.
+    """
+
+    updates_at_once: bool
+
+    @property
+    def elementwise(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def state(self) -> dict:
+        """The live state: numbers at the top, and the state of each parameter at its path."""
+        ...
+
+    def owns(self, path: str) -> bool:
+        """Whether it updates the parameter at ``path``."""
+        ...
+
+    def advance(self) -> None:
+        """Count an update, and set its rates."""
+        ...
+
+    def group_of(self, path: str, parameter: mx.array) -> Hashable:
+        """What parameters that it updates together have in common. None: update it alone."""
+        ...
+
+    def apply(
+        self,
+        paths: Sequence[str],
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        states: list[dict],
+    ) -> Sequence[mx.array]:
+        """The updated parameters of a group. Their states change in place."""
+        ...
+
+
+class ParameterSlot(NamedTuple):
+    """A gradient, its parameter, the optimizer that updates it, and the state it keeps for it."""
+
+    path: str
+    gradient: mx.array
+    parameter: mx.array
+    member: Member | None  # None: it is not updated
+    state: Any  # None: there is none yet
+
+
+class StepDecision(NamedTuple):
+    """What the guard decided about a step.
+
+    Attributes:
+        factor: Float32 factor on every gradient. None: 1.
+        accepted: Whether to make the step. If not, every array keeps its value. None: make it.
+    """
+
+    factor: mx.array | None = None
+    accepted: mx.array | None = None
+
+    def scaled(self, gradient: mx.array) -> mx.array:
+        """The gradient times the factor, in float32: a small fp16 gradient would become zero."""
+        return gradient if self.factor is None else gradient * self.factor
+
+    def kept(self, new: Any, old: mx.array) -> mx.array:
+        """The new array in the old dtype, or the old one if the step is skipped.
+
+        MLX's optimizers return float32 for a float32 gradient.
+        """
+        new = new.astype(old.dtype)
+        return new if self.accepted is None else mx.where(self.accepted, new, old)
+
+
+def find_slots(
+    gradients: Any,
+    parameters: Any,
+    members: Sequence[Member],
+    index_of: Callable[[str], int | None],
+) -> list[ParameterSlot]:
+    """Match every gradient with its parameter, its optimizer and its state, in the same order.
+
+    Raises:
+        ValueError: A gradient has no parameter, or they differ in shape. MLX would broadcast
+            silently, or stop half-way.
+    """
+    states, slots = [member.state for member in members], []
+    for path, gradient, (parameter, *found) in matched_leaves(gradients, [parameters, *states]):
+        for name, x in (("gradient", gradient), ("parameter", parameter)):
+            if x is None and name == "parameter":
+                raise ValueError(f"{path}: the gradient has no parameter of this name")
+            if not isinstance(x, mx.array):
+                raise ValueError(f"{path}: the {name} must be an array, got {type(x).__name__}")
+        if gradient.shape != parameter.shape:
+            raise ValueError(
+                f"{path}: the gradient has shape {gradient.shape}, and the parameter "
+                f"{parameter.shape}"
+            )
+        index = index_of(path)
+        member = None if index is None else members[index]
+        state = None if index is None else found[index]
+        if member is not None and member.updates_at_once:
+            state = states[members.index(member)]
+        if member is not None and not member.owns(path):
+            member = None
+        slots.append(ParameterSlot(path, gradient, parameter, member, state))
+    if len({slot.path for slot in slots}) < len(slots):
+        (path, _), *_ = Counter(slot.path for slot in slots).most_common()
+        raise ValueError(f"two parameters have the path {path}: rename one of them")
+    return slots
+
+
+def in_order(gradients: Any, slots: Sequence[ParameterSlot], updated: dict[str, mx.array]) -> Any:
+    """The updated parameters in the structure of the gradients."""
+    each = (updated[slot.path] for slot in slots)
+    return tree_map(lambda _: next(each), gradients)
+
+
+def take_step(
+    slots: Sequence[ParameterSlot], members: Sequence[Member], decision: StepDecision
+) -> dict[str, mx.array]:
+    """Count a step, move the schedules, and update every parameter.
+
+    MLX evaluates breadth first: the float32 copies of twenty bf16 weights, and everything computed
+    from them, would exist at the same time. Here each group waits for the one before it, so that
+    its temporary arrays and its gradients are released first. The last parameters come first,
+    because a backward pass ends with the first layers. Small parameters are updated in groups: a
+    GPU takes as long to start a kernel for one as for all.
+
+    Returns:
+        The new parameters by path. If a step fails, all states are as they were.
+    """
+    updated = {slot.path: slot.parameter for slot in slots}
+    with _unchanged_on_error(slots, members):
+        for member in members:
+            before = _numbers(member)
+            member.advance()
+            select(member.state, before, decision.kept)
+        done: list[mx.array] = []
+        for group in _groups(slots):
+            new, done = _update_group(group, decision, done)
+            updated |= new
+    return updated
+
+
+def _groups(slots: Sequence[ParameterSlot]) -> list[list[ParameterSlot]]:
+    """Parameters to update together, the last ones first."""
+    groups: list[list[ParameterSlot]] = []
+    open_groups: dict[Hashable, list[ParameterSlot]] = {}
+    for slot in reversed(slots):
+        is_updated = slot.parameter.size and mx.issubdtype(slot.parameter.dtype, mx.inexact)
+        if slot.member is None or not is_updated:
+            continue
+        key = slot.member.group_of(slot.path, slot.parameter)
+        group = None if key is None else open_groups.get(key)
+        full = group and (len(group) + 1) * slot.parameter.size > GROUP_ELEMENTS
+        if group is None or (full and not slot.member.updates_at_once):
+            group = open_groups[key] = []
+            groups.append(group)
+        group.append(slot)
+    return groups
+
+
+def _update_group(
+    group: list[ParameterSlot], decision: StepDecision, done: list[mx.array]
+) -> tuple[dict[str, mx.array], list[mx.array]]:
+    """Update some parameters at once, after those that are done.
+
+    Returns:
+        The new parameters by path, and what the next group waits for.
+
+    Raises:
+        ValueError: A state does not fit its parameter.
+    """
+    slot, member = group[0], group[0].member
+    assert member is not None
+    states = list({id(slot.state): slot.state for slot in group}.values())
+    before = [tree_map(lambda x: x, state) for state in states]
+    gradients = [decision.scaled(x) for x in _after(done, [s.gradient for s in group])]
+    parameters = _after(done, [slot.parameter for slot in group])
+    for state in states:
+        arrays = {key: x for key, x in state.items() if isinstance(x, mx.array)}
+        state.update(zip(arrays, _after(done, list(arrays.values())), strict=True))
+    try:
+        paths = [slot.path for slot in group]
+        new = list(member.apply(paths, gradients, parameters, states))
+    except (KeyError, ValueError) as problem:
+        what = f"its state has no {problem}" if isinstance(problem, KeyError) else problem
+        raise ValueError(
+            f"{slot.path} {slot.parameter.shape}, gradient {slot.gradient.shape}: {what}; "
+            "create the optimizer again if the model has changed"
+        ) from problem
+    if any(x is not None for x in decision):
+        new = [decision.kept(x, p) for x, p in zip(new, parameters, strict=True)]
+        for state, old in zip(states, before, strict=True):
+            select(state, old, decision.kept)
+    # What a later update waits for cannot be computed in one kernel with anything else.
+    kept = [] if member.elementwise else [x for state in states for x in state.values()]
+    done = [*new, *(x for x in kept if isinstance(x, mx.array))]
+    return {slot.path: x for slot, x in zip(group, new, strict=True)}, done
+
+
+def _after(done: list[mx.array], arrays: list[mx.array]) -> list[mx.array]:
+    """Arrays that are read after others. Each alone: arrays of one call stay alive together."""
+    return [mx.depends(x, done) for x in arrays] if done else arrays
+
+
+def _numbers(member: Member) -> dict[str, mx.array]:
+    """The arrays of a state that belong to no parameter, such as the step and the rate."""
+    return {key: x for key, x in member.state.items() if isinstance(x, mx.array)}
+
+
+@contextmanager
+def _unchanged_on_error(
+    slots: Sequence[ParameterSlot], members: Sequence[Member]
+) -> Iterator[None]:
+    """Restore the optimizers' states if an update fails half-way."""
+    live = {id(slot.state): slot for slot in slots if isinstance(slot.state, dict)}.values()
+    kept = [(slot, tree_map(lambda x: x, slot.state)) for slot in live]
+    numbers = [(member.state, _numbers(member)) for member in members]
+    try:
+        yield
+    except BaseException:
+        for slot, before in kept:
+            if slot.member is not None and slot.member.updates_at_once:
+                select(slot.state, before, lambda _, old: old)
+            else:
+                slot.state.clear()
+                slot.state.update(before)
+        for state, before in numbers:
+            state.update(before)
+        raise
