@@ -27,6 +27,7 @@ from mlx.optimizers import Adafactor as MlxAdafactor
 from mlx.optimizers import AdamW as MlxAdamW
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
+from profiling import profile_step
 from tqdm import tqdm
 from variants import VARIANTS, NorMuon
 
@@ -38,7 +39,6 @@ from mlx_maxfactor import (
     RoutedOptimizer,
     create_optimizer,
     load_checkpoint,
-    profile_step,
     save_checkpoint,
 )
 from mlx_maxfactor.commands.terminal import OneLineParser, catching_interrupts
@@ -284,9 +284,8 @@ def print_profile(
     task: Task, model: nn.Module, optimizer: RoutedOptimizer, arguments: Arguments
 ) -> None:
     """Print where a step's time and memory go. The training is not affected."""
-    loss_and_gradients = nn.value_and_grad(model, partial(task.loss, model))
     batch = task.training_batch(np.random.default_rng(arguments.seed))
-    print(profile_step(model, optimizer, loss_and_gradients, *batch, rounds=25), flush=True)
+    print(profile_step(model, optimizer, task.loss, *batch, rounds=25), flush=True)
 
 
 def record_bands(run: Run, optimizer: RoutedOptimizer, watched: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ from .optimizers import (
     OrthoMaxFactor,
     SignSGD,
 )
-from .profiling import Profile, profile_step
 from .routing import (
     OPTIMIZERS,
     ROLES,
@@ -49,7 +48,6 @@ __all__ = [
     "OrthoMaxFactor",
     "Plan",
     "PlanEntry",
-    "Profile",
     "RoutedOptimizer",
     "Schedule",
     "SignSGD",
@@ -66,7 +64,6 @@ __all__ = [
     "load_checkpoint",
     "newton_schulz",
     "polar_express",
-    "profile_step",
     "register_optimizer",
     "save_checkpoint",
     "warmup_cosine",

@@ -28,7 +28,6 @@ from mlx_maxfactor import (
     Muon,
     create_optimizer,
     load_checkpoint,
-    profile_step,
     save_checkpoint,
 )
 from mlx_maxfactor.checkpoint.save_and_load import _own_key
@@ -175,13 +174,6 @@ def test_guard_around_an_optimizer_of_several_ranks_is_refused():
     with pytest.raises(ValueError, match=r"give max_grad_norm, skip_nonfinite and max_skipped to"):
         GuardedOptimizer(optimizer)
     GuardedOptimizer(create_optimizer(nn.Linear(3, 2)))
-
-
-def test_profiling_with_a_group_is_refused():
-    model = nn.Linear(3, 2)
-    optimizer = create_optimizer(model, group=Rank(0, 2))
-    with pytest.raises(ValueError, match="without group"):
-        profile_step(model, optimizer, nn.value_and_grad(model, lambda: mx.array(0.0)))
 
 
 def test_rank_without_a_share_keeps_no_state():
