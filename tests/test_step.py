@@ -1,4 +1,4 @@
-"""The update loop updates one parameter at a time: memory during and after a step, its result."""
+"""The engine updates one group at a time: memory during and after a step, its result."""
 
 import gc
 
@@ -8,7 +8,7 @@ import mlx.optimizers as mlx_optimizers
 import pytest
 
 from mlx_maxfactor import AdamW, GuardedOptimizer, MaxFactor, create_optimizer
-from mlx_maxfactor.optimizers.update_loop import find_slots
+from mlx_maxfactor.step import find_slots
 
 COUNT, SIDE = 64, 400  # too large for groups
 MATRIX = 4 * SIDE * SIDE  # bytes of one in float32
@@ -81,9 +81,13 @@ def test_find_slots_returns_the_states_of_each_optimizer():
     x, y, z = mx.zeros(1), mx.zeros(2), mx.zeros(3)
     gradients = {"a": [{"w": x}, {"w": y}], "b": {"c": (z,)}}
     states = [{"a": [{"w": {"m": x}}]}, {"step": x, "b": {"c": [{}]}}]
-    slots = find_slots(gradients, gradients, states)
+    members = [AdamW(), AdamW()]
+    for member, state in zip(members, states, strict=True):
+        member.state.update(state)
+    slots = find_slots(gradients, gradients, members, lambda path: int(path.startswith("b")))
     assert [slot.path for slot in slots] == ["a.0.w", "a.1.w", "b.c.0"]
-    assert [slot.states for slot in slots] == [({"m": x}, None), (None, None), (None, {})]
+    assert [slot.state for slot in slots] == [{"m": x}, None, {}]
+    assert [slot.member for slot in slots] == [members[0], members[0], members[1]]
 
 
 def test_result_has_the_structure_of_the_gradients():
