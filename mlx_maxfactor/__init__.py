@@ -12,12 +12,11 @@ from .optimizers import (
     Adafactor,
     AdamW,
     Float32Optimizer,
-    FrequencyAdaptiveMomentum,
-    MaxFactor,
     Muon,
     OrthoMaxFactor,
     SignSGD,
 )
+from .published import FrequencyAdaptiveMomentum, MaxFactor
 from .routing import (
     OPTIMIZERS,
     ROLES,

@@ -157,7 +157,8 @@ def take_step(
         for member in members:
             before = _numbers(member)
             member.advance()
-            select(member.state, before, decision.kept)
+            if decision.accepted is not None:
+                select(member.state, before, decision.kept)
         done: list[mx.array] = []
         for group in _groups(slots):
             new, done = _update_group(group, decision, done)

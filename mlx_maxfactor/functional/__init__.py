@@ -28,7 +28,6 @@ from .moments import (
 )
 from .norms import (
     clamp,
-    clamp_gradient,
     each,
     fusion_barrier,
     on_cpu,
@@ -71,7 +70,6 @@ __all__ = [
     "bias_correction",
     "cautious_scale",
     "clamp",
-    "clamp_gradient",
     "dequantize",
     "each",
     "factored_root",

@@ -22,18 +22,13 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.cpu
 
 
-def clamp(x: mx.array, limit: float) -> mx.array:
+def clamp(x: mx.array, limit: float = GRADIENT_LIMIT) -> mx.array:
     """Clamp to ±limit; a NaN stays one.
 
     The number comes first: MLX's fused kernels ask whether the first operand is a NaN, and where
     that is an array the compiler vectorizes nothing of the kernel.
     """
     return mx.maximum(-limit, mx.minimum(limit, x))
-
-
-def clamp_gradient(gradient: mx.array) -> mx.array:
-    """Clamp to ±1e15, so that the square of any finite gradient is finite in float32."""
-    return clamp(gradient, GRADIENT_LIMIT)
 
 
 def row_squares(x: mx.array) -> mx.array:

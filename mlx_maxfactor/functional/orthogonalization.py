@@ -109,10 +109,6 @@ def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     return _orthogonalized(x, "polar_express", steps, dtype)
 
 
-def _newton_schulz_table(steps: int) -> list[Quintic]:
-    return [NEWTON_SCHULZ] * steps
-
-
 def _polar_express_table(steps: int) -> list[Quintic]:
     s = POLAR_EXPRESS_SAFETY
     slack = (s * s, *[s] * 6)  # the first shrinks X_0 as well
@@ -123,7 +119,10 @@ def _polar_express_table(steps: int) -> list[Quintic]:
 
 
 Method = Literal["newton_schulz", "polar_express"]
-METHODS = {"newton_schulz": _newton_schulz_table, "polar_express": _polar_express_table}
+METHODS: dict[str, Callable[[int], list[Quintic]]] = {
+    "newton_schulz": lambda steps: [NEWTON_SCHULZ] * steps,
+    "polar_express": _polar_express_table,
+}
 """By name: from a number of steps to the quintic of each."""
 
 
@@ -210,13 +209,19 @@ def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int, size: int | 
 
     A group of steps is one product ``QX``. The norm of X is the root of A's trace. With a ``size``,
     all blocks of a matrix of that size are scaled to an RMS of 1: ``‖QX‖² = tr(QAQ)``.
+
+    Two steps are the first group, then three at a time. Rounding leaves eigenvalues below zero, and
+    each step multiplies them by a². After two steps the singular values are near enough to one
+    another for three.
     """
-    groups = _groups(table)
+    groups = [table[:2], *(table[i : i + 3] for i in range(2, len(table), 3))]
     for i, group in enumerate(groups):
         gram = x @ x.swapaxes(-1, -2) if axis == -2 else x.swapaxes(-1, -2) @ x
         scale = mx.array(1.0)
         if i == 0:
-            scale = _inverse_root(_trace(gram))
+            n = gram.shape[-1]
+            diagonal = gram.reshape(*gram.shape[:-2], n * n)[..., :: n + 1]
+            scale = _inverse_root(mx.sum(diagonal, axis=-1)[..., None, None])
             gram = gram * mx.square(scale)
         q = _product_of_steps(gram, group)
         if size is not None and group is groups[-1]:
@@ -232,18 +237,9 @@ def _inverse_root(x: mx.array) -> mx.array:
     return mx.rsqrt(mx.where(x >= SMALLEST_NORMAL, x, 1.0))
 
 
-def _groups(table: list[Quintic]) -> list[list[Quintic]]:
-    """Steps for which one Gram matrix serves: the first two, then three at a time.
-
-    Rounding leaves eigenvalues below zero, and each step multiplies them by a². After two steps
-    the singular values are near enough to one another for three.
-    """
-    return [table[:2], *(table[i : i + 3] for i in range(2, len(table), 3))]
-
-
 def _product_of_steps(gram: mx.array, group: list[Quintic]) -> mx.array:
     """The product of the steps' ``P = aI + B``, ``B = bA + cA²``. All commute; A becomes PAP."""
-    q = _identity(gram.shape[-1])
+    q = mx.array(np.eye(gram.shape[-1], dtype=np.float32))  # mx.eye would take four kernels
     for i, (a, b, c) in enumerate(group):
         step = mx.addmm(gram, gram, gram, alpha=c, beta=b)
         q = a * q + step if i == 0 else mx.addmm(q, step, q, beta=a)
@@ -251,17 +247,6 @@ def _product_of_steps(gram: mx.array, group: list[Quintic]) -> mx.array:
             gram = mx.addmm(gram, step, gram, beta=a)
             gram = mx.addmm(gram, step, gram, beta=a)
     return q
-
-
-def _identity(n: int) -> mx.array:
-    return mx.array(np.eye(n, dtype=np.float32))  # a constant: mx.eye would take four kernels
-
-
-def _trace(x: mx.array) -> mx.array:
-    """The trace of each matrix, ``(..., 1, 1)``."""
-    n = x.shape[-1]
-    diagonal = x.reshape(*x.shape[:-2], n * n)[..., :: n + 1]
-    return mx.sum(diagonal, axis=-1)[..., None, None]
 
 
 def muon_scale(rows: int, columns: int, scale: str | None) -> float:

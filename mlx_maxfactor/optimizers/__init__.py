@@ -3,8 +3,6 @@
 from .adafactor import Adafactor
 from .adamw import AdamW
 from .base import Float32Optimizer
-from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
-from .maxfactor import MaxFactor
 from .muon import Muon
 from .orthomaxfactor import OrthoMaxFactor
 from .signsgd import SignSGD
@@ -13,8 +11,6 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Float32Optimizer",
-    "FrequencyAdaptiveMomentum",
-    "MaxFactor",
     "Muon",
     "OrthoMaxFactor",
     "SignSGD",

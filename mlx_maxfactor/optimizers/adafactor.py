@@ -101,11 +101,11 @@ class Adafactor(Float32Optimizer):
         """``g / √V``, and what to keep of V."""
         if "v" in state:
             v = state["v"] + b * (mx.square(g) + self.eps[0] - state["v"])
-            return f.clamp_gradient(g / mx.maximum(f.ROOT_FLOOR, mx.sqrt(v))), {"v": v}
+            return f.clamp(g / mx.maximum(f.ROOT_FLOOR, mx.sqrt(v))), {"v": v}
         row, column = f.factored_second_moment(g, state["row"], state["column"], b, self.eps[0])
         mean = mx.mean(row, axis=-2, keepdims=True)
         root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
-        return f.clamp_gradient(g / root), {"row": row, "column": column}
+        return f.clamp(g / root), {"row": row, "column": column}
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """The rate. In the relative step it is multiplied by max(ε₂, RMS(p))."""

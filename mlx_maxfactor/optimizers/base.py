@@ -123,7 +123,7 @@ class Float32Optimizer(Optimizer):
 
         A function that is set after a step was compiled needs that step compiled again.
         """
-        return self.state["learning_rate"]
+        return self._state["learning_rate"]
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Rate) -> None:
@@ -161,13 +161,12 @@ class Float32Optimizer(Optimizer):
             self.state["scheduled"] = mx.array(False)
 
     def _next_rate(self) -> mx.array:
-        rate = self.state["learning_rate"]
-        schedule = self._schedulers.get("learning_rate")
+        state, schedule = self._state, self._schedulers.get("learning_rate")
         if schedule is None:
-            return rate
+            return state["learning_rate"]
         # Below 0 an update would ascend, and a compiled step cannot raise.
-        scheduled = mx.maximum(_as_rate(schedule(self.step)), 0.0)
-        return mx.where(self.state["scheduled"], scheduled, rate)
+        scheduled = mx.maximum(_as_rate(schedule(state["step"])), 0.0)
+        return mx.where(state["scheduled"], scheduled, state["learning_rate"])
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """The factor on the step of update ``t``, one for each of the parameters ``(k, ...)``."""
@@ -266,7 +265,7 @@ class Float32Optimizer(Optimizer):
         flat = self.elementwise and count == 1 and self.state_dtype not in moments.BITS
         stack = flat or f.is_stack(first.shape, layout)
         p = _batch(parameters, layout, flat)
-        g = f.clamp_gradient(_batch(gradients, layout, flat))
+        g = f.clamp(_batch(gradients, layout, flat))
         keys = [key for key in states[0] if key != "key"]
         old = {k: _joined([s[k] if stack else s[k][None] for s in states]) for k in keys}
         new, state = self.rule(g, p, moments.unpacked(old, g))
@@ -354,8 +353,8 @@ class Float32Optimizer(Optimizer):
 
     def advance(self) -> None:
         """Count an update, and set its rate."""
-        self.state["learning_rate"] = self._next_rate()
-        self.state["step"] = self.step + 1
+        state = self._state
+        state["learning_rate"], state["step"] = self._next_rate(), state["step"] + 1
 
     def group_of(self, path: str, parameter: mx.array) -> Hashable:
         """What parameters that are updated together have in common. None: update it alone."""

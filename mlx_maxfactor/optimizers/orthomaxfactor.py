@@ -129,7 +129,7 @@ class OrthoMaxFactor(Float32Optimizer):
         h, kept = f.averaging_momentum(g, state, self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
         root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
-        u = f.clamp_gradient(h / root)
+        u = f.clamp(h / root)
         step = f.orthogonalize(u, self.method, self.steps, self.block, to_unit_rms=True)
         rate = self.step_size(p, self.step, self.learning_rate)
         p = f.stepped(p, self.learning_rate * self.weight_decay, rate * step)

@@ -11,7 +11,7 @@ from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, warn
 from ..optimizers.adafactor import Adafactor, relative_step_of
 from ..optimizers.base import options_of
 from ..optimizers.foreign import as_member
-from ..optimizers.maxfactor import STEP_MOVED
+from ..published.maxfactor import STEP_MOVED
 from ..schedules import Schedule, scaled, with_peak
 from .rates import OPTIMIZERS, RatePreset, Run, default_rate, schedule_of
 from .routed import Member

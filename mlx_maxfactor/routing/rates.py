@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from .._validate import check_number, shown
-from ..optimizers import Adafactor, AdamW, MaxFactor, Muon, OrthoMaxFactor, SignSGD
+from ..optimizers import Adafactor, AdamW, Muon, OrthoMaxFactor, SignSGD
 from ..optimizers.base import Float32Optimizer
+from ..published import MaxFactor
 from ..schedules import Schedule, warmup_cosine
 from .roles import ROLES
 

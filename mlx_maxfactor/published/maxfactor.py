@@ -16,8 +16,8 @@ from .._validate import (
     check_pair,
     check_rising,
 )
-from . import moment_state as moments
-from .base import Float32Optimizer, Rounding
+from ..optimizers import moment_state as moments
+from ..optimizers.base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
 
 STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
@@ -232,7 +232,7 @@ class MaxFactor(Float32Optimizer):
         self, momentum: FrequencyAdaptiveMomentum, gradient: mx.array, state: dict, layout: str
     ) -> None:
         """Put the filtered gradient ``h`` into the state, along the axis of the inputs."""
-        g = f.clamp_gradient(f.as_items(gradient, layout).astype(mx.float32))
+        g = f.clamp(f.as_items(gradient, layout).astype(mx.float32))
         stack = f.is_stack(gradient.shape, layout)
         kept = {k: x if stack else x[None] for k, x in state.items() if k.startswith("m")}
         m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(gradient.shape, layout)
@@ -247,7 +247,7 @@ class MaxFactor(Float32Optimizer):
         g = -g if self.maximize else g
         h, first = self._momentum(g, state)
         root, second = self._second_moment_root(g, state)
-        step = self._step(f.clamp_gradient(h / root))
+        step = self._step(f.clamp(h / root))
         if self.cautious:
             # Multiplied, not selected, so that a NaN stays a NaN.
             agrees = f.agreement(h, g)
