@@ -209,12 +209,8 @@ def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int, size: int | 
 
     A group of steps is one product ``QX``. The norm of X is the root of A's trace. With a ``size``,
     all blocks of a matrix of that size are scaled to an RMS of 1: ``‖QX‖² = tr(QAQ)``.
-
-    Two steps are the first group, then three at a time. Rounding leaves eigenvalues below zero, and
-    each step multiplies them by a². After two steps the singular values are near enough to one
-    another for three.
     """
-    groups = [table[:2], *(table[i : i + 3] for i in range(2, len(table), 3))]
+    groups = _groups(table)
     for i, group in enumerate(groups):
         gram = x @ x.swapaxes(-1, -2) if axis == -2 else x.swapaxes(-1, -2) @ x
         scale = mx.array(1.0)
@@ -230,6 +226,15 @@ def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int, size: int | 
         q = q * scale
         x = q @ x if axis == -2 else x @ q
     return x
+
+
+def _groups(table: list[Quintic]) -> list[list[Quintic]]:
+    """Steps for which one Gram matrix serves: the first two, then three at a time.
+
+    Rounding leaves eigenvalues below zero, and each step multiplies them by a². After two steps
+    the singular values are near enough to one another for three.
+    """
+    return [table[:2], *(table[i : i + 3] for i in range(2, len(table), 3))]
 
 
 def _inverse_root(x: mx.array) -> mx.array:
