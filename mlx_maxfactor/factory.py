@@ -28,8 +28,8 @@ from .guard import Guard
 from .optimizers import AdamW, SignSGD
 from .optimizers.base import Float32Optimizer, Rounding, refuse_complex
 from .routing.members import MemberFactory, MemberSpec
-from .routing.rates import WIDTH, OptimizerName, Run
-from .routing.roles import Parameter, find_roles
+from .routing.rates import LORA_SCALE, WIDTH, OptimizerName, RateInputs
+from .routing.roles import LORA, Parameter, find_roles
 from .routing.routed import RoutedOptimizer
 from .routing.rules import apply_rules
 from .trees import flatten
@@ -166,7 +166,7 @@ def create_optimizer(
         pretrained=pretrained,
         lora=any(p.role in LORA_ROLES and p.path in trained for p in parameters),
         primary=hidden_spec if own else rest_spec,
-        run=_run(total_steps, own or parameters, hidden_options),
+        run=_rate_inputs(model, total_steps, own or parameters, hidden_options),
     )
     routes = {p.path: _route(factory, p, choices[p.path]) for p in parameters}
     guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
@@ -334,21 +334,36 @@ def _route(factory: MemberFactory, parameter: Parameter, choice: str | Optimizer
     )
 
 
-def _run(
-    total_steps: int | None, parameters: Sequence[Parameter], options: Mapping[str, Any]
-) -> Run | None:
-    """What the law of the rates needs. The width is the shorter side of a typical matrix."""
-    if total_steps is None:
-        return None
-    shapes = [f.matrices_shape(p.shape, p.layout) for p in parameters if len(p.shape) > 1]
-    sides = [min(shape[-2:]) for shape in shapes]
+def _rate_inputs(
+    model: nn.Module,
+    total_steps: int | None,
+    parameters: Sequence[Parameter],
+    options: Mapping[str, Any],
+) -> RateInputs:
+    """What the default rates depend on."""
     block = options.get("block", 128)
-    return Run(
+    lora = [p for p in parameters if p.role in LORA_ROLES]
+    sides = [max(p.shape[-2:]) for p in lora] or [
+        min(f.matrices_shape(p.shape, p.layout)[-2:]) for p in parameters if len(p.shape) > 1
+    ]
+    return RateInputs(
         total_steps,
         median(sides) if sides else WIDTH,
         bool(options.get("momentum", True)),
         None if block is None else check_integer("block", block, 1),
+        _lora_scale(model),
     )
+
+
+def _lora_scale(model: nn.Module) -> float:
+    """The typical factor on the product of A and B, or mlx_lm's if no layer names one."""
+    names = "scale", "scaling", "alpha"  # of mlx_lm, of PEFT, of mlx_vlm
+    scales = []
+    for module in model.modules():
+        if any(a in module and b in module for a, b in LORA):
+            found = [getattr(module, name, None) for name in names]
+            scales += [x for x in found if isinstance(x, (int, float)) and x > 0][:1]
+    return float(median(scales)) if scales else LORA_SCALE
 
 
 def _without_hidden(hidden: MemberSpec, rest: MemberSpec) -> tuple[MemberSpec, MemberSpec]:

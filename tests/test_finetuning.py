@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten, tree_map
 from models import Table, adapted, llama, qwen2_moe
 
 from mlx_maxfactor import OPTIMIZERS, create_optimizer, estimate_state_bytes, warmup_cosine
-from mlx_maxfactor.routing.rates import default_rate
+from mlx_maxfactor.routing.rates import RateInputs
+from mlx_maxfactor.routing.rates import default_rate as rate_of
 
 
 def rms(x):
@@ -19,6 +20,11 @@ def rms(x):
 
 # AdamW without bias correction: 0.1 / √0.001 at first, the mean of three steps.
 RMS_OF_AN_UPDATE = dict.fromkeys(OPTIMIZERS, 1.0) | {"muon": 0.2, "adamw": 4.1}
+
+
+def default_rate(name, preset, **inputs):
+    """The default in the models of these tests, whose LoRA has a scale of 2."""
+    return rate_of(name, preset, RateInputs(lora_scale=2.0, **inputs))
 
 
 def rates(optimizer):
@@ -126,7 +132,7 @@ def test_a_rule_gets_the_defaults_for_what_it_names():
     assert member.learning_rate.item() == pytest.approx(default_rate("maxfactor", "lora"))
 
 
-@pytest.mark.parametrize(("options", "lead"), [({}, 3e-3), ({"learning_rate": 0.01}, 0.01)])
+@pytest.mark.parametrize(("options", "lead"), [({}, 3e-2), ({"learning_rate": 0.01}, 0.01)])
 def test_layers_that_are_trained_whole_beside_lora(options, lead):
     model = lora_llama()
     model.layers[0].unfreeze()
@@ -141,6 +147,39 @@ def test_layers_that_are_trained_whole_beside_lora(options, lead):
             "norm": unit * default_rate("adamw", "pretrained"),
         }
     )
+
+
+def lora_of(width, scale):
+    from mlx_lm.tuner.lora import LoRALinear
+
+    model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(3)])
+    model.freeze()
+    model.layers = [LoRALinear.from_base(layer, r=8, scale=scale) for layer in model.layers]
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rates_of_lora_follow_the_width_and_the_scale(name):
+    def rate(*model, **options):
+        return create_optimizer(lora_of(*model), name, **options).members[0].peak_rate
+
+    assert rate(256, 20.0) == pytest.approx(rate(64, 20.0) / 2, rel=0.05)  # of two digits
+    assert rate(256, 2.0) == pytest.approx(10 * rate(256, 20.0), rel=0.05)
+    assert rate(64, 20.0, total_steps=100) == pytest.approx(2 * rate(64, 20.0), rel=0.05)
+    assert rate(64, 20.0, total_steps=100, learning_rate=0.01) == 0.01
+
+
+def test_rates_of_trained_weights_follow_the_width():
+    def rates_at(width, **options):
+        model = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
+        optimizer = create_optimizer(model, pretrained=True, **options)
+        return [member.peak_rate for member in optimizer.members[:2]]
+
+    small, large = rates_at(64), rates_at(256)
+    assert large == pytest.approx([rate / 2 for rate in small], rel=0.05)  # of two digits
+    assert rates_at(64, total_steps=100) == pytest.approx([2 * rate for rate in small])
+    # Not above the peak from scratch.
+    assert rates_at(64, total_steps=10_000) == pytest.approx([8e-3, 2e-3])
 
 
 @pytest.mark.parametrize("build", [lora_llama, lambda: lora_llama(dora=True)])

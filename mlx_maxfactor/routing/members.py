@@ -13,7 +13,7 @@ from ..optimizers.base import options_of
 from ..optimizers.foreign import as_member
 from ..published.maxfactor import STEP_MOVED
 from ..schedules import Schedule, scaled, with_peak
-from .rates import OPTIMIZERS, RatePreset, Run, default_rate, schedule_of
+from .rates import OPTIMIZERS, RateInputs, RatePreset, default_rate, schedule_of
 from .routed import Member
 
 HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
@@ -106,7 +106,7 @@ class MemberFactory:
         pretrained: Whether the weights are already trained.
         lora: Whether there are LoRA matrices to train.
         primary: The spec whose rate scales the others: ``rest`` if no hidden matrix is trained.
-        run: The length of the run, and the other inputs of the rate law. None: rates are constant.
+        run: The inputs of the rate laws.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class MemberFactory:
         pretrained: bool,
         lora: bool,
         primary: MemberSpec,
-        run: Run | None,
+        run: RateInputs,
     ):
         self.hidden, self.rest, self.shared, self.primary = hidden, rest, shared, primary
         self.run = run
@@ -126,7 +126,7 @@ class MemberFactory:
         self.primary_preset: RatePreset = "lora" if lora and primary is hidden else self.preset
         self.primary_default = self._default_rate(primary, self.primary_preset)
         self.rate: Rate | None = primary.rate
-        if run is not None:
+        if run.total_steps is not None:
             peak = self.primary_default if primary.rate is None else primary.rate
             self.rate = schedule_of(float(cast(float, peak)), run.total_steps)
         self.members: list[Member] = []
@@ -216,10 +216,11 @@ class MemberFactory:
     def _default_rate(self, spec: MemberSpec, preset: RatePreset, table: bool = False) -> float:
         if isinstance(spec.choice, Optimizer):
             return peak_rate_of(spec.choice)
-        if self.run is None or not (table or spec is self.rest):
-            return default_rate(spec.choice, preset, self.run)
+        rate = default_rate(spec.choice, preset, self.run)
+        if self.run.total_steps is None or not (table or spec is self.rest):
+            return rate
         peak = OPTIMIZERS[spec.choice].rest_peak_of(self.run, table)
-        return peak if preset == "scratch" else min(peak, default_rate(spec.choice, preset))
+        return peak if preset == "scratch" else min(peak, rate)
 
     def _rate_of(self, spec: MemberSpec, default: float) -> Rate:
         """The rate of a member that was requested by name and is not the primary one."""

@@ -19,23 +19,28 @@ OptimizerName = Literal["orthomaxfactor", "maxfactor", "adafactor", "signsgd", "
 """What a type checker takes for a name; a ``str`` from a file is cast to it, and checked there."""
 
 WIDTH = 64
-"""Width of the model whose rates the law gives unchanged."""
+"""Width of the model whose rates the laws give unchanged."""
+
+LORA_SCALE = 20.0
+"""The scale of LoRA whose rates the law gives unchanged: mlx_lm's."""
 
 
-class Run(NamedTuple):
-    """What the law of the rates depends on.
+class RateInputs(NamedTuple):
+    """What the default rates depend on.
 
     Attributes:
-        total_steps: Updates in the run.
-        width: Shorter side of a typical hidden matrix.
+        total_steps: Updates in the run. None: the rate is constant.
+        width: Shorter side of a typical hidden matrix; of LoRA's A and B the longer one.
         momentum: Whether the hidden optimizer has momentum.
         block: Rows that it orthogonalizes at a time. None: the whole matrix.
+        lora_scale: The factor on the product of LoRA's A and B.
     """
 
-    total_steps: int
+    total_steps: int | None = None
     width: float = WIDTH
     momentum: bool = True
     block: int | None = 128
+    lora_scale: float = LORA_SCALE
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class OptimizerEntry:
         kind: The class.
         learning_rate: Default rate from scratch. A rate that is given for the hidden matrices
             scales the default rates of the other members.
-        pretrained: Default rate for trained weights. None: ``learning_rate``.
-        lora: Default rate for LoRA's A and B. None: ``learning_rate``.
+        pretrained: Default rate for trained weights of width 64. None: ``learning_rate``.
+        lora: Default rate for LoRA's A and B at width 64 and scale 20. None: ``learning_rate``.
         lora_options: Options for LoRA's A and B.
         peak: The best peak of warm-up and cosine from scratch, as a function of the run. None:
             ``learning_rate``.
@@ -62,17 +67,17 @@ class OptimizerEntry:
     pretrained: float | None = None
     lora: float | None = None
     lora_options: Mapping[str, Any] = field(default_factory=dict)
-    peak: Callable[[Run], float] | None = None
+    peak: Callable[[RateInputs], float] | None = None
     rest_peak: float | None = None
     table_options: Mapping[str, Any] = field(default_factory=dict)
     table_label: str = ""
-    table_peak: Callable[[Run], float] | None = None
+    table_peak: Callable[[RateInputs], float] | None = None
 
-    def peak_of(self, run: Run) -> float:
+    def peak_of(self, run: RateInputs) -> float:
         """The peak for a run from scratch, to two digits."""
         return _two_digits(self.learning_rate if self.peak is None else self.peak(run))
 
-    def rest_peak_of(self, run: Run, table: bool) -> float:
+    def rest_peak_of(self, run: RateInputs, table: bool) -> float:
         """The peak for parameters that are not hidden: of a table, or another."""
         if table and self.table_peak is not None:
             return _two_digits(self.table_peak(run))
@@ -83,7 +88,7 @@ def _two_digits(x: float) -> float:
     return float(f"{x:.2g}")
 
 
-def _orthomaxfactor_peak(run: Run) -> float:
+def _orthomaxfactor_peak(run: RateInputs) -> float:
     r"""The law: the total movement relative to the matrix is constant, so :math:`0.8/\sqrt{steps}`.
 
     In blocks of b rows the largest singular value of a step grows with the number of blocks, so
@@ -91,7 +96,11 @@ def _orthomaxfactor_peak(run: Run) -> float:
     the best rate is higher.
     """
     blocks = math.sqrt(min(1.0, run.block / run.width)) if run.block else 1.0
-    return max(1.5e-3, (0.8 if run.momentum else 1.4) / math.sqrt(run.total_steps) * blocks)
+    return max(1.5e-3, (0.8 if run.momentum else 1.4) * _per_root_of_steps(run) * blocks)
+
+
+def _per_root_of_steps(run: RateInputs) -> float:
+    return 1 / math.sqrt(run.total_steps or 1)
 
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
@@ -99,7 +108,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         OrthoMaxFactor,
         2e-2,
         pretrained=1e-2,
-        lora=5e-4,
+        lora=4e-4,
         lora_options={"min_rms": 1.0},
         peak=_orthomaxfactor_peak,
     ),
@@ -112,7 +121,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         pretrained=1e-2,
         lora=3e-3,
         lora_options={"scale": "rms", "momentum": 0.8},
-        peak=lambda run: 0.8 / math.sqrt(run.total_steps) * math.sqrt(WIDTH / run.width),
+        peak=lambda run: 0.8 * _per_root_of_steps(run) * math.sqrt(WIDTH / run.width),
     ),
     "adamw": OptimizerEntry(
         AdamW,
@@ -144,7 +153,7 @@ def register_optimizer(
     pretrained: float | None = None,
     lora: float | None = None,
     lora_options: Mapping[str, Any] | None = None,
-    peak: Callable[[Run], float] | None = None,
+    peak: Callable[[RateInputs], float] | None = None,
 ) -> None:
     """Give your own optimizer a name that ``create_optimizer`` takes.
 
@@ -152,10 +161,12 @@ def register_optimizer(
         name: The name, for ``hidden``, ``rest`` and ``rules``.
         kind: A subclass of :class:`mlx_maxfactor.Float32Optimizer`.
         learning_rate: Its default rate.
-        pretrained: Its default rate for trained weights. None: ``learning_rate``.
-        lora: Its default rate for LoRA's A and B. None: ``learning_rate``.
+        pretrained: Its default rate for trained weights of width 64; it falls with the root of the
+            width. None: ``learning_rate``.
+        lora: Its default rate for LoRA's A and B at width 64 and scale 20; it falls with the root
+            of the width, and with the scale. None: ``learning_rate``.
         lora_options: Its options for LoRA's A and B.
-        peak: Its best peak rate for a :class:`mlx_maxfactor.routing.rates.Run`, where
+        peak: Its best peak rate for a :class:`mlx_maxfactor.routing.rates.RateInputs`, where
             ``create_optimizer`` is given ``total_steps``. None: ``learning_rate``.
 
     Raises:
@@ -195,22 +206,28 @@ RatePreset = Literal["scratch", "pretrained", "lora"]
 """What an optimizer is used for, which decides its default rate and options."""
 
 
-def default_rate(name: str, preset: RatePreset, run: Run | None = None) -> float:
-    """The default rate of an optimizer: constant, or the peak of a run of known length.
+def default_rate(name: str, preset: RatePreset, run: RateInputs | None = None) -> float:
+    r"""The default rate of an optimizer: constant, or the peak of a run of known length.
 
-    Trained weights get at most their constant rate: higher rates ruin them before they improve
-    them, and forget more.
+    For trained weights it falls with the root of the width: at equal RMS, the spectral norm of an
+    orthogonalized step grows with it. What LoRA adds to a layer is ``scale · B A``, so that A's and
+    B's rate is also divided by the scale. The peak of a schedule is twice the constant rate, so
+    that both move the weights equally far, but not above the peak from scratch.
     """
-    entry = OPTIMIZERS[name]
+    entry, run = OPTIMIZERS[name], run or RateInputs()
+    if preset == "scratch":
+        return entry.learning_rate if run.total_steps is None else entry.peak_of(run)
+    given = entry.lora if preset == "lora" else entry.pretrained
+    rate = (entry.learning_rate if given is None else given) * math.sqrt(
+        WIDTH / max(run.width, WIDTH)
+    )
     if preset == "lora":
-        return entry.learning_rate if entry.lora is None else entry.lora
-    rate = entry.learning_rate
-    if preset == "pretrained" and entry.pretrained is not None:
-        rate = entry.pretrained
-    if run is None:
-        return rate
-    peak = entry.peak_of(run)
-    return peak if preset == "scratch" else min(rate, peak)
+        rate *= LORA_SCALE / run.lora_scale
+    if run.total_steps is not None:
+        rate *= 2
+    if run.total_steps is not None and preset == "pretrained":
+        rate = min(rate, entry.peak_of(run))
+    return _two_digits(rate)
 
 
 def schedule_of(peak: float, total_steps: int) -> Schedule:
