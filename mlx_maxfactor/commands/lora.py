@@ -1,7 +1,6 @@
 """``mlx-maxfactor lora``: fine-tune with mlx-lm, our optimizers, and checkpoints that resume.
 
-Without a model and data it makes a small llama and a task (`finetuning.small_llama`), and needs no
-network. Ctrl-C, SIGTERM and SIGHUP leave a checkpoint.
+Ctrl-C, SIGTERM and SIGHUP leave a checkpoint.
 """
 
 import json
@@ -31,10 +30,9 @@ from ..finetuning.models import (
     prefixing_errors,
 )
 from ..finetuning.optimizer_names import make_optimizer
-from ..finetuning.small_llama import build_model, write_task
 from ..finetuning.tuning import Tuning, describe_run
 from ..optimizers.base import flatten
-from .lora_arguments import BAD_INPUT, DEMO, one_line, parse_arguments
+from .lora_arguments import BAD_INPUT, one_line, parse_arguments
 from .terminal import OneLineParser, Progress, catching_interrupts
 
 TESTED = ("0.31.3", "0.32.2")
@@ -88,10 +86,6 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
     arguments.train = not tests_only
     if arguments.cache_limit is not None:
         mx.set_cache_limit(arguments.cache_limit)
-    if arguments.model == DEMO["model"]:
-        build_model(arguments.model)
-    if arguments.data == DEMO["data"]:
-        write_task(arguments.data)
     model, tokenizer, arguments.model = load_model(
         arguments.model,
         quantize=arguments.quantize,
