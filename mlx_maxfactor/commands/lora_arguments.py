@@ -65,12 +65,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     parser.set_defaults(trust_remote_code=None)
     add_optimizer_arguments(parser)
     add = parser.add_argument
-    # Sizes and bits are strings here: the table of settings reads them, as in a file.
+    # Sizes are strings here: the table of settings reads them, as in a file.
     add("--clear-cache-threshold", metavar="SIZE", help="empty MLX's cache after a step above it")
     add("--cache-limit", metavar="SIZE", help="the most that MLX's cache may hold, such as 2GB")
-    add(
-        "--quantize", nargs="?", const=4, type=int, metavar="BITS", help="train on a copy in 4 bits"
-    )
     flag = {"action": "store_true", "default": None}
     add("--resume", **flag, help="continue from the checkpoint")
     add("--allow-changed-data", **flag, help="let --resume continue with changed data")
@@ -102,8 +99,11 @@ def check(arguments: Namespace) -> None:
                 f"{name} is missing: give --{name}, a folder or a name on the hub (python "
                 "examples/small_llama.py makes a small model and a task to try)"
             )
-    if arguments.quantize and arguments.fine_tune_type == "full":
-        raise ValueError("quantize needs lora or dora: quantized weights have no gradient")
+    if arguments.quantize:
+        raise ValueError(
+            "quantize is an option of fits: quantize with mlx_lm.convert -q, and give --model what "
+            "it wrote"
+        )
     tests_only = arguments.test and not arguments.train
     if tests_only and arguments.resume:
         raise ValueError("resume continues a training; --test alone tests the saved adapters")
