@@ -44,10 +44,10 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from small_llama import build_model, write_more_code, write_task
 from tqdm import tqdm
 
 from mlx_maxfactor import create_optimizer
-from mlx_maxfactor.finetuning.small_llama import build_model, write_more_code, write_task
 
 BASELINE = "mlx AdamW"
 LOW, HIGH = (1e-4, 3e-4, 5e-4, 1e-3), (3e-4, 1e-3, 2e-3, 3e-3)

@@ -12,9 +12,9 @@ from mlx_lm import load
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from small_llama import build_model, write_task
 
 from mlx_maxfactor import create_optimizer, save_checkpoint
-from mlx_maxfactor.finetuning.small_llama import build_model, write_task
 
 
 def main() -> None:

@@ -226,8 +226,7 @@ def test_it_is_a_flag_and_changes_no_size():
 @pytest.mark.examples
 def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
     import compare_finetuning
-
-    from mlx_maxfactor.finetuning.small_llama import build_model
+    from small_llama import build_model
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare_finetuning, "build_model", partial(build_model, steps=2))

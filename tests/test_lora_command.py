@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+import small_llama
 import yaml
 from mlx.utils import tree_map
 from mlx_lm import fuse, load
@@ -34,7 +35,7 @@ from mlx_lm.utils import save_model
 from mlx_maxfactor.commands import lora, main
 from mlx_maxfactor.commands.lora_arguments import parse_arguments
 from mlx_maxfactor.commands.terminal import catching_interrupts, plain_output
-from mlx_maxfactor.finetuning import models, small_llama, tuning
+from mlx_maxfactor.finetuning import models, tuning
 from mlx_maxfactor.finetuning.data import describe_lengths, load_data, name_of_data, padding
 from mlx_maxfactor.finetuning.models import add_adapters
 
@@ -359,7 +360,7 @@ def test_file_with_a_data_set_of_the_hub_needs_no_data_folder(home):
     arguments = parsed("-c", path, "--model", "x")
     assert (arguments.data, arguments.hf_dataset["path"]) == (None, "someone/something")
     assert name_of_data(arguments) == "hf_dataset"
-    with pytest.raises(ValueError, match="model is missing"):  # not the small model of the demo
+    with pytest.raises(ValueError, match=r"model is missing.*examples/small_llama\.py"):
         parsed("-c", path)
     path.write_text("hf_dataset: []\n")
     with pytest.raises(ValueError, match="data is missing"):

@@ -29,8 +29,10 @@ from mlx_lm.utils import save_model
 
 from mlx_maxfactor.commands import main
 from mlx_maxfactor.commands.settings import SETTINGS
-from mlx_maxfactor.finetuning import small_llama
 from mlx_maxfactor.finetuning.optimizer_names import MLX_SCHEDULES, SCHEDULES, optimizer_names
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import small_llama
 
 SHAPE = small_llama.SHAPE | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -42,7 +44,7 @@ OPTIONS = ["momentum", "betas", "eps", "weight_decay", "state_dtype", "block", "
 OPTIONS += ["max_grad_norm", "skip_nonfinite", "min_rms", "total_steps", "rest_options", "seed"]
 OPTIONS += ["rounding", "exclude_first", "strict", "group", "pretrained", "ns_steps", "x", ""]
 SLOW = ("hf_dataset", "report_to", "model", "data", "config")
-"""What may ask the network, or starts the demo: it is edited seldom, or never."""
+"""What may ask the network, it is edited seldom, or never."""
 
 BYTES = [b"", b"\n", b"\xff", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"null", b"\0", b"\r"]
 

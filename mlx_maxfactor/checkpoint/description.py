@@ -15,31 +15,13 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 
 from .._version import __version__
 from ..schedules import Schedule, takes_any_step
-from .file import CheckpointError, kind_of, parse_json
+from .file import kind_of
 
 STEPS = [0, *sorted({round(10 ** (i / 10)) for i in range(61)})]
 """Steps at which schedules are compared: ten per decade, up to a million."""
 
 SAMPLE = 1024
 """At least this many elements of a frozen array are hashed, or all if it has fewer."""
-
-NUMBER = (float, type(None))
-MEMBER = {
-    "class": str,
-    "options": {str: object},
-    "built rate": NUMBER,
-    "schedules": {str: {"name": str, "values": [NUMBER]}},
-}
-FORM = {
-    "library": str,
-    "weights": str,
-    "optimizers": [MEMBER],
-    "wrappers": [{"class": str, "options": {str: object}}],
-    "average": [{"class": str, "options": {str: object}}],
-    "plan": {str: [object]},
-    "frozen": {str: str},
-}
-"""The form of a description: a type, a tuple of types, a list of one form, a dict of forms."""
 
 
 def describe(
@@ -79,18 +61,6 @@ def describe(
         "frozen": _fingerprints(frozen),
     }
     return json.loads(json.dumps(description))
-
-
-def parse(text: str) -> dict[str, Any]:
-    """Parse the description in a file.
-
-    Raises:
-        CheckpointError: It does not have the form of a description.
-    """
-    run = parse_json(text)
-    if not _has_form(run, FORM) or run["weights"] not in ("all", "trainable"):
-        raise CheckpointError("is damaged or forged: its description of the run is not valid")
-    return run
 
 
 def find_members(optimizer: Optimizer) -> dict[str, Optimizer]:
@@ -195,20 +165,6 @@ def _sample(array: mx.array) -> mx.array:
     """The bytes of elements spread over an array. The odd stride reaches every column."""
     stride = max(1, array.size // SAMPLE) | 1
     return mx.contiguous(mx.flatten(array)[::stride]).view(mx.uint8)
-
-
-# Reading
-
-
-def _has_form(value: Any, form: Any) -> bool:
-    """Whether a JSON value has a form as ``FORM`` describes them."""
-    if isinstance(form, list):
-        return isinstance(value, list) and all(_has_form(item, form[0]) for item in value)
-    if isinstance(form, dict):
-        if not isinstance(value, dict) or (str not in form and value.keys() != form.keys()):
-            return False
-        return all(_has_form(item, form.get(key, form.get(str))) for key, item in value.items())
-    return isinstance(value, form)
 
 
 # Differences

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from .._validate import check_choice, check_flags, got
 from ..routing.roles import find_aliases
 from ..strategy import UpdateStrategy
 from ..trees import at_path, flatten
+from ..weight_average import WeightAverage
 from . import description, file
 from .file import CheckpointError, File, Kind, kind_of
 
@@ -47,15 +48,6 @@ class Place(NamedTuple):
         return value if isinstance(value, mx.array) else mx.array(value)
 
 
-class Averaged(Protocol):
-    """An average of the weights: its state is a tree of arrays."""
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The live state."""
-        ...
-
-
 class Extra(dict[str, Any]):
     """The ``extra`` values of ``save_checkpoint``.
 
@@ -75,7 +67,7 @@ def save_checkpoint(
     *,
     weights: Literal["all", "trainable"] = "all",
     random_key: mx.array | None = None,
-    average: Averaged | None = None,
+    average: WeightAverage | None = None,
     **extra: Any,
 ) -> None:
     """Write weights, optimizer state, random state and ``extra`` to one ``.safetensors`` file.
@@ -125,7 +117,7 @@ def save_checkpoint(
     for name, value in extra.items():
         try:  # refuse what cannot be read back: too deep, or with keys 1 and "1"
             text = json.dumps({name: value}, default=_scalar)
-            json.loads(text, object_pairs_hook=file.table)
+            json.loads(text, object_pairs_hook=_table)
         except (TypeError, ValueError, RecursionError) as problem:
             message = f"extra must be JSON values, and {name!r} is not: {problem}"
             raise CheckpointError(message) from problem
@@ -154,7 +146,7 @@ def load_checkpoint(
     strict: bool = True,
     cast: bool = False,
     rates: Literal["built", "file", "here"] = "built",
-    average: Averaged | None = None,
+    average: WeightAverage | None = None,
 ) -> Extra:
     """Restore a run into live objects, so that a step compiled before the load sees it.
 
@@ -201,7 +193,7 @@ def load_checkpoint(
     except CheckpointError as problem:
         known = problem.differences, problem.remedy
         raise CheckpointError(f"{path} {problem.problem}", *known) from None
-    except (ValueError, RuntimeError) as problem:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
         raise CheckpointError(f"{path} was not loaded: {problem}") from problem
     try:
         loading.apply()
@@ -221,18 +213,18 @@ class _Loading:
         saved: File,
         model: nn.Module,
         optimizer: Optimizer,
-        average: Averaged | None,
+        average: WeightAverage | None,
         *,
         cast: bool,
         rates: str,
     ):
         self.cast, self.rates = cast, rates
-        self.saved = description.parse(saved.metadata.get("run", ""))
-        self.extra = Extra(_parse_extra(saved.metadata.get("extra", "")))
+        self.saved = json.loads(saved.metadata["run"])
+        self.extra = Extra(json.loads(saved.metadata["extra"]))
         self.arrays = dict(saved.arrays)
         key, strategy = self.arrays.pop(KEY, None), _strategy_of(optimizer)
-        if key is None or not _is_random_key(key):
-            raise CheckpointError("is damaged or forged: its random key is missing")
+        if not _is_random_key(key):
+            raise CheckpointError("is damaged: its random key is missing")
         self.key = _own_key(key, strategy.rank, strategy.ranks)
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
         optimizer.init(model.trainable_parameters())
@@ -419,7 +411,7 @@ def _find_weights(
     return kept, frozen
 
 
-def _find_state(optimizer: Optimizer, average: Averaged | None) -> dict[str, Place]:
+def _find_state(optimizer: Optimizer, average: WeightAverage | None) -> dict[str, Place]:
     """Every array of the states of optimizer and average by its name in the file."""
     averaged = {} if average is None else average.state
     return _by_name(chain(_walk(optimizer.state, STATE), _walk(averaged, AVERAGE)))
@@ -462,13 +454,6 @@ def _arrays_at(places: Mapping[str, Place]) -> dict[str, mx.array]:
     return {name: place.array for name, place in places.items()}
 
 
-def _parse_extra(text: str) -> dict[str, Any]:
-    extra = file.parse_json(text)
-    if not isinstance(extra, dict):
-        raise CheckpointError("is damaged or forged: its extra is no table of JSON values")
-    return extra
-
-
 def _is_random_key(key: Any) -> bool:
     """Whether a value is a key of ``mx.random``, or one row per rank."""
     is_array = isinstance(key, mx.array)
@@ -494,6 +479,14 @@ def _listed(differences: Sequence[str]) -> str:
     """The first differences, one line each, and the number of the others."""
     more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
     return "\n  ".join(["", *(line[:500] for line in differences[:SHOWN]), *more])
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict from a JSON object. A repeated key is an error."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"it says {twice[0]!r:.100} twice")
+    return dict(pairs)
 
 
 def _scalar(value: Any) -> Any:

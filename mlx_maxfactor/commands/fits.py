@@ -18,12 +18,11 @@ from ..finetuning.memory_estimate import (
     MemoryEstimate,
     Request,
     available_bytes,
-    bits_of,
     estimate,
     main_dtype,
 )
 from ..finetuning.model_config import DTYPES, read_config
-from ..finetuning.models import FINE_TUNE_TYPES
+from ..finetuning.models import FINE_TUNE_TYPES, bits_of
 from ..routing import OPTIMIZERS
 from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
 from .settings import check_settings
@@ -235,7 +234,7 @@ def changes(request: Request) -> Iterator[tuple[str, Request]]:
     if request.fine_tune_type == "full":
         yield changed("--fine-tune-type lora", fine_tune_type="lora")
     if not bits_of(request.base()):
-        yield changed("--quantize", bits=4)
+        yield changed("--model MODEL-4bit (of mlx_lm.convert -q)", bits=4)
     while request.max_seq_length > 256:
         length = request.max_seq_length // 2
         yield changed(f"--max-seq-length {length}", max_seq_length=length)

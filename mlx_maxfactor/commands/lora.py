@@ -1,7 +1,6 @@
 """``mlx-maxfactor lora``: fine-tune with mlx-lm, our optimizers, and checkpoints that resume.
 
-Without a model and data it makes a small llama and a task (`finetuning.small_llama`), and needs no
-network. Ctrl-C, SIGTERM and SIGHUP leave a checkpoint.
+Ctrl-C, SIGTERM and SIGHUP leave a checkpoint.
 """
 
 import json
@@ -9,7 +8,6 @@ import shlex
 import signal
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -17,13 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import Optimizer
-from mlx_lm import generate
 from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
 from tqdm import tqdm
 
-from ..finetuning.data import describe_lengths, load_data, name_of_data
+from ..finetuning.data import describe_lengths, load_data
 from ..finetuning.models import (
     add_adapters,
+    bits_of,
     bytes_of,
     load_adapters_into,
     load_model,
@@ -31,17 +29,13 @@ from ..finetuning.models import (
     prefixing_errors,
 )
 from ..finetuning.optimizer_names import make_optimizer
-from ..finetuning.small_llama import build_model, write_task
 from ..finetuning.tuning import Tuning, describe_run
 from ..trees import flatten
-from .lora_arguments import BAD_INPUT, DEMO, one_line, parse_arguments
+from .lora_arguments import BAD_INPUT, one_line, parse_arguments
 from .terminal import OneLineParser, Progress, catching_interrupts
 
 TESTED = ("0.31.3", "0.32.2")
 """Versions of mlx-lm that this command was run with."""
-
-TOKENS = 16  # that the model writes in a sample
-LONGEST = 256  # prompt and continuation of a sample
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,14 +44,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         parser, arguments = parse_arguments(argv)
         warn_of_version()
-        tuning, sample = prepare(arguments)
+        tuning = prepare(arguments)
     except BAD_INPUT as problem:
         parser.error(one_line(problem))
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted before the first iteration\n")
     try:
-        if sample is not None:
-            train(tuning, sample)
+        if arguments.train:
+            train(tuning)
         if arguments.test:
             loss = tuning.loss_on("test", arguments.test_batches)
             print(f"Test loss {loss:.3f}, Test ppl {np.exp(loss):.3f}.")
@@ -77,7 +71,7 @@ def warn_of_version() -> None:
         print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=Progress())
 
 
-def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
+def prepare(arguments: Namespace) -> Tuning:
     """Model, data, optimizer and checkpoint. Wrong input fails here, before any training."""
     if (ranks := mx.distributed.init().size()) > 1:
         raise ValueError(
@@ -88,26 +82,15 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
     arguments.train = not tests_only
     if arguments.cache_limit is not None:
         mx.set_cache_limit(arguments.cache_limit)
-    if arguments.model == DEMO["model"]:
-        build_model(arguments.model)
-    if arguments.data == DEMO["data"]:
-        write_task(arguments.data)
-    model, tokenizer, arguments.model = load_model(
-        arguments.model,
-        quantize=arguments.quantize,
-        trust_remote_code=bool(arguments.trust_remote_code),
-    )
+    model, tokenizer = load_model(arguments.model, bool(arguments.trust_remote_code))
     datasets = load_data(arguments, tokenizer)
     if tests_only:
         with prefixing_errors(f"adapters {arguments.adapter_path}"):
             if arguments.adapter_path:  # an empty path tests the base model, as in mlx-lm
                 load_adapters(model, arguments.adapter_path)
-        return Tuning(model, None, datasets, arguments), None
-    validation = datasets["validation"]
-    if not validation and (arguments.keep_best or arguments.patience):
+        return Tuning(model, None, datasets, arguments)
+    if not datasets["validation"] and (arguments.keep_best or arguments.patience):
         raise ValueError("keep_best and patience need a validation set: valid.jsonl in the folder")
-    with prefixing_errors(name_of_data(arguments)):
-        sample = Sample.of(model, tokenizer, validation or datasets["training"])
     mx.random.seed(arguments.seed)
     kind = arguments.fine_tune_type
     arguments.num_layers = number_of_layers(arguments.num_layers, len(cast(Any, model).layers))
@@ -118,7 +101,7 @@ def prepare(arguments: Namespace) -> tuple[Tuning, "Sample | None"]:
         load_adapters_into(model, arguments.resume_adapter_file)
     tuning = Tuning(model, optimizer_of(model, arguments), datasets, arguments)
     resume(tuning)
-    return tuning, sample
+    return tuning
 
 
 def resume(tuning: Tuning) -> None:
@@ -146,7 +129,7 @@ def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
     )
 
 
-def train(tuning: Tuning, sample: "Sample") -> None:
+def train(tuning: Tuning) -> None:
     """Run to the end, print the results, and write them to ``losses.json``."""
     arguments = tuning.arguments
     print_trainable_parameters(tuning.model)
@@ -171,7 +154,7 @@ def train(tuning: Tuning, sample: "Sample") -> None:
     loss = tuning.loss_on("validation", arguments.val_batches)
     if loss is not None:
         tuning.keep_if_best(loss, tuning.iteration)
-    print_results(tuning, sample, loss)
+    print_results(tuning, loss)
     save_results(tuning, loss)
     print_what_to_do_next(tuning)
 
@@ -203,39 +186,9 @@ def how_to_resume(tuning: Tuning, argv: Sequence[str]) -> str:
     return f"{tuning.path} has {tuning.saved} iterations; continue with: {shlex.join(again)}"
 
 
-@dataclass
-class Sample:
-    """What the model writes after the first prompt of a data set, before and after the run."""
-
-    tokenizer: Any
-    prompt: list[int]
-    wanted: list[int]
-    before: str = ""
-
-    @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any, dataset: Any) -> "Sample":
-        """The untuned model's continuation of the first sample."""
-        prompt, wanted = dataset.first_prompt(LONGEST)
-        sample = cls(tokenizer, prompt, wanted[:TOKENS])
-        sample.before = sample.written_by(model)
-        return sample
-
-    def written_by(self, model: nn.Module) -> str:
-        """The likeliest continuation of the prompt."""
-        return generate(model, self.tokenizer, self.prompt, max_tokens=TOKENS)
-
-    def print(self, model: nn.Module) -> None:
-        """The prompt, the wanted continuation, and the model's before and after."""
-        decode = self.tokenizer.decode
-        texts = (decode(self.prompt), decode(self.wanted), self.before, self.written_by(model))
-        for name, text in zip(("prompt", "wanted", "before", "after"), texts, strict=True):
-            print(f"{name:8} {text!r}")
-
-
-def print_results(tuning: Tuning, sample: Sample, loss: float | None) -> None:
-    """Loss, speed and memory, and a sample of what the model writes."""
+def print_results(tuning: Tuning, loss: float | None) -> None:
+    """Loss, speed and memory."""
     history, arguments = tuning.history, tuning.arguments
-    kind = ("q" if arguments.quantize else "") + arguments.fine_tune_type
     row = "{:24} {:>11} {:>11} {:>13} {:>10} {:>9}"
     print("\n" + row.format("", "validation", "trained", "optimizer", "tokens", "peak").rstrip())
     print(row.format("", "loss", "parameters", "state, bytes", "a second", "memory"))
@@ -247,7 +200,7 @@ def print_results(tuning: Tuning, sample: Sample, loss: float | None) -> None:
     trained: Any = tuning.model.trainable_parameters()
     print(
         row.format(
-            f"{kind}, {arguments.optimizer}",
+            f"{arguments.fine_tune_type}, {arguments.optimizer}",
             "" if loss is None else f"{loss:.3f}",
             f"{sum(array.size for array in flatten(trained).values()):,}",
             f"{bytes_of(tuning.optimizer.state):,}",
@@ -257,8 +210,6 @@ def print_results(tuning: Tuning, sample: Sample, loss: float | None) -> None:
     )
     if tuning.skipped:
         print(f"{tuning.skipped} iterations were skipped: their gradients were not finite")
-    print()
-    sample.print(tuning.model)
 
 
 def save_results(tuning: Tuning, loss: float | None) -> None:
@@ -275,7 +226,7 @@ def print_what_to_do_next(tuning: Tuning) -> None:
     arguments = tuning.arguments
     used = ["--model", arguments.model, "--adapter-path", arguments.adapter_path]
     # Quantized again, the fused weights would lose part of what was learned.
-    whole = ["--dequantize"] if arguments.quantize else []
+    whole = ["--dequantize"] if bits_of(tuning.model) else []
     print(f"\nlosses   {tuning.folder / 'losses.json'}")
     if arguments.keep_best:
         loss, iteration = tuning.best

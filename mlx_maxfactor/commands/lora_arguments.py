@@ -43,21 +43,9 @@ DEFAULTS = {
 }
 """mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
 
-DEMO = {
-    "model": "runs/small_llama",
-    "data": "runs/small_task",
-    "adapter_path": "runs/small_adapters",
-    "num_layers": -1,
-    "iters": 300,
-    "save_every": 50,
-    "steps_per_eval": 50,
-}
-"""Defaults where neither a model nor data are given."""
-
 BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
 BAD_INPUT += (ValueError,)
 USAGE = """examples:
-  mlx-maxfactor lora                                    a small model and task, made on the spot
   mlx-maxfactor lora --model ./my_model --data ./my_data --iters 600
   mlx-maxfactor lora --config lora.yaml --optimizer muon --resume"""
 
@@ -66,7 +54,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     """Every argument, checked, and the parser, which reports what is found wrong later."""
     parser = OneLineParser(
         prog="mlx-maxfactor lora",
-        usage="mlx-maxfactor lora [--model FOLDER] [--data FOLDER] [options]",
+        usage="mlx-maxfactor lora --model FOLDER --data FOLDER [options]",
         description="Fine-tune with mlx-lm: LoRA, DoRA, QLoRA, or all weights.",
         epilog=USAGE,
         parents=[build_parser()],
@@ -77,12 +65,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     parser.set_defaults(trust_remote_code=None)
     add_optimizer_arguments(parser)
     add = parser.add_argument
-    # Sizes and bits are strings here: the table of settings reads them, as in a file.
+    # Sizes are strings here: the table of settings reads them, as in a file.
     add("--clear-cache-threshold", metavar="SIZE", help="empty MLX's cache after a step above it")
     add("--cache-limit", metavar="SIZE", help="the most that MLX's cache may hold, such as 2GB")
-    add(
-        "--quantize", nargs="?", const=4, type=int, metavar="BITS", help="train on a copy in 4 bits"
-    )
     flag = {"action": "store_true", "default": None}
     add("--resume", **flag, help="continue from the checkpoint")
     add("--allow-changed-data", **flag, help="let --resume continue with changed data")
@@ -92,9 +77,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     file = read_config(given["config"]) if "config" in given else {}
     if "learning_rate" in given and file.pop("lr_schedule", None):
         print(f"{given['config']}: lr_schedule is not used, because --learning-rate is given")
-    known_values = {**file, **given}
-    demo = DEMO if not {"model", "data", "hf_dataset"} & known_values.keys() else {}
-    arguments = Namespace(**{**DEFAULTS, **demo, **known_values})
+    arguments = Namespace(**{**DEFAULTS, **file, **given})
     check(arguments)
     return parser, arguments
 
@@ -112,9 +95,15 @@ def check(arguments: Namespace) -> None:
     given = vars(arguments)
     for name in ("model", "data"):
         if given[name] is None and not (name == "data" and given.get("hf_dataset")):
-            raise ValueError(f"{name} is missing: give --{name}, a folder or a name on the hub")
-    if arguments.quantize and arguments.fine_tune_type == "full":
-        raise ValueError("quantize needs lora or dora: quantized weights have no gradient")
+            raise ValueError(
+                f"{name} is missing: give --{name}, a folder or a name on the hub (python "
+                "examples/small_llama.py makes a small model and a task to try)"
+            )
+    if arguments.quantize:
+        raise ValueError(
+            "quantize is an option of fits: quantize with mlx_lm.convert -q, and give --model what "
+            "it wrote"
+        )
     tests_only = arguments.test and not arguments.train
     if tests_only and arguments.resume:
         raise ValueError("resume continues a training; --test alone tests the saved adapters")

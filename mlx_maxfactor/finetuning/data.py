@@ -3,8 +3,6 @@
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from copy import copy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -35,20 +33,6 @@ class TokenizedDataset(CacheDataset):
                 check_sample(data, data[i])
                 if not cast(Any, self[i])[0]:
                     raise ValueError("there is no token in it: remove it")
-
-    def first_prompt(self, longest: int) -> tuple[list[int], list[int]]:
-        """The first sample, cut to so many tokens, as a prompt and what continues it.
-
-        Half of a plain text, or of a chat of one message, is its prompt.
-        """
-        tokens, offset = cast(Any, self[0])
-        masked = copy(self.data)
-        masked.mask_prompt = True
-        with suppress(Exception):  # a template may refuse the prompt alone
-            offset = masked.process(self.data[0])[1]
-        tokens = tokens[:longest]
-        offset = offset if 0 < offset < len(tokens) else max(1, len(tokens) // 2)
-        return tokens[:offset], tokens[offset:]
 
     def digest(self) -> str:
         """A hash of all tokens: it changes with the data, the tokenizer and its chat template."""

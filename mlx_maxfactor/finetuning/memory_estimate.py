@@ -39,7 +39,7 @@ from .model_config import (
     quantize_as_config_says,
     value_of,
 )
-from .models import add_adapters, bytes_of, number_of_layers, prefixing_errors
+from .models import add_adapters, bits_of, bytes_of, number_of_layers, prefixing_errors
 from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
 
 BATCHES = 3
@@ -466,15 +466,6 @@ def main_dtype(model: nn.Module) -> mx.Dtype:
 def width_of(model: nn.Module) -> int:
     """Columns that all matrices together make of a token, which its activations grow with."""
     return sum(x.shape[-2] for x in flatten(model.parameters()).values() if x.ndim > 1)
-
-
-def bits_of(model: nn.Module) -> int | None:
-    """Bits of most of the weights that are quantized. None: no weights are."""
-    sizes: dict[int, int] = {}
-    for _, module in model.named_modules():
-        if (bits := getattr(module, "bits", None)) and hasattr(module, "weight"):
-            sizes[bits] = sizes.get(bits, 0) + cast(Any, module).weight.size
-    return max(sizes, key=lambda bits: sizes[bits]) if sizes else None
 
 
 def device_name() -> str:

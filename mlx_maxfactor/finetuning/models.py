@@ -1,16 +1,12 @@
 """Load models and adapters as ``mlx_lm.lora`` does, with errors that name what is wrong."""
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import load
-from mlx_lm.convert import convert
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -18,8 +14,6 @@ from .._validate import shown
 from ..trees import flatten
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
-MARKER = ".mlx-maxfactor-copy"
-"""A file in our quantized copies. A folder without it is the user's own."""
 
 
 @contextmanager
@@ -31,89 +25,23 @@ def prefixing_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {str(problem) or type(problem).__name__}") from problem
 
 
-def load_model(
-    model: str, *, quantize: int | None = None, trust_remote_code: bool = False
-) -> tuple[nn.Module, Any, str]:
-    """A model folder, or a name on the hub.
+def load_model(model: str, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """The model and the tokenizer of a folder, or of a name on the hub.
 
     Args:
         model: The folder or the name.
-        quantize: Train on a copy in so many bits. Default None.
         trust_remote_code: Let the model's folder run its own code. Default False.
 
-    Returns:
-        The model, its tokenizer, and the folder or name it was loaded from.
-
     Raises:
-        ValueError: mlx-lm cannot load it, or a folder is in the place of the copy.
+        ValueError: mlx-lm cannot load it.
     """
-    if quantize:
-        model = str(quantized_copy(model, quantize))
     # mlx-lm 0.31, the last for Python 3.10, does not have this argument.
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     with prefixing_errors(f"model {model}"):
         network, tokenizer = load(model, tokenizer_config=trust, **trust)[:2]
         if not getattr(network, "layers", None):
             raise ValueError("it has no list of layers, and mlx-lm trains the last layers")
-    return network, tokenizer, model
-
-
-def quantized_copy(model: str, bits: int = 4) -> Path:
-    """A quantized copy: beside a folder, in ``runs`` for a name on the hub.
-
-    Adapters fit only the weights they were trained on, so the copy is kept, and made again only if
-    the model's files are newer.
-
-    Args:
-        model: The folder or the name.
-        bits: Bits of a weight.
-
-    Returns:
-        The folder of the copy.
-
-    Raises:
-        ValueError: The model is quantized already, mlx-lm cannot load it, or the folder exists and
-            is not our copy.
-    """
-    source = Path(model).resolve()
-    folder = Path("runs", f"{model.replace('/', '--')}-{bits}bit")
-    if source.exists():
-        folder = source.with_name(f"{source.name}-{bits}bit")
-    marker = folder / MARKER
-    if folder.exists():
-        if not (marker.is_file() and (folder / "config.json").is_file()):
-            raise ValueError(
-                f"{folder} exists and was not made by --quantize: pass it as --model, or move it"
-            )
-        made = marker.stat().st_mtime
-        files = [*source.glob("*.json"), *source.glob("*.safetensors")]
-        if all(file.stat().st_mtime <= made for file in files):
-            return folder
-    partial = folder.with_name(f".{folder.name}{MARKER}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with prefixing_errors(f"model {model}"):
-        try:
-            before = _quantized_in(source)
-            if before is None:
-                convert(model, str(partial), quantize=True, q_bits=bits)
-            # mlx-lm copies the weights of a quantized model as they are.
-            if (found := before or _quantized_in(partial)) != bits or before:
-                raise ValueError(f"it is quantized already (bits: {found}): leave out --quantize")
-            (partial / MARKER).touch()
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return folder
-
-
-def _quantized_in(folder: Path) -> Any:
-    """In how many bits a model is quantized, or by which method. None: it is not."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = config.get("quantization") or config.get("quantization_config") or {}
-    return found.get("bits", found.get("quant_method"))
+    return network, tokenizer
 
 
 def number_of_layers(num_layers: int | None, layers: int) -> int:
@@ -191,3 +119,12 @@ def load_adapters_into(model: nn.Module, path: str) -> None:
 def bytes_of(tree: Any) -> int:
     """Bytes of all arrays of a tree, from their shapes."""
     return sum(array.nbytes for array in flatten(tree).values() if isinstance(array, mx.array))
+
+
+def bits_of(model: nn.Module) -> int | None:
+    """Bits of most of the weights that are quantized. None: no weights are."""
+    sizes: dict[int, int] = {}
+    for _, module in model.named_modules():
+        if (bits := getattr(module, "bits", None)) and hasattr(module, "weight"):
+            sizes[bits] = sizes.get(bits, 0) + cast(Any, module).weight.size
+    return max(sizes, key=lambda bits: sizes[bits]) if sizes else None

@@ -1,12 +1,12 @@
 """Make a small model and a task for it, offline, in the formats that mlx-lm reads.
 
-    python -m mlx_maxfactor.finetuning.small_llama
+    python examples/small_llama.py
 
 The model is a llama of four layers with its own tokenizer. It is trained for 400 steps on the code
 of Python's standard library without comments and docstrings. The task is new to it: to name a
-Unicode character from its number. mlx-lm reads both folders:
+Unicode character from its number. mlx-lm reads both folders, and so does
 
-    mlx_lm.lora --train --model runs/small_llama --data runs/small_task --num-layers 4
+    mlx-maxfactor lora --model runs/small_llama --data runs/small_task --iters 300
 
 They are made again only if the seed or the settings differ.
 """
@@ -31,8 +31,7 @@ from mlx_lm.utils import save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
 
-from ..factory import create_optimizer
-from ..schedules import warmup_cosine
+from mlx_maxfactor import create_optimizer, warmup_cosine
 
 END = "<|end|>"
 TEMPLATE = (
