@@ -337,16 +337,7 @@ def fine_tune(run: Run, arguments: Arguments) -> Record:
     prepare(model, run.mode)
     optimizer = make_optimizer(model, run)
     optimizer.init(model.trainable_parameters())
-    mx.eval(model.parameters(), optimizer.state)
-    captured = [model.state, optimizer.state, mx.random.state]
-
-    @partial(mx.compile, inputs=captured, outputs=captured)
-    def step(batch: mx.array) -> mx.array:
-        loss, gradients = nn.value_and_grad(model, loss_of)(model, batch)
-        optimizer.update(model, gradients)
-        return loss
-
-    random, rows = np.random.default_rng(run.seed), len(texts.training)
+    step, random = compiled_step(model, optimizer), np.random.default_rng(run.seed)
     steps, new, old, seconds, peak = [], [], [], [], 0
     for done in range(run.steps + 1):
         if done % arguments.every == 0 or done == run.steps:
@@ -355,11 +346,10 @@ def fine_tune(run: Run, arguments: Arguments) -> Record:
             old.append(mean_loss(model, texts.old))
             print(f"{done:6} new {new[-1]:.3f} old {old[-1]:.3f}", file=sys.stderr, flush=True)
         if done < run.steps:
-            batch = texts.training[mx.array(random.integers(0, rows, BATCH))]
+            rows = random.integers(0, len(texts.training), BATCH)
             mx.reset_peak_memory()
             start = time.perf_counter()
-            loss = step(batch)
-            mx.eval(loss, captured)
+            step(texts.training[mx.array(rows)])
             seconds.append(time.perf_counter() - start)
             peak = max(peak, mx.get_peak_memory())
     arrays: list[mx.array] = []
@@ -376,6 +366,20 @@ def fine_tune(run: Run, arguments: Arguments) -> Record:
         run.command,
         f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}, {arguments.dtype}",
     )
+
+
+def compiled_step(model: nn.Module, optimizer: Optimizer) -> Callable[[mx.array], None]:
+    """A training step on one batch, evaluated."""
+    state = [model.state, optimizer.state, mx.random.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(batch: mx.array) -> mx.array:
+        loss, gradients = nn.value_and_grad(model, loss_of)(model, batch)
+        optimizer.update(model, gradients)
+        return loss
+
+    mx.eval(state)
+    return lambda batch: mx.eval(step(batch), state)
 
 
 def peak_rate(optimizer: Any, run: Run) -> float:

@@ -154,7 +154,6 @@ def create_optimizer(
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
     rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
     total_steps = _check_specs(hidden_spec, rest_spec, total_steps)
-
     choices = _choices(parameters, exceptions, exclude_first)
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
     if not own:
@@ -169,8 +168,8 @@ def create_optimizer(
         run=_rate_inputs(model, total_steps, own or parameters, hidden_options),
     )
     routes = {p.path: _route(factory, p, choices[p.path]) for p in parameters}
-    guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
     strategy = Sharding(group) if group is not None and group.size() > 1 else None
+    guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
     return RoutedOptimizer(model, parameters, factory.labelled(routes), routes, guard, strategy)
 
 
