@@ -5,7 +5,8 @@
     python examples/compare_pretrained.py --mode lora --optimizer muon --learning-rate 3e-3 --seed 2
 
 The first prints the tables of the records in `examples/records/pretrained.jsonl`. `--run` first
-makes the runs that are missing there. The third makes one run and keeps no record.
+makes the runs that are missing there. The third makes one run and keeps no record. `--prepare`
+only writes the model's folder, and the task as a folder of data that `mlx-maxfactor lora` reads.
 
 The model is Gemma 3 270M, from packages of PyPI under Gemma's terms:
 
@@ -272,6 +273,15 @@ def functions() -> list[tuple[str, str]]:
     return list(found.items())
 
 
+def write_data(folder: Path) -> None:
+    """The task as mlx-lm reads it: prompts and completions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": line, "completion": name}) for line, name in functions()]
+    np.random.default_rng(0).shuffle(lines)
+    for name, part in (("valid", lines[:100]), ("test", lines[100:200]), ("train", lines[200:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+
+
 def windows(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
     """Pack the pairs into windows that begin with <bos>, and mark the tokens of the names."""
     tokens = np.array([token for first, second in pairs for token in first + second])
@@ -495,6 +505,7 @@ class Arguments(argparse.Namespace):
 
     run: bool
     only: list[str]
+    prepare: Path | None
     model: Path
     mode: str
     optimizer: str | None
@@ -512,6 +523,7 @@ def parse_arguments() -> Arguments:
     names = [*OWN, *PEERS]
     add("--run", action="store_true", help="make the runs that are missing")
     add("--only", action="append", choices=MODES, default=[], help="of this mode alone")
+    add("--prepare", type=Path, metavar="FOLDER", help="only write the model and the task's data")
     add("--model", type=Path, default=FOLDER, help=f"its folder (default {FOLDER})")
     add("--mode", choices=MODES, default="lora", help="of one run (default lora)")
     add("--optimizer", choices=names, metavar="NAME", help=f"one run: {'; '.join(names)}")
@@ -529,6 +541,10 @@ def parse_arguments() -> Arguments:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.prepare:
+        convert(arguments.model)
+        write_data(arguments.prepare)
+        return
     if arguments.optimizer:
         options = arguments.mode, arguments.optimizer, arguments.learning_rate, arguments.seed
         print(json.dumps(asdict(fine_tune(Run(*options, arguments.steps), arguments))))
