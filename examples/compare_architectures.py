@@ -6,7 +6,8 @@
 
 It prints a table: parameters of each role, and whether both steps ran: every parameter of the plan
 with a gradient moved, no other moved, and all stayed finite. `tests/test_architectures.py` compares
-the roles with those written down from the code of the models.
+the roles with those written down from the code of the models. The last column is the estimate of
+`mlx-maxfactor fits` for training all weights in mlx-lm's trainer, over the real peak.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import pkgutil
+import re
 from ast import literal_eval
 from collections import Counter
 from importlib import import_module
@@ -23,11 +25,13 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
+from compare_memory import clear, real_peak
 from compare_optimizers import markdown
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_maxfactor import create_optimizer
+from mlx_maxfactor.finetuning.memory_estimate import Request, estimate
 from mlx_maxfactor.routing.roles import find_roles
 
 NO_MODEL = "activations base bitlinear_layers cache gated_delta mla pipeline rope_utils ssm"
@@ -216,12 +220,16 @@ def arrays(tree: Any) -> dict[str, Any]:
     return dict(tree_flatten(tree))
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """The config of a small model."""
+    return {**SMALL, "model_type": name, **CORRECTIONS.get(name, {})}
+
+
 def build(name: str) -> nn.Module:
     """A small model with random weights."""
     mx.random.seed(0)
     module = import_module(f"mlx_lm.models.{name}")
-    config = {**SMALL, "model_type": name, **CORRECTIONS.get(name, {})}
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model = module.Model(module.ModelArgs.from_dict(config_of(name)))
     for path, x in arrays(model.parameters()).items():  # RWKV 7 has zeros where weights are to come
         if mx.issubdtype(x.dtype, mx.floating) and not mx.any(x).item():
             model.update(tree_unflatten([(path, 0.1 * mx.random.normal(x.shape))]))
@@ -276,6 +284,19 @@ def step_problem(model: nn.Module, compiled: bool = False) -> str:
     return ""
 
 
+def estimate_over_peak(name: str) -> str:
+    """The estimated peak of training all weights over the real one, or why there is none."""
+    mx.random.seed(0)
+    sizes = {"batch_size": 8, "max_seq_length": 48, "num_layers": -1, "dtype": "float32"}
+    request = Request(config_of(name), fine_tune_type="full", **sizes)
+    try:
+        real = real_peak(request)
+        clear()
+        return f"{estimate(request).peak / real:.2f}"
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}".partition("\n")[0]
+
+
 def row(name: str, compiled: bool) -> tuple[str, ...]:
     """What the table says of an architecture."""
     parameters = find_roles(build(name))
@@ -284,7 +305,7 @@ def row(name: str, compiled: bool) -> tuple[str, ...]:
     if name in NOT_TRAINED:
         return name, roles, NOT_TRAINED[name], "", ""
     problems = [step_problem(model, compiled) for model in (add_lora(build(name)), build(name))]
-    return name, roles, *(problem or "yes" for problem in problems), ""
+    return name, roles, *(problem or "yes" for problem in problems), estimate_over_peak(name)
 
 
 def main() -> None:
@@ -303,6 +324,12 @@ def main() -> None:
     print(
         f"Both steps are right for {right} of {len(built)} architectures that MLX can train here."
     )
+    ratios = [float(cells[4]) for cells in rows if re.fullmatch(r"[\d.]+", cells[4])]
+    if ratios:
+        near = sum(abs(ratio - 1) <= 0.15 for ratio in ratios)
+        print(
+            f"The estimate of `fits` is within 15 % of the real peak for {near} of {len(ratios)}."
+        )
     print(
         "`python examples/compare_architectures.py` makes this page, and says what is measured.\n"
     )
