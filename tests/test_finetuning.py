@@ -132,7 +132,7 @@ def test_a_rule_gets_the_defaults_for_what_it_names():
     assert member.learning_rate.item() == pytest.approx(default_rate("maxfactor", "lora"))
 
 
-@pytest.mark.parametrize(("options", "lead"), [({}, 3e-2), ({"learning_rate": 0.01}, 0.01)])
+@pytest.mark.parametrize(("options", "lead"), [({}, 2e-2), ({"learning_rate": 0.01}, 0.01)])
 def test_layers_that_are_trained_whole_beside_lora(options, lead):
     model = lora_llama()
     model.layers[0].unfreeze()
