@@ -8,7 +8,6 @@ import shlex
 import signal
 from argparse import Namespace
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any, cast
 
 import mlx.core as mx
@@ -34,16 +33,12 @@ from ..optimizers.base import flatten
 from .lora_arguments import BAD_INPUT, one_line, parse_arguments
 from .terminal import OneLineParser, Progress, catching_interrupts
 
-TESTED = ("0.31.3", "0.32.2")
-"""Versions of mlx-lm that this command was run with."""
-
 
 def main(argv: Sequence[str]) -> int:
     """Fine-tune. Returns the exit status."""
     parser = OneLineParser(prog="mlx-maxfactor lora")
     try:
         parser, arguments = parse_arguments(argv)
-        warn_of_version()
         tuning = prepare(arguments)
     except BAD_INPUT as problem:
         parser.error(one_line(problem))
@@ -62,13 +57,6 @@ def main(argv: Sequence[str]) -> int:
         number = next(iter(tuning.interrupts), signal.SIGINT)
         parser.exit(128 + number, f"\n{how_to_resume(tuning, argv)}\n")
     return 0
-
-
-def warn_of_version() -> None:
-    """Say if this version of mlx-lm was never tried."""
-    if (found := version("mlx-lm")) not in TESTED:
-        tested = " and ".join(TESTED)
-        print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=Progress())
 
 
 def prepare(arguments: Namespace) -> Tuning:
