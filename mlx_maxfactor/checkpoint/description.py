@@ -132,23 +132,18 @@ def _schedules(optimizer: Optimizer) -> dict[str, Callable[[mx.array], Any]]:
 def _sampled(schedule: Callable[[mx.array], Any], made: int) -> dict[str, Any]:
     """A schedule's name, for messages, and its values at some steps, for comparison."""
     steps = STEPS if takes_any_step(schedule) else [step for step in STEPS if step <= made]
-    values = _try(lambda: schedule(mx.array(steps, mx.uint64)).tolist())
-    if not isinstance(values, list) or len(values) != len(steps):  # it takes one step per call
-        values = [_try(lambda s=s: schedule(mx.array(s, mx.uint64))) for s in steps]
-    rounded = [_try(lambda v=v: float(f"{float(v):.6g}")) for v in values]
     unnamed = repr(schedule) if isinstance(schedule, Schedule) else type(schedule).__qualname__
-    return {
-        "name": getattr(schedule, "__qualname__", unnamed),
-        "values": [v if v is not None and math.isfinite(v) else None for v in rounded],
-    }
+    name = getattr(schedule, "__qualname__", unnamed)
+    return {"name": name, "values": [_value(schedule, step) for step in steps]}
 
 
-def _try(compute: Callable[[], Any]) -> Any:
-    """The value, or None on an error: a save must not fail because a table of rates ends early."""
+def _value(schedule: Callable[[mx.array], Any], step: int) -> float | None:
+    """None on an error: a save must not fail because a table of rates ends early."""
     try:
-        return compute()
+        value = float(schedule(mx.array(step, mx.uint64)))
     except Exception:
         return None
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:

@@ -428,8 +428,7 @@ def _by_name(places: Iterable[tuple[str, Place]]) -> dict[str, Place]:
 
 def _strategy_of(optimizer: Optimizer) -> UpdateStrategy:
     """The optimizer's strategy, which knows what other ranks hold."""
-    strategy = getattr(optimizer, "strategy", None)
-    return strategy if isinstance(strategy, UpdateStrategy) else UpdateStrategy()
+    return getattr(optimizer, "strategy", None) or UpdateStrategy()
 
 
 def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
@@ -504,11 +503,12 @@ def _differ_in_dtype(old: Kind | None, new: Kind | None) -> bool:
 
 
 def _check_arguments(path: Any, model: Any, optimizer: Any) -> None:
-    if isinstance(path, (nn.Module, Optimizer)):
-        raise CheckpointError("the path comes first, then model and optimizer")
     if not isinstance(path, (str, os.PathLike)):
-        raise CheckpointError(f"path must be a str or a path, got {type(path).__name__}")
-    if isinstance(model, Optimizer) and isinstance(optimizer, nn.Module):
+        raise CheckpointError(
+            f"path must be a str or a path, got {type(path).__name__}: the path comes first, then "
+            "model and optimizer"
+        )
+    if isinstance(model, Optimizer):
         raise CheckpointError("model and optimizer are swapped: the model comes first")
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"model must be a mlx.nn.Module, got {type(model).__name__}")

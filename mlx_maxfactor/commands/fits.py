@@ -71,33 +71,17 @@ def make_parser() -> OneLineParser:
     add = parser.add_argument
     add("model", nargs="?", help="folder with a config.json, or a name in the hub's cache")
     add("--fine-tune-type", choices=FINE_TUNE_TYPES, help="lora, dora or full (lora)")
-    add(
-        "--num-layers", type=int, help="last layers that are trained, -1: all (16, or all of fewer)"
-    )
+    add("--num-layers", type=int, help="last layers to train, -1: all (16, or all of fewer)")
     add("--rank", type=integer, help="rank of LoRA and DoRA (8)")
     add("--batch-size", type=integer, help="sequences in a batch (4)")
     add("--max-seq-length", type=integer, help="tokens in a sequence (2048)")
-    add(
-        "--grad-checkpoint",
-        action="store_true",
-        default=None,
-        help="compute activations again in the backward pass",
-    )
+    flag = {"action": "store_true", "default": None}
+    add("--grad-checkpoint", **flag, help="compute activations again in the backward pass")
     add("--grad-accumulation-steps", type=integer, help="batches for one update (1)")
     add("--dtype", choices=DTYPES, help="dtype of the weights (as they are, or as the config says)")
-    add(
-        "--quantize",
-        type=integer,
-        metavar="BITS",
-        help="quantize the model in 2, 3, 4, 5, 6 or 8 bits",
-    )
+    add("--quantize", type=integer, metavar="BITS", help="quantize the model: 2, 3, 4, 5, 6 or 8")
     add_optimizer_arguments(parser)
-    add(
-        "--memory",
-        type=float,
-        metavar="GB",
-        help="memory of the Mac that it must fit (this machine)",
-    )
+    add("--memory", type=float, metavar="GB", help="memory of the Mac (default: this machine)")
     add("-c", "--config", metavar="FILE", help="a YAML file of mlx_lm.lora")
     return parser
 

@@ -8,11 +8,9 @@ import shlex
 import signal
 from argparse import Namespace
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
@@ -29,13 +27,10 @@ from ..finetuning.models import (
     prefixing_errors,
 )
 from ..finetuning.optimizer_names import make_optimizer
-from ..finetuning.tuning import Tuning, describe_run
+from ..finetuning.tuning import Tuning
 from ..trees import flatten
 from .lora_arguments import BAD_INPUT, one_line, parse_arguments
 from .terminal import OneLineParser, Progress, catching_interrupts
-
-TESTED = ("0.31.3", "0.32.2")
-"""Versions of mlx-lm that this command was run with."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +38,6 @@ def main(argv: Sequence[str]) -> int:
     parser = OneLineParser(prog="mlx-maxfactor lora")
     try:
         parser, arguments = parse_arguments(argv)
-        warn_of_version()
         tuning = prepare(arguments)
     except BAD_INPUT as problem:
         parser.error(one_line(problem))
@@ -62,13 +56,6 @@ def main(argv: Sequence[str]) -> int:
         number = next(iter(tuning.interrupts), signal.SIGINT)
         parser.exit(128 + number, f"\n{how_to_resume(tuning, argv)}\n")
     return 0
-
-
-def warn_of_version() -> None:
-    """Say if this version of mlx-lm was never tried."""
-    if (found := version("mlx-lm")) not in TESTED:
-        tested = " and ".join(TESTED)
-        print(f"warning: mlx-lm is {found}; this command was run with {tested}", file=Progress())
 
 
 def prepare(arguments: Namespace) -> Tuning:
@@ -99,7 +86,15 @@ def prepare(arguments: Namespace) -> Tuning:
         arguments.lora_parameters = None
     if arguments.resume_adapter_file is not None:
         load_adapters_into(model, arguments.resume_adapter_file)
-    tuning = Tuning(model, optimizer_of(model, arguments), datasets, arguments)
+    config = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
+    optimizer = make_optimizer(
+        model,
+        arguments.optimizer,
+        learning_rate=arguments.learning_rate,
+        lr_schedule=arguments.lr_schedule,
+        **{**config, **arguments.option},
+    )
+    tuning = Tuning(model, optimizer, datasets, arguments)
     resume(tuning)
     return tuning
 
@@ -113,20 +108,7 @@ def resume(tuning: Tuning) -> None:
     elif arguments.resume:
         print(f"there is no {tuning.path} yet: starting from the beginning")
     elif tuning.path.exists():
-        found = describe_run(tuning.path)
-        print(f"{tuning.folder} holds {found}, which is replaced; --resume would continue it")
-
-
-def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
-    """The optimizer with the options of the YAML file and of ``--option``."""
-    config = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
-    return make_optimizer(
-        model,
-        arguments.optimizer,
-        learning_rate=arguments.learning_rate,
-        lr_schedule=arguments.lr_schedule,
-        **{**config, **arguments.option},
-    )
+        print(f"{tuning.path} is replaced by this run; --resume would continue it")
 
 
 def train(tuning: Tuning) -> None:
@@ -160,13 +142,13 @@ def train(tuning: Tuning) -> None:
 
 
 def print_notes(tuning: Tuning) -> None:
-    """What to know before the run: how schedules count, samples that are cut, padding."""
+    """What to know before the run: how schedules count, samples that are cut."""
     a = tuning.arguments
     if a.lr_schedule and a.grad_accumulation_steps > 1:
         updates = a.iters // a.grad_accumulation_steps
         print(f"lr_schedule counts updates: {a.iters} iterations are {updates}", file=Progress())
     for name, data in tuning.sets.items():
-        for note in describe_lengths(name, data, a.batch_size, a.max_seq_length):
+        for note in describe_lengths(name, data, a.max_seq_length):
             print(f"warning: {note}", file=Progress())
 
 

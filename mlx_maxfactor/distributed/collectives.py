@@ -112,11 +112,10 @@ class OrderedCollectives:
 
     Args:
         group: The ranks.
-        stream: Where the collectives run. None: MLX's own choice.
     """
 
-    def __init__(self, group: mx.distributed.Group, stream: mx.Stream | None = None):
-        self._options: dict[str, Any] = {"group": group, "stream": stream}
+    def __init__(self, group: mx.distributed.Group):
+        self._group = group
         self.rank, self.size = group.rank(), group.size()
         self._last: list[mx.array] = []
 
@@ -131,7 +130,7 @@ class OrderedCollectives:
     def _next(self, collective: Any, x: mx.array) -> mx.array:
         if self._last:
             x = mx.depends([x], self._last)[0]
-        self._last = [collective(x, **self._options)]
+        self._last = [collective(x, group=self._group)]
         return self._last[0]
 
     def averaged(self, arrays: Sequence[mx.array]) -> list[mx.array]:

@@ -36,7 +36,6 @@ class Sharding(UpdateStrategy):
 
     Attributes:
         assignment: What each rank updates.
-        stream: Where collectives run. None: MLX's own choice.
     """
 
     def __init__(self, group: mx.distributed.Group):
@@ -45,8 +44,7 @@ class Sharding(UpdateStrategy):
         """Whole state of each parameter, never evaluated: only shapes and dtypes are used."""
         self._optimizer: Callable[[], Any] = lambda: None
         self.assignment = Assignment(self.ranks)
-        self.stream: mx.Stream | None = None
-        self._collectives = self._new_collectives()
+        self._collectives = OrderedCollectives(self._group)
 
     # The strategy of an optimizer
 
@@ -80,7 +78,7 @@ class Sharding(UpdateStrategy):
 
     def average_gradients(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
         """The slots, with each gradient averaged over all ranks."""
-        self._collectives = self._new_collectives()
+        self._collectives = OrderedCollectives(self._group)
         means = self._collectives.averaged([slot.gradient for slot in slots])
         return [slot._replace(gradient=g) for slot, g in zip(slots, means, strict=True)]
 
@@ -105,9 +103,6 @@ class Sharding(UpdateStrategy):
         """Bytes of the whole state of each parameter, by path."""
         return {path: _nbytes(arrays) for path, arrays in self._shapes.items()}
 
-    def _new_collectives(self) -> OrderedCollectives:
-        return OrderedCollectives(self._group, self.stream)
-
     # State
 
     def _state_of(self, path: str) -> dict:
@@ -128,7 +123,7 @@ class Sharding(UpdateStrategy):
 
     def gather(self, own: mx.array) -> mx.array:
         """The arrays of all ranks along a new first axis. All ranks must call it."""
-        gathered = self._new_collectives().all_gather(own)
+        gathered = OrderedCollectives(self._group).all_gather(own)
         mx.eval(gathered)  # here, because only one rank reads it
         return gathered
 
@@ -145,7 +140,7 @@ class Sharding(UpdateStrategy):
             except Exception as error:  # any error: the other ranks wait for the result
                 problem = error
         failed = mx.array(int(problem is not None))
-        if self._new_collectives().all_sum(failed).item():
+        if OrderedCollectives(self._group).all_sum(failed).item():
             raise problem or CheckpointError("the checkpoint was not written, see the first rank")
 
     def gather_state(self) -> dict[str, mx.array]:
@@ -164,7 +159,7 @@ class Sharding(UpdateStrategy):
             batch[name] = OwnedArray(template.shape, template.dtype, owner, own)
             filled += template.nbytes
             if filled >= MESSAGE_BYTES or i == last:
-                gathered = self._new_collectives().gathered(batch)
+                gathered = OrderedCollectives(self._group).gathered(batch)
                 mx.eval(gathered)
                 whole |= gathered if self.rank == 0 else {}
                 batch, filled = {}, 0

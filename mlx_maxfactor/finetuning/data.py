@@ -14,7 +14,6 @@ from .._validate import shown
 from .models import prefixing_errors
 
 FILES = {"training": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
-ROUNDED = 32  # mlx-lm pads a batch to a multiple of this, and one token more
 
 
 class TokenizedDataset(CacheDataset):
@@ -140,11 +139,9 @@ def check_sample(data: Any, sample: Any) -> None:
         raise ValueError("mask_prompt needs a chat of at least two messages")
 
 
-def describe_lengths(name: str, data: Any, batch_size: int, longest: int) -> list[str]:
-    """What a user should know of the lengths: samples that are cut or learn nothing, padding."""
+def describe_lengths(name: str, data: Any, longest: int) -> list[str]:
+    """How many samples are cut to so many tokens, and how many learn nothing."""
     sizes = [len(tokens) for tokens, _ in data]
-    if not sizes:
-        return []
     notes, of = [], f"of {len(sizes):,} {name} samples"
     if cut := [size for size in sizes if size > longest]:
         notes.append(
@@ -153,21 +150,4 @@ def describe_lengths(name: str, data: Any, batch_size: int, longest: int) -> lis
         )
     if lost := sum(max(1, start) > min(len(x), longest - 1) for x, start in data):
         notes.append(f"{lost:,} {of} have no token to learn: their prompt is all that is left")
-    if name != "training":
-        return notes
-    share, best = (padding(x, batch_size, longest) for x in (sizes, sorted(sizes)))
-    if share > 0.5:
-        remedy = f"; with the lines of the file sorted by length, {best:.0%}"
-        notes.append(f"{share:.0%} of a batch is padding{remedy * (best < 0.9 * share)}")
     return notes
-
-
-def padding(sizes: Sequence[int], batch_size: int, longest: int) -> float:
-    """The share of padding in mlx-lm's batches, which are neighbouring lines of the file."""
-    whole = len(sizes) // batch_size * batch_size
-    used = [min(size, longest) for size in sizes[:whole]]
-    computed = 0
-    for i in range(0, whole, batch_size):
-        most = max(used[i : i + batch_size])
-        computed += batch_size * min(1 + ROUNDED * -(-most // ROUNDED), longest)
-    return 1 - sum(used) / max(1, computed)

@@ -1,7 +1,6 @@
 """Read a model's folder: its config, and what the config says of quantized weights."""
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -32,18 +31,8 @@ WIDTHS = (
 )
 """What is halved in a model that does not fit on this device, or takes too long to measure."""
 
-MODES = {
-    "affine": {"group_size": 32, "bits": 4, "mode": "affine"},
-    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
-    "nvfp4": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
-}
-FORMATS = {
-    "nvfp4-pack-quantized": "nvfp4",
-    "mxfp4-pack-quantized": "mxfp4",
-    "pack-quantized": "affine",
-}
-"""Formats of compressed-tensors that mlx-lm reads as they are."""
+PACKED = ("awq", "compressed-tensors", "gptq", "modelopt")
+"""Methods of other programs whose weights mlx-lm keeps quantized. Only the weights say how."""
 
 
 def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
@@ -76,12 +65,7 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
     name = str(folder / "config.json")
     with prefixing_errors(name):
         config = load_config(folder)
-    config = _checked(config, name)
-    with prefixing_errors(str(folder / "hf_quant_config.json")):
-        path = folder / "hf_quant_config.json"
-        if path.is_file() and not quantization_config(config):
-            config["quantization_config"] = json.loads(path.read_text(encoding="utf-8"))
-    return config, folder
+    return _checked(config, name), folder
 
 
 def _checked(config: Any, name: str) -> dict[str, Any]:
@@ -141,54 +125,35 @@ def converted_dtype(config: Mapping[str, Any]) -> str | None:
     return name if name in DTYPES else None
 
 
-def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What another program wrote of quantized weights. Empty: nothing."""
-    found = value_of(config, "quantization_config")
-    return found if isinstance(found, Mapping) else {}
-
-
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of quantized weights, in mlx-lm's words. Empty: nothing."""
-    if config.get("quantization"):
-        return config["quantization"]
-    theirs = quantization_config(config)
-    method, mode = theirs.get("quant_method"), None
-    if method in ("awq", "gptq"):
-        return {"group_size": theirs.get("group_size", 128), "bits": 4}
-    if method in MODES:
-        mode = method
-    elif method == "compressed-tensors":
-        mode = FORMATS.get(str(theirs.get("format")))
-    elif method == "modelopt":
-        mode = "nvfp4"
-    elif method == "fp8" and theirs.get("scale_fmt") == "ue8m0":
-        mode = "mxfp8" if theirs.get("weight_block_size") == [32, 32] else None
-    return MODES[mode] if mode else {}
-
-
 def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Quantize what mlx-lm would find quantized in the weights that belong to a config."""
-    if not (given := quantization_of(config)):
+    """Quantize what mlx-lm would find quantized in the weights that belong to a config.
+
+    Raises:
+        ValueError: Another program quantized them, and the config alone does not say what.
+    """
+    as_convert = convert_predicate(model)
+    if ours := config.get("quantization"):
+
+        def as_said(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            return ours[path] if path in ours else as_convert(path, module)
+
+        quantize(model, as_said, **{"group_size": 64, **ours})
         return
-    as_convert, theirs = convert_predicate(model), quantization_config(config)
-    left_out = theirs.get("modules_to_not_convert") or theirs.get("ignore") or ()
-    patterns = [str(name) for name in (*left_out, "*lm_head")]
+    theirs = value_of(config, "quantization_config")
+    method = theirs.get("quant_method") if isinstance(theirs, Mapping) else None
+    if method in PACKED:
+        raise ValueError(
+            f"it is quantized with {method}: download the weights beside it, which say what is "
+            "quantized, or leave out quantization_config"
+        )
+    if method == "mxfp4":
+        left_out = [*(theirs.get("modules_to_not_convert") or ()), "*lm_head"]
 
-    def ours(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        return given[path] if path in given else as_convert(path, module)
+        def chosen(path: str, module: nn.Module) -> bool:
+            named = any(fnmatchcase(f"{path}.", f"{name}.*") for name in left_out)
+            return not (named or isinstance(module, nn.Embedding))
 
-    def others(path: str, module: nn.Module) -> bool:
-        embeds = isinstance(module, nn.Embedding)
-        return not (embeds or any(_matches(path, name) for name in patterns))
-
-    quantize(model, ours if config.get("quantization") else others, **{"group_size": 64, **given})
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """Whether a module, or what it is part of, is named by a pattern of another program."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], path) is not None
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+        quantize(model, chosen, bits=4, group_size=32, mode="mxfp4")
 
 
 def convert_predicate(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:

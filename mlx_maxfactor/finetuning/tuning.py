@@ -6,7 +6,6 @@ stopped. The batches and their order are mlx-lm's, so a run without an interrupt
 ``mlx_lm.lora`` does.
 """
 
-import json
 import math
 import sys
 import time
@@ -409,12 +408,3 @@ def full_batches(*settings: Any, **others: Any) -> Iterator[Any]:
         last = tokens.shape[1] - 1
         if any(min(end, last) >= max(start, 1) for start, end in cast(Any, spans.tolist())):
             yield tokens, spans
-
-
-def describe_run(path: Path) -> str:
-    """How long the run of a checkpoint is, from its header alone. The file may be anything."""
-    try:
-        metadata = cast(Any, mx.load(str(path), return_metadata=True))[1]
-        return f"a run of {json.loads(metadata['extra'])['iteration']} iterations"
-    except (RuntimeError, KeyError, TypeError, ValueError):
-        return "a run"
