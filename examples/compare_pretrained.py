@@ -274,9 +274,9 @@ def functions() -> list[tuple[str, str]]:
 
 
 def write_data(folder: Path) -> None:
-    """The task as mlx-lm reads it: prompts and completions."""
+    """The task as mlx-lm reads it: a line of a docstring, and below it the name."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt": line, "completion": name}) for line, name in functions()]
+    lines = [json.dumps({"text": f"{line}\n{name}"}) for line, name in functions()]
     np.random.default_rng(0).shuffle(lines)
     for name, part in (("valid", lines[:100]), ("test", lines[100:200]), ("train", lines[200:])):
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
