@@ -108,7 +108,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         OrthoMaxFactor,
         2e-2,
         pretrained=1e-2,
-        lora=4e-4,
+        lora=3e-4,
         lora_options={"min_rms": 1.0},
         peak=_orthomaxfactor_peak,
     ),
