@@ -108,11 +108,13 @@ def profile_step(
         for name, compiled in (("eager", False), ("compiled", True)):
             step = _Step(deepcopy(model), deepcopy(optimizer), loss_of, compiled)
             # The first round compiles, and replaces the arrays that the copies share.
-            step.whole(batch), step.apart(batch)
+            for run in (step.whole, step.apart):
+                run(batch)
             copies = mx.get_active_memory() - held
-            times = [(step.whole(batch), step.apart(batch)) for _ in range(rounds)]
-            ways[name] = breakdown(*zip(*times, strict=True), copies)
-            del step
+            costs = [(step.whole(batch), step.apart(batch)) for _ in range(rounds)]
+            whole, apart = ([pair[i] for pair in costs] for i in range(2))
+            ways[name] = breakdown(whole, apart, copies)
+            del step, run
         return Profile(ways, rounds, held)
     finally:
         mx.random.seed(high << 32 | low)  # a key is the two halves of its seed
@@ -172,7 +174,9 @@ class _Step:
             return value
 
         def decide(gradients: Any) -> Any:
-            decision = optimizer.guard.decide([g for _, g in tree_flatten(gradients)])
+            decision = optimizer.guard.decide(
+                [cast(mx.array, g) for _, g in tree_flatten(gradients)]
+            )
             return decision.factor, decision.accepted
 
         loss_and_gradients = nn.value_and_grad(model, loss_of)

@@ -223,7 +223,7 @@ class _Loading:
         self.extra = Extra(json.loads(saved.metadata["extra"]))
         self.arrays = dict(saved.arrays)
         key, strategy = self.arrays.pop(KEY, None), _strategy_of(optimizer)
-        if not _is_random_key(key):
+        if key is None or not _is_random_key(key):
             raise CheckpointError("is damaged: its random key is missing")
         self.key = _own_key(key, strategy.rank, strategy.ranks)
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
