@@ -217,23 +217,11 @@ OTHERS = "model.layers.*.self_attn", "model.layers.*.mlp.router"
 @pytest.mark.parametrize(
     ("config", "theirs", "quantized"),
     [
-        (CONFIG, {"quant_method": "awq", "bits": 4, "group_size": 32}, "_proj"),
-        (CONFIG, {"quant_method": "gptq", "group_size": 64, "lm_head": False}, "_proj"),
         (GPT_OSS, {"quant_method": "mxfp4", "modules_to_not_convert": OTHERS}, ".experts."),
-        (
-            CONFIG,
-            {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "ignore": ["re:.*self_attn.*"],
-            },
-            ".mlp.",
-        ),
-        (CONFIG, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "_proj"),
         (CONFIG, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "nothing"),
         (CONFIG, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nothing"),
     ],
-    ids=["awq", "gptq", "gpt-oss", "compressed-tensors", "modelopt", "fp8", "bitsandbytes"],
+    ids=["gpt-oss", "fp8", "bitsandbytes"],
 )
 def test_other_programs_leave_embeddings_and_named_modules_alone(config, theirs, quantized):
     config = config | {"tie_word_embeddings": False, "quantization_config": theirs}
@@ -242,6 +230,12 @@ def test_other_programs_leave_embeddings_and_named_modules_alone(config, theirs,
     assert bool(found) == (quantized != "nothing")
     assert all(quantized in path for path in found)
     assert not any("embed" in path or "lm_head" in path for path in found)
+
+
+def test_config_of_another_program_asks_for_the_weights():
+    config = CONFIG | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    with pytest.raises(ValueError, match="quantized with awq: download the weights beside it"):
+        memory_estimate.Request(config).base()
 
 
 def test_guard_and_accumulated_gradients_need_memory():

@@ -148,7 +148,7 @@ def print_notes(tuning: Tuning) -> None:
         updates = a.iters // a.grad_accumulation_steps
         print(f"lr_schedule counts updates: {a.iters} iterations are {updates}", file=Progress())
     for name, data in tuning.sets.items():
-        for note in describe_lengths(name, data, a.max_seq_length):
+        for note in describe_lengths(name, data, a.batch_size, a.max_seq_length):
             print(f"warning: {note}", file=Progress())
 
 

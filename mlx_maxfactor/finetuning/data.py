@@ -14,6 +14,7 @@ from .._validate import shown
 from .models import prefixing_errors
 
 FILES = {"training": "train.jsonl", "validation": "valid.jsonl", "test": "test.jsonl"}
+ROUNDED = 32  # mlx-lm pads a batch to a multiple of this, and one token more
 
 
 class TokenizedDataset(CacheDataset):
@@ -139,8 +140,8 @@ def check_sample(data: Any, sample: Any) -> None:
         raise ValueError("mask_prompt needs a chat of at least two messages")
 
 
-def describe_lengths(name: str, data: Any, longest: int) -> list[str]:
-    """How many samples are cut to so many tokens, and how many learn nothing."""
+def describe_lengths(name: str, data: Any, batch_size: int, longest: int) -> list[str]:
+    """What to know of the lengths: samples that are cut or learn nothing, and padding."""
     sizes = [len(tokens) for tokens, _ in data]
     notes, of = [], f"of {len(sizes):,} {name} samples"
     if cut := [size for size in sizes if size > longest]:
@@ -150,4 +151,14 @@ def describe_lengths(name: str, data: Any, longest: int) -> list[str]:
         )
     if lost := sum(max(1, start) > min(len(x), longest - 1) for x, start in data):
         notes.append(f"{lost:,} {of} have no token to learn: their prompt is all that is left")
+    if name == "training" and (share := padding(sizes, batch_size, longest)) > 0.5:
+        notes.append(f"{share:.0%} of a batch is padding: sort the lines of the file by length")
     return notes
+
+
+def padding(sizes: Sequence[int], batch_size: int, longest: int) -> float:
+    """The share of padding in mlx-lm's batches, which are neighbouring lines of the file."""
+    used = [min(size, longest) for size in sizes]
+    batches = [used[i : i + batch_size] for i in range(0, len(used), batch_size)]
+    widths = [min(1 + ROUNDED * -(-max(batch) // ROUNDED), longest) for batch in batches]
+    return 1 - sum(used) / max(1, batch_size * sum(widths))
