@@ -598,6 +598,16 @@ def test_resume_without_a_rate_uses_that_of_the_file_with_mlx_optimizers_too(hom
 SCHEDULED = "lr_schedule: {name: cosine_decay, arguments: [0.001, 10]}\n"
 
 
+def test_a_rate_that_is_not_used_is_told(home, capsys):
+    path = home / "both.yaml"
+    path.write_text(SCHEDULED + "learning_rate: 1e-5\n")
+    given = ("-c", path, "--model", "x", "--data", "y")
+    assert parsed(*given).lr_schedule
+    assert "learning_rate is not used, because lr_schedule is given" in capsys.readouterr().out
+    assert not parsed(*given, "--learning-rate", "0.01").lr_schedule
+    assert "lr_schedule is not used, because --learning-rate is" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["adamw", "mlx_adamw"])
 @pytest.mark.parametrize("other", ["optimizer", "schedule", "weights alone"])
 def test_resume_proposes_what_the_command_can_do(name, other, home, capsys):

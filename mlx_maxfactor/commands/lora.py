@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
@@ -86,17 +87,21 @@ def prepare(arguments: Namespace) -> Tuning:
         arguments.lora_parameters = None
     if arguments.resume_adapter_file is not None:
         load_adapters_into(model, arguments.resume_adapter_file)
+    tuning = Tuning(model, optimizer_of(model, arguments), datasets, arguments)
+    resume(tuning)
+    return tuning
+
+
+def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
+    """The optimizer with the options of the YAML file and of ``--option``."""
     config = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
-    optimizer = make_optimizer(
+    return make_optimizer(
         model,
         arguments.optimizer,
         learning_rate=arguments.learning_rate,
         lr_schedule=arguments.lr_schedule,
         **{**config, **arguments.option},
     )
-    tuning = Tuning(model, optimizer, datasets, arguments)
-    resume(tuning)
-    return tuning
 
 
 def resume(tuning: Tuning) -> None:

@@ -77,6 +77,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     file = read_config(given["config"]) if "config" in given else {}
     if "learning_rate" in given and file.pop("lr_schedule", None):
         print(f"{given['config']}: lr_schedule is not used, because --learning-rate is given")
+    elif file.get("lr_schedule") and file.get("learning_rate") is not None:
+        print(f"{given['config']}: learning_rate is not used, because lr_schedule is given")
     arguments = Namespace(**{**DEFAULTS, **file, **given})
     check(arguments)
     return parser, arguments
