@@ -344,7 +344,10 @@ def test_yaml_file_of_mlx_lm_is_read_as_it_is(home, capsys):
     path = home / "mlx_lm.yaml"
     path.write_text(MLX_LM_FILE + "speed: 9\n")
     arguments = parsed("-c", path, "--model", home / "model", "--iters", "7")
-    assert capsys.readouterr().out == f"{path}: nothing reads speed (did you mean 'seed'?)\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: nothing reads speed (did you mean 'seed'?)",
+        f"{path}: learning_rate is not used, because lr_schedule is given",
+    ]
     assert (arguments.iters, arguments.seed, arguments.adapter_path) == (7, 3, "adapters")
     optimizer = adapted(home, arguments)
     assert {entry.optimizer for entry in optimizer.plan} == {"adamw"}
