@@ -340,7 +340,7 @@ def _rate_inputs(
     options: Mapping[str, Any],
 ) -> RateInputs:
     """What the default rates depend on."""
-    block = options.get("block", 128)
+    block, momentum = options.get("block", 128), options.get("momentum", True)
     lora = [p for p in parameters if p.role in LORA_ROLES]
     sides = [max(p.shape[-2:]) for p in lora] or [
         min(f.matrices_shape(p.shape, p.layout)[-2:]) for p in parameters if len(p.shape) > 1
@@ -348,7 +348,7 @@ def _rate_inputs(
     return RateInputs(
         total_steps,
         median(sides) if sides else WIDTH,
-        bool(options.get("momentum", True)),
+        not (isinstance(momentum, (int, float)) and momentum == 0),
         None if block is None else check_integer("block", block, 1),
         _lora_scale(model),
     )

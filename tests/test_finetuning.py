@@ -179,7 +179,7 @@ def test_rates_of_trained_weights_follow_the_width():
     assert large == pytest.approx([rate / 2 for rate in small], rel=0.05)  # of two digits
     assert rates_at(64, total_steps=100) == pytest.approx([2 * rate for rate in small])
     # Not above the peak from scratch.
-    assert rates_at(64, total_steps=10_000) == pytest.approx([8e-3, 2e-3])
+    assert rates_at(64, total_steps=100_000) == pytest.approx([2.5e-3, 4e-4])
 
 
 @pytest.mark.parametrize("build", [lora_llama, lambda: lora_llama(dora=True)])

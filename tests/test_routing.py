@@ -371,7 +371,7 @@ def test_total_steps_picks_each_peak_and_builds_each_schedule():
         ({"hidden": "adamw"}, [3e-3, 0.01]),
         ({"hidden": Muon(0.3)}, [0.3, 0.01]),
         ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
-        ({"pretrained": True}, [0.02, 2e-3]),  # twice the constant rates
+        ({"pretrained": True}, [6.4e-3, 4e-4]),  # twice the constant rates
     ],
     ids=str,
 )
