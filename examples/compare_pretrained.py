@@ -307,7 +307,7 @@ def prepare(model: Any, mode: str) -> None:
 
 
 def rounded_to_4_bits(x: mx.array) -> mx.array:
-    if x.ndim < 2:
+    if x.ndim < 2 or x.shape[-1] % 64:
         return x
     return mx.dequantize(*mx.quantize(x, 64, 4), group_size=64, bits=4).astype(x.dtype)
 

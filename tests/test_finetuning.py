@@ -1,6 +1,6 @@
 """Defaults for weights that are trained already, and for LoRA's matrices, which start at zero."""
 
-from functools import partial
+import zlib
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -224,44 +224,81 @@ def test_it_is_a_flag_and_changes_no_size():
 
 
 @pytest.mark.examples
-def test_a_small_llama_is_built_once_and_fine_tuned(tmp_path, monkeypatch):
-    import compare_finetuning
+def test_a_small_llama_is_built_once(tmp_path):
     from small_llama import build_model
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare_finetuning, "build_model", partial(build_model, steps=2))
-    monkeypatch.setattr(compare_finetuning, "ITERATIONS", {"qlora": 2})
-    runs = [
-        compare_finetuning.Run("qlora", "muon", None, 1),
-        compare_finetuning.Run("qlora", "mlx AdamW", 1e-3, 1),
-    ]
-    first, second = map(compare_finetuning.fine_tune, runs)
-    assert first.learning_rate == pytest.approx(default_rate("muon", "lora"))
-    assert first.before == second.before
-    assert first.loss != second.loss
-    assert 0 < first.state_bytes < second.state_bytes
-    folder = tmp_path / "runs/finetuning/model_1"
+    folder = build_model(tmp_path / "model", steps=2)
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     build_model(folder, steps=2)
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
 
+class Words:
+    """A tokenizer: a token for each word."""
+
+    def encode(self, text, add_special_tokens):
+        return [2 + zlib.crc32(word.encode()) % 500 for word in text.split()]
+
+
 @pytest.mark.examples
-def test_the_kept_records_of_fine_tuning_make_the_table():
-    from compare_finetuning import BASELINE, read, report
+@pytest.mark.parametrize("whole_vocabulary", [False, True])
+def test_texts_of_the_pretrained_comparison(whole_vocabulary):
+    import compare_pretrained
+
+    first, again, other = (
+        compare_pretrained.read_texts(Words(), seed, whole_vocabulary) for seed in (1, 1, 2)
+    )
+    assert mx.array_equal(first.training, again.training).item()
+    assert not mx.array_equal(first.held_out, other.held_out).item()
+    assert (first.vocabulary is None) == whole_vocabulary
+    for rows in (first.training, first.held_out, first.old):
+        assert rows.shape[1] == compare_pretrained.WINDOW
+        if first.vocabulary is not None:
+            assert rows.max().item() < first.vocabulary.size
+    assert 0.1 < first.is_name.astype(mx.float32).mean().item() < 0.9
+    assert not first.is_name[:, 0].any().item()  # <bos>
+
+
+@pytest.mark.examples
+@pytest.mark.parametrize("mode", ["lora", "dora", "qlora", "full"])
+def test_pretrained_models_are_prepared_and_measured(mode):
+    import compare_pretrained
+
+    model = llama()
+    compare_pretrained.prepare(model, mode)
+    assert any("lora_a" in path for path in trained(model)) == (mode != "full")
+    run = compare_pretrained.Run(mode, "orthomaxfactor", None, 1)
+    optimizer = compare_pretrained.make_optimizer(model, run)
+    assert compare_pretrained.peak_rate(optimizer, run) == optimizer.members[0].peak_rate
+    tokens = mx.random.randint(0, 30, (8, 16))
+    marks = mx.random.uniform(shape=tokens.shape) < 0.5
+    both = [compare_pretrained.mean_loss(model, tokens, x) for x in (marks, ~marks)]
+    share = marks[:, 1:].astype(mx.float32).mean().item()
+    whole = compare_pretrained.mean_loss(model, tokens)
+    assert whole == pytest.approx(share * both[0] + (1 - share) * both[1], rel=1e-3)
+
+
+@pytest.mark.examples
+def test_weights_of_qlora_are_rounded():
+    import compare_pretrained
+
+    layers = {"matrix": mx.random.normal((3, 64)), "vector": mx.random.normal((64,))}
+    rounded = {name: compare_pretrained.rounded_to_4_bits(x) for name, x in layers.items()}
+    assert mx.array_equal(rounded["vector"], layers["vector"]).item()
+    assert 0 < mx.abs(rounded["matrix"] - layers["matrix"]).max().item() < 0.3
+
+
+@pytest.mark.examples
+def test_the_kept_records_of_pretrained_models_make_the_tables():
+    from compare_pretrained import old_at, read, report
 
     records = read()
-    text = report(records)
-    for name in (BASELINE, "orthomaxfactor", "muon"):
-        assert f"| {name} | " in text
-    for record in records:
-        # What is written as measured at the defaults was: they have not moved since.
-        is_lora = "lora" in record.run.mode or record.run.mode == "dora"
-        if record.run.rate is None:
-            name = record.run.optimizer.partition(",")[0]
-            assert record.learning_rate == pytest.approx(
-                default_rate(name, "lora" if is_lora else "pretrained")
-            ), record.run
+    assert "mlx AdamW" in report(records)
+    for record in (r for r in records if r.new[1] < r.new[0]):
+        # Halfway between two measurements the loss on the old text is between theirs.
+        target = (record.new[0] + record.new[1]) / 2
+        assert old_at(record, target) == pytest.approx((record.old[0] + record.old[1]) / 2)
+        assert old_at(record, min(record.new) - 1) is None
 
 
 def test_lora_that_is_frozen_leaves_the_rate_as_it_was_given():
@@ -274,3 +311,12 @@ def test_lora_that_is_frozen_leaves_the_rate_as_it_was_given():
     assert hidden
     assert optimizer.learning_rate.item() == pytest.approx(0.02)
     assert all(rates[path] < 0.02 for path in hidden)  # times the RMS of its weights
+
+
+def test_default_rates_of_wide_models_give_no_warning():
+    for width in (1024, 4096):
+        model = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
+        optimizer = create_optimizer(model, pretrained=True)  # a warning would be an error
+        optimizer.learning_rate = optimizer.learning_rate.item() / 2
+        with pytest.warns(UserWarning, match="is small for OrthoMaxFactor.*a usual one is 0.000"):
+            optimizer.learning_rate = 1e-7

@@ -46,10 +46,11 @@ def as_items(x: mx.array, layout: str) -> mx.array:
 
 
 def from_items(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
-    """Undo :func:`as_items`: return ``x`` in the original shape."""
+    """Undo :func:`as_items`: the arrays of the original shape, ``(k, *shape)``."""
     if layout == "transposed" and len(shape) > 1:
-        return x.squeeze(0).swapaxes(-1, -2)
-    return x.reshape(shape)
+        # In rows, as a checkpoint loads them: with a view, products would round differently.
+        x = mx.contiguous(x.swapaxes(-1, -2))
+    return x.reshape(-1, *shape)
 
 
 def items_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:

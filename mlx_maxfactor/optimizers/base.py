@@ -130,6 +130,10 @@ class Float32Optimizer(Optimizer):
         self.set_rate(check_rate("learning_rate", learning_rate, self.step))
         self.warn_if_small(learning_rate)
 
+    def expect_rate(self, usual: float) -> None:
+        """Say which rate is usual for these weights, for the warning of a small one."""
+        self._usual_rate = usual if self._usual_rate else None
+
     def warn_if_small(self, rate: Any) -> None:
         """Warn once if a rate suits AdamW but this optimizer's rate is relative to the weights.
 
@@ -274,8 +278,10 @@ class Float32Optimizer(Optimizer):
         for i, own in enumerate(states):
             own.update(moments.of_one({k: xs[i] for k, xs in parts.items()}, stack))
         new = self._rounded(new, first.dtype, states[0])
-        each = _parts(new, count)
-        return each if flat else [f.from_items(x, first.shape, layout) for x in each]
+        if flat:
+            return [new]
+        each = _parts(f.from_items(new, first.shape, layout), count)
+        return [x.reshape(first.shape) for x in each]
 
     def _own_layout(self, layout: str | None) -> str:
         # Elementwise updates need no layout, and so the state has the same shapes as in MLX.

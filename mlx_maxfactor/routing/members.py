@@ -197,11 +197,13 @@ class MemberFactory:
             optimizer.learning_rate = self._in_proportion(relative_step_of, default)
         else:
             rate = self.rate if is_primary else self._rate_of(spec, default)
+            optimizer = entry.kind(entry.learning_rate, **options)
+            optimizer.set_rate(default if rate is None else rate)
+            if preset != "scratch":
+                optimizer.expect_rate(default)
             # A rate that follows from another one was not chosen, so it is set without a warning.
-            follows = not is_primary and (spec is self.primary or spec.rate is None)
-            optimizer = entry.kind(default if follows or rate is None else rate, **options)
-            if follows:
-                as_member(optimizer).set_rate(cast(Rate, rate))
+            if spec.rate is not None and (is_primary or spec is not self.primary):
+                optimizer.warn_if_small(rate)
         label = ", ".join([spec.choice] + [entry.table_label] * table + ["no decay"] * (not decays))
         peak = peak_rate_of(optimizer)
         if not peak and (is_primary or spec.rate != 0):  # not known, or 0 because the primary is
