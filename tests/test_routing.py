@@ -12,8 +12,6 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import (
     CASES,
-    RawMixture,
-    ResNet,
     Shared,
     Table,
     Whisper,
@@ -21,6 +19,8 @@ from models import (
     llama,
     mlx_lm_model,
     qwen2_moe,
+    raw_mixture,
+    resnet,
 )
 from trajectories import distance, label
 
@@ -541,7 +541,7 @@ def test_path_rule_overrides_role_rule_and_role_rule_overrides_default():
 
 
 def test_rule_can_set_the_role_of_an_array():
-    model = RawMixture()
+    model = raw_mixture()
     plan = create_optimizer(model, "muon", rules={"moe.w_*": "experts"}).plan
     entry = next(e for e in plan if e.path == "moe.w_in")
     assert (entry.role, entry.layout, entry.optimizer, entry.note) == (
@@ -631,7 +631,7 @@ def test_invalid_arguments_are_refused(arguments, message):
 
 
 def test_layers_can_be_frozen_and_unfrozen_between_steps():
-    model = ResNet()
+    model = resnet()
     model.stages[0].freeze()
     optimizer = create_optimizer(model, "muon")
     assert not any(path.startswith("stages.0") for path in owners(optimizer))
@@ -657,7 +657,7 @@ def test_layers_can_be_frozen_and_unfrozen_between_steps():
 
 def test_mlx_members_update_layers_unfrozen_later():
     # A bare MLX optimizer raises a KeyError here.
-    model = ResNet()
+    model = resnet()
     model.stages[1].freeze()
     optimizer = create_optimizer(model, mlx_optimizers.Adam(1e-3), mlx_optimizers.Adam(1e-3))
     optimizer.update(model, random_gradients(model))
@@ -695,7 +695,7 @@ def test_shared_module_is_trained_under_its_trainable_name():
 
 def test_flattened_state_can_be_assigned_back():
     # Flattening loses empty containers, and MLX's optimizers need them.
-    for build in (llama, ResNet):
+    for build in (llama, resnet):
         model = build()
         optimizer = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
         optimizer.update(model, random_gradients(model))
@@ -1043,7 +1043,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
         warnings.simplefilter("error")
         plan = create_optimizer(model, rules={"layers.[12].weight": "conv"}).plan
         assert [e.layout for e in plan if e.shape == (16, 3, 16)] == ["conv", "conv"]
-        create_optimizer(ResNet())
+        create_optimizer(resnet())
         create_optimizer(next(case for case in CASES if case.name == "mamba").build())
         model.layers[1].freeze()
         model.layers[2].freeze()
