@@ -608,13 +608,23 @@ class Clip(nn.Module):
 class Adapted(nn.Module):
     """A frozen Linear with two low-rank parts of choice: arrays in two orientations, or Linears."""
 
-    def __init__(self, a: str, b: str, kind: str):
+    def __init__(
+        self,
+        a: str,
+        b: str,
+        kind: str,
+        *,
+        inputs: int = DIMS,
+        outputs: int = 24,
+        rank: int = 4,
+        scale: float = 1.0,
+    ):
         super().__init__()
-        self.names, self.kind = (a, b), kind
-        self.linear = nn.Linear(DIMS, 24)
+        self.names, self.kind, self.scale = (a, b), kind, scale
+        self.linear = nn.Linear(inputs, outputs)
         self.freeze()
-        down, up = nn.Linear(DIMS, 4, bias=False), nn.Linear(4, 24, bias=False)
-        up.weight = mx.zeros((24, 4))
+        down, up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+        up.weight = mx.zeros((outputs, rank))
         forms = {"linears": lambda x: x, "arrays": lambda x: x.weight}
         form = forms.get(kind, lambda x: x.weight.T)
         self[a], self[b] = form(down), form(up)
@@ -626,7 +636,7 @@ class Adapted(nn.Module):
                 y = part(y)
             else:
                 y = y @ (part.T if self.kind == "arrays" else part)
-        return self.linear(x) + y
+        return self.linear(x) + self.scale * y
 
 
 def low_rank(name: str, a: str, b: str, kind: str = "arrays") -> Case:

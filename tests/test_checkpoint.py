@@ -31,6 +31,7 @@ from mlx_maxfactor import (
     OPTIMIZERS,
     AdamW,
     CheckpointError,
+    FrequencyAdaptiveMomentum,
     GuardedOptimizer,
     MaxFactor,
     Muon,
@@ -520,6 +521,11 @@ MISFITS = {
         table_run,
         lambda: table_run(momentum=0),
         "momentum is 0.8 in the file, 0.0 here",
+    ),
+    "frequency bands": (
+        lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(bands=4)),
+        lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(beta=0.99)),
+        "momentum is .*bands=4.* in the file, .*beta=0.99",
     ),
     "two options": (
         lambda: (Table(), AdamW()),

@@ -347,31 +347,21 @@ def test_optimizer_asked_for_is_in_the_table_whatever_it_is(folder, capsys):
     assert "2 batches an update" in out
 
 
-def test_fits_command_prints_parts_macs_and_suggestions(folder, capsys):
+def test_answer_parts_macs_and_suggestions_are_printed(folder, capsys):
     arguments = ["fits", str(folder), "--max-seq-length", "128"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
+    first, *_, last = out.splitlines()
+    assert first.startswith(f"{folder.name}, float32, LoRA, 4 x 128 tokens: 0.")
+    assert first.endswith(" GB, fits a 8 GB Mac")
+    assert f"for {memory_estimate.device_name()}: measured there with" in last
     for text in ("weights", "optimizer state", "mlx_adamw", "8 GB", "fits: ", "2 and 4 layers"):
         assert text in out
-    assert main([*arguments, "--memory", "0.01"]) == 1
+    assert main([*arguments, "--quantize", "8", "--memory", "0.01"]) == 1
     out = capsys.readouterr().out
-    assert "does not fit" in out
+    assert out.startswith(f"{folder.name}, 8 bits, LoRA, 4 x 128 tokens: 0.")
+    assert out.splitlines()[0].endswith(" GB, does not fit a 0.01 GB Mac")
     assert "--batch-size 1 --grad-accumulation-steps 4: " in out
-
-
-def test_first_line_is_the_answer_in_one_sentence(folder, capsys):
-    arguments = ["fits", str(folder), "--max-seq-length", "64"]
-    assert main(arguments) == 0
-    start = f"{folder.name}, float32, LoRA, 4 x 64 tokens: 0."
-    first, *rest = capsys.readouterr().out.splitlines()
-    assert first.startswith(start)
-    assert first.endswith(" GB, fits a 8 GB Mac")
-    assert f"for {memory_estimate.device_name()}: measured there with" in rest[-1]
-    arguments += ["--quantize", "8", "--batch-size", "1", "--memory", "0.001"]
-    assert main(arguments) == 1
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith(f"{folder.name}, 8 bits, LoRA, 64 tokens: 0.")
-    assert first.endswith(" GB, does not fit a 0.001 GB Mac")
 
 
 def test_mlx_lm_yaml_file_is_read(folder, tmp_path):
@@ -394,14 +384,8 @@ def test_quantize_in_a_file_means_four_bits_as_in_lora(quantize, bits, folder, t
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("max_seq_length: 0", "max_seq_length must be a whole number of at least 1, got 0"),
         ("max_seq_length: 1", "max_seq_length must be a whole number of at least 2, got 1"),
-        ("grad_accumulation_steps: 0", "grad_accumulation_steps must be a whole number"),
-        ("batch_size: '1'", "batch_size must be a whole number of at least 1, got '1': leave out"),
-        ("optimizer_config: [adam]", "optimizer_config must map names to values, got ['adam']"),
-        ("grad_checkpoint: 'false'", "grad_checkpoint must be True or False, got 'false'"),
         ("num_layers: 2.5", "num_layers must be a whole number of at least -1, got 2.5"),
-        ("lora_parameters: {rank: '4'}", "lora_parameters: rank must be a whole number"),
         ("fine_tune_type: LoRA", "fine_tune_type must be one of"),
         ("quantize: 16", "quantize must be one of 2, 3, 4, 5, 6, 8, got 16"),
         ("max_seq_length: .inf", "max_seq_length must be a whole number of at least 1, got inf"),
@@ -439,10 +423,6 @@ def test_a_longer_sequence_never_needs_less():
         (["{folder}/unknown"], "Model type nonesuch not supported"),
         (["{folder}/short"], "short/config.json: ModelArgs.__init__() missing"),
         (["{folder}/negative"], "negative/config.json: vocab_size must be a whole number"),
-        (["{folder}/none"], "none/config.json: vocab_size must be a whole number"),
-        (["{folder}/list"], "must map names to values, with model_type among them"),
-        (["{folder}/number"], "number/config.json"),
-        (["{folder}/heads"], "heads/config.json: "),
         (["{folder}/huge"], "do not fit on this device"),
         (["{folder}/bits", "--quantize", "4"], "it is quantized already (bits: 8): leave out"),
         (["{folder}", "--batch-size", "99999999"], "do not fit on this device"),
@@ -450,10 +430,8 @@ def test_a_longer_sequence_never_needs_less():
         (["{folder}", "--option", "speed=9"], "speed"),
         (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
         (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
-        (["{folder}", "--memory", "nan"], "memory must be a number above 0, got nan"),
         (["{folder}", "--quantize", "1"], "quantize must be one of"),
         (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
-        (["{folder}", "--optimizer", "sgd", "--option", "speed=9"], "speed"),
     ],
     ids=str,
 )
@@ -462,14 +440,10 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
     changed = {
         "unknown": {"model_type": "nonesuch"},
         "negative": {"vocab_size": -5},
-        "none": {"vocab_size": 0},
-        "number": {"model_type": 7},
-        "heads": {"num_attention_heads": 0},
         "huge": {"hidden_size": 1 << 22},
         "bits": {"quantization": {"group_size": 32, "bits": 8}},
     }
     contents |= {name: json.dumps(CONFIG | values) for name, values in changed.items()}
-    contents["list"] = "[1]"
     for name, text in contents.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(text)

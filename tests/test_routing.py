@@ -1,6 +1,5 @@
 """The routed optimizer and its factories: members, rates, rules, freezing, mlx's optimizers."""
 
-import re
 import threading
 import warnings
 
@@ -28,7 +27,6 @@ from mlx_maxfactor import (
     OPTIMIZERS,
     AdamW,
     GuardedOptimizer,
-    MaxFactor,
     Muon,
     OrthoMaxFactor,
     RoutedOptimizer,
@@ -58,16 +56,6 @@ def random_gradients(model, seed=0):
 
 
 # Members
-
-
-def test_documented_routing_of_a_small_model():
-    assert owners(create_optimizer(Table(), "muon")) == {
-        "embedding.weight": "adamw",
-        "linear1.weight": "muon",
-        "linear1.bias": "adamw, no decay",
-        "output.weight": "adamw",
-        "output.bias": "adamw, no decay",
-    }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -146,30 +134,6 @@ def test_optimizer_passed_as_rest_keeps_its_own_decay():
     assert optimizer.optimizers[1] is rest
     assert len(optimizer.optimizers) == 2
     assert set(owners(optimizer).values()) == {"muon", "AdamW"}
-
-
-def test_mlx_optimizers_can_be_members():
-    model = Table()
-    optimizer = create_optimizer(model, mlx_optimizers.Muon(0.02), mlx_optimizers.AdamW(1e-3))
-    before = dict(tree_flatten(model.parameters()))
-    for seed in range(3):
-        optimizer.update(model, random_gradients(model, seed))
-    assert all(not mx.array_equal(p, before[k]).item() for k, p in tree_flatten(model.parameters()))
-    optimizer.learning_rate = 0.04
-    assert rates(optimizer) == pytest.approx([0.04, 2e-3])
-    assert optimizer.effective_learning_rates(model)["linear1.weight"] == pytest.approx(0.04)
-
-
-def test_default_state_takes_half_a_byte_per_hidden_weight():
-    def hidden_bytes(**options):
-        plan = create_optimizer(Table(), **options).plan
-        return sum(entry.state_bytes for entry in plan if entry.role == "hidden")
-
-    shapes = [entry.shape for entry in create_optimizer(Table()).plan if entry.role == "hidden"]
-    smallest = sum(4 * (m + n) for m, n in shapes)
-    weights = sum(m * n for m, n in shapes)
-    assert hidden_bytes(momentum=0) == smallest
-    assert hidden_bytes() == smallest + weights // 2 + weights // 64 * 2
 
 
 @pytest.mark.parametrize(("rest", "most"), [("adamw", 0.66), ("adafactor", 0.1)])
@@ -305,24 +269,6 @@ def test_setting_the_rate_reaches_mlx_members_with_a_schedule():
     assert rates(optimizer) == pytest.approx([0.02, 1e-3], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("build", "ratio"),
-    [
-        (lambda: {"learning_rate": mlx_optimizers.linear_schedule(0.0, 1e-2, 100)}, 0.05),
-        (lambda: {"learning_rate": 0.0}, 0.05),
-        (lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 100, 10))}, 0.05),
-        (lambda: {"hidden": "adafactor"}, 0.1),
-    ],
-)
-def test_rate_ratios_survive_zero_rates_and_schedules(build, ratio):
-    model = Table()
-    optimizer = create_optimizer(model, **build())
-    optimizer.state["states"][0]["step"] = mx.array(10**6, mx.uint64)
-    optimizer.update(model, random_gradients(model))
-    optimizer.learning_rate = 1e-2
-    assert rates(optimizer)[:2] == pytest.approx([1e-2, ratio * 1e-2])
-
-
 def test_adafactor_as_rest_keeps_its_relative_step():
     alphas = []
     for options in ({}, {"learning_rate": 0.01}, {"learning_rate": warmup_cosine(0.01, 10, 0)}):
@@ -401,6 +347,8 @@ def test_peak_depends_on_steps_and_width():
     assert whole[0] == whole[1]
     assert peak("muon", 400, 64) == 2 * peak("muon", 400, 256)
     assert peak("adamw", 400, 64) == 4 * peak("adamw", 9999, 256)
+    assert peak("orthomaxfactor", 10**4, 64) == 8e-3
+    assert peak("orthomaxfactor", 10**7, 64) == 1.5e-3  # constant beyond the measured steps
 
 
 @pytest.mark.parametrize(
@@ -492,22 +440,6 @@ def test_warnings_point_to_the_callers_line():
         assert caught[0].filename == __file__
 
 
-def test_schedule_can_index_an_array_by_the_step():
-    table = mx.linspace(0.1, 0.01, 100)
-    model = Table()
-    optimizer = create_optimizer(model, "muon", learning_rate=lambda step: table[step])
-    for _ in range(2):
-        optimizer.update(model, random_gradients(model))
-    assert rates(optimizer)[:2] == pytest.approx([table[1].item(), table[1].item() / 20])
-
-
-@pytest.mark.parametrize("rest_rate", [np.float32(1e-3), mx.array(1e-3)], ids=["numpy", "mlx"])
-def test_number_given_with_a_schedule_is_the_peak(rest_rate):
-    schedule = warmup_cosine(0.04, 100, 10, start_ratio=0.1)
-    optimizer = create_optimizer(Table(), learning_rate=schedule, rest_learning_rate=rest_rate)
-    assert rates(optimizer) == pytest.approx([4e-3, 1e-4, 1e-4])
-
-
 # Rules
 
 
@@ -587,18 +519,11 @@ def test_first_layer_can_be_excluded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"hidden": "lion"},
-            "hidden must be one of 'orthomaxfactor', .*'adamw' or an optimizer, got 'lion'",
-        ),
         ({"rest": 3}, "rest must be one of .*, got 3"),
         (
             {"momentm": 0.9},
             "maxfactor has no option 'momentm' .did you mean 'momentum'.*weight_dec",
         ),
-        ({"momentum": 2.0}, r"momentum must be in \[0, 1\), got 2.0"),
-        ({"rest_options": {"learning_rate": 1.0}}, "no option 'learning_rate'.*rest_learning_rate"),
-        ({"learning_rate": -1.0}, "learning_rate must be in"),
         ({"rest_learning_rate": "1e-3"}, "rest_learning_rate must be a number or a f"),
         ({"hidden": Muon(), "learning_rate": 0.1}, "hidden is an optimizer already: give learning"),
         (
@@ -630,10 +555,12 @@ def test_invalid_arguments_are_refused(arguments, message):
 # Freezing, sharing, late parameters
 
 
-def test_layers_can_be_frozen_and_unfrozen_between_steps():
+@pytest.mark.parametrize("make", [lambda: "muon", lambda: mlx_optimizers.Adam(1e-3)])
+def test_layers_can_be_frozen_and_unfrozen_between_steps(make):
+    # A bare MLX optimizer raises a KeyError here.
     model = resnet()
     model.stages[0].freeze()
-    optimizer = create_optimizer(model, "muon")
+    optimizer = create_optimizer(model, make())
     assert not any(path.startswith("stages.0") for path in owners(optimizer))
 
     def moved():
@@ -650,22 +577,9 @@ def test_layers_can_be_frozen_and_unfrozen_between_steps():
     second = moved()
     assert "stages.0.conv1.weight" in second
     assert not any(path.startswith("stages.1") for path in second)
-    assert owners(optimizer)["stages.0.conv1.weight"] == "muon"
+    assert owners(optimizer)["stages.0.conv1.weight"] in ("muon", "Adam")
     model.stages[1].unfreeze()
     assert "stages.1.conv1.weight" in moved()
-
-
-def test_mlx_members_update_layers_unfrozen_later():
-    # A bare MLX optimizer raises a KeyError here.
-    model = resnet()
-    model.stages[1].freeze()
-    optimizer = create_optimizer(model, mlx_optimizers.Adam(1e-3), mlx_optimizers.Adam(1e-3))
-    optimizer.update(model, random_gradients(model))
-    model.stages[1].unfreeze()
-    model.stages[0].freeze()
-    before = model.stages[1].conv1.weight
-    optimizer.update(model, random_gradients(model))
-    assert not mx.array_equal(model.stages[1].conv1.weight, before).item()
 
 
 def test_shared_module_has_one_state_and_one_gradient():
@@ -749,11 +663,6 @@ def test_gradients_are_routed_like_their_parameters():
         assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
 
 
-def test_model_must_be_a_module():
-    with pytest.raises(ValueError, match=r"model must be an mlx\.nn\.Module, got dict"):
-        create_optimizer(Table().parameters())
-
-
 def test_state_for_other_members_is_refused():
     optimizer = create_optimizer(Table())
     with pytest.raises(ValueError, match="must hold 3 states, one for each member, got 1"):
@@ -761,24 +670,6 @@ def test_state_for_other_members_is_refused():
 
 
 # In mlx_lm's trainer, and for hierarchical reasoning models
-
-
-@pytest.mark.parametrize("hidden", ["orthomaxfactor", "muon"])
-def test_routed_optimizer_works_in_the_mlx_lm_trainer(hidden, tmp_path):
-    from mlx_lm.tuner.trainer import TrainingArgs, train
-
-    mx.random.seed(0)
-    model = llama()
-    before = dict(tree_flatten(model.parameters()))
-    schedule = warmup_cosine(OPTIMIZERS[hidden].learning_rate, 8, 2, start_ratio=0.5)
-    optimizer = create_optimizer(model, hidden, learning_rate=schedule)
-    data = [([i % 50 for i in range(k, k + 12)], 0) for k in range(16)]
-    arguments = TrainingArgs(
-        batch_size=4, iters=6, steps_per_report=2, adapter_file=str(tmp_path / "a.safetensors")
-    )
-    train(model, optimizer, data, None, arguments)
-    assert optimizer.step.item() == 6
-    assert all(not mx.array_equal(p, before[k]).item() for k, p in tree_flatten(model.parameters()))
 
 
 class Puzzles(nn.Module):
@@ -827,48 +718,19 @@ def test_hrm_without_a_puzzle_optimizer():
         create_optimizer_for_hrm(Puzzles(), lr=-1.0)
 
 
-def test_half_precision_models_keep_their_dtype():
-    # mlx-optimizers turns fp16 parameters into float32.
-    for dtype in (mx.bfloat16, mx.float16):
-        model = next(case for case in CASES if case.name == "whisper").build()
-        model.set_dtype(dtype)
-        optimizer = create_optimizer(model, MaxFactor(momentum=0.9))
-        optimizer.update(model, random_gradients(model))
-        assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}
-
-
 def test_error_names_complex_parameters():
     model = nn.Module()
     model.layer, model.poles = nn.Linear(4, 4), mx.zeros((4, 4), mx.complex64)
-    message = (
-        "poles: complex parameters are not supported: store the real and imaginary parts as two "
-        "arrays, or freeze them"
-    )
     tree = model.trainable_parameters()
-    for refuse in (
-        lambda: create_optimizer(model),
-        lambda: AdamW(1e-3).init(tree),
-        lambda: AdamW(1e-3).update(model, tree),
-    ):
-        with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+    message = (
+        r"^poles: complex parameters are not supported: store the real and imaginary parts as two "
+        r"arrays, or freeze them$"
+    )
+    for refuse in (lambda: create_optimizer(model), lambda: AdamW(1e-3).update(model, tree)):
+        with pytest.raises(ValueError, match=message):
             refuse()
     model.freeze(recurse=False, keys=["poles"])
-    optimizer = create_optimizer(model)
-    assert "poles" not in [entry.path for entry in optimizer.plan]
-    model.unfreeze()
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        optimizer.update(model, tree)
-
-
-def test_error_names_a_gradient_without_parameter():
-    for optimizer in (AdamW(1e-3), GuardedOptimizer(AdamW(1e-3))):
-        with pytest.raises(ValueError, match=r"^l\.1: the gradient has no parameter of this name"):
-            optimizer.apply_gradients({"l": [mx.ones(2)] * 2}, {"l": [mx.ones(2)]})
-
-
-def test_peak_is_constant_beyond_the_measured_steps():
-    assert peak("orthomaxfactor", 10**7, 64) == 1.5e-3
-    assert peak("orthomaxfactor", 10**4, 64) == 8e-3
+    assert "poles" not in owners(create_optimizer(model))
 
 
 # Rates that users set
@@ -894,49 +756,40 @@ def test_convolutions_count_by_the_matrix_that_they_are():
     assert convolutions == peak(lambda: nn.Linear(256, 256))
 
 
-@pytest.mark.parametrize("block", [np.int64(64), 64])
-def test_block_of_numpy_counts_in_the_law(block):
-    model = small_model(256)
-    with_block = create_optimizer(model, total_steps=100, block=block).members[0].peak_rate
-    assert with_block == create_optimizer(model, total_steps=100, block=64).members[0].peak_rate
-    with pytest.raises(ValueError, match="block must be a whole number of at least 1"):
-        create_optimizer(model, total_steps=100, block=-1)
-
-
 def test_rest_of_a_wide_pretrained_model_keeps_its_rate():
     optimizer = create_optimizer(small_model(512), pretrained=True, total_steps=1000)
     assert {e.rate for e in optimizer.plan if e.optimizer.startswith("adamw")} == {1e-3}
 
 
+RISING = mlx_optimizers.linear_schedule(0, 1e-2, 100)
 RATIOS = {
-    "rest at zero": (lambda m: create_optimizer(m, learning_rate=0.02, rest_learning_rate=0), 0.0),
-    "zero, total_steps": (
-        lambda m: create_optimizer(m, total_steps=100, rest_learning_rate=0),
-        0.0,
+    "rest at zero": (lambda: {"learning_rate": 0.02, "rest_learning_rate": 0}, 0.0),
+    "zero, total_steps": (lambda: {"total_steps": 100, "rest_learning_rate": 0}, 0.0),
+    "zero": (lambda: {"learning_rate": 0.0}, 0.05),
+    "object at zero": (lambda: {"rest": AdamW(0.0)}, 0.0),
+    "schedule": (lambda: {"learning_rate": RISING}, 0.05),
+    "schedule of an object": (
+        lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 9))},
+        0.05,
     ),
-    "object at zero": (lambda m: create_optimizer(m, rest=AdamW(0.0)), 0.0),
     "schedule of mlx, hidden": (
-        lambda m: create_optimizer(
-            m, OrthoMaxFactor(mlx_optimizers.linear_schedule(0, 0.02, 100)), AdamW(1e-3)
-        ),
-        0.05,
+        lambda: {"hidden": OrthoMaxFactor(RISING), "rest": AdamW(1e-3)},
+        0.1,
     ),
-    "schedule of mlx, rest": (
-        lambda m: create_optimizer(
-            m, OrthoMaxFactor(0.02), AdamW(mlx_optimizers.linear_schedule(0, 1e-3, 100))
-        ),
-        0.05,
-    ),
-    "adafactor": (
-        lambda m: create_optimizer(m, rest="adafactor", learning_rate=0.002),
-        0.5,
-    ),
+    "schedule of mlx, rest": (lambda: {"hidden": OrthoMaxFactor(0.02), "rest": AdamW(RISING)}, 0.5),
+    "adafactor": (lambda: {"rest": "adafactor", "learning_rate": 0.002}, 0.5),
+    "hidden adafactor": (lambda: {"hidden": "adafactor"}, 0.1),
 }
 
 
-@pytest.mark.parametrize(("make", "ratio"), RATIOS.values(), ids=RATIOS)
-def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(make, ratio):
-    optimizer = make(small_model())
+@pytest.mark.parametrize("step", [0, 10**6])
+@pytest.mark.parametrize("name", RATIOS)
+def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(name, step):
+    make, ratio = RATIOS[name]
+    model = small_model()
+    optimizer = create_optimizer(model, **make())
+    optimizer.state["states"][0]["step"] = mx.array(step, mx.uint64)
+    optimizer.update(model, random_gradients(model))
     optimizer.learning_rate = 0.01
     first, *others = rates_of(optimizer)
     assert first == pytest.approx(0.01)
