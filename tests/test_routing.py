@@ -160,13 +160,6 @@ def test_state_of_a_real_bf16_model_is_smaller_than_mlx_adamws(rest, most):
 @pytest.mark.parametrize(
     ("hidden", "rate", "options", "twin"),
     [
-        # LoRA has its own defaults; these are the defaults for other matrices.
-        (
-            "orthomaxfactor",
-            0.05,
-            {"min_rms": "init", "state_dtype": "float32"},
-            reference.OrthoMaxFactor,
-        ),
         ("adafactor", 0.01, {}, reference.Adafactor),
         ("muon", 0.02, {"scale": None, "momentum": 0.95}, reference.Muon),
     ],
@@ -520,16 +513,10 @@ def test_first_layer_can_be_excluded():
     ("arguments", "message"),
     [
         ({"rest": 3}, "rest must be one of .*, got 3"),
-        (
-            {"momentm": 0.9},
-            "maxfactor has no option 'momentm' .did you mean 'momentum'.*weight_dec",
-        ),
+        ({"momentm": 0.9}, "no option 'momentm' .did you mean 'momentum'"),
         ({"rest_learning_rate": "1e-3"}, "rest_learning_rate must be a number or a f"),
         ({"hidden": Muon(), "learning_rate": 0.1}, "hidden is an optimizer already: give learning"),
-        (
-            {"rest": AdamW(), "rest_options": {"eps": 1e-6}},
-            "rest is an optimizer already: give eps",
-        ),
+        ({"rest": AdamW(), "rest_options": {"eps": 1e-6}}, "an optimizer already: give eps"),
         ({"learning_rate": lambda s: 0.1, "rest_learning_rate": 0.1}, "whose peak is not known"),
         ({"learning_rate": lambda s: 0.1, "rest": AdamW(0.1)}, "the rate of AdamW is a number bes"),
         (

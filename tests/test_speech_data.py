@@ -9,7 +9,7 @@ import wave
 import numpy as np
 import pytest
 import speech_data
-from speech_data import Clip, Synthesizer, clips_of_folder, load_synthetic, log_mel, resample
+from speech_data import Synthesizer, clips_of_folder, load_synthetic, log_mel, resample
 from transformers import WhisperFeatureExtractor
 
 pytestmark = pytest.mark.examples
@@ -108,15 +108,6 @@ def test_two_processes_make_the_same_clips_from_a_seed():
 
 
 def test_espeak_failures_give_clear_errors(monkeypatch):
-    synthesizer = Synthesizer(seed=1)
-    with pytest.raises(RuntimeError, match=r"SetVoiceByName failed .* 'no-such\+m1'"):
-        synthesizer("one", "no-such+m1", speed=170, pitch=50, pitch_range=50)
-    with pytest.raises(RuntimeError, match="no sound for ''"):
-        synthesizer("", "en-us+m1", speed=170, pitch=50, pitch_range=50)
-    with monkeypatch.context() as patched:
-        patched.setattr(speech_data, "HELD_OUT_VOICES", ("m2", "nobody"))
-        with pytest.raises(RuntimeError, match="lacks the voices nobody"):
-            Synthesizer(seed=1)
     with monkeypatch.context() as patched:
         patched.setattr("espeakng_loader.get_library_path", lambda: "/no/such/library.so")
         with pytest.raises(RuntimeError, match=r"library\.so.*pip install .* --data DIR"):
@@ -197,18 +188,6 @@ def test_wav_files_of_any_width_rate_and_channels_are_read(width, rate, channels
     # Half a step of the sample width; the ends of the two windows differ by one sample in 22,050.
     tolerance = 2.0 ** (1 - 8 * min(width, 2)) + 1e-4
     np.testing.assert_allclose(clip.samples, expected, rtol=0, atol=tolerance)
-
-
-def test_written_wav_file_reads_back(tmp_path):
-    samples = np.random.default_rng(0).uniform(-1, 1, 5000).astype(np.float32)
-    samples[:2] = -1, 1
-    for name in ("a", "b"):
-        speech_data.write_wav(tmp_path / f"{name}.wav", Clip(samples, name, "me"))
-        (tmp_path / f"{name}.txt").write_text(name)
-    [clip], _ = clips_of_folder(tmp_path)
-    # Half a step of 16 bits; a whole step at +1, which 16 bits cannot represent.
-    np.testing.assert_allclose(clip.samples[2:], samples[2:], rtol=0, atol=2.0**-16)
-    np.testing.assert_array_equal(clip.samples[:2], np.float32([-1, 1 - 2.0**-15]))
 
 
 @pytest.mark.parametrize(("speakers", "held_out"), [(2, ["00"]), (8, ["00"]), (9, ["00", "08"])])
