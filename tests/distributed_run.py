@@ -267,11 +267,7 @@ SHARDED = {
     "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
     "compiled": {"compiled": True, "max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
 }
-CASES = {
-    "data_parallel": data_parallel,
-    "unwritable": unwritable,
-    "random states": random_states,
-}
+CASES = {"data_parallel": data_parallel, "unwritable": unwritable, "random states": random_states}
 CASES |= {name: partial(sharded, **options) for name, options in SHARDED.items()}
 
 if __name__ == "__main__":

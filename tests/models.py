@@ -28,19 +28,6 @@ def roles(**patterns: str) -> dict[str, tuple[str, str]]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    name: str
-    build: Callable[[], Any]
-    roles: dict[str, tuple[str, str]]
-    forward: Callable[[Any], mx.array]
-    guessed: tuple[str, ...] = ()  # paths of heads that the plan marks "guessed"
-    absent: tuple[str, ...] = ()  # paths that the model reports and the plan must not list
-
-    def expected(self, path: str) -> tuple[str, str]:
-        return next(pair for pattern, pair in self.roles.items() if fnmatchcase(path, pattern))
-
-
 # Inputs and losses. The widths differ, so that no two shapes match by accident.
 
 VOCAB, DIMS, INNER, CLASSES = 50, 32, 64, 5
@@ -64,6 +51,19 @@ def loss_on(*shape: int) -> Callable[[Any], mx.array]:
 
 def loss_on_tokens(model: Any) -> mx.array:
     return (model(TOKENS) - 1).square().mean()
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    name: str
+    build: Callable[[], Any]
+    roles: dict[str, tuple[str, str]]
+    forward: Callable[[Any], mx.array] = language_loss
+    guessed: tuple[str, ...] = ()  # paths of heads that the plan marks "guessed"
+    absent: tuple[str, ...] = ()  # paths that the model reports and the plan must not list
+
+    def expected(self, path: str) -> tuple[str, str]:
+        return next(pair for pattern, pair in self.roles.items() if fnmatchcase(path, pattern))
 
 
 # Models of mlx_lm
@@ -677,15 +677,10 @@ CASES = [
         loss_on(2, 12),
         guessed=("layers.6.weight",),
     ),
-    Case("llama", llama, LLAMA, language_loss),
+    Case("llama", llama, LLAMA),
     # With tied embeddings, the last Linear in definition order is layers.1.mlp.up_proj: no head.
-    Case("llama_tied", lambda: llama(tied=True), LLAMA_TIED, language_loss),
-    Case(
-        "qwen3_tied",
-        lambda: mlx_lm_model("qwen3", tie_word_embeddings=True),
-        LLAMA_TIED,
-        language_loss,
-    ),
+    Case("llama_tied", lambda: llama(tied=True), LLAMA_TIED),
+    Case("qwen3_tied", lambda: mlx_lm_model("qwen3", tie_word_embeddings=True), LLAMA_TIED),
     # gate_proj belongs to an expert or a dense layer; it is no expert gate.
     Case(
         "qwen2_moe",
@@ -693,7 +688,6 @@ CASES = [
         roles(router="*.gate.weight *.shared_expert_gate.weight", experts="*.switch_mlp.*")
         | roles(bias="*_proj.bias")
         | LLAMA,
-        language_loss,
     ),
     # MoEGate holds bare arrays; embed_q and unembed_out are stacks of projections, no embeddings.
     Case(
@@ -703,14 +697,12 @@ CASES = [
         | roles(experts="*.switch_mlp.* *embed_q.weight *unembed_out.weight")
         | roles(hidden="*.kv_a_proj_with_mqa.weight")
         | LLAMA,
-        language_loss,
     ),
     Case(
         "gpt2",
         gpt2,
         roles(embedding="model.w[tp]e.weight", norm="*.ln_*", hidden="*.c_*.weight")
         | roles(bias="*.c_*.bias"),
-        language_loss,
     ),
     # No convolution reads the input, not even that of the first block. A_log is (inner, state).
     Case(
@@ -719,7 +711,6 @@ CASES = [
         roles(embedding="backbone.embeddings.weight", norm="*norm*.weight")
         | roles(depthwise="*.conv1d.weight", hidden="*_proj.weight", unknown="*.A_log")
         | roles(vector="*.D", bias="*.bias"),
-        language_loss,
     ),
     # The biases of the experts have two axes, (experts, out), but are no matrices.
     Case(
@@ -728,15 +719,13 @@ CASES = [
         roles(router="*.router.weight", experts="*.experts.*.weight", vector="*.sinks")
         | roles(bias="*.bias")
         | LLAMA,
-        language_loss,
     ),
-    Case("whisper", Whisper, WHISPER, language_loss),
+    Case("whisper", Whisper, WHISPER),
     # trainable_parameters() lists integer arrays, and value_and_grad gives them int32 gradients.
     Case(
         "whisper_alignment_heads",
         lambda: Whisper(alignment=True),
         WHISPER,
-        language_loss,
         absent=("alignment_heads",),
     ),
     Case(
@@ -777,50 +766,43 @@ CASES = [
         | roles(head="head.weight", bias="*.bias"),
         loss_on(2, 8, 8, 3),
     ),
-    Case("lora", lambda: adapted(llama()), LORA, language_loss),
-    Case("qlora", lambda: adapted(llama(), bits=4), LORA, language_loss),
+    Case("lora", lambda: adapted(llama()), LORA),
+    Case("qlora", lambda: adapted(llama(), bits=4), LORA),
     Case(
         "lora_moe",
         lambda: adapted(qwen2_moe()),
         {f"*.switch_mlp.*.{name}": (name, "experts") for name in ("lora_a", "lora_b")} | LORA,
-        language_loss,
     ),
     Case(
         "lora_embedding",
         lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj"),
         roles(embedding="model.embed_tokens.lora_a") | LORA,
-        language_loss,
     ),
     Case(
         "dora",
         lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj", dora=True),
         roles(embedding="model.embed_tokens.lora_a", vector="*.m") | LORA,
-        language_loss,
     ),
     Case(
         "head_by_name",
         lambda: head_first("lm_head"),
         roles(embedding="embedding.weight", head="lm_head.weight") | BLOCK,
-        language_loss,
     ),
     Case(
         "head_by_shape",
         lambda: head_first("to_tokens"),
         roles(embedding="embedding.weight", head="to_tokens.weight") | BLOCK,
-        language_loss,
     ),
     Case(
         "shared_modules",
         Shared,
         roles(embedding="head.weight") | BLOCK,
-        language_loss,
         absent=("embedding.weight", "blocks.0.mlp1.weight", "blocks.1.mlp1.weight"),
     ),
     Case(
         "shared_array",
         shared_array,
         roles(embedding="embedding.weight", head="lm_head.weight") | BLOCK,
-        language_loss,
     ),
     Case(
         "recurrent",
@@ -847,14 +829,12 @@ CASES = [
         raw_mixture,
         roles(embedding="embed.weight", router="moe.router.classifier.weight", unknown="moe.w_*")
         | roles(head="lm_head.weight", bias="*.bias"),
-        language_loss,
     ),
     Case(
         "transformer_encoder",
         Encoder,
         roles(embedding="embedding.weight", head="out_proj.weight", norm="*.ln*", bias="*.bias")
         | roles(hidden="transformer.*.weight"),
-        language_loss,
     ),
     Case(
         "bert",

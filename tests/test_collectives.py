@@ -58,9 +58,7 @@ def test_averaged_returns_means_in_few_messages(size, message_bytes, monkeypatch
         return sum(each) / size
 
     results, sent = run_ranks(
-        size,
-        lambda group: OrderedCollectives(group).averaged(arrays(group.rank())),
-        monkeypatch,
+        size, lambda group: OrderedCollectives(group).averaged(arrays(group.rank())), monkeypatch
     )
     for rank, means in enumerate(results):
         for i, (shape, dtype) in enumerate(shapes):

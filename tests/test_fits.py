@@ -115,11 +115,7 @@ DENSE_FIRST |= {"model_type": "deepseek_v3"}
 )
 def test_layers_that_differ_are_measured_by_kind(change, trained):
     request = memory_estimate.Request(
-        DENSE_FIRST | change,
-        num_layers=trained,
-        batch_size=2,
-        max_seq_length=128,
-        dtype="float32",
+        DENSE_FIRST | change, num_layers=trained, batch_size=2, max_seq_length=128, dtype="float32"
     )
     dense = change["first_k_dense_replace"]
     assert kinds_of(request.base()) == [list(range(dense)), list(range(dense, 8))]

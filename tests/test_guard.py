@@ -11,13 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from models import Table
 from trajectories import parameter
 
-from mlx_maxfactor import (
-    OPTIMIZERS,
-    GuardedOptimizer,
-    MaxFactor,
-    SignSGD,
-    create_optimizer,
-)
+from mlx_maxfactor import OPTIMIZERS, GuardedOptimizer, MaxFactor, SignSGD, create_optimizer
 from mlx_maxfactor import functional as f
 
 BUILDERS = {

@@ -226,9 +226,7 @@ MISTAKES = {
     ),
     "schedule that is always 0": (
         lambda: create_optimizer(
-            Table(),
-            learning_rate=mlx_optimizers.cosine_decay(0.0, 100),
-            rest_learning_rate=1e-3,
+            Table(), learning_rate=mlx_optimizers.cosine_decay(0.0, 100), rest_learning_rate=1e-3
         ),
         "rest_learning_rate is a number beside a learning_rate that is always 0",
     ),

@@ -8,11 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 from trajectories import BOUND, distance, hard_gradients, parameter, trajectory, twin_trajectory
 
-from mlx_maxfactor import (
-    FrequencyAdaptiveMomentum,
-    MaxFactor,
-    reference,
-)
+from mlx_maxfactor import FrequencyAdaptiveMomentum, MaxFactor, reference
 from mlx_maxfactor import functional as f
 
 ARRAYS = [

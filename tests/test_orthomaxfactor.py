@@ -9,14 +9,7 @@ import pytest
 from models import Adapted
 from trajectories import BOUND, SHAPES, assert_follows, label, parameter
 
-from mlx_maxfactor import (
-    Adafactor,
-    MaxFactor,
-    Muon,
-    OrthoMaxFactor,
-    create_optimizer,
-    reference,
-)
+from mlx_maxfactor import Adafactor, MaxFactor, Muon, OrthoMaxFactor, create_optimizer, reference
 from mlx_maxfactor import functional as f
 
 Float32Momentum = partial(OrthoMaxFactor, state_dtype="float32")

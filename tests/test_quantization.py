@@ -9,12 +9,7 @@ from mlx_maxfactor import AdamW, MaxFactor, Muon, OrthoMaxFactor, reference
 from mlx_maxfactor import functional as f
 
 BITS = [4, 8]
-KINDS = [
-    OrthoMaxFactor,
-    Muon,
-    lambda **options: MaxFactor(**{"momentum": 0.8, **options}),
-    AdamW,
-]
+KINDS = [OrthoMaxFactor, Muon, lambda **options: MaxFactor(**{"momentum": 0.8, **options}), AdamW]
 
 
 def round_trip(x, bits):

@@ -342,10 +342,7 @@ HEADS = {
     "bytes": (bytes_as_wide_as_the_model, ["to_bytes.weight"]),
     "blocks": (gated_experts, []),
     "trunk": (lambda: language_model_of(gated_experts()), ["lm_head.weight"]),
-    "after blocks": (
-        lambda: gated_experts(to_tokens=nn.Linear(32, 50)),
-        ["to_tokens.weight"],
-    ),
+    "after blocks": (lambda: gated_experts(to_tokens=nn.Linear(32, 50)), ["to_tokens.weight"]),
     "tied": (Tied, []),
     "not tied": (lambda: language_model_of(Tied()), ["lm_head.weight"]),
     "critics": (critics, ["critics.0.fc2.weight", "critics.1.fc2.weight"]),
