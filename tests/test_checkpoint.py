@@ -389,23 +389,6 @@ def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
     assert str(refused(path, *run)).endswith("strict=False")
 
 
-@pytest.mark.compiled
-def test_rate_set_inside_a_compiled_step_is_restored(path):
-    model, optimizer = Table(), AdamW(0.01)
-    optimizer.init(model.trainable_parameters())
-    state = [optimizer.state, model.state]
-
-    def halve():
-        optimizer.learning_rate = optimizer.learning_rate / 2
-
-    mx.compile(halve, inputs=state, outputs=state)()
-    assert rate_of(optimizer) == 0.005
-    save_checkpoint(path, model, optimizer)
-    optimizer = AdamW(0.01)
-    load_checkpoint(path, model, optimizer)
-    assert rate_of(optimizer) == 0.005
-
-
 def test_new_rate_of_an_mlx_optimizer_needs_the_rates_argument(path):
     model, optimizer = trained(Table(), mlx_optimizers.AdamW(0.01))
     save_checkpoint(path, model, optimizer)

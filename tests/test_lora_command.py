@@ -891,16 +891,6 @@ def test_padding_is_that_of_the_batches_of_mlx_lm():
     assert notes[1] == f"{share:.0%} of a batch is padding; {remedy}"
 
 
-def test_samples_without_a_token_to_learn_are_counted():
-    data = [([1] * 9, 5), ([1] * 9, 9), ([1] * 99, 40), ([1], 0)]
-    notes = describe_lengths("validation", data, 2, 32)
-    assert any(
-        note.startswith("1 of 4 validation samples have no token to learn") for note in notes
-    )
-    learned = [min(len(x), 31) >= max(1, start) for x, start in data]
-    assert learned.count(False) == 1
-
-
 # Settings that meet the model
 
 

@@ -87,21 +87,10 @@ MISTAKES = {
         lambda: create(MaxFactor),
         rf"^{CHOICES}, got the class MaxFactor: .* MaxFactor\(...\), or the name 'maxfactor'$",
     ),
-    "mlx's other class": (lambda: create(mlx_optimizers.Lion), r"the class Lion: .* Lion\(...\)$"),
-    "rule's case": (
-        lambda: create(rules={"head": "Muon"}),
-        "^rule 'head' must give an optimizer or one of .* got 'Muon' .did you mean 'muon'",
-    ),
-    "rule's class": (
-        lambda: create(rules={"head": Muon}),
-        r"^rule 'head' .* got the class Muon: pass an instance, Muon\(...\), or the name 'muon'$",
-    ),
-    "preset": (lambda: MaxFactor.preset("Hub"), "^preset must be .* got 'Hub' .did you mean 'hub'"),
     "method": (
         lambda: create("muon", method="newton_schultz"),
         "^method must be one of .* got 'newton_schultz' .did you mean 'newton_schulz'",
     ),
-    "rounding": (lambda: create(rounding="Nearest"), "^rounding must .* .did you mean 'nearest'"),
     "rounding of instances": (
         lambda: create(MaxFactor(), AdamW(), rounding="chance"),
         "^rounding must be one of 'nearest', 'stochastic', got 'chance'$",
@@ -117,10 +106,6 @@ MISTAKES = {
         lambda: create("muon", betas=(0.9, 0.99)),
         r"^muon has no option 'betas'; adamw has: give rest_options={'betas': ...} to create_opt",
     ),
-    "rest's momentum": (
-        lambda: create(rest_options={"momentum": 0.9}),
-        "^adamw has no option 'momentum'; orthomaxfactor has: give momentum=... to create_",
-    ),
     "option's case": (lambda: create(Momentum=0.9), "'Momentum' .did you mean 'momentum'"),
     "long value": (
         lambda: create(momentum=mx.zeros(10_000)),
@@ -131,13 +116,7 @@ MISTAKES = {
         lambda: create(learning_rate=mx.array(-1.0)),
         rf"^learning_rate {NEGATIVE}1.0$",
     ),
-    "negative array, set": (lambda: set_rate(mx.array(-1.0)), f"^learning_rate {NEGATIVE}1.0$"),
-    "negative rest": (
-        lambda: create(rest_learning_rate=mx.array(-1.0)),
-        f"^rest_learning_rate {NEGATIVE}1.0$",
-    ),
     "nan": (lambda: create(learning_rate=float("nan")), r"^learning_rate must .* got nan$"),
-    "nan array": (lambda: AdamW(mx.array(float("nan"))), r"^learning_rate must .* got nan$"),
     "negative schedule": (
         lambda: create(learning_rate=lambda step: -0.1 * (step + 1)),
         f"^learning_rate, at step 0, {NEGATIVE}0.1",
@@ -147,14 +126,6 @@ MISTAKES = {
         lambda: Muon(mlx_optimizers.linear_schedule(1e-2, -1e-2, 50)),
         f"^learning_rate, at step 100, {NEGATIVE}0.01",
     ),
-    "negative in a part": (
-        lambda: create(
-            learning_rate=mlx_optimizers.join_schedules(
-                [lambda step: 0.1 + 0 * step, mlx_optimizers.cosine_decay(-1e-2, 100)], [0]
-            )
-        ),
-        f"^learning_rate, at step 0, {NEGATIVE}0.01",
-    ),
     "schedule of None": (
         lambda: create(learning_rate=lambda s: None),
         f"^learning_rate {NUMBER} None$",
@@ -163,17 +134,9 @@ MISTAKES = {
         lambda: create(rest_learning_rate=lambda s: mx.array([0.1, 0.2])),
         rf"^rest_learning_rate {NUMBER} array\(\[0.1, 0.2\]",
     ),
-    "schedule of two, set": (lambda: set_rate(lambda s: (0.1, 0.2)), NUMBER + r" \(0.1, 0.2\)$"),
     "rate of two": (lambda: AdamW(mx.array([0.1, 0.2])), "^learning_rate must be a number"),
     "unknown peak": (
         lambda: create(learning_rate=lambda step: 0.1, rest_learning_rate=0.01),
-        UNKNOWN_PEAK,
-    ),
-    "unknown peak of a part": (
-        lambda: create(
-            learning_rate=mlx_optimizers.join_schedules([ascending, lambda s: 0.1 * s], [0]),
-            rest_learning_rate=0.01,
-        ),
         UNKNOWN_PEAK,
     ),
     "no peak": (
@@ -203,7 +166,6 @@ MISTAKES = {
         rf"{MODEL} the class Table: pass an inst.*\)$",
     ),
     "swapped": (lambda: create_optimizer("muon", Table()), f"{MODEL} 'muon': the model comes"),
-    "swapped instance": (lambda: create_optimizer(Muon(), Table()), f"{MODEL} Muon.*: the model"),
     "hrm": (lambda: create_optimizer_for_hrm(Table().parameters()), f"{MODEL} dict: pass the mod"),
     "model twice": (lambda: create(Table()), f"^{CHOICES}, got Table.*$"),
     "frozen": (lambda: create_optimizer(frozen_model()), FROZEN),
@@ -454,12 +416,6 @@ def test_schedule_can_return_a_number_of_any_type():
         assert moved.item() == pytest.approx(-0.5)
 
 
-def test_model_with_one_trainable_array_is_accepted():
-    model = frozen_model()
-    model.linear1.unfreeze(keys=["bias"])
-    assert len(create_optimizer(model).plan) == 1
-
-
 # repr
 
 
@@ -610,14 +566,6 @@ def test_update_with_wrong_arguments_gives_a_clear_error():
             optimizer.update(model, (mx.array(1.0), gradients))
     with pytest.raises(ValueError, match="optimizer must be an optimizer, got 'adamw'"):
         GuardedOptimizer("adamw")
-
-
-def test_error_names_a_parameter_whose_shape_has_changed():
-    model = Table()
-    optimizer = create_optimizer(model)
-    model.linear1.weight = mx.zeros((5, 7))
-    with pytest.raises(ValueError, match=r"linear1.weight \(5, 7\).*create the optimizer again"):
-        optimizer.update(model, model.trainable_parameters())
 
 
 # Wrong gradients

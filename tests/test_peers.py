@@ -258,48 +258,6 @@ def test_adafactor_follows_torch(torch, case, shape):
         assert_close(twin, exact, start, 1e-6)
 
 
-def warmed_up(step):
-    return mx.minimum(1e-6 * (step + 1), mx.rsqrt(step.astype(mx.float32) + 1))
-
-
-def adafactor_with_relative_rate(rate):
-    """An Adafactor built without a rate: the rate set here is multiplied by max(ε₂, RMS(p))."""
-    optimizer = Adafactor(weight_decay=0.1)
-    optimizer.learning_rate = rate
-    return optimizer
-
-
-ADAFACTOR_OF_MLX = [  # beta_1 is left out: ours has no first moment.
-    ({}, lambda: Adafactor(weight_decay=0.1)),
-    (
-        {"relative_step": False, "scale_parameter": False, "learning_rate": 0.01},
-        lambda: Adafactor(0.01, weight_decay=0.1),
-    ),
-    ({"relative_step": False, "learning_rate": 0.02}, lambda: adafactor_with_relative_rate(0.02)),
-    ({"warmup_init": True}, lambda: adafactor_with_relative_rate(warmed_up)),
-    (
-        {"scale_parameter": False, "warmup_init": True},
-        lambda: Adafactor(warmed_up, weight_decay=0.1),
-    ),
-    (
-        {"clip_threshold": 0.5, "decay_rate": -0.5},
-        lambda: Adafactor(clip_threshold=0.5, decay_rate=-0.5, weight_decay=0.1),
-    ),
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("case", "build"), ADAFACTOR_OF_MLX, ids=[str(case) for case, _ in ADAFACTOR_OF_MLX]
-)
-def test_adafactor_follows_mlx(case, build, shape):
-    start, gradients = parameter(shape), hard_gradients(shape, STEPS)
-    theirs = mlx_trajectory(peers.Adafactor(weight_decay=0.1, **case), start, gradients)
-    assert_close(
-        trajectory(build(), start, gradients), theirs, start, 2 * BOUND
-    )  # both sides round
-
-
 # SignSGD
 
 

@@ -138,18 +138,10 @@ def test_optimizer_passed_as_rest_keeps_its_own_decay():
 
 @pytest.mark.parametrize(("rest", "most"), [("adamw", 0.66), ("adafactor", 0.1)])
 def test_state_of_a_real_bf16_model_is_smaller_than_mlx_adamws(rest, most):
-    mx.clear_cache()
     before = mx.get_active_memory()
-    model = mlx_lm_model(
-        "qwen2",
-        hidden_size=896,
-        num_hidden_layers=24,
-        intermediate_size=4864,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151936}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}
+    model = mlx_lm_model("qwen2", tie_word_embeddings=True, **sizes, **heads)
     model.set_dtype(mx.bfloat16)
     weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     assert weights == pytest.approx(988e6, rel=1e-3)
@@ -596,17 +588,14 @@ def test_shared_module_is_trained_under_its_trainable_name():
 
 def test_flattened_state_can_be_assigned_back():
     # Flattening loses empty containers, and MLX's optimizers need them.
-    for build in (llama, resnet):
-        model = build()
-        optimizer = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
-        optimizer.update(model, random_gradients(model))
-        saved = tree_unflatten(tree_flatten(optimizer.state))
-        other = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
-        other.state = saved
-        assert len(other.plan) == len(optimizer.plan)
-        other.update(model, random_gradients(model))
-        assert other.step.item() == 2
-        assert optimizer.step.item() == 1
+    model = llama()
+    optimizer = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
+    optimizer.update(model, random_gradients(model))
+    other = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
+    other.state = tree_unflatten(tree_flatten(optimizer.state))
+    assert len(other.plan) == len(optimizer.plan)
+    other.update(model, random_gradients(model))
+    assert (optimizer.step.item(), other.step.item()) == (1, 2)
 
 
 def test_paths_with_dots_and_tuples_of_modules_work():
@@ -634,20 +623,6 @@ def test_error_names_parameters_added_after_the_optimizer():
         optimizer.update(model, random_gradients(model))
     assert model.linear1.weight is before
     assert optimizer.step.item() == 0
-
-
-def test_gradients_are_routed_like_their_parameters():
-    # The filters of MLX's MultiOptimizer get parameters at init and gradients later.
-    model = llama()
-    optimizer = create_optimizer(model)
-    optimizer.update(
-        model, tree_map(lambda p: p.reshape(-1)[:1] * mx.ones_like(p), model.parameters())
-    )
-    for member in optimizer.optimizers:
-        paths = {path.rpartition(".")[0] for path, _ in tree_flatten(member.state)} - {""}
-        index = optimizer.optimizers.index(member)
-        label = optimizer.members[index].label
-        assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
 
 
 def test_state_for_other_members_is_refused():
