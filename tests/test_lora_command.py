@@ -64,6 +64,16 @@ def _layers_restored(monkeypatch):
     monkeypatch.setattr(TransformerBlock, "__call__", TransformerBlock.__call__)
 
 
+def folder_of(home, name, *lines, **parts):
+    """A data set of these lines in all three files, or of other lines in some of them."""
+    (home / name).mkdir(exist_ok=True)
+    for part in ("train", "valid", "test"):
+        chosen = parts.get(part, lines)
+        encoded = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in chosen]
+        (home / name / f"{part}.jsonl").write_bytes(b"\n".join(encoded))
+    return home / name
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a model, a data set, and the configuration of a short run."""
@@ -74,22 +84,13 @@ def home(tmp_path_factory):
     small_llama.write_json(folder / "model" / "config.json", SHAPE)
     tokenizer = small_llama.train_tokenizer(["def word(letters): return letters"])
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
-    small_llama.write_json(
-        folder / "model" / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": small_llama.END,
-            "chat_template": small_llama.TEMPLATE,
-        },
-    )
-    kinds = {
-        "data": [{"prompt": f"def f{i}(x)", "completion": "x" * (i % 7)} for i in range(11)],
-        "text": [{"text": f"def f{i}(x): return {'x' * (i % 7)}"} for i in range(11)],
-    }
-    for kind, lines in kinds.items():
-        (folder / kind).mkdir()
-        for name in ("train", "valid", "test"):
-            (folder / kind / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": small_llama.END}
+    settings["chat_template"] = small_llama.TEMPLATE
+    small_llama.write_json(folder / "model" / "tokenizer_config.json", settings)
+    pairs = [{"prompt": f"def f{i}(x)", "completion": "x" * (i % 7)} for i in range(11)]
+    folder_of(folder, "data", *pairs)
+    texts = [f"{pair['prompt']}: return {pair['completion']}" for pair in pairs]
+    folder_of(folder, "text", *({"text": text} for text in texts))
     configuration = {"model": str(folder / "model"), "data": str(folder / "data"), **QUICK}
     (folder / "short.yaml").write_text(yaml.safe_dump(configuration))
     return folder
@@ -415,12 +416,10 @@ def test_yaml_file_takes_our_names_and_schedules(home):
     ids=str,
 )
 def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monkeypatch, capsys):
-    (home / "broken").mkdir(exist_ok=True)
-    (home / "broken" / "train.jsonl").write_text("{prompt: 1}")
-    for name, line in (("empty", ""), ("keys", '{"question": "x"}'), ("numbers", '{"text": NaN}')):
-        (home / name).mkdir(exist_ok=True)
-        for part in ("train", "valid"):
-            (home / name / f"{part}.jsonl").write_text("\n".join([line] * 8 if line else []))
+    folder_of(home, "broken", b"{prompt: 1}")
+    folder_of(home, "empty")
+    folder_of(home, "keys", *[{"question": "x"}] * 8)
+    folder_of(home, "numbers", *[{"text": float("nan")}] * 8)
     (home / "unknown").mkdir(exist_ok=True)
     small_llama.write_json(home / "unknown" / "config.json", {**SHAPE, "model_type": "nonesuch"})
     mx.save_safetensors(str(home / "unknown" / "model.safetensors"), {"x": mx.zeros(1)})
@@ -428,10 +427,7 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     mx.save_safetensors(str(home / "old.safetensors"), {layer: mx.zeros((64, 3))})
     ours = "{name: warmup_cosine, arguments: [0.1, 9], warmup: 3}"
     (home / "keys.yaml").write_text(f"lr_schedule: {ours}")
-    (home / "untested").mkdir(exist_ok=True)
-    for name in ("train", "valid"):
-        lines = (home / "data" / f"{name}.jsonl").read_text()
-        (home / "untested" / f"{name}.jsonl").write_text(lines)
+    (folder_of(home, "untested", *[PAIR] * 8) / "test.jsonl").unlink()
     arguments = [argument.format(home=home) for argument in arguments]
     few = ["--model", str(home / "model"), "--data", str(home / "data"), "--batch-size", "2"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -662,17 +658,13 @@ def test_quantized_copy_of_the_current_folder_is_beside_it(conversions, tmp_path
     assert (tmp_path / "model-4bit" / models.MARKER).is_file()
 
 
-def prompts(home, name, *lengths):
-    """A data set of prompts of so many words, each with a short completion."""
-    (home / name).mkdir()
-    lines = [{"prompt": "def " * n, "completion": "x"} for n in lengths]
-    for part in ("train", "valid", "test"):
-        (home / name / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return home / name
+def prompts(*lengths):
+    """Prompts of so many words, each with a short completion."""
+    return [{"prompt": "def " * n, "completion": "x"} for n in lengths]
 
 
 def test_batches_without_a_token_to_learn_are_left_out(home):
-    data = prompts(home, "some long", *[3] * 6, *[500] * 4)
+    data = folder_of(home, "some long", *prompts(*[3] * 6, *[500] * 4))
     masked = ("--mask-prompt", "--data", data, "--iters", "12", "--train", "--test")
     text = run(home, "some_long", *LORA, *masked)
     assert "nan" not in text
@@ -682,7 +674,7 @@ def test_batches_without_a_token_to_learn_are_left_out(home):
 
 
 def test_data_set_without_tokens_to_learn_is_one_error(home, capsys):
-    data = prompts(home, "all long", *[500] * 4)
+    data = folder_of(home, "all long", *prompts(*[500] * 4))
     error = error_of(home, "all_long", *LORA, "--mask-prompt", "--data", data, capsys=capsys)
     assert error.endswith(
         "the training set has no token to learn: within max_seq_length=64 there are only prompts, "
@@ -737,16 +729,6 @@ def test_ctrl_c_while_the_progress_bar_is_written_still_ends_after_the_step():
 
 
 # Other people's data
-
-
-def folder_of(home, name, *lines, **parts):
-    """A data set of these lines in all three files, or of other lines in some of them."""
-    (home / name).mkdir(exist_ok=True)
-    for part in ("train", "valid", "test"):
-        chosen = parts.get(part, lines)
-        encoded = [x if isinstance(x, bytes) else json.dumps(x).encode() for x in chosen]
-        (home / name / f"{part}.jsonl").write_bytes(b"\n".join(encoded))
-    return home / name
 
 
 TEXT, PAIR = {"text": "def f(x)"}, {"prompt": "def f(x)", "completion": "x"}
