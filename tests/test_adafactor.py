@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from trajectories import SHAPES, assert_follows, label
+from trajectories import SHAPES, assert_follows, label, parameter
 
 from mlx_maxfactor import Adafactor, reference
 
@@ -27,6 +27,27 @@ def test_optimizer_follows_the_twin(options, shape, zero):
 @pytest.mark.parametrize("shape", [(6, 3, 3, 4), (3, 4, 5), (8, 5)], ids=str)
 def test_layouts_follow_the_twin(shape, layout):
     assert_follows(Adafactor(), reference.Adafactor(), shape, layout)
+
+
+def test_second_moment_is_divided_by_the_mean_of_the_row_statistics():
+    # The published port divides by their sum, so V is m times too small; its clip hides this.
+    g, p = {"w": mx.array(parameter((8, 5)))}, {"w": mx.zeros((8, 5))}
+    step = Adafactor(1.0, clip_threshold=1e9).apply_gradients(g, p)["w"]
+    # At t = 1, V and g² have the same mean, so u has an RMS near 1, not near √8.
+    assert 0.8 < np.sqrt(np.mean(np.square(np.array(step)))) < 1.25
+
+
+@pytest.mark.parametrize("threshold", [0.25, 4.0])
+def test_clip_scales_the_update_to_its_threshold(threshold):
+    # The published port scales by 1 / (RMS · clip), the paper by clip / RMS.
+    optimizer, tree = Adafactor(1.0, clip_threshold=threshold), {"b": mx.zeros(6)}
+    for scale in (1.0, 1e3, 1e3):
+        before = tree["b"]
+        g = mx.array(parameter((6,))) * scale
+        tree = optimizer.apply_gradients({"b": g}, tree)
+    rms = np.sqrt(np.mean(np.square(np.array(tree["b"] - before))))
+    exact = 1.0 if threshold > 1 else threshold  # an unclipped update has RMS near 1
+    assert rms == pytest.approx(exact, rel=0.2 if threshold > 1 else 1e-5)
 
 
 def test_statistics_still_change_late_in_a_bf16_run():

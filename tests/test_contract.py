@@ -45,15 +45,9 @@ VARIANTS = {
     "adamw factored": (KINDS["adamw"], {"factored": True, "state_dtype": "int4"}),
     "signsgd sparse": (KINDS["signsgd"], {"sparse_rows": True}),
 }
-# Those whose kernels differ. Frequency bands are compiled in test_momentum.py.
-COMPILED = [
-    "orthomaxfactor",
-    "maxfactor cautious",
-    "adafactor rate",
-    "muon 8 bits",
-    "adamw factored",
-    "signsgd sparse",
-]
+# Those whose kernels differ
+COMPILED = ["orthomaxfactor", "maxfactor cautious", "adafactor rate", "muon 8 bits"]
+COMPILED += ["adamw factored", "signsgd sparse", "maxfactor fam"]
 
 
 def variant(name, **overrides):

@@ -1,6 +1,7 @@
 """MaxFactor: its twin, the defects of the published versions, its options."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from trajectories import SHAPES, assert_follows, hard_gradients, label, parameter
 
@@ -53,6 +54,31 @@ def test_layouts_follow_the_twin(shape, layout):
 # The published defects
 
 
+def test_vector_moves_against_its_gradient():
+    # The hub and speech versions square the gradient in place before they use it: its sign is lost.
+    g = np.array([1.0, -2.0, 0.5, -0.1], np.float32)
+    optimizer = MaxFactor(weight_decay=0.0)
+    moved = optimizer.apply_gradients({"b": mx.array(g)}, {"b": mx.zeros(4)})["b"]
+    assert np.array_equal(np.sign(np.array(moved)), -np.sign(g))
+
+
+def test_vector_state_is_a_moving_average_of_squares():
+    # The published versions overwrite the state with the update.
+    optimizer, tree = MaxFactor(gamma=0.9), {"b": mx.ones(2)}
+    for g in (1.0, 2.0, 3.0):
+        tree = optimizer.apply_gradients({"b": mx.full((2,), g)}, tree)
+    expected = 0.1 * (0.81 * 1 + 0.9 * 4 + 9)
+    assert np.allclose(np.array(optimizer.state["b"]["v"]), expected, rtol=1e-6)
+
+
+def test_every_parameter_of_a_tree_moves():
+    # The hub version returns inside its loop over groups, so the second group never moves.
+    tree = {"a": {"w": mx.ones((3, 4))}, "b": [{"w": mx.ones((4, 3))}, {"b": mx.ones(5)}]}
+    moved = MaxFactor().apply_gradients(tree, tree)
+    for p in (moved["a"]["w"], moved["b"][0]["w"], moved["b"][1]["b"]):
+        assert mx.all(p < 1).item()
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "floats"),
     [
@@ -76,6 +102,29 @@ def test_momentum_adds_one_buffer():
     state = {}
     MaxFactor(momentum=0.9, nesterov=True, cautious=True).init_single(mx.zeros((48, 32)), state)
     assert sum(x.size for x in state.values()) == 80 + 48 * 32
+
+
+def test_clip_threshold_limits_the_update():
+    # The speech version clips the .grad of the update, which has none.
+    g, p = {"w": mx.array(parameter((8, 8)))}, {"w": mx.zeros((8, 8))}
+    options = {"max_norm": False, "weight_decay": 0.0, "eps": (1e-10, 1.0), "learning_rate": 1.0}
+    free = MaxFactor(**options).apply_gradients(g, p)["w"]
+    clipped = MaxFactor(clip_threshold=0.5, **options).apply_gradients(g, p)["w"]
+    assert np.linalg.norm(np.array(free)) > 1
+    assert np.linalg.norm(np.array(clipped)) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e5, 1e14])
+def test_step_does_not_depend_on_the_gradient_scale(scale):
+    # The published versions multiply R and C before they divide: from 1e10 on that is inf, so
+    # nothing moves.
+    g, p = parameter((6, 5)), {"w": mx.zeros((6, 5))}
+    plain, scaled = (
+        MaxFactor().apply_gradients({"w": mx.array(g * np.float32(s))}, p)["w"]
+        for s in (1.0, scale)
+    )
+    # Scaling by a number that is not a power of two rounds each gradient once.
+    assert np.allclose(np.array(scaled), np.array(plain), rtol=1e-5, atol=0)
 
 
 # Step size and options

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from models import Table
 from trajectories import parameter
 
-from mlx_maxfactor import OPTIMIZERS, AdamW, MaxFactor, Muon, create_optimizer
+from mlx_maxfactor import OPTIMIZERS, MaxFactor, Muon, create_optimizer
 from mlx_maxfactor import functional as f
 
 DTYPES = [mx.bfloat16, mx.float16]
@@ -128,24 +128,6 @@ def test_float32_parameters_are_not_rounded():
     g, p = {"w": mx.array(parameter((4, 3)))}, {"w": mx.array(parameter((4, 3), 1))}
     plain = MaxFactor().apply_gradients(g, p)["w"]
     assert mx.array_equal(MaxFactor(rounding="stochastic").apply_gradients(g, p)["w"], plain).item()
-
-
-@pytest.mark.parametrize("make", [lambda **k: MaxFactor(momentum=0.9, **k), Muon, AdamW])
-def test_bf16_momentum_takes_half_the_bytes_and_stays_close_to_float32(make):
-    options = {"state_dtype": mx.bfloat16}
-    half, full = make(**options), make()
-    a = b = {"w": mx.array(parameter((16, 16)))}
-    for seed in range(30):
-        g = {"w": mx.array(parameter((16, 16), seed))}
-        a, b = half.apply_gradients(g, a), full.apply_gradients(g, b)
-    assert half.state["w"]["m"].dtype == mx.bfloat16
-    assert half.state["w"]["m"].nbytes * 2 == full.state["w"]["m"].nbytes
-    for key, array in half.state["w"].items():
-        assert key == "m" or array.dtype in (mx.float32, mx.uint32)
-    start = parameter((16, 16))
-    moved, difference = np.array(b["w"]) - start, np.array(a["w"] - b["w"])
-    # m has a relative error of 2^-9; a sign step differs only where m is that close to 0.
-    assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(moved)
 
 
 def test_bf16_momentum_is_rounded_once_per_step():
