@@ -12,6 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
+from mlx.optimizers import MultiOptimizer
 from mlx.utils import tree_flatten, tree_map
 from models import Table
 
@@ -264,6 +265,25 @@ INVALID = [
     (lambda: GuardedOptimizer(SignSGD(), skip_nonfinite="yes"), "skip_nonfinite must be True or"),
     (lambda: create(max_grad_norm=0.0), r"max_grad_norm must be in \(0, inf\), got 0.0"),
     (lambda: create(skip_nonfinite="yes"), "skip_nonfinite must be True or False, got 'yes'"),
+    (lambda: create(total_steps=0), "^total_steps must be a whole number of at least 1, got 0$"),
+    (lambda: create(total_steps=2.5), "^total_steps must be a whole number of at least 1, got"),
+    (lambda: create(total_steps=9, learning_rate=WARM), "total_steps makes one: give .*, its peak"),
+    (
+        lambda: create(total_steps=9, rest_learning_rate=WARM),
+        "rest_learning_rate is a schedule",
+    ),
+    (lambda: create(rest=3), "rest must be one of .*, got 3"),
+    (lambda: create(momentm=0.9), "no option 'momentm' .did you mean 'momentum'"),
+    (lambda: create(rest_learning_rate="1e-3"), "rest_learning_rate must be a number or a f"),
+    (lambda: create(hidden=Muon(), learning_rate=0.1), "hidden is an optimizer already: give"),
+    (lambda: create(rest=AdamW(), rest_options={"eps": 1e-6}), "an optimizer already: give eps"),
+    (lambda: create(learning_rate=ascending_later, rest=AdamW(0.1)), "the rate of AdamW is a num"),
+    (lambda: create(hidden=GuardedOptimizer(Muon())), "single optimizer, got GuardedOptim"),
+    (lambda: create(rules={"head": MultiOptimizer([Muon()])}), "single optimizer, got MultiOptim"),
+    (lambda: create(strict=1), "strict must be True or False, got 1"),
+    (lambda: create(rules=["head"]), "rules must map .* to optimizers, got"),
+    (lambda: create(rest_options=3), "rest_options must map names to values, got 3"),
+    (lambda: create(exclude_frist=True), "did you mean 'exclude_first'"),
     (lambda: SignSGD(rounding="up"), "rounding must be one of 'nearest', 'stochastic', got"),
     (lambda: MaxFactor(seed=-1), "seed must be a whole number from 0 to 4294967295, got -1"),
     (lambda: Muon(state_dtype=mx.float16), "state_dtype must be one of .*, got .*float16"),
