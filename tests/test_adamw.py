@@ -7,19 +7,17 @@ from trajectories import SHAPES, assert_follows, label
 
 from mlx_maxfactor import AdamW, reference
 
+OPTIONS = [
+    {},
+    {"bias_correction": False},
+    {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0},
+    {"learning_rate": lambda step: 0.05 / (step + 1)},
+]
+
 
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"bias_correction": False},
-        {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0},
-        {"learning_rate": lambda step: 0.05 / (step + 1)},
-    ],
-    ids=label,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
 def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(AdamW(**options), reference.AdamW(**options), shape, zero=zero)
 

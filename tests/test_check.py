@@ -85,16 +85,16 @@ def test_nan_fails_every_check():
     assert not check.Check("x", float("nan"), 1.0, "one").passed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], None),
-        (["chek"], "argument COMMAND: invalid choice: 'chek'"),
-        (["check", "--output", "/no/such/folder/x.json"], "/no/such/folder is not a folder"),
-        (["check", "--output", "/"], "/ is a folder: name a file in it"),
-        (["check", "--seconds", "0"], "must be at least 1, got 0"),
-    ],
-)
+WRONG_ARGUMENTS = [
+    ([], None),
+    (["chek"], "argument COMMAND: invalid choice: 'chek'"),
+    (["check", "--output", "/no/such/folder/x.json"], "/no/such/folder is not a folder"),
+    (["check", "--output", "/"], "/ is a folder: name a file in it"),
+    (["check", "--seconds", "0"], "must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS)
 def test_wrong_arguments_give_a_one_line_error(arguments, message, capsys):
     if message is None:
         assert main(arguments) == 2

@@ -355,21 +355,15 @@ def two_members(rate):
     return Table(), mlx_optimizers.MultiOptimizer(members, [lambda *_: True])
 
 
-@pytest.mark.parametrize(
-    ("make", "places"),
-    [
-        (
-            lambda rate: table_run(learning_rate=rate),
-            ["orthomaxfactor", "adamw", "adamw, no decay"],
-        ),
-        (lambda rate: lora_run(learning_rate=rate), ["orthomaxfactor"]),
-        (
-            lambda rate: lora_run(learning_rate=warmup_cosine(rate, 9)),
-            ["optimizer 0, OrthoMaxFactor"],
-        ),
-        (two_members, ["optimizer 0, AdamW", "optimizer 1, AdamW"]),
-    ],
-)
+RATE_DIFFERENCES = [
+    (lambda rate: table_run(learning_rate=rate), ["orthomaxfactor", "adamw", "adamw, no decay"]),
+    (lambda rate: lora_run(learning_rate=rate), ["orthomaxfactor"]),
+    (lambda rate: lora_run(learning_rate=warmup_cosine(rate, 9)), ["optimizer 0, OrthoMaxFactor"]),
+    (two_members, ["optimizer 0, AdamW", "optimizer 1, AdamW"]),
+]
+
+
+@pytest.mark.parametrize(("make", "places"), RATE_DIFFERENCES)
 def test_rate_differences_name_each_used_member(make, places, path):
     save_checkpoint(path, *make(0.02))
     lines = load_checkpoint(path, *make(0.04), strict=False).differences

@@ -115,28 +115,27 @@ def test_command_line_options_reach_the_optimizer(tmp_path):
         assert int(row.split()[-1].replace(",", "")) == size + 4 * (16 + 16)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--optimizer", "sgd"], "'maxfactor'"),
-        (["--compare", "muon,sgd"], "muon,sgd"),
-        (["--compare", "muon", "--optimizer", "muon"], "not allowed with"),
-        (["--steps", "0"], "--steps"),
-        (["--batch-size", "x"], "--batch-size"),
-        (["--learning-rate", "-1"], "--learning-rate"),
-        (["--learning-rate", "nan"], "--learning-rate"),
-        (["--width", "30", "--heads", "4"], "--width"),
-        (["--context", "99999999"], "--context"),
-        (["--output", "/dev/null"], "--output"),
-        (["--stepz", "3"], "--stepz"),
-        (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
-        (["--option", "speed=9"], "speed"),
-        (["--option", "momentum=fast"], "momentum=fast"),
-        (["--option", "nesterov=True"], "(true, not True)"),
-        (["--option", "momentum=0.8,nesterov=true"], "one --option each"),
-    ],
-    ids=str,
-)
+BAD_ARGUMENTS = [
+    (["--optimizer", "sgd"], "'maxfactor'"),
+    (["--compare", "muon,sgd"], "muon,sgd"),
+    (["--compare", "muon", "--optimizer", "muon"], "not allowed with"),
+    (["--steps", "0"], "--steps"),
+    (["--batch-size", "x"], "--batch-size"),
+    (["--learning-rate", "-1"], "--learning-rate"),
+    (["--learning-rate", "nan"], "--learning-rate"),
+    (["--width", "30", "--heads", "4"], "--width"),
+    (["--context", "99999999"], "--context"),
+    (["--output", "/dev/null"], "--output"),
+    (["--stepz", "3"], "--stepz"),
+    (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
+    (["--option", "speed=9"], "speed"),
+    (["--option", "momentum=fast"], "momentum=fast"),
+    (["--option", "nesterov=True"], "(true, not True)"),
+    (["--option", "momentum=0.8,nesterov=true"], "one --option each"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_give_one_line_and_status_2(arguments, message, capsys, monkeypatch):
     assert not assert_refused(LANGUAGE_MODEL, arguments, message, capsys, monkeypatch)
 
@@ -227,18 +226,17 @@ def test_resumed_speech_run_equals_the_uninterrupted_run(recordings, tmp_path):
     assert_resumes_exactly(SPEECH, *arguments, cwd=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "nowhere"], "nowhere: 0 .wav files"),
-        (["--width", "30", "--heads", "4"], "--width"),
-        (["--option", 'momentum={"bands": 0}'], "bands must be a whole number of at least 1"),
-        (["--option", 'momentum={"variant": "x"}'], "'x'"),
-        (["--convolution-option", "speed=9"], "speed"),
-        (["--rest-option", "speed=9"], "--rest-option"),
-    ],
-    ids=str,
-)
+BAD_SPEECH_ARGUMENTS = [
+    (["--data", "nowhere"], "nowhere: 0 .wav files"),
+    (["--width", "30", "--heads", "4"], "--width"),
+    (["--option", 'momentum={"bands": 0}'], "bands must be a whole number of at least 1"),
+    (["--option", 'momentum={"variant": "x"}'], "'x'"),
+    (["--convolution-option", "speed=9"], "speed"),
+    (["--rest-option", "speed=9"], "--rest-option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_SPEECH_ARGUMENTS, ids=str)
 def test_bad_speech_arguments_give_one_line_and_status_2(arguments, message, capsys, monkeypatch):
     assert_refused(SPEECH, arguments, message, capsys, monkeypatch)
 

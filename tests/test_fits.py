@@ -101,17 +101,18 @@ DENSE_FIRST |= {"hidden_size": 128, "num_hidden_layers": 8, "intermediate_size":
 DENSE_FIRST |= {"model_type": "deepseek_v3"}
 
 
+DENSE_LAYERS = [
+    ({"first_k_dense_replace": 1}, -1),
+    ({"first_k_dense_replace": 3}, -1),
+    ({"first_k_dense_replace": 3, "intermediate_size": 2048}, -1),
+    ({"first_k_dense_replace": 3, "intermediate_size": 2048}, 4),
+]
+
+
 @pytest.mark.compiled
 @pytest.mark.examples
 @pytest.mark.parametrize(
-    ("change", "trained"),
-    [
-        ({"first_k_dense_replace": 1}, -1),
-        ({"first_k_dense_replace": 3}, -1),
-        ({"first_k_dense_replace": 3, "intermediate_size": 2048}, -1),
-        ({"first_k_dense_replace": 3, "intermediate_size": 2048}, 4),
-    ],
-    ids=["one dense", "three dense", "wide", "wide, frozen"],
+    ("change", "trained"), DENSE_LAYERS, ids=["one dense", "three dense", "wide", "wide, frozen"]
 )
 def test_layers_that_differ_are_measured_by_kind(change, trained):
     request = memory_estimate.Request(
@@ -200,25 +201,28 @@ GPT_OSS = next(r for r, name in compare_memory.requests() if name == "gpt_oss").
 OTHERS = "model.layers.*.self_attn", "model.layers.*.mlp.router"
 
 
+OTHER_PROGRAMS = [
+    (CONFIG, {"quant_method": "awq", "bits": 4, "group_size": 32}, "_proj"),
+    (CONFIG, {"quant_method": "gptq", "group_size": 64, "lm_head": False}, "_proj"),
+    (GPT_OSS, {"quant_method": "mxfp4", "modules_to_not_convert": OTHERS}, ".experts."),
+    (
+        CONFIG,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "ignore": ["re:.*self_attn.*"],
+        },
+        ".mlp.",
+    ),
+    (CONFIG, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "_proj"),
+    (CONFIG, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "nothing"),
+    (CONFIG, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nothing"),
+]
+
+
 @pytest.mark.parametrize(
     ("config", "theirs", "quantized"),
-    [
-        (CONFIG, {"quant_method": "awq", "bits": 4, "group_size": 32}, "_proj"),
-        (CONFIG, {"quant_method": "gptq", "group_size": 64, "lm_head": False}, "_proj"),
-        (GPT_OSS, {"quant_method": "mxfp4", "modules_to_not_convert": OTHERS}, ".experts."),
-        (
-            CONFIG,
-            {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "ignore": ["re:.*self_attn.*"],
-            },
-            ".mlp.",
-        ),
-        (CONFIG, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "_proj"),
-        (CONFIG, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "nothing"),
-        (CONFIG, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nothing"),
-    ],
+    OTHER_PROGRAMS,
     ids=["awq", "gptq", "gpt-oss", "compressed-tensors", "modelopt", "fp8", "bitsandbytes"],
 )
 def test_other_programs_leave_embeddings_and_named_modules_alone(config, theirs, quantized):
@@ -245,14 +249,17 @@ def test_guard_and_accumulated_gradients_need_memory():
     assert step(skip_nonfinite=False, grad_accumulation_steps=2) > 1.5 * released
 
 
+QUANTIZATIONS = [
+    ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, 0.160),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, 0.246),
+    ({"quantization": {"group_size": 64, "bits": 4}}, 0.183),
+    ({"quantization": {"group_size": 64, "bits": 4, "model.embed_tokens": False}}, 0.267),
+]
+
+
 @pytest.mark.parametrize(
     ("quantization", "share"),
-    [
-        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, 0.160),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.246),
-        ({"quantization": {"group_size": 64, "bits": 4}}, 0.183),
-        ({"quantization": {"group_size": 64, "bits": 4, "model.embed_tokens": False}}, 0.267),
-    ],
+    QUANTIZATIONS,
     ids=["mxfp4", "as on the hub", "affine", "embedding not quantized"],
 )
 def test_quantized_weights_follow_the_config(quantization, share):
@@ -367,16 +374,16 @@ def test_quantize_in_a_file_means_four_bits_as_in_lora(quantize, bits, folder, t
     assert fits.request_of({"config": str(path)})[0].bits == bits
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("max_seq_length: 1", "max_seq_length must be a whole number of at least 2, got 1"),
-        ("num_layers: 2.5", "num_layers must be a whole number of at least -1, got 2.5"),
-        ("fine_tune_type: LoRA", "fine_tune_type must be one of"),
-        ("quantize: 16", "quantize must be one of 2, 3, 4, 5, 6, 8, got 16"),
-        ("max_seq_length: .inf", "max_seq_length must be a whole number of at least 1, got inf"),
-    ],
-)
+WRONG_LINES = [
+    ("max_seq_length: 1", "max_seq_length must be a whole number of at least 2, got 1"),
+    ("num_layers: 2.5", "num_layers must be a whole number of at least -1, got 2.5"),
+    ("fine_tune_type: LoRA", "fine_tune_type must be one of"),
+    ("quantize: 16", "quantize must be one of 2, 3, 4, 5, 6, 8, got 16"),
+    ("max_seq_length: .inf", "max_seq_length must be a whole number of at least 1, got inf"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG_LINES)
 def test_values_of_a_file_are_checked_as_those_of_lora(line, message, folder, tmp_path, capsys):
     path = tmp_path / "lora.yaml"
     path.write_text(f"model: {folder}\n{line}\n")
@@ -399,28 +406,27 @@ def test_a_longer_sequence_never_needs_less():
     assert np.all(np.diff(longer) > 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give a model"),
-        (["nowhere"], "there is no nowhere/config.json"),
-        (["{folder}/broken"], "Expecting property name"),
-        (["{folder}/empty"], "must map names to values, with model_type among them"),
-        (["{folder}/unknown"], "Model type nonesuch not supported"),
-        (["{folder}/short"], "short/config.json: ModelArgs.__init__() missing"),
-        (["{folder}/negative"], "negative/config.json: vocab_size must be a whole number"),
-        (["{folder}/huge"], "do not fit on this device"),
-        (["{folder}/bits", "--quantize", "4"], "it is quantized already (bits: 8): leave out"),
-        (["{folder}", "--batch-size", "99999999"], "do not fit on this device"),
-        (["{folder}", "--optimizer", "mouon"], "got 'mouon'"),
-        (["{folder}", "--option", "speed=9"], "speed"),
-        (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
-        (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
-        (["{folder}", "--quantize", "1"], "quantize must be one of"),
-        (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
-    ],
-    ids=str,
-)
+WRONG_INPUT = [
+    ([], "give a model"),
+    (["nowhere"], "there is no nowhere/config.json"),
+    (["{folder}/broken"], "Expecting property name"),
+    (["{folder}/empty"], "must map names to values, with model_type among them"),
+    (["{folder}/unknown"], "Model type nonesuch not supported"),
+    (["{folder}/short"], "short/config.json: ModelArgs.__init__() missing"),
+    (["{folder}/negative"], "negative/config.json: vocab_size must be a whole number"),
+    (["{folder}/huge"], "do not fit on this device"),
+    (["{folder}/bits", "--quantize", "4"], "it is quantized already (bits: 8): leave out"),
+    (["{folder}", "--batch-size", "99999999"], "do not fit on this device"),
+    (["{folder}", "--optimizer", "mouon"], "got 'mouon'"),
+    (["{folder}", "--option", "speed=9"], "speed"),
+    (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
+    (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
+    (["{folder}", "--quantize", "1"], "quantize must be one of"),
+    (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_INPUT, ids=str)
 def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, capsys):
     contents = {"broken": "{model: 1}", "empty": "{}", "short": '{"model_type": "llama"}'}
     changed = {

@@ -194,17 +194,17 @@ def test_bias_correction_is_exact_for_betas_near_one():
     assert f.bias_correction(0.0, mx.array(3.0)).item() == 1.0
 
 
+INVALID_ARGUMENTS = [
+    (mx.ones(3), 5, "x must hold float matrices"),
+    (mx.ones((2, 2), mx.int32), 5, "x must hold float matrices"),
+    (mx.ones((0, 3)), 5, "x must hold float matrices"),
+    (mx.ones((2, 2)), 0, "steps must be at least 1, got 0"),
+    (mx.ones((2, 2)), -1, "steps must be at least 1, got -1"),
+]
+
+
 @pytest.mark.parametrize("orthogonalize", [newton_schulz, polar_express])
-@pytest.mark.parametrize(
-    ("x", "steps", "message"),
-    [
-        (mx.ones(3), 5, "x must hold float matrices"),
-        (mx.ones((2, 2), mx.int32), 5, "x must hold float matrices"),
-        (mx.ones((0, 3)), 5, "x must hold float matrices"),
-        (mx.ones((2, 2)), 0, "steps must be at least 1, got 0"),
-        (mx.ones((2, 2)), -1, "steps must be at least 1, got -1"),
-    ],
-)
+@pytest.mark.parametrize(("x", "steps", "message"), INVALID_ARGUMENTS)
 def test_orthogonalizers_refuse_invalid_arguments(orthogonalize, x, steps, message):
     with pytest.raises(ValueError, match=message):
         orthogonalize(x, steps)

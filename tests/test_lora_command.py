@@ -384,37 +384,36 @@ def test_yaml_file_takes_our_names_and_schedules(home):
     assert member._schedulers["learning_rate"](mx.array(10)).item() == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--optimizer", "mouon"], "'mouon'"),
-        (["--iters", "5", "--grad-accumulation-steps", "2"], "multiple"),
-        (["-c", "{home}/keys.yaml"], "keys.yaml: lr_schedule: a key of warmup_cosine must be one"),
-        (["--quantize", "--fine-tune-type", "full"], "quantized weights have no gradient"),
-        (["--model", "nowhere/at/all"], "model nowhere/at/all: "),
-        (["--model", "{home}/data"], "config.json"),
-        (["--data", "{home}/model"], "the training set, train.jsonl, is missing"),
-        (["--data", "nowhere/at/all"], "data nowhere/at/all: there is no such folder"),
-        (["--data", "{home}/broken"], "line 1: each line must be a JSON object; column 2"),
-        (["--data", "{home}/empty"], "the training set, train.jsonl, is missing or empty"),
-        (["--data", "{home}/keys"], "Unsupported data format"),
-        (["--data", "{home}/numbers"], "train.jsonl, line 1: text must be a string, got nan"),
-        (["--model", "{home}/unknown"], "Model type nonesuch not supported"),
-        (["--resume-adapter-file", "{home}/old.safetensors"], "lora_a is (64, 3) in the file and"),
-        (["--batch-size", "12"], "batch_size is 12, but the training set has 11 lines"),
-        (["--num-layers", "3"], "num_layers is 3, but the model has 2 layers"),
-        (["--option", "speed=9"], "speed"),
-        (["--option", "momentum=fast"], "momentum=fast"),
-        (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
-        (["--resume-adapter-file", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--adapter-path", "/dev/null"], "/dev/null"),
-        (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
-        (["--train", "--test", "--data", "{home}/untested"], "test.jsonl, is missing"),
-        (["--test", "--resume"], "resume continues a training"),
-        (["--test", "--adapter-path", "{home}/nothing"], "nothing: "),
-    ],
-    ids=str,
-)
+BAD_ARGUMENTS = [
+    (["--optimizer", "mouon"], "'mouon'"),
+    (["--iters", "5", "--grad-accumulation-steps", "2"], "multiple"),
+    (["-c", "{home}/keys.yaml"], "keys.yaml: lr_schedule: a key of warmup_cosine must be one"),
+    (["--quantize", "--fine-tune-type", "full"], "quantized weights have no gradient"),
+    (["--model", "nowhere/at/all"], "model nowhere/at/all: "),
+    (["--model", "{home}/data"], "config.json"),
+    (["--data", "{home}/model"], "the training set, train.jsonl, is missing"),
+    (["--data", "nowhere/at/all"], "data nowhere/at/all: there is no such folder"),
+    (["--data", "{home}/broken"], "line 1: each line must be a JSON object; column 2"),
+    (["--data", "{home}/empty"], "the training set, train.jsonl, is missing or empty"),
+    (["--data", "{home}/keys"], "Unsupported data format"),
+    (["--data", "{home}/numbers"], "train.jsonl, line 1: text must be a string, got nan"),
+    (["--model", "{home}/unknown"], "Model type nonesuch not supported"),
+    (["--resume-adapter-file", "{home}/old.safetensors"], "lora_a is (64, 3) in the file and"),
+    (["--batch-size", "12"], "batch_size is 12, but the training set has 11 lines"),
+    (["--num-layers", "3"], "num_layers is 3, but the model has 2 layers"),
+    (["--option", "speed=9"], "speed"),
+    (["--option", "momentum=fast"], "momentum=fast"),
+    (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
+    (["--resume-adapter-file", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--adapter-path", "/dev/null"], "/dev/null"),
+    (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
+    (["--train", "--test", "--data", "{home}/untested"], "test.jsonl, is missing"),
+    (["--test", "--resume"], "resume continues a training"),
+    (["--test", "--adapter-path", "{home}/nothing"], "nothing: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monkeypatch, capsys):
     folder_of(home, "broken", b"{prompt: 1}")
     folder_of(home, "empty")
@@ -518,14 +517,14 @@ def test_adapters_are_replaced_at_once(home, monkeypatch):
     assert not [path for path in file.parent.iterdir() if "partial" in path.name]
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (("--batch-size", "3"), "batch_size is 2 in"),
-        (("--seed", "1"), "seed is 0 in"),
-        (("--optimizer", "adamw"), "MaxFactor in the file, AdamW here"),
-    ],
-)
+OTHER_CONFIGURATIONS = [
+    (("--batch-size", "3"), "batch_size is 2 in"),
+    (("--seed", "1"), "seed is 0 in"),
+    (("--optimizer", "adamw"), "MaxFactor in the file, AdamW here"),
+]
+
+
+@pytest.mark.parametrize(("other", "message"), OTHER_CONFIGURATIONS)
 def test_resume_refuses_another_configuration(other, message, home, capsys):
     if not (home / "first").exists():
         run(home, "first", "--iters", "2")
@@ -886,14 +885,14 @@ def test_keys_that_match_nothing_are_one_error_that_lists_the_layers(name, home,
     assert "self_attn.q_proj" in error
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ('betas="0.9"', "adam: betas must be a pair of numbers, got '0.9'"),
-        ("betas=[0.9]", "adam: betas must be a pair of numbers, got [0.9]"),
-        ("epsilon=1", "an option of adam must be one of 'betas', 'eps', 'bias_correction'"),
-    ],
-)
+WRONG_OPTIONS = [
+    ('betas="0.9"', "adam: betas must be a pair of numbers, got '0.9'"),
+    ("betas=[0.9]", "adam: betas must be a pair of numbers, got [0.9]"),
+    ("epsilon=1", "an option of adam must be one of 'betas', 'eps', 'bias_correction'"),
+]
+
+
+@pytest.mark.parametrize(("option", "message"), WRONG_OPTIONS)
 def test_options_of_mlx_optimizers_are_checked(option, message, home, capsys):
     adam = ("--optimizer", "adam", "--option", option)
     assert message in error_of(home, "options", *adam, capsys=capsys)

@@ -79,17 +79,16 @@ def test_every_parameter_of_a_tree_moves():
         assert mx.all(p < 1).item()
 
 
-@pytest.mark.parametrize(
-    ("shape", "layout", "floats"),
-    [
-        ((48, 32), "batched", 80),
-        ((3, 48, 32), "experts", 240),
-        ((16, 3, 3, 8), "conv", 88),
-        ((48,), "batched", 48),
-        ((), "batched", 1),
-    ],
-    ids=str,
-)
+STATE_SIZES = [
+    ((48, 32), "batched", 80),
+    ((3, 48, 32), "experts", 240),
+    ((16, 3, 3, 8), "conv", 88),
+    ((48,), "batched", 48),
+    ((), "batched", 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "floats"), STATE_SIZES, ids=str)
 def test_state_of_a_matrix_is_its_row_and_column_statistics(shape, layout, floats):
     # All three published versions keep a full second moment for every matrix, and never use it.
     state = {}

@@ -268,10 +268,7 @@ INVALID = [
     (lambda: create(total_steps=0), "^total_steps must be a whole number of at least 1, got 0$"),
     (lambda: create(total_steps=2.5), "^total_steps must be a whole number of at least 1, got"),
     (lambda: create(total_steps=9, learning_rate=WARM), "total_steps makes one: give .*, its peak"),
-    (
-        lambda: create(total_steps=9, rest_learning_rate=WARM),
-        "rest_learning_rate is a schedule",
-    ),
+    (lambda: create(total_steps=9, rest_learning_rate=WARM), "rest_learning_rate is a schedule"),
     (lambda: create(rest=3), "rest must be one of .*, got 3"),
     (lambda: create(momentm=0.9), "no option 'momentm' .did you mean 'momentum'"),
     (lambda: create(rest_learning_rate="1e-3"), "rest_learning_rate must be a number or a f"),
@@ -351,20 +348,20 @@ WARM = mlx_optimizers.join_schedules(
 )
 
 
-@pytest.mark.parametrize(
-    ("schedule", "peak"),
-    [
-        (mlx_optimizers.cosine_decay(0.02, 100), 0.02),
-        (mlx_optimizers.cosine_decay(0.0, 100, end=0.02), 0.02),
-        (mlx_optimizers.linear_schedule(0.0, 0.02, 100), 0.02),
-        (mlx_optimizers.linear_schedule(0.0, 0.02, 50_000_000), 0.02),
-        (mlx_optimizers.exponential_decay(0.02, 0.9), 0.02),
-        (mlx_optimizers.step_decay(0.02, 0.5, 10), 0.02),
-        (WARM, 0.02),
-        (Schedule(WARM, "half", ratio=0.5), 0.01),
-        (Schedule(lambda step: 0.02 / (step + 1), "inverse", peak=0.02), 0.02),
-    ],
-)
+PEAKS = [
+    (mlx_optimizers.cosine_decay(0.02, 100), 0.02),
+    (mlx_optimizers.cosine_decay(0.0, 100, end=0.02), 0.02),
+    (mlx_optimizers.linear_schedule(0.0, 0.02, 100), 0.02),
+    (mlx_optimizers.linear_schedule(0.0, 0.02, 50_000_000), 0.02),
+    (mlx_optimizers.exponential_decay(0.02, 0.9), 0.02),
+    (mlx_optimizers.step_decay(0.02, 0.5, 10), 0.02),
+    (WARM, 0.02),
+    (Schedule(WARM, "half", ratio=0.5), 0.01),
+    (Schedule(lambda step: 0.02 / (step + 1), "inverse", peak=0.02), 0.02),
+]
+
+
+@pytest.mark.parametrize(("schedule", "peak"), PEAKS)
 def test_rest_learning_rate_given_with_a_schedule_is_the_peak(schedule, peak):
     optimizer = create(learning_rate=schedule, rest_learning_rate=4e-3)
     for step in (0, 29, 30, 60):
@@ -439,41 +436,41 @@ def test_schedule_can_return_a_number_of_any_type():
 # repr
 
 
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (
-            lambda: OrthoMaxFactor(0.1, state_dtype=mx.int8, rounding="stochastic", seed=3),
-            "OrthoMaxFactor(learning_rate=0.1, state_dtype='int8', rounding='stochastic', seed=3)",
-        ),
-        (
-            lambda: MaxFactor(momentum=FrequencyAdaptiveMomentum(bands=4), eps=(1e-9, 0)),
-            "MaxFactor(learning_rate=0.01, eps=(1e-09, 0.0), "
-            "momentum=FrequencyAdaptiveMomentum("
-            "alpha=0.9, beta=0.999, bands=4, blend=1.0, blend_steps=1))",
-        ),
-        (
-            lambda: Muon(warmup_cosine(0.1, 100, 10), scale="rms", state_dtype=mx.int8),
-            "Muon(learning_rate=warmup_cosine(0.1, 100, 10, 0.1), scale='rms', state_dtype='int8')",
-        ),
-        (Adafactor, "Adafactor(learning_rate=None)"),
-        (lambda: Adafactor(0.1, layout="conv"), "Adafactor(learning_rate=0.1, layout='conv')"),
-        (
-            lambda: AdamW(WARM, betas=[0.9, 0.99]),
-            "AdamW(learning_rate=join_schedules([linear_schedule(end=0.02, init=0.0, steps=30), "
-            "cosine_decay(decay_steps=100, end=0.0, init=0.02)], [30]), betas=(0.9, 0.99))",
-        ),
-        (lambda: SignSGD(ascending_later), "SignSGD(learning_rate=ascending_later)"),
-        (
-            lambda: GuardedOptimizer(SignSGD(), max_grad_norm=1),
-            "GuardedOptimizer(SignSGD(learning_rate=0.01), max_grad_norm=1, skip_nonfinite=True)",
-        ),
-        (
-            lambda: GuardedOptimizer(mlx_optimizers.Lion(0.1), skip_nonfinite=False),
-            "GuardedOptimizer(mlx's Lion)",
-        ),
-    ],
-)
+REPRS = [
+    (
+        lambda: OrthoMaxFactor(0.1, state_dtype=mx.int8, rounding="stochastic", seed=3),
+        "OrthoMaxFactor(learning_rate=0.1, state_dtype='int8', rounding='stochastic', seed=3)",
+    ),
+    (
+        lambda: MaxFactor(momentum=FrequencyAdaptiveMomentum(bands=4), eps=(1e-9, 0)),
+        "MaxFactor(learning_rate=0.01, eps=(1e-09, 0.0), "
+        "momentum=FrequencyAdaptiveMomentum("
+        "alpha=0.9, beta=0.999, bands=4, blend=1.0, blend_steps=1))",
+    ),
+    (
+        lambda: Muon(warmup_cosine(0.1, 100, 10), scale="rms", state_dtype=mx.int8),
+        "Muon(learning_rate=warmup_cosine(0.1, 100, 10, 0.1), scale='rms', state_dtype='int8')",
+    ),
+    (Adafactor, "Adafactor(learning_rate=None)"),
+    (lambda: Adafactor(0.1, layout="conv"), "Adafactor(learning_rate=0.1, layout='conv')"),
+    (
+        lambda: AdamW(WARM, betas=[0.9, 0.99]),
+        "AdamW(learning_rate=join_schedules([linear_schedule(end=0.02, init=0.0, steps=30), "
+        "cosine_decay(decay_steps=100, end=0.0, init=0.02)], [30]), betas=(0.9, 0.99))",
+    ),
+    (lambda: SignSGD(ascending_later), "SignSGD(learning_rate=ascending_later)"),
+    (
+        lambda: GuardedOptimizer(SignSGD(), max_grad_norm=1),
+        "GuardedOptimizer(SignSGD(learning_rate=0.01), max_grad_norm=1, skip_nonfinite=True)",
+    ),
+    (
+        lambda: GuardedOptimizer(mlx_optimizers.Lion(0.1), skip_nonfinite=False),
+        "GuardedOptimizer(mlx's Lion)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "text"), REPRS)
 def test_repr_shows_class_and_changed_options(make, text):
     assert repr(make()) == text
 

@@ -133,17 +133,16 @@ def test_hard_gradients_give_a_step_of_the_effective_rate(kind, momentum, block)
 # Matrices that start at zero
 
 
-@pytest.mark.parametrize(
-    ("shape", "layout", "inputs"),
-    [
-        ((8, 5), "batched", 5),
-        ((8, 3, 3, 4), "conv", 36),
-        ((3, 8, 5), "experts", 5),
-        ((16, 4), "transposed", 16),  # A of LoRA, stored as (in, r)
-        ((4, 16), "transposed", 4),  # B of LoRA, stored as (r, out)
-    ],
-    ids=str,
-)
+ZEROS = [
+    ((8, 5), "batched", 5),
+    ((8, 3, 3, 4), "conv", 36),
+    ((3, 8, 5), "experts", 5),
+    ((16, 4), "transposed", 16),  # A of LoRA, stored as (in, r)
+    ((4, 16), "transposed", 4),  # B of LoRA, stored as (r, out)
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "inputs"), ZEROS, ids=str)
 def test_min_rms_defaults_to_the_rms_of_a_new_linear(shape, layout, inputs):
     optimizer = OrthoMaxFactor(0.01)
     optimizer.layouts["w"] = layout

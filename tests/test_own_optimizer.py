@@ -110,18 +110,17 @@ def test_state_without_a_random_key_is_explained():
         WithoutKey(rounding="stochastic").apply_gradients(p, p)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("not a name", SignSGD, 0.1), "name must be an identifier"),
-        (("mine", dict, 0.1), "kind must be a subclass of Float32Optimizer"),
-        (("muon", SignSGD, 0.1), "'muon' is already the name of mlx_maxfactor.*Muon"),
-        (("muon", type("Muon", (SignSGD,), {}), 0.1), "'muon' is already the name of mlx_maxf"),
-        (("rest", SignSGD, 0.1), "'rest' has another meaning in rules"),
-        (("mine", SignSGD, -1.0), "learning_rate must be in"),
-    ],
-    ids=str,
-)
+INVALID_REGISTRATIONS = [
+    (("not a name", SignSGD, 0.1), "name must be an identifier"),
+    (("mine", dict, 0.1), "kind must be a subclass of Float32Optimizer"),
+    (("muon", SignSGD, 0.1), "'muon' is already the name of mlx_maxfactor.*Muon"),
+    (("muon", type("Muon", (SignSGD,), {}), 0.1), "'muon' is already the name of mlx_maxf"),
+    (("rest", SignSGD, 0.1), "'rest' has another meaning in rules"),
+    (("mine", SignSGD, -1.0), "learning_rate must be in"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), INVALID_REGISTRATIONS, ids=str)
 def test_invalid_registrations_are_refused(arguments, message):
     before = dict(OPTIMIZERS)
     with pytest.raises(ValueError, match=message):

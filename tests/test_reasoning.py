@@ -150,18 +150,17 @@ def test_resumed_sudoku_run_equals_the_uninterrupted_run(tmp_path):
     assert mx.any(arrays["carry.low"] != 0).item()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["chess"], "chess"),
-        (["--batch-size", "7"], "divisible by --segments"),
-        (["--width", "9"], "divisible by --heads"),
-        (["--puzzle-option", "speed=9"], "speed"),
-        (["--optimizer", "hrm", "--option", "speed=9"], "speed"),
-        (["--optimizer", "sgd"], "'hrm'"),
-    ],
-    ids=str,
-)
+BAD_ARGUMENTS = [
+    (["chess"], "chess"),
+    (["--batch-size", "7"], "divisible by --segments"),
+    (["--width", "9"], "divisible by --heads"),
+    (["--puzzle-option", "speed=9"], "speed"),
+    (["--optimizer", "hrm", "--option", "speed=9"], "speed"),
+    (["--optimizer", "sgd"], "'hrm'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_give_one_line_and_status_2(arguments, message, capsys, monkeypatch):
     command_line.assert_refused(SCRIPT, arguments, message, capsys, monkeypatch)
 

@@ -290,21 +290,20 @@ def test_total_steps_picks_each_peak_and_builds_each_schedule():
         assert rates(optimizer) == pytest.approx(each, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"learning_rate": 0.08}, [0.08, 0.02]),
-        ({"rest_learning_rate": 3e-3}, [0.04, 3e-3]),
-        ({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3]),
-        ({"momentum": 0}, [0.07, 0.01]),
-        ({"hidden": "muon"}, [0.04, 0.01]),
-        ({"hidden": "adamw"}, [3e-3, 0.01]),
-        ({"hidden": Muon(0.3)}, [0.3, 0.01]),
-        ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
-        ({"pretrained": True}, [0.01, 1e-3]),
-    ],
-    ids=str,
-)
+PEAKS = [
+    ({"learning_rate": 0.08}, [0.08, 0.02]),
+    ({"rest_learning_rate": 3e-3}, [0.04, 3e-3]),
+    ({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3]),
+    ({"momentum": 0}, [0.07, 0.01]),
+    ({"hidden": "muon"}, [0.04, 0.01]),
+    ({"hidden": "adamw"}, [3e-3, 0.01]),
+    ({"hidden": Muon(0.3)}, [0.3, 0.01]),
+    ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
+    ({"pretrained": True}, [0.01, 1e-3]),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), PEAKS, ids=str)
 def test_rate_given_with_total_steps_is_the_peak(options, expected):
     optimizer = create_optimizer(Table(), total_steps=400, **options)
     for member in optimizer.optimizers:  # the peak is at the end of the warm-up
