@@ -148,7 +148,7 @@ MISTAKES = {
     ),
     "long warm-up": (
         lambda: warmup_cosine(1e-3, 1000, 2000),
-        r"warmup_steps must .* 1000\), got 2000",
+        r"warmup_steps must .*1000\), got 2000",
     ),
     # Whole numbers
     "seed": (lambda: create(seed=2**40), f"^{SEED} 1099511627776$"),
