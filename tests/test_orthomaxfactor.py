@@ -1,4 +1,4 @@
-"""OrthoMaxFactor: its twin, matrices that start at zero, blocks, options, names, checkpoints."""
+"""OrthoMaxFactor: its twin, matrices that start at zero, blocks, refused shapes."""
 
 from functools import partial
 

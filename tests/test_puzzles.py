@@ -1,4 +1,4 @@
-"""The puzzles: rules do what they say, a Sudoku has one solution, held-out data is separate."""
+"""The puzzles: they depend on their seed, a Sudoku has one solution, held-out data is separate."""
 
 from itertools import product
 

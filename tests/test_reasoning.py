@@ -1,4 +1,4 @@
-"""The reasoning example: its model, its optimizers, its command line, its comparison."""
+"""The reasoning example: its optimizers, its command line, its comparison."""
 
 import json
 import re
@@ -53,9 +53,6 @@ def batch_of(rules, count=6, seed=0):
 
 def flat(tree):
     return dict(tree_flatten(tree))
-
-
-# The model
 
 
 # Its optimizers

@@ -577,7 +577,7 @@ def test_state_for_other_members_is_refused():
         optimizer.state = {"states": [{}]}
 
 
-# In mlx_lm's trainer, and for hierarchical reasoning models
+# Hierarchical reasoning models
 
 
 class Puzzles(nn.Module):
