@@ -102,15 +102,15 @@ def check_flags(**flags: Any) -> list[bool]:
 def check_rate(name: str, value: Any, step: Any = 0) -> Rate:
     """The value, if it is a number of at least 0, an array of one, or a schedule that gives one.
 
-    What is traced has no value yet and passes. A schedule is asked for its rate at ``step``: no
-    other is sure to be one it was made for. Those that mlx made take any, and may fall below 0 at
-    none of ``LATER_STEPS``.
+    Traced arrays have no value yet and are accepted. A schedule is asked for its rate at ``step``,
+    the only step that it was surely made for. Those that mlx made take any step, and may fall below
+    0 at none of ``LATER_STEPS``.
     """
     if callable(value):
         _check_schedule(name, value, step)
         return value
     if isinstance(value, mx.array) and value.size == 1:
-        if (number := known(value)) is not None:
+        if (number := value_if_evaluated(value)) is not None:
             check_number(name, number, 0.0)
         return value
     if not isinstance(value, Real):
@@ -128,16 +128,16 @@ def _check_schedule(name: str, schedule: Callable[[mx.array], Any], step: Any) -
             f"{name} must be a function of the step alone, got {shown(schedule)}: {problem}"
         ) from problem
     if isinstance(rate, mx.array) and rate.size == 1:
-        rate = known(rate.reshape(()))
+        rate = value_if_evaluated(rate.reshape(()))
     elif isinstance(rate, bool) or not isinstance(rate, Real):
         raise ValueError(
             f"{name} must be a function that returns one number a step, got {shown(rate)}"
         )
     if rate is not None:
-        check_number(f"{name}, at step {shown(known(step))},", rate, 0.0)
+        check_number(f"{name}, at step {shown(value_if_evaluated(step))},", rate, 0.0)
     if is_of_mlx(schedule):
         for later in LATER_STEPS:
-            if (rate := known(schedule(mx.array(later, mx.uint64)))) < 0:
+            if (rate := value_if_evaluated(schedule(mx.array(later, mx.uint64)))) < 0:
                 check_number(f"{name}, at step {later},", rate, 0.0)
 
 
@@ -152,7 +152,7 @@ def is_of_mlx(schedule: Any) -> bool:
     return all(map(is_of_mlx, getclosurevars(schedule).nonlocals.get("schedules", ())))
 
 
-def known(value: Any) -> Any:
+def value_if_evaluated(value: Any) -> Any:
     """What an array of one element holds; None while it is traced. All else as it is."""
     if not isinstance(value, mx.array):
         return value

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import functional as f
-from ._validate import check_flag, check_integer, check_number, known
+from ._validate import check_flag, check_integer, check_number, value_if_evaluated
 from .step import StepDecision
 
 
@@ -90,9 +90,9 @@ class Guard:
         """
         if self.max_skipped is None:
             return
-        count = known(self.counts["skipped_in_a_row"])
+        count = value_if_evaluated(self.counts["skipped_in_a_row"])
         if count is not None and count >= self.max_skipped:
             raise FloatingPointError(
                 f"{count} steps in a row were skipped: their gradients held an inf or a NaN; the "
-                f"model is as it was after update {known(step)}"
+                f"model is as it was after update {value_if_evaluated(step)}"
             )

@@ -2,9 +2,11 @@
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 
 
@@ -20,6 +22,24 @@ def run(script, *arguments, cwd):
         text=True,
         check=False,
     )
+
+
+def assert_resumes_exactly(script, *arguments, cwd):
+    """Assert that a run that continues from its first file ends as the run that wrote both.
+
+    Returns the output of the whole run and the arrays of its last file.
+    """
+    whole = run(script, *arguments, "--output", "a", cwd=cwd)
+    assert whole.returncode == 0, whole.stderr
+    first, last = sorted((cwd / "a").glob("*.safetensors"))
+    (cwd / "b").mkdir()
+    shutil.copy(first, cwd / "b")
+    resumed = run(script, *arguments, "--output", "b", "--resume", cwd=cwd)
+    assert f"after {int(first.stem[-6:])} steps" in resumed.stdout, resumed.stderr
+    one, other = mx.load(str(last)), mx.load(str(cwd / "b" / last.name))
+    assert one.keys() == other.keys()
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+    return whole.stdout, one
 
 
 def assert_refused(script, arguments, message, capsys, monkeypatch):

@@ -231,6 +231,8 @@ def random_states(group):
     return {"drawn": drawn, "again": again}
 
 
+ROUNDED = {"dtype": mx.bfloat16, "rounding": "stochastic"}
+GUARDED = {"max_grad_norm": 0.1, "skip_nonfinite": True}
 SHARDED = {
     "orthomaxfactor": {},
     "muon": {"hidden": "muon"},
@@ -240,38 +242,23 @@ SHARDED = {
     "maxfactor": {"hidden": "maxfactor", "momentum": 0.9, "cautious": True},
     "8 bits": {"state_dtype": "int8"},
     "no momentum, one layer not updated": {"momentum": 0, "excluded": "down.0"},
-    "muon, blocks, bf16": {
-        "hidden": "muon",
-        "block": 12,
-        "state_dtype": "int8",
-        "dtype": mx.bfloat16,
-        "rounding": "stochastic",
-        "max_grad_norm": 0.1,
-        "skip_nonfinite": True,
-        "compiled": True,
-    },
+    "muon, blocks, bf16": {"hidden": "muon", "block": 12, "state_dtype": "int8", "compiled": True}
+    | ROUNDED
+    | GUARDED,
     "experts": {"experts": 5},
     "experts, row max": {"experts": 5, "hidden": "maxfactor", "momentum": 0.9, "nesterov": True},
     "experts, muon": {"experts": 5, "hidden": "muon", "state_dtype": "int8"},
     "adamw, 4 bits": {"hidden": "adamw", "state_dtype": "int4"},
     "bf16": {"dtype": mx.bfloat16},
-    "bf16, stochastic": {
-        "dtype": mx.bfloat16,
-        "rounding": "stochastic",
-        "rest_options": {"state_dtype": "int8"},
-    },
+    "bf16, stochastic": {"rest_options": {"state_dtype": "int8"}} | ROUNDED,
     "average_gradients": {"average": nn.average_gradients},
     "many messages": {"message": 10_000},
-    "late layers": {"thaw": 2, "rounding": "stochastic", "dtype": mx.bfloat16},
+    "late layers": {"thaw": 2} | ROUNDED,
     "mlx's own": {"rest": lambda: mlx_optimizers.Adam(1e-3, bias_correction=True)},
-    "guards": {"max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
-    "compiled": {"compiled": True, "max_grad_norm": 0.1, "skip_nonfinite": True, "poison": 1},
+    "guards": {"poison": 1} | GUARDED,
+    "compiled": {"compiled": True, "poison": 1} | GUARDED,
 }
-CASES = {
-    "data_parallel": data_parallel,
-    "unwritable": unwritable,
-    "random states": random_states,
-}
+CASES = {"data_parallel": data_parallel, "unwritable": unwritable, "random states": random_states}
 CASES |= {name: partial(sharded, **options) for name, options in SHARDED.items()}
 
 if __name__ == "__main__":

@@ -14,27 +14,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-EMBEDDING, HEAD, HIDDEN, ROUTER, NORM, BIAS, VECTOR, UNKNOWN = (
-    (role, "matrix")
-    for role in ("embedding", "head", "hidden", "router", "norm", "bias", "vector", "unknown")
-)
-CONV, CONV_INPUT, EXPERTS = ("conv", "conv"), ("conv_input", "conv"), ("experts", "experts")
-DEPTHWISE, GROUPED = ("depthwise", "conv"), ("conv", "conv/4")
-FIRST = ("first", "matrix")
-LORA = {"*.lora_a": ("lora_a", "transposed"), "*.lora_b": ("lora_b", "transposed")}
+LAYOUTS = dict.fromkeys(("conv", "conv_input", "depthwise"), "conv") | {"experts": "experts"}
+LAYOUTS |= dict.fromkeys(("lora_a", "lora_b"), "transposed")
+"""The layout of a role, unless it is "matrix"."""
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    name: str
-    build: Callable[[], Any]
-    roles: dict[str, tuple[str, str]]
-    forward: Callable[[Any], mx.array]
-    guessed: tuple[str, ...] = ()  # paths of heads that the plan marks "guessed"
-    absent: tuple[str, ...] = ()  # paths that the model reports and the plan must not list
-
-    def expected(self, path: str) -> tuple[str, str]:
-        return next(pair for pattern, pair in self.roles.items() if fnmatchcase(path, pattern))
+def roles(**patterns: str) -> dict[str, tuple[str, str]]:
+    """The role and its layout by pattern, from the patterns of each role."""
+    return {
+        pattern: (role, LAYOUTS.get(role, "matrix"))
+        for role, listed in patterns.items()
+        for pattern in listed.split()
+    }
 
 
 # Inputs and losses. The widths differ, so that no two shapes match by accident.
@@ -60,6 +51,19 @@ def loss_on(*shape: int) -> Callable[[Any], mx.array]:
 
 def loss_on_tokens(model: Any) -> mx.array:
     return (model(TOKENS) - 1).square().mean()
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    name: str
+    build: Callable[[], Any]
+    roles: dict[str, tuple[str, str]]
+    forward: Callable[[Any], mx.array] = language_loss
+    guessed: tuple[str, ...] = ()  # paths of heads that the plan marks "guessed"
+    absent: tuple[str, ...] = ()  # paths that the model reports and the plan must not list
+
+    def expected(self, path: str) -> tuple[str, str]:
+        return next(pair for pattern, pair in self.roles.items() if fnmatchcase(path, pattern))
 
 
 # Models of mlx_lm
@@ -131,8 +135,11 @@ def adapted(model: Any, *keys: str, dora: bool = False, bits: int = 0) -> Any:
     return model
 
 
-LLAMA_TIED = {"model.embed_tokens.weight": EMBEDDING, "*norm.weight": NORM, "*_proj.weight": HIDDEN}
-LLAMA = LLAMA_TIED | {"lm_head.weight": HEAD}
+LLAMA_TIED = roles(
+    embedding="model.embed_tokens.weight", norm="*norm.weight", hidden="*_proj.weight"
+)
+LLAMA = LLAMA_TIED | roles(head="lm_head.weight")
+LORA = roles(lora_a="*.lora_a", lora_b="*.lora_b")
 
 
 # Models defined here: shared blocks first, then the models
@@ -170,13 +177,50 @@ class Block(nn.Module):
         return x + self.mlp2(nn.gelu(self.mlp1(self.mlp_ln(x))))
 
 
-BLOCK = {
-    "*ln*.weight": NORM,
-    "*ln*.bias": NORM,
-    "*.bias": BIAS,
-    "*attn.*.weight": HIDDEN,
-    "*.mlp[12].weight": HIDDEN,
-}
+BLOCK = roles(norm="*ln*.weight *ln*.bias", bias="*.bias", hidden="*attn.*.weight *.mlp[12].weight")
+
+
+class Stack(nn.Module):
+    """Parts that are defined in the order of `parts` and called in the order of `calls`."""
+
+    def __init__(self, calls: str, **parts: Any):
+        super().__init__()
+        self._calls = calls.split()
+        for name, part in parts.items():
+            self[name] = part
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for name in self._calls:
+            for part in self[name] if isinstance(self[name], list) else [self[name]]:
+                x = part(x)
+        return x
+
+
+class Fork(nn.Module):
+    """Parts that all read the output of the part called `trunk`, if there is one."""
+
+    def __init__(self, trunk: str | None, /, **parts: Any):
+        super().__init__()
+        self._trunk = trunk
+        for name, part in parts.items():
+            self[name] = part
+
+    def __call__(self, x: mx.array) -> mx.array:
+        ends = {name: part for name, part in self.children().items() if name != self._trunk}
+        x = nn.relu(self[self._trunk](x)) if self._trunk else x
+        parts = [part if isinstance(part, list) else [part] for part in ends.values()]
+        heads = [head for part in parts for head in part]
+        return mx.concatenate([head(x) for head in heads], axis=-1)
+
+
+class Flatten(nn.Module):
+    def __call__(self, images: mx.array) -> mx.array:
+        return images.flatten(1)
+
+
+class Pool(nn.Module):
+    def __call__(self, images: mx.array) -> mx.array:
+        return images.mean(axis=(1, 2))
 
 
 class Table(nn.Module):
@@ -239,12 +283,12 @@ class Whisper(nn.Module):
         return self.decoder(tokens, self.encoder(noise(2, 12, 10)))
 
 
-WHISPER = {
-    "encoder.conv1.weight": CONV_INPUT,
-    "encoder.conv2.weight": CONV,
-    "decoder.token_embedding.weight": EMBEDDING,
-    "decoder.positional_embedding": UNKNOWN,
-} | BLOCK
+WHISPER = BLOCK | roles(
+    conv_input="encoder.conv1.weight",
+    conv="encoder.conv2.weight",
+    embedding="decoder.token_embedding.weight",
+    unknown="decoder.positional_embedding",
+)
 
 
 class ViT(nn.Module):
@@ -280,22 +324,18 @@ class ResidualBlock(nn.Module):
         return nn.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    def __init__(self, frozen_ends: bool = False):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm(8)
-        self.stages = [ResidualBlock(8, 12), ResidualBlock(12, 16)]
-        self.fc = nn.Linear(16, CLASSES)
-        if frozen_ends:
-            self.conv1.freeze()
-            self.fc.freeze()
-
-    def __call__(self, images: mx.array) -> mx.array:
-        x = nn.relu(self.bn1(self.conv1(images)))
-        for stage in self.stages:
-            x = stage(x)
-        return self.fc(x.mean(axis=(1, 2)))
+def resnet(frozen_ends: bool = False) -> nn.Module:
+    model = Stack(
+        "conv1 bn1 stages pool fc",
+        conv1=nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        bn1=nn.BatchNorm(8),
+        stages=[ResidualBlock(8, 12), ResidualBlock(12, 16)],
+        pool=Pool(),
+        fc=nn.Linear(16, CLASSES),
+    )
+    for part in (model.conv1, model.fc) if frozen_ends else ():
+        part.freeze()
+    return model
 
 
 class ConvNeXtBlock(nn.Module):
@@ -314,18 +354,9 @@ class ConvNeXtBlock(nn.Module):
         return x + self.shrink(nn.gelu(self.wide(x)))
 
 
-class ConvNeXt(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 2, stride=2)
-        self.blocks = [ConvNeXtBlock() for _ in range(2)]
-        self.head = nn.Linear(16, CLASSES)
-
-    def __call__(self, images: mx.array) -> mx.array:
-        x = self.stem(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(axis=(1, 2)))
+def convnext() -> nn.Module:
+    parts = {"stem": nn.Conv2d(3, 16, 2, stride=2), "blocks": [ConvNeXtBlock() for _ in range(2)]}
+    return Stack("stem blocks pool head", **parts, pool=Pool(), head=nn.Linear(16, CLASSES))
 
 
 def conv_autoencoder() -> nn.Module:
@@ -338,21 +369,10 @@ def conv_autoencoder() -> nn.Module:
     )
 
 
-class HeadFirst(nn.Module):
+def head_first(head: str) -> nn.Module:
     """A language model that defines its head before its blocks, under a name of choice."""
-
-    def __init__(self, head: str):
-        super().__init__()
-        self.head_name = head
-        self.embedding = nn.Embedding(VOCAB, DIMS)
-        self[head] = nn.Linear(DIMS, VOCAB)
-        self.blocks = [Block(DIMS) for _ in range(2)]
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self[self.head_name](x)
+    parts = {"embedding": nn.Embedding(VOCAB, DIMS), head: nn.Linear(DIMS, VOCAB)}
+    return Stack(f"embedding blocks {head}", **parts, blocks=[Block(DIMS) for _ in range(2)])
 
 
 class Shared(nn.Module):
@@ -372,18 +392,12 @@ class Shared(nn.Module):
         return self.head.as_linear(x)
 
 
-class SharedArray(nn.Module):
+def shared_array() -> nn.Module:
     """Two layers that start from the same array: MLX does not tie them, each has its gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCAB, DIMS)
-        self.block = Block(DIMS)
-        self.lm_head = nn.Linear(DIMS, VOCAB, bias=False)
-        self.lm_head.weight = self.embedding.weight
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return self.lm_head(self.block(self.embedding(tokens)))
+    parts = {"embedding": nn.Embedding(VOCAB, DIMS), "block": Block(DIMS)}
+    model = Stack("embedding block lm_head", **parts, lm_head=nn.Linear(DIMS, VOCAB, bias=False))
+    model.lm_head.weight = model.embedding.weight
+    return model
 
 
 class Recurrent(nn.Module):
@@ -396,52 +410,26 @@ class Recurrent(nn.Module):
         return self.readout(self.rnn(self.gru(self.lstm(x)[0])))
 
 
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.policy_head = nn.Linear(DIMS, CLASSES)
-        self.value_head = mlp(DIMS, 20, 1)
-        self.trunk = mlp(12, INNER, DIMS)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.trunk(x)
-        return mx.concatenate([self.policy_head(x), self.value_head(x)], axis=-1)
-
-
-class Router(nn.Module):
-    """An expert gate whose only Linear is called like a head, as in mlx_lm's longcat_flash."""
-
-    def __init__(self, experts: int):
-        super().__init__()
-        self.classifier = nn.Linear(DIMS, experts)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.softmax(self.classifier(x), axis=-1)
-
-
 class RawExperts(nn.Module):
-    """A dense mixture over raw (experts, in, out) arrays; the router cannot know their axes."""
+    """A dense mixture over raw (experts, in, out) arrays; the router cannot know their axes.
+
+    The only Linear of its expert gate is called like a head, as in mlx_lm's longcat_flash.
+    """
 
     def __init__(self, experts: int = 6):
         super().__init__()
-        self.router = Router(experts)
+        self.router = Stack("classifier", classifier=nn.Linear(DIMS, experts))
         self.w_in = 0.1 * noise(experts, DIMS, INNER)
         self.w_out = 0.1 * noise(experts, INNER, DIMS)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = nn.relu(x[..., None, None, :] @ self.w_in) @ self.w_out
-        return x + (self.router(x)[..., None] * y.squeeze(-2)).sum(axis=-2)
+        return x + (mx.softmax(self.router(x))[..., None] * y.squeeze(-2)).sum(axis=-2)
 
 
-class RawMixture(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, DIMS)
-        self.moe = RawExperts()
-        self.lm_head = nn.Linear(DIMS, VOCAB)
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return self.lm_head(self.moe(self.embed(tokens)))
+def raw_mixture() -> nn.Module:
+    parts = {"embed": nn.Embedding(VOCAB, DIMS), "moe": RawExperts()}
+    return Stack("embed moe lm_head", **parts, lm_head=nn.Linear(DIMS, VOCAB))
 
 
 class Encoder(nn.Module):
@@ -487,68 +475,11 @@ class Bert(nn.Module):
         return self.classifier(mx.tanh(self.pooler(x[:, 0])))
 
 
-class ActorCritic(nn.Module):
-    """A trunk with three output layers; none is called a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = mlp(12, INNER, DIMS)
-        self.actor, self.log_std = nn.Linear(DIMS, 4), nn.Linear(DIMS, 4)
-        self.critic = nn.Linear(DIMS, 1)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = nn.relu(self.trunk(x))
-        return mx.concatenate([self.actor(x), self.log_std(x), self.critic(x)], axis=-1)
-
-
-class TwoNetworks(nn.Module):
-    """An actor and a critic that share no layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.actor, self.critic = mlp(12, DIMS, 4), mlp(12, INNER, 1)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.concatenate([self.actor(x), self.critic(x)], axis=-1)
-
-
-class TwinHeads(nn.Module):
-    """Two equal output layers; only one is called a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden = nn.Linear(12, DIMS)
-        self.policy_head, self.spread = nn.Linear(DIMS, 4), nn.Linear(DIMS, 4)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = nn.relu(self.hidden(x))
-        return mx.concatenate([self.policy_head(x), self.spread(x)], axis=-1)
-
-
-class Branches(nn.Module):
-    """A list of output layers; one is as wide as their common input."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden = nn.Linear(12, DIMS)
-        self.branches = [nn.Linear(DIMS, 4), nn.Linear(DIMS, DIMS), nn.Linear(DIMS, 1)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = nn.relu(self.hidden(x))
-        return mx.concatenate([branch(x) for branch in self.branches], axis=-1)
-
-
-class DQN(nn.Module):
+def dqn() -> nn.Module:
     """A DQN with as many actions as frames, so the output is as wide as the input."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 12, 3)
-        self.fc1, self.fc2 = nn.Linear(12 * 16, DIMS), nn.Linear(DIMS, 4)
-
-    def __call__(self, frames: mx.array) -> mx.array:
-        x = nn.relu(self.conv2(nn.relu(self.conv1(frames))))
-        return self.fc2(nn.relu(self.fc1(x.flatten(1))))
+    parts = {"conv1": nn.Conv2d(4, 8, 3), "conv2": nn.Conv2d(8, 12, 3), "flatten": Flatten()}
+    ends = {"fc1": nn.Linear(12 * 16, DIMS), "fc2": nn.Linear(DIMS, 4)}
+    return Stack("conv1 conv2 flatten fc1 fc2", **parts, **ends)
 
 
 class VAE(nn.Module):
@@ -569,10 +500,8 @@ class VAE(nn.Module):
 class TimedBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
-        self.norm, self.conv = (
-            nn.GroupNorm(2, channels_in),
-            nn.Conv2d(channels_in, channels, 3, 1, 1),
-        )
+        self.norm = nn.GroupNorm(2, channels_in)
+        self.conv = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.time = nn.Linear(DIMS, channels)
 
     def __call__(self, x: mx.array, time: mx.array) -> mx.array:
@@ -656,14 +585,8 @@ class DiT(nn.Module):
         return self.final_layer(x, condition)
 
 
-class Tower(nn.Module):
-    def __init__(self, dims: int):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, dims)
-        self.blocks = [Block(dims)]
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return self.blocks[0](self.embed(tokens)).mean(axis=1)
+def tower(dims: int) -> nn.Module:
+    return Stack("embed blocks", embed=nn.Embedding(VOCAB, dims), blocks=[Block(dims)])
 
 
 class Clip(nn.Module):
@@ -671,83 +594,78 @@ class Clip(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.text_model, self.vision_model = Tower(DIMS), Tower(2 * DIMS)
+        self.text_model, self.vision_model = tower(DIMS), tower(2 * DIMS)
         self.visual_projection = nn.Linear(2 * DIMS, DIMS, bias=False)
         self.text_projection = nn.Linear(DIMS, DIMS, bias=False)
         self.logit_scale = mx.array(2.6)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        text = self.text_projection(self.text_model(tokens))
-        image = self.visual_projection(self.vision_model(tokens))
+        text = self.text_projection(self.text_model(tokens).mean(axis=1))
+        image = self.visual_projection(self.vision_model(tokens).mean(axis=1))
         return mx.exp(self.logit_scale) * text @ image.T
 
 
 class Adapted(nn.Module):
-    """A Linear and two low-rank arrays, with names and orientation of choice."""
+    """A frozen Linear with two low-rank parts of choice: arrays in two orientations, or Linears."""
 
-    def __init__(self, a: str, b: str, transposed: bool):
+    def __init__(
+        self,
+        a: str,
+        b: str,
+        kind: str,
+        *,
+        inputs: int = DIMS,
+        outputs: int = 24,
+        rank: int = 4,
+        scale: float = 1.0,
+    ):
         super().__init__()
-        self.names, self.transposed = (a, b), transposed
-        self.linear = nn.Linear(DIMS, 24)
-        self[a], self[b] = noise(4, DIMS), mx.zeros((24, 4))
-        if transposed:
-            self[a], self[b] = self[a].T, self[b].T
+        self.names, self.kind, self.scale = (a, b), kind, scale
+        self.linear = nn.Linear(inputs, outputs)
+        self.freeze()
+        down, up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+        up.weight = mx.zeros((outputs, rank))
+        forms = {"linears": lambda x: x, "arrays": lambda x: x.weight}
+        form = forms.get(kind, lambda x: x.weight.T)
+        self[a], self[b] = form(down), form(up)
 
     def __call__(self, x: mx.array) -> mx.array:
-        a, b = (self[name] if self.transposed else self[name].T for name in self.names)
-        return self.linear(x) + x @ a @ b
+        y = x
+        for part in (self[name] for name in self.names):
+            if self.kind == "linears":
+                y = part(y)
+            else:
+                y = y @ (part.T if self.kind == "arrays" else part)
+        return self.linear(x) + self.scale * y
 
 
-class AdaptedByLinears(nn.Module):
-    def __init__(self, a: str, b: str):
-        super().__init__()
-        self.names = (a, b)
-        self.linear = nn.Linear(DIMS, 24)
-        self[a], self[b] = nn.Linear(DIMS, 4, bias=False), nn.Linear(4, 24, bias=False)
-        self[b].weight = mx.zeros((24, 4))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        a, b = (self[name] for name in self.names)
-        return self.linear(x) + b(a(x))
-
-
-def adapter(layer: nn.Module) -> nn.Module:
+def low_rank(name: str, a: str, b: str, kind: str = "arrays") -> Case:
     """A frozen model in which only the adapters of the middle layer are trained."""
-    model = nn.Sequential(nn.Linear(12, DIMS), layer, nn.Linear(24, CLASSES))
-    model.freeze()
-    for name in layer.names:  # type: ignore[attr-defined]
-        layer.unfreeze(keys=[name]) if isinstance(layer[name], mx.array) else layer[name].unfreeze()
-    return model
 
+    def build() -> nn.Module:
+        ends = nn.Linear(12, DIMS), nn.Linear(24, CLASSES)
+        for end in ends:
+            end.freeze()
+        return nn.Sequential(ends[0], Adapted(a, b, kind), ends[1])
 
-def low_rank(name: str, layer: Callable[[], nn.Module], layout: str) -> Case:
-    roles = {"*[aA]": ("lora_a", layout), "*[bB]": ("lora_b", layout)}
-    roles |= {"*[aA].weight": roles["*[aA]"], "*[bB].weight": roles["*[bB]"]}
-    roles |= {"*down.weight": roles["*[aA]"], "*up.weight": roles["*[bB]"]}
-    return Case(name, lambda: adapter(layer()), roles, loss_on(2, 12))
+    found = roles(lora_a="*[aA] *[aA].weight *down.weight", lora_b="*[bB] *[bB].weight *up.weight")
+    layout = "transposed" if kind == "transposed" else "matrix"
+    found = {pattern: (role, layout) for pattern, (role, _) in found.items()}
+    return Case(name, build, found, loss_on(2, 12))
 
 
 CASES = [
     Case(
         "table",
         Table,
-        {
-            "embedding.weight": EMBEDDING,
-            "linear1.weight": HIDDEN,
-            "output.weight": HEAD,
-            "*.bias": BIAS,
-        },
+        roles(embedding="embedding.weight", hidden="linear1.weight", head="output.weight")
+        | roles(bias="*.bias"),
         loss_on_tokens,
     ),
     Case(
         "mlp",
         lambda: mlp(12, INNER, DIMS, CLASSES),
-        {
-            "layers.0.weight": FIRST,
-            "layers.4.weight": HEAD,
-            "*.weight": HIDDEN,
-            "*.bias": BIAS,
-        },
+        roles(first="layers.0.weight", head="layers.4.weight", hidden="*.weight", bias="*.bias"),
         loss_on(2, 12),
         guessed=("layers.4.weight",),
     ),
@@ -755,368 +673,268 @@ CASES = [
     Case(
         "mlp_autoencoder",
         lambda: mlp(12, INNER, 4, INNER, 12),
-        {"layers.0.weight": FIRST, "layers.6.weight": HEAD, "*.weight": HIDDEN, "*.bias": BIAS},
+        roles(first="layers.0.weight", head="layers.6.weight", hidden="*.weight", bias="*.bias"),
         loss_on(2, 12),
         guessed=("layers.6.weight",),
     ),
-    Case("llama", llama, LLAMA, language_loss),
+    Case("llama", llama, LLAMA),
     # With tied embeddings, the last Linear in definition order is layers.1.mlp.up_proj: no head.
-    Case("llama_tied", lambda: llama(tied=True), LLAMA_TIED, language_loss),
-    Case(
-        "qwen3_tied",
-        lambda: mlx_lm_model("qwen3", tie_word_embeddings=True),
-        LLAMA_TIED,
-        language_loss,
-    ),
+    Case("llama_tied", lambda: llama(tied=True), LLAMA_TIED),
+    Case("qwen3_tied", lambda: mlx_lm_model("qwen3", tie_word_embeddings=True), LLAMA_TIED),
     # gate_proj belongs to an expert or a dense layer; it is no expert gate.
     Case(
         "qwen2_moe",
         qwen2_moe,
-        {
-            "*.gate.weight": ROUTER,
-            "*.shared_expert_gate.weight": ROUTER,
-            "*.switch_mlp.*": EXPERTS,
-            "*_proj.bias": BIAS,
-        }
+        roles(router="*.gate.weight *.shared_expert_gate.weight", experts="*.switch_mlp.*")
+        | roles(bias="*_proj.bias")
         | LLAMA,
-        language_loss,
     ),
     # MoEGate holds bare arrays; embed_q and unembed_out are stacks of projections, no embeddings.
     Case(
         "deepseek_v3",
         deepseek_v3,
-        {
-            "*.gate.weight": ROUTER,
-            "*.e_score_correction_bias": BIAS,
-            "*.switch_mlp.*": EXPERTS,
-            "*embed_q.weight": EXPERTS,
-            "*unembed_out.weight": EXPERTS,
-            "*.kv_a_proj_with_mqa.weight": HIDDEN,
-        }
+        roles(router="*.gate.weight", bias="*.e_score_correction_bias")
+        | roles(experts="*.switch_mlp.* *embed_q.weight *unembed_out.weight")
+        | roles(hidden="*.kv_a_proj_with_mqa.weight")
         | LLAMA,
-        language_loss,
     ),
     Case(
         "gpt2",
         gpt2,
-        {
-            "model.w[tp]e.weight": EMBEDDING,
-            "*.ln_*": NORM,
-            "*.c_*.weight": HIDDEN,
-            "*.c_*.bias": BIAS,
-        },
-        language_loss,
+        roles(embedding="model.w[tp]e.weight", norm="*.ln_*", hidden="*.c_*.weight")
+        | roles(bias="*.c_*.bias"),
     ),
     # No convolution reads the input, not even that of the first block. A_log is (inner, state).
     Case(
         "mamba",
         mamba,
-        {
-            "backbone.embeddings.weight": EMBEDDING,
-            "*norm*.weight": NORM,
-            "*.conv1d.weight": DEPTHWISE,
-            "*_proj.weight": HIDDEN,
-            "*.A_log": UNKNOWN,
-            "*.D": VECTOR,
-            "*.bias": BIAS,
-        },
-        language_loss,
+        roles(embedding="backbone.embeddings.weight", norm="*norm*.weight")
+        | roles(depthwise="*.conv1d.weight", hidden="*_proj.weight", unknown="*.A_log")
+        | roles(vector="*.D", bias="*.bias"),
     ),
     # The biases of the experts have two axes, (experts, out), but are no matrices.
     Case(
         "gpt_oss",
         lambda: mlx_lm_model("gpt_oss", num_local_experts=6),
-        {
-            "*.router.weight": ROUTER,
-            "*.experts.*.weight": EXPERTS,
-            "*.sinks": VECTOR,
-            "*.bias": BIAS,
-        }
+        roles(router="*.router.weight", experts="*.experts.*.weight", vector="*.sinks")
+        | roles(bias="*.bias")
         | LLAMA,
-        language_loss,
     ),
-    Case("whisper", Whisper, WHISPER, language_loss),
+    Case("whisper", Whisper, WHISPER),
     # trainable_parameters() lists integer arrays, and value_and_grad gives them int32 gradients.
     Case(
         "whisper_alignment_heads",
         lambda: Whisper(alignment=True),
         WHISPER,
-        language_loss,
         absent=("alignment_heads",),
     ),
     Case(
         "vit",
         ViT,
-        {
-            "patches.weight": CONV_INPUT,
-            "class_token": VECTOR,
-            "position": UNKNOWN,
-            "head.weight": HEAD,
-        }
+        roles(conv_input="patches.weight", vector="class_token", unknown="position")
+        | roles(head="head.weight")
         | BLOCK,
         loss_on(2, 8, 8, 3),
     ),
     Case(
         "resnet",
-        ResNet,
-        {
-            "conv1.weight": CONV_INPUT,
-            "fc.weight": HEAD,
-            "fc.bias": BIAS,
-            "*bn[12].*": NORM,
-            "stages.*.weight": CONV,
-        },
+        resnet,
+        roles(conv_input="conv1.weight", head="fc.weight", bias="fc.bias", norm="*bn[12].*")
+        | roles(conv="stages.*.weight"),
         loss_on(2, 8, 8, 3),
         guessed=("fc.weight",),
     ),
     # The frozen layers still read the input and make the output: no other layer gets their roles.
     Case(
         "resnet_frozen_ends",
-        lambda: ResNet(frozen_ends=True),
-        {"*bn[12].*": NORM, "stages.*.weight": CONV},
+        lambda: resnet(frozen_ends=True),
+        roles(norm="*bn[12].*", conv="stages.*.weight"),
         loss_on(2, 8, 8, 3),
         absent=("conv1.weight", "fc.weight", "fc.bias", "bn1.running_mean"),
     ),
     Case(
         "conv_transpose",
         conv_autoencoder,
-        {"layers.0.weight": CONV_INPUT, "layers.1.*": NORM, "*.bias": BIAS, "*.weight": CONV},
+        roles(conv_input="layers.0.weight", norm="layers.1.*", bias="*.bias", conv="*.weight"),
         loss_on(2, 8, 8, 1),
     ),
     Case(
         "convnext",
-        ConvNeXt,
-        {
-            "stem.weight": CONV_INPUT,
-            "*.grouped.weight": GROUPED,
-            "*.pwconv.weight": CONV,
-            "blocks.*.weight": DEPTHWISE,
-            "head.weight": HEAD,
-            "*.bias": BIAS,
-        },
+        convnext,
+        {"*.grouped.weight": ("conv", "conv/4")}
+        | roles(conv_input="stem.weight", conv="*.pwconv.weight", depthwise="blocks.*.weight")
+        | roles(head="head.weight", bias="*.bias"),
         loss_on(2, 8, 8, 3),
     ),
-    Case("lora", lambda: adapted(llama()), LORA, language_loss),
-    Case("qlora", lambda: adapted(llama(), bits=4), LORA, language_loss),
+    Case("lora", lambda: adapted(llama()), LORA),
+    Case("qlora", lambda: adapted(llama(), bits=4), LORA),
     Case(
         "lora_moe",
         lambda: adapted(qwen2_moe()),
-        {
-            "*.switch_mlp.*.lora_a": ("lora_a", "experts"),
-            "*.switch_mlp.*.lora_b": ("lora_b", "experts"),
-        }
-        | LORA,
-        language_loss,
+        {f"*.switch_mlp.*.{name}": (name, "experts") for name in ("lora_a", "lora_b")} | LORA,
     ),
     Case(
         "lora_embedding",
         lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj"),
-        {"model.embed_tokens.lora_a": EMBEDDING} | LORA,
-        language_loss,
+        roles(embedding="model.embed_tokens.lora_a") | LORA,
     ),
     Case(
         "dora",
         lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj", dora=True),
-        {"model.embed_tokens.lora_a": EMBEDDING, "*.m": VECTOR} | LORA,
-        language_loss,
+        roles(embedding="model.embed_tokens.lora_a", vector="*.m") | LORA,
     ),
     Case(
         "head_by_name",
-        lambda: HeadFirst("lm_head"),
-        {"embedding.weight": EMBEDDING, "lm_head.weight": HEAD} | BLOCK,
-        language_loss,
+        lambda: head_first("lm_head"),
+        roles(embedding="embedding.weight", head="lm_head.weight") | BLOCK,
     ),
     Case(
         "head_by_shape",
-        lambda: HeadFirst("to_tokens"),
-        {"embedding.weight": EMBEDDING, "to_tokens.weight": HEAD} | BLOCK,
-        language_loss,
+        lambda: head_first("to_tokens"),
+        roles(embedding="embedding.weight", head="to_tokens.weight") | BLOCK,
     ),
     Case(
         "shared_modules",
         Shared,
-        {"head.weight": EMBEDDING} | BLOCK,
-        language_loss,
+        roles(embedding="head.weight") | BLOCK,
         absent=("embedding.weight", "blocks.0.mlp1.weight", "blocks.1.mlp1.weight"),
     ),
     Case(
         "shared_array",
-        SharedArray,
-        {"embedding.weight": EMBEDDING, "lm_head.weight": HEAD} | BLOCK,
-        language_loss,
+        shared_array,
+        roles(embedding="embedding.weight", head="lm_head.weight") | BLOCK,
     ),
     Case(
         "recurrent",
         Recurrent,
-        {
-            "readout.weight": HEAD,
-            "lstm.Wx": FIRST,
-            "*.W*": HIDDEN,
-            "*.bias": BIAS,
-            "gru.b": BIAS,
-            "gru.bhn": BIAS,
-        },
+        roles(head="readout.weight", first="lstm.Wx", hidden="*.W*", bias="*.bias gru.b gru.bhn"),
         loss_on(2, 7, 6),
         guessed=("readout.weight",),
     ),
     # A head can be a module: its last Linear is the head, the one before it is hidden.
     Case(
         "two_heads",
-        TwoHeads,
-        {
-            "policy_head.weight": HEAD,
-            "value_head.layers.2.weight": HEAD,
-            "trunk.layers.0.weight": FIRST,
-            "*.layers.*.weight": HIDDEN,
-            "*.bias": BIAS,
-        },
+        lambda: Fork(
+            "trunk",
+            policy_head=nn.Linear(DIMS, CLASSES),
+            value_head=mlp(DIMS, 20, 1),
+            trunk=mlp(12, INNER, DIMS),
+        ),
+        roles(head="policy_head.weight value_head.layers.2.weight", first="trunk.layers.0.weight")
+        | roles(hidden="*.layers.*.weight", bias="*.bias"),
         loss_on(2, 12),
     ),
     Case(
         "raw_experts",
-        RawMixture,
-        {
-            "embed.weight": EMBEDDING,
-            "moe.router.classifier.weight": ROUTER,
-            "moe.w_*": UNKNOWN,
-            "lm_head.weight": HEAD,
-            "*.bias": BIAS,
-        },
-        language_loss,
+        raw_mixture,
+        roles(embedding="embed.weight", router="moe.router.classifier.weight", unknown="moe.w_*")
+        | roles(head="lm_head.weight", bias="*.bias"),
     ),
     Case(
         "transformer_encoder",
         Encoder,
-        {
-            "embedding.weight": EMBEDDING,
-            "out_proj.weight": HEAD,
-            "*.ln*": NORM,
-            "*.bias": BIAS,
-            "transformer.*.weight": HIDDEN,
-        },
-        language_loss,
+        roles(embedding="embedding.weight", head="out_proj.weight", norm="*.ln*", bias="*.bias")
+        | roles(hidden="transformer.*.weight"),
     ),
     Case(
         "bert",
         Bert,
-        {
-            "words.weight": EMBEDDING,
-            "positions.weight": EMBEDDING,
-            "classifier.weight": HEAD,
-            "*.norm[12].*": NORM,
-            "*.bias": BIAS,
-            "layers.*.weight": HIDDEN,
-            "pooler.weight": HIDDEN,
-        },
+        roles(embedding="words.weight positions.weight", head="classifier.weight")
+        | roles(norm="*.norm[12].*", bias="*.bias", hidden="layers.*.weight pooler.weight"),
         loss_on_tokens,
     ),
+    # A trunk with three output layers; none is called a head.
     Case(
         "actor_critic",
-        ActorCritic,
-        {
-            "trunk.layers.0.weight": FIRST,
-            "trunk.*.weight": HIDDEN,
-            "*.weight": HEAD,
-            "*.bias": BIAS,
-        },
+        lambda: Fork(
+            "trunk",
+            trunk=mlp(12, INNER, DIMS),
+            **{name: nn.Linear(DIMS, 4) for name in ("actor", "log_std")},
+            critic=nn.Linear(DIMS, 1),
+        ),
+        roles(first="trunk.layers.0.weight", hidden="trunk.*.weight", head="*.weight")
+        | roles(bias="*.bias"),
         loss_on(2, 12),
         guessed=("actor.weight", "log_std.weight", "critic.weight"),
     ),
+    # An actor and a critic that share no layer.
     Case(
         "two_networks",
-        TwoNetworks,
-        {"*.layers.0.weight": FIRST, "*.layers.2.weight": HEAD, "*.bias": BIAS},
+        lambda: Fork(None, actor=mlp(12, DIMS, 4), critic=mlp(12, INNER, 1)),
+        roles(first="*.layers.0.weight", head="*.layers.2.weight", bias="*.bias"),
         loss_on(2, 12),
         guessed=("actor.layers.2.weight", "critic.layers.2.weight"),
     ),
+    # Two equal output layers; only one is called a head.
     Case(
         "twin_heads",
-        TwinHeads,
-        {"hidden.weight": FIRST, "*.weight": HEAD, "*.bias": BIAS},
+        lambda: Fork(
+            "hidden",
+            hidden=nn.Linear(12, DIMS),
+            **{name: nn.Linear(DIMS, 4) for name in ("policy_head", "spread")},
+        ),
+        roles(first="hidden.weight", head="*.weight", bias="*.bias"),
         loss_on(2, 12),
     ),
+    # A list of output layers; one is as wide as their common input.
     Case(
         "branches",
-        Branches,
-        {"hidden.weight": FIRST, "branches.*.weight": HEAD, "*.bias": BIAS},
+        lambda: Fork(
+            "hidden",
+            hidden=nn.Linear(12, DIMS),
+            branches=[nn.Linear(DIMS, outputs) for outputs in (4, DIMS, 1)],
+        ),
+        roles(first="hidden.weight", head="branches.*.weight", bias="*.bias"),
         loss_on(2, 12),
         guessed=("branches.0.weight", "branches.1.weight", "branches.2.weight"),
     ),
     Case(
         "dqn",
-        DQN,
-        {
-            "conv1.weight": CONV_INPUT,
-            "conv2.weight": CONV,
-            "fc1.weight": HIDDEN,
-            "fc2.weight": HEAD,
-            "*.bias": BIAS,
-        },
+        dqn,
+        roles(conv_input="conv1.weight", conv="conv2.weight", hidden="fc1.weight")
+        | roles(head="fc2.weight", bias="*.bias"),
         loss_on(2, 8, 8, 4),
         guessed=("fc2.weight",),
     ),
     Case(
         "vae",
         VAE,
-        {"fc1.weight": FIRST, "fc4.weight": HEAD, "*.weight": HIDDEN, "*.bias": BIAS},
+        roles(first="fc1.weight", head="fc4.weight", hidden="*.weight", bias="*.bias"),
         loss_on(2, 20),
         guessed=("fc4.weight",),
     ),
     Case(
         "unet",
         UNet,
-        {
-            "time_embed.layers.0.weight": FIRST,
-            "time_embed.*.weight": HIDDEN,
-            "*.time.weight": HIDDEN,
-            "conv_in.weight": CONV_INPUT,
-            "conv_out.weight": ("head", "conv"),
-            "*norm*": NORM,
-            "*.conv.weight": CONV,
-            "*.bias": BIAS,
-        },
+        {"conv_out.weight": ("head", "conv")}
+        | roles(first="time_embed.layers.0.weight", hidden="time_embed.*.weight *.time.weight")
+        | roles(conv_input="conv_in.weight", norm="*norm*", conv="*.conv.weight", bias="*.bias"),
         loss_on(2, 8, 8, 3),
     ),
     # MLX does not know that weight_v is a matrix. weight_g holds lengths along one long axis.
     Case(
         "weight_norm",
         lambda: nn.Sequential(WeightNorm(12, DIMS), nn.ReLU(), nn.Linear(DIMS, CLASSES)),
-        {
-            "*.weight_v": UNKNOWN,
-            "*.weight_g": VECTOR,
-            "layers.2.weight": HEAD,
-            "*.bias": BIAS,
-        },
+        roles(unknown="*.weight_v", vector="*.weight_g", head="layers.2.weight", bias="*.bias"),
         loss_on(2, 12),
         guessed=("layers.2.weight",),
     ),
     Case(
         "adaln_zero",
         DiT,
-        {
-            "x_embedder.weight": FIRST,
-            "t_embedder.layers.0.weight": FIRST,
-            "y_embedder.weight": EMBEDDING,
-            "final_layer.linear.weight": HEAD,
-            "*.weight": HIDDEN,
-            "*.bias": BIAS,
-        },
+        roles(first="x_embedder.weight t_embedder.layers.0.weight", embedding="y_embedder.weight")
+        | roles(head="final_layer.linear.weight", hidden="*.weight", bias="*.bias"),
         loss_on(2, 4, 12),
     ),
     Case(
         "clip",
         Clip,
-        {
-            "*.embed.weight": EMBEDDING,
-            "*_projection.weight": HEAD,
-            "logit_scale": VECTOR,
-        }
-        | BLOCK,
+        roles(embedding="*.embed.weight", head="*_projection.weight", vector="logit_scale") | BLOCK,
         loss_on_tokens,
     ),
-    low_rank("lora_arrays", lambda: Adapted("A", "B", transposed=True), "transposed"),
-    low_rank("lora_arrays_of_linears", lambda: Adapted("A", "B", transposed=False), "matrix"),
-    low_rank("lora_capitals", lambda: Adapted("lora_A", "lora_B", transposed=False), "matrix"),
-    low_rank("lora_linears", lambda: AdaptedByLinears("lora_a", "lora_b"), "matrix"),
-    low_rank("lora_down_up", lambda: AdaptedByLinears("lora_down", "lora_up"), "matrix"),
+    low_rank("lora_arrays", "A", "B", kind="transposed"),
+    low_rank("lora_arrays_of_linears", "A", "B"),
+    low_rank("lora_capitals", "lora_A", "lora_B"),
+    low_rank("lora_linears", "lora_a", "lora_b", kind="linears"),
+    low_rank("lora_down_up", "lora_down", "lora_up", kind="linears"),
 ]

@@ -7,19 +7,17 @@ from trajectories import SHAPES, assert_follows, label
 
 from mlx_maxfactor import AdamW, reference
 
+OPTIONS = [
+    {},
+    {"bias_correction": False},
+    {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0},
+    {"learning_rate": lambda step: 0.05 / (step + 1)},
+]
+
 
 @pytest.mark.parametrize("zero", [False, True], ids=["noise", "zero"])
 @pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"bias_correction": False},
-        {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0},
-        {"learning_rate": lambda step: 0.05 / (step + 1)},
-    ],
-    ids=label,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
 def test_optimizer_follows_the_twin(options, shape, zero):
     assert_follows(AdamW(**options), reference.AdamW(**options), shape, zero=zero)
 
@@ -40,23 +38,6 @@ def test_bias_correction_of_a_layer_unfrozen_late_uses_its_own_step_count():
     moved = optimizer.apply_gradients({"a": mx.ones(2), "b": mx.ones(2)}, {"a": a, "b": b})["b"]
     # Its first step is a full step; with the global count it would be 0.1 · (0.1 / √0.05).
     assert np.allclose(np.array(moved), -0.1, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"learning_rate": -1.0}, "learning_rate must be in"),
-        ({"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\), got 1.0"),
-        ({"betas": 0.9}, "betas must be a pair of numbers, got 0.9"),
-        ({"eps": 0.0}, r"eps must be in \(0, inf\), got 0.0"),
-        ({"weight_decay": "0.1"}, "weight_decay must be in .*, got '0.1'"),
-        ({"bias_correction": 1}, "bias_correction must be True or False, got 1"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        AdamW(**options)
 
 
 @pytest.mark.parametrize("state_dtype", ["int4", "int8"])

@@ -43,6 +43,7 @@ GEMMA4 = {
 }
 A_LOG = {"vector": "*.A_log *.D"}
 
+# What a model has beside these.
 ROLES: dict[str, dict[str, str]] = {
     "Klear": {"experts": "*.mlp.experts.*", "hidden": "*.coefficient.weight"},
     "afm7": {"embedding": "model.embedding.weight", "vector": "*.quant_*_scale"},
@@ -53,29 +54,14 @@ ROLES: dict[str, dict[str, str]] = {
     "bailing_moe": GROUPED_GATE | FUSED,
     "bailing_moe_linear": GROUPED_GATE | FUSED,
     "bailing_moe_v3": {"embedding": "*word_embeddings.weight", "hidden": "*.dense.weight"} | A_LOG,
-    "bitnet": {},
-    "cohere": {},
-    "cohere2": {},
     "dbrx": {"hidden": "*.experts.*.[vw][12].weight *.Wqkv.weight"},
-    "deepseek": {},
-    "deepseek_v2": {},
-    "deepseek_v3": {},
     "deepseek_v32": {"hidden": "*.indexer.w*.weight"},
     # The hyper-connections mix the streams by bare arrays.
     "deepseek_v41": {"unknown": "*_hc.fn", "vector": "*_hc.scale *_hc.base *.sinks"}
     | {"experts": "*.o_a_proj.weight *.switch_mlp.*"},
     "dots1": {"experts": "*.mlp.experts.*"},
-    "ernie4_5": {},
-    "ernie4_5_moe": {},
     "exaone": GPT,
-    "exaone4": {},
-    "exaone_moe": {},
     "falcon_h1": A_LOG,
-    "gear": {},
-    "gemma": {},
-    "gemma2": {},
-    "gemma3": {},
-    "gemma3_text": {},
     "gemma3n": {
         "norm": "*norm.weight",
         "embedding": "*embed_tokens*.weight",
@@ -85,10 +71,6 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "gemma4": GEMMA4,
     "gemma4_text": GEMMA4,
-    "glm": {},
-    "glm4": {},
-    "glm4_moe": {},
-    "glm4_moe_lite": {},
     "glm_moe_dsa": {"hidden": "*.indexer.w*.weight"},
     "gpt2": GPT,
     "gpt_bigcode": GPT,
@@ -97,30 +79,20 @@ ROLES: dict[str, dict[str, str]] = {
     | {"hidden": "*.query_key_value.weight *.dense*.weight"},
     "gpt_oss": {"experts": "*.mlp.experts.*.weight"},
     "gptj": {"hidden": "*.fc_*.weight *.*_proj.weight"},
-    "granite": {},
-    "granitemoe": {},
     "granitemoehybrid": A_LOG | {"hidden": "*.shared_mlp.*.weight"},
-    "helium": {},
     "hunyuan": {"router": "*.gate.wg.weight"},
-    "hunyuan_v1_dense": {},
     "internlm2": {
         "embedding": "*tok_embeddings.weight",
         "head": "output.weight",
         "hidden": "*.wqkv.weight *.wo.weight *.w[123].weight",
     },
-    "internlm3": {},
     "iquestloopcoder": {"unknown": "*.gate_projections.*.weight"},
     "jamba": {"unknown": "*.A_log"},
-    "kimi_k25": {},
     "kimi_k3": A_LOG,
     "kimi_linear": A_LOG,
-    "kimi_vl": {},
     "laguna": {"router": "*.gate.proj.weight"},
     "lfm2": FEED_FORWARD,
     "lfm2-vl": FEED_FORWARD,
-    "lfm2_moe": {},
-    "lille-130m": {},
-    "llama": {},
     "llama4": {"experts": "*.feed_forward.experts.*"},
     "llama4_text": {"head": "output.weight"},
     "longcat_flash": {"router": "*.router.classifier.weight"},
@@ -131,52 +103,24 @@ ROLES: dict[str, dict[str, str]] = {
     },
     "mamba": {"unknown": "*.A_log"},
     "mamba2": A_LOG,
-    "mellum": {},
-    "mimo": {},
-    "mimo_v2_flash": {},
-    "minicpm": {},
-    "minicpm3": {},
-    "minimax": {},
-    "minimax_m3_vl": {},
-    "ministral3": {},
-    "mistral3": {},
-    "mistral4": {},
-    "mixtral": {},
-    "muse_glimmer": {},
     "muse_spark": {"vector": "*.add_*", "experts": "*.experts.*_proj.weight"},
-    "nanbeige": {},
     "nanochat": GPT,
-    "nemotron": {},
     "nemotron-nas": {"hidden": "*.linear.weight"},
     "nemotron_h": A_LOG,
-    "olmo2": {},
-    "olmo3": {},
     "olmo_hybrid": A_LOG,
-    "olmoe": {},
     "openelm": {"hidden": "*.ffn.proj_[12].weight"},
     "phi": {"hidden": "*.dense.weight *.fc[12].weight"},
-    "phi3": {},
     "phi3small": FUSED,
-    "phimoe": {},
     "phixtral": {"head": "lm_head.linear.weight", "hidden": "*.Wqkv.weight"},
-    "pixtral": {},
-    "plamo": {},
     # Two gains for each attention head are bare arrays.
     "plamo2": A_LOG | {"unknown": "*.[qk]_weight", "vector": "*_norm_weight *.A_log *.D"},
-    "plamo3": {},
     "qwen": GPT | {"hidden": "*.c_*.weight *.w[12].weight"},
-    "qwen2": {},
     "qwen2_moe": {"router": "*.gate.weight *.shared_expert_gate.weight"},
-    "qwen2_vl": {},
-    "qwen3": {},
     "qwen3_5": A_LOG | {"hidden": "*.in_proj_*.weight"},
     "qwen3_5_moe": A_LOG
     | {"hidden": "*.in_proj_*.weight", "router": "*.gate.weight *.shared_expert_gate.weight"},
-    "qwen3_moe": {},
     "qwen3_next": A_LOG
     | {"hidden": "*.in_proj_*.weight", "router": "*.gate.weight *.shared_expert_gate.weight"},
-    "qwen3_vl": {},
-    "qwen3_vl_moe": {},
     # Its own convolution and gates are bare arrays.
     "recurrent_gemma": {
         "unknown": "*.conv_1d.weight *_gate_weight *_gate_bias",
@@ -188,11 +132,7 @@ ROLES: dict[str, dict[str, str]] = {
         "unknown": "*.k_k *.k_a *.r_k",
         "hidden": "*.lora.*.weight *.ffn.*.weight",
     },
-    "seed_oss": {},
-    "smollm3": {},
-    "solar_open": {},
     "spark2_5": {"embedding": "model.embedding.weight"},
-    "stablelm": {},
     "starcoder2": GPT,
     "step3p5": {"router": "*.gate.gate.weight"},
     # The output layer is a bare array.
@@ -202,31 +142,29 @@ ROLES: dict[str, dict[str, str]] = {
         "vector": "*_g",
         "head": "lm_head",
     },
-    "telechat3": {},
-    "youtu_llm": {},
 }
 
 
 def expected_role(name: str, path: str) -> str:
-    for patterns in (ROLES[name], COMMON):
+    for patterns in (ROLES.get(name, {}), COMMON):
         for role, globs in patterns.items():
             if any(fnmatchcase(path, glob) for glob in globs.split()):
                 return role
     return "not written down"
 
 
-@pytest.mark.parametrize("name", ROLES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_roles_are_those_of_the_code(name):
     found = {p.path: p.role for p in find_roles(build(name))}
     assert found == {path: expected_role(name, path) for path in found}
 
 
-def test_every_architecture_has_roles():
-    assert set(ROLES) == set(ARCHITECTURES)
+def test_roles_are_those_of_known_architectures():
+    assert set(ROLES) <= set(ARCHITECTURES)
 
 
 @pytest.mark.examples
-@pytest.mark.parametrize("name", [name for name in ROLES if name not in NOT_TRAINED])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in NOT_TRAINED])
 def test_both_steps_are_right(name):
     mx.disable_compile()
     try:

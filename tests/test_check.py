@@ -8,6 +8,7 @@ import pytest
 from mlx_maxfactor import SignSGD
 from mlx_maxfactor import functional as f
 from mlx_maxfactor.commands import check, main
+from mlx_maxfactor.functional import orthogonalization, quantization
 
 
 @pytest.mark.compiled
@@ -51,53 +52,28 @@ def test_summary_is_printed_where_the_report_cannot_be_written(tmp_path, capsys,
     assert printed.err.count("\n") == 1
 
 
-def change_a_newton_schulz_coefficient(monkeypatch):
-    from mlx_maxfactor.functional import orthogonalization
-
-    monkeypatch.setattr(orthogonalization, "NEWTON_SCHULZ", (3.4445, -4.6750, 2.0315))
+factored_second_moment, second_moment_weight = f.factored_second_moment, f.second_moment_weight
 
 
-def reduce_statistics_over_the_wrong_axis(monkeypatch):
-    right = f.factored_second_moment
-
-    def wrong(g, row, column, b, *others):
-        row, column = right(g, row, column, b, *others)
-        return mx.mean(row, axis=-2, keepdims=True) + 0 * row, column
-
-    monkeypatch.setattr(f, "factored_second_moment", wrong)
+def statistics_over_the_wrong_axis(g, row, column, b, *others):
+    row, column = factored_second_moment(g, row, column, b, *others)
+    return mx.mean(row, axis=-2, keepdims=True) + 0 * row, column
 
 
-def shift_the_weight_of_statistics_by_a_step(monkeypatch):
-    right = f.second_moment_weight
-    monkeypatch.setattr(f, "second_moment_weight", lambda t, *others: right(t + 1, *others))
-
-
-def scale_the_quantization_levels(monkeypatch):
-    from mlx_maxfactor.functional import quantization
-
-    levels = tuple(1.02 * level for level in quantization.LEVELS)
-    monkeypatch.setattr(quantization, "LEVELS", levels)
-
-
-def remove_the_scale_of_muon(monkeypatch):
-    monkeypatch.setattr(f, "muon_scale", lambda *_: 1.0)
-
-
-DEFECTS = [
-    change_a_newton_schulz_coefficient,
-    reduce_statistics_over_the_wrong_axis,
-    shift_the_weight_of_statistics_by_a_step,
-    scale_the_quantization_levels,
-    remove_the_scale_of_muon,
-]
+DEFECTS = {
+    "a coefficient": (orthogonalization, "NEWTON_SCHULZ", (3.4445, -4.6750, 2.0315)),
+    "an axis": (f, "factored_second_moment", statistics_over_the_wrong_axis),
+    "a step": (f, "second_moment_weight", lambda t, *others: second_moment_weight(t + 1, *others)),
+    "levels": (quantization, "LEVELS", tuple(1.02 * level for level in quantization.LEVELS)),
+    "a scale": (f, "muon_scale", lambda *_: 1.0),
+}
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defect_in_a_formula_is_found(defect, monkeypatch):
     assert all(row.passed for row in check.formulas())
-    defect(monkeypatch)
-    failed = [row.name for row in check.formulas() if not row.passed]
-    assert failed
+    monkeypatch.setattr(*DEFECTS[defect])
+    assert not all(row.passed for row in check.formulas())
 
 
 def test_lost_update_is_found(monkeypatch):
@@ -109,16 +85,16 @@ def test_nan_fails_every_check():
     assert not check.Check("x", float("nan"), 1.0, "one").passed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], None),
-        (["chek"], "argument COMMAND: invalid choice: 'chek'"),
-        (["check", "--output", "/no/such/folder/x.json"], "/no/such/folder is not a folder"),
-        (["check", "--output", "/"], "/ is a folder: name a file in it"),
-        (["check", "--seconds", "0"], "must be at least 1, got 0"),
-    ],
-)
+WRONG_ARGUMENTS = [
+    ([], None),
+    (["chek"], "argument COMMAND: invalid choice: 'chek'"),
+    (["check", "--output", "/no/such/folder/x.json"], "/no/such/folder is not a folder"),
+    (["check", "--output", "/"], "/ is a folder: name a file in it"),
+    (["check", "--seconds", "0"], "must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS)
 def test_wrong_arguments_give_a_one_line_error(arguments, message, capsys):
     if message is None:
         assert main(arguments) == 2

@@ -1,4 +1,4 @@
-"""Checkpoints resume runs exactly, name every mismatch, and refuse damaged and forged files."""
+"""Checkpoints resume runs exactly, name every mismatch, and refuse damaged files."""
 
 import errno
 import fcntl
@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -25,12 +24,13 @@ import numpy as np
 import pytest
 from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
-from models import CASES, ResNet, Shared, Table, adapted, llama
+from models import CASES, Shared, Table, adapted, llama, resnet
 
 from mlx_maxfactor import (
     OPTIMIZERS,
     AdamW,
     CheckpointError,
+    FrequencyAdaptiveMomentum,
     GuardedOptimizer,
     MaxFactor,
     Muon,
@@ -64,6 +64,16 @@ def path(tmp_path):
     return tmp_path / "run.safetensors"
 
 
+def table_run(*arguments, model=Table, **options):
+    """A small model and its routed optimizer."""
+    model = model()
+    return model, create_optimizer(model, *arguments, **options)
+
+
+def lora_run(**options):
+    return table_run(model=lambda: adapted(llama()), **options)
+
+
 def trained(model, optimizer, steps=2):
     for seed in range(steps):
         mx.random.seed(seed)
@@ -71,6 +81,16 @@ def trained(model, optimizer, steps=2):
         optimizer.update(model, gradients)
     mx.eval(model.state, optimizer.state)
     return model, optimizer
+
+
+def refused(path, model, optimizer, **options):
+    """The error of a load, which must change nothing."""
+    before, initialized = snapshot(model, optimizer), optimizer._initialized
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path, model, optimizer, **options)
+    assert same(snapshot(model, optimizer), before)
+    assert optimizer._initialized == initialized
+    return error.value
 
 
 # Resuming
@@ -120,9 +140,7 @@ def test_load_restores_bare_and_mlx_optimizers_in_place(name, path):
     save_checkpoint(path, model, optimizer, epoch=3, note="é", nested={"a": [1, None, 2.5]})
     exact = snapshot(model, optimizer)
     other, restored = Table(), BARE[name]()
-    live = (
-        restored.state if "Multi" not in type(restored).__name__ else restored.optimizers[0].state
-    )
+    live = restored.state
     mx.random.seed(5)
     extra = load_checkpoint(path, other, restored)
     assert extra == {"epoch": 3, "note": "é", "nested": {"a": [1, None, 2.5]}}
@@ -135,13 +153,10 @@ def test_load_restores_bare_and_mlx_optimizers_in_place(name, path):
 @pytest.mark.parametrize("name", ["llama", "whisper_alignment_heads", "resnet", "lora_moe"])
 def test_load_restores_whole_models(name, path):
     case = next(case for case in CASES if case.name == name)
-    model = case.build()
-    _, optimizer = trained(model, create_optimizer(model))
-    save_checkpoint(path, model, optimizer)
-    other = case.build()
-    restored = create_optimizer(other)
-    load_checkpoint(path, other, restored)
-    assert same(snapshot(other, restored), snapshot(model, optimizer))
+    run, other = trained(*table_run(model=case.build)), table_run(model=case.build)
+    save_checkpoint(path, *run)
+    load_checkpoint(path, *other)
+    assert same(snapshot(*other), snapshot(*run))
 
 
 @pytest.mark.compiled
@@ -169,9 +184,9 @@ def test_compiled_step_uses_state_loaded_later(path):
         assert same(snapshot(model, optimizer), point)
 
 
-def test_shared_module_is_saved_once(path):
-    model = Shared()
-    save_checkpoint(path, model, create_optimizer(model))
+@pytest.mark.parametrize("weights", ["all", "trainable"])
+def test_shared_module_is_saved_once(weights, path):
+    save_checkpoint(path, *table_run(model=Shared), weights=weights)
     names = mx.load(str(path))
     assert "head.weight" in names
     assert "embedding.weight" not in names
@@ -183,25 +198,16 @@ def test_weights_are_saved_under_their_mlx_paths(case):
     assert dict(_walk(model)).keys() == dict(tree_flatten(model.parameters())).keys()
 
 
-def test_mlx_load_weights_reads_a_checkpoint(path):
-    model, optimizer = trained(Table(), AdamW())
-    save_checkpoint(path, model, optimizer)
-    other = Table()
-    other.load_weights(str(path), strict=False)
-    for name, weight in tree_flatten(model.parameters()):
-        assert mx.array_equal(dict(tree_flatten(other.parameters()))[name], weight), name
-    others = set(mx.load(str(path))) - {name for name, _ in tree_flatten(model.parameters())}
-    assert all(name.startswith("_run.") for name in others)
-
-
-def test_error_for_an_older_format_names_the_format(path):
-    save_checkpoint(path, *trained(*tiny()))
-    header, data = read_parts(path)
-    header["__metadata__"]["format"] = "2"
-    forge(path, header, data)
-    message = "is a checkpoint of format '2', and this version reads 4: load it with the version of"
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(path, *tiny())
+@pytest.mark.parametrize(("make", "weights"), [(table_run, "all"), (lora_run, "trainable")])
+def test_load_weights_of_mlx_reads_a_checkpoint(make, weights, path):
+    model, optimizer = trained(*make())
+    save_checkpoint(path, model, optimizer, weights=weights)
+    other, _ = make()
+    other.load_weights(str(path), strict=False)  # as mlx_lm's --resume-adapter-file does
+    found = dict(tree_flatten(other.trainable_parameters()))
+    for name, array in tree_flatten(model.trainable_parameters()):
+        assert mx.array_equal(found[name], array), name
+    assert all(name.startswith("_run.") for name in set(mx.load(str(path))) - set(found))
 
 
 # weights="trainable"
@@ -222,8 +228,8 @@ def quantized(seed=0, **options):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dora", [False, True])
 def test_qlora_checkpoint_holds_only_trained_arrays_and_state(name, dora, path):
-    model, optimizer = quantized(dora=dora), None
-    model, optimizer = trained(model, create_optimizer(model, name))
+    model = quantized(dora=dora)
+    _, optimizer = trained(model, create_optimizer(model, name))
     save_checkpoint(path, model, optimizer, weights="trainable", done=2)
     arrays = [a for _, a in tree_flatten([model.trainable_parameters(), optimizer.state])]
     assert path.stat().st_size <= 1.05 * sum(array.nbytes for array in arrays)
@@ -233,32 +239,18 @@ def test_qlora_checkpoint_holds_only_trained_arrays_and_state(name, dora, path):
     assert same(snapshot(other, restored), snapshot(model, optimizer))
 
 
-def test_mlx_lm_can_resume_from_saved_adapters(path):
-    model = adapted(llama())
-    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
-    other = adapted(llama())
-    other.load_weights(str(path), strict=False)  # as mlx_lm's --resume-adapter-file does
-    adapters = dict(tree_flatten(other.trainable_parameters()))
-    for name, array in tree_flatten(model.trainable_parameters()):
-        assert mx.array_equal(adapters[name], array), name
-
-
 def test_different_frozen_base_is_an_error(path):
     model = quantized()
     save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
     other = quantized(seed=1)
     other.load_weights(str(path), strict=False)
     optimizer = create_optimizer(other)
-    before = snapshot(other, optimizer)
-    with pytest.raises(CheckpointError, match="the frozen weights are not those it was trained on"):
-        load_checkpoint(path, other, optimizer)
-    assert same(snapshot(other, optimizer), before)
-    extra = load_checkpoint(path, other, optimizer, strict=False)
-    assert "frozen weights" in extra.differences[0]
-    full = adapted(llama())
+    message = "the frozen weights are not those it was trained on"
+    assert message in str(refused(path, other, optimizer))
+    assert message in load_checkpoint(path, other, optimizer, strict=False).differences[0]
+    full, _ = lora_run()
     full.load_weights(str(path), strict=False)
-    with pytest.raises(CheckpointError, match="frozen weights are not those"):
-        load_checkpoint(path, full, create_optimizer(full))
+    assert message in str(refused(path, full, create_optimizer(full)))
 
 
 def test_one_more_frozen_bias_is_an_error(path):
@@ -288,8 +280,7 @@ def test_fingerprint_samples_part_of_every_frozen_array():
 def test_running_statistics_are_saved_although_they_are_frozen(path):
     def build():
         mx.random.seed(0)
-        model = ResNet(frozen_ends=True)
-        return model, create_optimizer(model)
+        return table_run(model=lambda: resnet(frozen_ends=True))
 
     model, optimizer = build()
     model(mx.random.normal((4, 8, 8, 3)))
@@ -299,13 +290,6 @@ def test_running_statistics_are_saved_although_they_are_frozen(path):
     load_checkpoint(path, other, restored)
     assert same(snapshot(other, restored), snapshot(model, optimizer))
     assert "fc.weight" not in mx.load(str(path))
-
-
-def test_shared_module_is_saved_once_with_trainable_weights(path):
-    model = Shared()
-    save_checkpoint(path, model, create_optimizer(model), weights="trainable")
-    assert "head.weight" in mx.load(str(path))
-    assert "embedding.weight" not in mx.load(str(path))
 
 
 # Rates and schedules
@@ -365,66 +349,37 @@ def test_each_member_restores_its_own_rate(path):
         assert bool(extra.differences) == bool(changed)
 
 
-def test_rate_differences_name_each_used_member(path):
-    model = Table()
-    save_checkpoint(path, *trained(model, create_optimizer(model, learning_rate=0.02)))
-    other = create_optimizer(model, learning_rate=0.04)
-    lines = load_checkpoint(path, model, other).differences
-    assert [line.partition(":")[0] for line in lines] == [
-        "orthomaxfactor",
-        "adamw",
-        "adamw, no decay",
-    ]
-    model = adapted(llama())
-    save_checkpoint(path, model, create_optimizer(model, learning_rate=0.02))
-    other = create_optimizer(model, learning_rate=0.04)
-    lines = load_checkpoint(path, model, other).differences
-    assert [line.partition(":")[0] for line in lines] == ["orthomaxfactor"]
-    first, second = (
-        mlx_optimizers.MultiOptimizer(list(map(AdamW, rates)), [lambda *_: True])
-        for rates in ([0.1, 0.2], [0.3, 0.4])
-    )
-    save_checkpoint(path, model, first)
-    lines = load_checkpoint(path, model, second).differences
-    places = [line.partition(":")[0] for line in lines]
-    assert places == ["optimizer 0, AdamW", "optimizer 1, AdamW"]
-    first, second = (create_optimizer(model, learning_rate=warmup_cosine(r, 9)) for r in (0.1, 0.2))
-    save_checkpoint(path, model, first)
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, model, second)
-    assert len(error.value.differences) == 1
+def two_members(rate):
+    members = [AdamW(rate), AdamW(2 * rate)]
+    return Table(), mlx_optimizers.MultiOptimizer(members, [lambda *_: True])
+
+
+RATE_DIFFERENCES = [
+    (lambda rate: table_run(learning_rate=rate), ["orthomaxfactor", "adamw", "adamw, no decay"]),
+    (lambda rate: lora_run(learning_rate=rate), ["orthomaxfactor"]),
+    (lambda rate: lora_run(learning_rate=warmup_cosine(rate, 9)), ["optimizer 0, OrthoMaxFactor"]),
+    (two_members, ["optimizer 0, AdamW", "optimizer 1, AdamW"]),
+]
+
+
+@pytest.mark.parametrize(("make", "places"), RATE_DIFFERENCES)
+def test_rate_differences_name_each_used_member(make, places, path):
+    save_checkpoint(path, *make(0.02))
+    lines = load_checkpoint(path, *make(0.04), strict=False).differences
+    assert [line.partition(":")[0] for line in lines] == places
 
 
 @pytest.mark.parametrize("rates", ["built", "file"])
 def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
-    model = Table()
     first, second = (warmup_cosine(rate, 10, 1) for rate in (0.1, 0.2))
-    save_checkpoint(path, *trained(model, create_optimizer(model, learning_rate=first)))
-    optimizer = create_optimizer(model, learning_rate=second)
-    with pytest.raises(CheckpointError, match=r'rates="here"$') as error:
-        load_checkpoint(path, model, optimizer, rates=rates)
-    assert "strict=False" not in str(error.value)
-    load_checkpoint(path, model, optimizer, rates="here")
-    optimizer = create_optimizer(model, learning_rate=second, weight_decay=0.5)
-    with pytest.raises(CheckpointError, match=r"strict=False$"):
-        load_checkpoint(path, model, optimizer)
-
-
-@pytest.mark.compiled
-def test_rate_set_inside_a_compiled_step_is_restored(path):
-    model, optimizer = Table(), AdamW(0.01)
-    optimizer.init(model.trainable_parameters())
-    state = [optimizer.state, model.state]
-
-    def halve():
-        optimizer.learning_rate = optimizer.learning_rate / 2
-
-    mx.compile(halve, inputs=state, outputs=state)()
-    assert rate_of(optimizer) == 0.005
-    save_checkpoint(path, model, optimizer)
-    optimizer = AdamW(0.01)
-    load_checkpoint(path, model, optimizer)
-    assert rate_of(optimizer) == 0.005
+    save_checkpoint(path, *trained(*table_run(learning_rate=first)))
+    run = table_run(learning_rate=second)
+    message = str(refused(path, *run, rates=rates))
+    assert message.endswith('rates="here"')
+    assert "strict=False" not in message
+    load_checkpoint(path, *run, rates="here")
+    run = table_run(learning_rate=second, weight_decay=0.5)
+    assert str(refused(path, *run)).endswith("strict=False")
 
 
 def test_new_rate_of_an_mlx_optimizer_needs_the_rates_argument(path):
@@ -441,8 +396,6 @@ def test_new_rate_of_an_mlx_optimizer_needs_the_rates_argument(path):
     optimizer = mlx_optimizers.AdamW(0.02)
     load_checkpoint(path, model, optimizer, rates="file")
     assert rate_of(optimizer) == 0.01
-    with pytest.raises(ValueError, match="rates must be one of 'built', 'file', 'here', got 'new'"):
-        load_checkpoint(path, model, optimizer, rates="new")
 
 
 class Halving:
@@ -498,28 +451,11 @@ def test_custom_schedule_is_never_called_beyond_the_steps_made(path):
     assert max(asked) == 3  # reading past the end of an array can crash the process
 
 
-def test_mlx_schedules_with_different_arguments_differ(path):
-    model = Table()
-    first, second = (mlx_optimizers.cosine_decay(*args) for args in [(1e-2, 100), (1e-2, 101)])
-    save_checkpoint(path, *trained(model, AdamW(first)))
+def test_schedules_are_compared_beyond_their_first_step(path):
+    first, second = (mlx_optimizers.cosine_decay(1e-2, steps) for steps in (100, 101))
+    save_checkpoint(path, *trained(Table(), AdamW(first)))
     with pytest.raises(CheckpointError, match=r".* at step [23] in the file"):
-        load_checkpoint(path, model, AdamW(second))
-    with pytest.raises(CheckpointError, match=r"gives 0.01 at step 0 in the file, 0.05 here"):
-        load_checkpoint(path, model, AdamW(mlx_optimizers.cosine_decay(5e-2, 9999)))
-
-
-@pytest.mark.parametrize(
-    ("wrap", "message"),
-    [
-        (create_optimizer, "max_grad_norm is None in the file, 1.0 here"),
-        (lambda _, **options: GuardedOptimizer(AdamW(), **options), "max_grad_norm is None"),
-    ],
-)
-def test_added_gradient_clip_is_an_error(wrap, message, path):
-    model = Table()
-    save_checkpoint(path, *trained(model, wrap(model)))
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(path, model, wrap(model, max_grad_norm=1.0))
+        load_checkpoint(path, Table(), AdamW(second))
 
 
 @pytest.mark.parametrize("name", ["mlx Adam", "mlx SGD", "mlx Multi", "guarded"])
@@ -541,131 +477,102 @@ def table_with_a_smaller_layer():
     return model
 
 
+def guarded_adamw(**options):
+    return Table(), GuardedOptimizer(AdamW(), **options)
+
+
+def adamw_twice(**options):
+    return table_run(AdamW(), AdamW(), **options)
+
+
+# What is saved, what it is loaded into, and the first difference
 MISFITS = {
-    "another optimizer": (
-        Table,
-        lambda m: create_optimizer(m, "muon"),
-        "OrthoMaxFactor in the file, Muon",
-    ),
+    "another optimizer": (table_run, lambda: table_run("muon"), "OrthoMaxFactor in the file, Muon"),
     "one member more": (
-        Table,
-        lambda m: create_optimizer(m, rules={"head": AdamW(1e-3)}),
+        table_run,
+        lambda: table_run(rules={"head": AdamW(1e-3)}),
         "none in the file, AdamW here",
     ),
-    "an option": (Table, lambda m: create_optimizer(m, weight_decay=0.5), "weight_decay is 0.01"),
-    "momentum": (
-        Table,
-        lambda m: create_optimizer(m, momentum=0),
-        r"momentum is 0.8 in the file, 0.0 here",
+    "momentum": (table_run, lambda: table_run(momentum=0), "momentum is 0.8 in the file, 0.0 here"),
+    "frequency bands": (
+        lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(bands=4)),
+        lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(beta=0.99)),
+        "momentum is .*bands=4.* in the file, .*beta=0.99",
+    ),
+    "two options": (
+        lambda: (Table(), AdamW()),
+        lambda: (Table(), AdamW(betas=(0.8, 0.9), weight_decay=0.5)),
+        "optimizer 0, AdamW: betas .*\noptimizer 0, AdamW: weight_decay is 0.1 ",
     ),
     "a schedule": (
-        Table,
-        lambda m: create_optimizer(m, learning_rate=warmup_cosine(0.1, 10, 1)),
+        table_run,
+        lambda: table_run(learning_rate=warmup_cosine(0.1, 10, 1)),
         "learning_rate schedule",
     ),
     "a plan": (
-        Table,
-        lambda m: create_optimizer(m, rules={"head": "maxfactor"}),
+        table_run,
+        lambda: table_run(rules={"head": "maxfactor"}),
         r"plan, output.weight: adamw \(10, 64\) in the file, maxfactor \(10, 64\) here",
     ),
+    "a role": (
+        adamw_twice,
+        lambda: adamw_twice(rules={"output.weight": "hidden"}),
+        r"output.weight: AdamW 2 \(10, 64\), head in the file, AdamW \(10, 64\), hidden here$",
+    ),
     "a shape": (
-        table_with_a_smaller_layer,
-        create_optimizer,
+        table_run,
+        lambda: table_run(model=table_with_a_smaller_layer),
         r"linear1.bias: float32 \(128,\) in the file, .*\(100,\)",
     ),
-    "another model": (llama, create_optimizer, "lm_head.weight: missing in the file"),
-    "a bare optimizer": (Table, lambda m: MaxFactor(), "AdamW in the file, none here"),
+    "another model": (table_run, lambda: table_run(model=llama), "lm_head.weight: missing"),
+    "a bare optimizer": (table_run, lambda: (Table(), MaxFactor()), "AdamW in the file, none here"),
     "mlx's own": (
-        Table,
-        lambda m: mlx_optimizers.Adam(1e-3),
+        table_run,
+        lambda: (Table(), mlx_optimizers.Adam(1e-3)),
         "OrthoMaxFactor in the file, Adam here",
+    ),
+    "the same name": (
+        lambda: (Table(), mlx_optimizers.AdamW(1e-3)),
+        lambda: (Table(), AdamW()),
+        "^optimizer 0: mlx.optimizers.AdamW in the file, mlx_maxfactor.AdamW here",
+    ),
+    "clipping": (table_run, lambda: table_run(max_grad_norm=1.0), "max_grad_norm is None"),
+    "clipping, bare": (
+        guarded_adamw,
+        lambda: guarded_adamw(max_grad_norm=1.0),
+        "max_grad_norm is None in the file, 1.0 here",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_mismatch_is_named_and_nothing_changes(name, path):
-    model = Table()
-    save_checkpoint(path, *trained(model, create_optimizer(model)))
-    make, optimize, message = MISFITS[name]
-    model = make()
-    optimizer = optimize(model)
-    before, initialized = snapshot(model, optimizer), optimizer._initialized
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, model, optimizer)
-    assert re.search(message, "\n".join(error.value.differences))
+    saved, here, message = MISFITS[name]
+    save_checkpoint(path, *trained(*saved()))
+    error = refused(path, *here())
+    assert re.search(message, "\n".join(error.differences), re.MULTILINE)
     remedy = 'rates="here"' if name == "a schedule" else "strict=False"
-    assert remedy in str(error.value)
-    assert same(snapshot(model, optimizer), before)
-    assert optimizer._initialized == initialized
+    assert remedy in str(error)
 
 
 def test_message_shows_ten_differences_and_the_error_holds_all(path):
-    model = adapted(llama())
-    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
-    other = adapted(llama())
-    trainable = tree_flatten(other.trainable_parameters())
-    name, (inner, rank) = next((n, a.shape) for n, a in trainable if n.endswith("lora_a"))
+    save_checkpoint(path, *trained(*lora_run()), weights="trainable")
+    other, _ = lora_run()
     for _, module in other.named_modules():
         if "lora_a" in module:
             module.lora_a = mx.concatenate([module.lora_a] * 2, axis=1)
             module.lora_b = mx.concatenate([module.lora_b] * 2, axis=0)
         elif isinstance(module, nn.Linear):
             module.weight = module.weight + 1
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, other, create_optimizer(other, weight_decay=0.5))
-    first, *lines = str(error.value).splitlines()
-    differences = error.value.differences
+    error = refused(path, other, create_optimizer(other, weight_decay=0.5))
+    first, *lines = str(error).splitlines()
     assert first.endswith("does not fit this model and optimizer:")
-    assert lines[:10] == [f"  {line}" for line in differences[:10]]
-    assert lines[10] == f"  and {len(differences) - 10} more"
+    assert lines[:10] == [f"  {line}" for line in error.differences[:10]]
+    assert lines[10] == f"  and {len(error.differences) - 10} more"
     assert len(lines) == 12
-    weights_at = next(i for i, line in enumerate(differences) if line.startswith("model."))
-    kinds = ["optimizer 0", "the frozen weights", "plan, model."]
-    at = [next(i for i, d in enumerate(differences) if d.startswith(kind)) for kind in kinds]
-    assert [*at, weights_at] == sorted([*at, weights_at])
-    shapes = (inner, rank), (inner, 2 * rank)
-    row = "plan, {}: orthomaxfactor {} in the file, orthomaxfactor {} here".format(name, *shapes)
-    assert row in differences
-    assert CheckpointError("anything else").differences == ()
-
-
-def test_error_tells_two_classes_with_the_same_name_apart(path):
-    model = Table()
-    save_checkpoint(path, *trained(model, mlx_optimizers.AdamW(1e-3)))
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, model, AdamW())
-    line = "optimizer 0: mlx.optimizers.AdamW in the file, mlx_maxfactor.AdamW here"
-    assert error.value.differences[0] == line
-
-
-def test_plan_difference_shows_both_roles(path):
-    model = Table()
-    save_checkpoint(path, *trained(model, create_optimizer(model, AdamW(), AdamW())))
-    other = create_optimizer(model, AdamW(), AdamW(), rules={"output.weight": "hidden"})
-    lines = load_checkpoint(path, model, other, strict=False).differences
-    (line,) = (line for line in lines if line.startswith("plan"))
-    shape = tuple(model.output.weight.shape)
-    assert line == (
-        f"plan, output.weight: AdamW 2 {shape}, head in the file, AdamW {shape}, hidden here"
-    )
-
-
-def test_two_changed_options_give_two_lines(path):
-    model = Table()
-    save_checkpoint(path, *trained(model, AdamW()))
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(path, model, AdamW(betas=(0.8, 0.9), weight_decay=0.5))
-    places = [line.partition(":")[0] for line in error.value.differences]
-    assert places == ["optimizer 0, AdamW"] * 2
-
-
-def test_error_names_an_array_with_another_dtype(path):
-    model = Table()
-    save_checkpoint(path, *trained(model, create_optimizer(model)))
-    model.set_dtype(mx.bfloat16)
-    with pytest.raises(CheckpointError, match=r"output.bias: float32 .*, bfloat16"):
-        load_checkpoint(path, model, create_optimizer(model))
+    kinds = ["optimizer 0", "the frozen weights", "plan, model.", "model."]
+    at = [next(i for i, d in enumerate(error.differences) if d.startswith(kind)) for kind in kinds]
+    assert at == sorted(at)
 
 
 def test_another_dtype_is_cast_only_with_cast_true(path):
@@ -673,12 +580,11 @@ def test_another_dtype_is_cast_only_with_cast_true(path):
     save_checkpoint(path, model, optimizer)
     narrow, restored = Table(), AdamW(0.01)
     narrow.set_dtype(mx.bfloat16)
-    before = snapshot(narrow, restored)
-    with pytest.raises(CheckpointError, match="cast=True casts floating-point arrays"):
-        load_checkpoint(path, narrow, restored)
-    with pytest.raises(CheckpointError, match="holds no weight that fits this model"):
-        load_checkpoint(path, narrow, restored, strict=False)
-    assert same(snapshot(narrow, restored), before)
+    message = str(refused(path, narrow, restored))
+    assert "output.bias: float32 (10,) in the file, bfloat16 (10,) here" in message
+    assert "cast=True casts floating-point arrays" in message
+    message = str(refused(path, narrow, restored, strict=False))
+    assert "holds no weight that fits this model" in message
     assert load_checkpoint(path, narrow, restored, cast=True).differences == ()
     assert narrow.output.weight.dtype == mx.bfloat16
     assert mx.array_equal(narrow.output.weight, model.output.weight.astype(mx.bfloat16))
@@ -696,11 +602,9 @@ def test_state_of_another_optimizer_class_is_not_loaded(path):
 
 
 def test_strict_false_loads_matching_arrays_and_returns_the_differences(path):
-    model = Table()
-    model, optimizer = trained(model, create_optimizer(model))
+    model, optimizer = trained(*table_run())
     save_checkpoint(path, model, optimizer, epoch=2)
-    other = table_with_a_smaller_layer()
-    restored = create_optimizer(other)
+    other, restored = table_run(model=table_with_a_smaller_layer)
     extra = load_checkpoint(path, other, restored, strict=False)
     assert extra == {"epoch": 2}
     assert any("linear1.weight" in difference for difference in extra.differences)
@@ -709,68 +613,52 @@ def test_strict_false_loads_matching_arrays_and_returns_the_differences(path):
     assert restored.step.item() == 2
 
 
-def test_failed_save_is_an_error_and_keeps_the_old_file(path):
-    model = Table()
-    model, optimizer = trained(model, create_optimizer(model))
-    save_checkpoint(path, model, optimizer, epoch=1)
-    with pytest.raises(CheckpointError, match="extra must be JSON values, and 'wrong' is not: "):
-        save_checkpoint(path, model, optimizer, epoch=2, wrong=object())
-    assert load_checkpoint(path, model, optimizer) == {"epoch": 1}
-    with pytest.raises(CheckpointError, match=r"folder .*/missing does not exist"):
-        save_checkpoint(path.parent / "missing" / "run.safetensors", model, optimizer)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_file_name_needs_no_extension(tmp_path):
-    model = Table()
-    optimizer = create_optimizer(model, Muon(), AdamW())
-    save_checkpoint(str(tmp_path / "last"), model, optimizer, a=1)
-    assert load_checkpoint(str(tmp_path / "last"), model, optimizer) == {"a": 1}
-
-
 MISTAKES = {
-    "swapped": (lambda m, o: (o, m), "model and optimizer are swapped: the model comes first"),
-    "a state": (lambda m, o: (m, o.state), "optimizer must be the optimizer itself, not its state"),
-    "parameters": (lambda m, o: (m.parameters(), o), "model must be a mlx.nn.Module, got dict"),
-    "a class": (lambda m, o: (m, AdamW), "optimizer must be an MLX optimizer, got type"),
-    "two models": (lambda m, o: (m, m), "optimizer must be an MLX optimizer, got Table"),
+    "swapped": (lambda p, m, o: (p, o, m), "are swapped: the model comes first"),
+    "a state": (lambda p, m, o: (p, m, o.state), "must be the optimizer itself, not its state"),
+    "parameters": (lambda p, m, o: (p, m.parameters(), o), "must be a mlx.nn.Module, got dict"),
+    "a class": (lambda p, m, o: (p, m, AdamW), "must be an MLX optimizer, got type"),
+    "two models": (lambda p, m, o: (p, m, m), "must be an MLX optimizer, got Table"),
+    "path last": (lambda p, m, o: (m, o, p), "the path comes first"),
+    "a number": (lambda p, m, o: (3, m, o), "path must be a str or a path, got int"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_wrong_arguments_give_clear_errors(name, path):
-    model = Table()
     mistake, message = MISTAKES[name]
+    arguments = mistake(path, *table_run())
     for call in (save_checkpoint, load_checkpoint):
         with pytest.raises(CheckpointError, match=message):
-            call(path, *mistake(model, create_optimizer(model)))
+            call(*arguments)
+
+
+def test_unknown_choices_are_refused(path):
     with pytest.raises(ValueError, match="weights must be one of 'all', 'trainable', got 'some'"):
-        save_checkpoint(path, model, create_optimizer(model), weights="some")
-
-
-def test_misplaced_path_gives_a_clear_error(path):
-    model = Table()
-    for call in (save_checkpoint, load_checkpoint):
-        with pytest.raises(CheckpointError, match="the path comes first"):
-            call(model, AdamW(), path)
-        with pytest.raises(CheckpointError, match="path must be a str or a path, got int"):
-            call(3, model, AdamW())
+        save_checkpoint(path, *table_run(), weights="some")
+    with pytest.raises(ValueError, match="rates must be one of 'built', 'file', 'here', got 'new'"):
+        load_checkpoint(path, *table_run(), rates="new")
 
 
 def test_numpy_and_mlx_scalars_are_saved_as_numbers(path):
-    model = Table()
-    optimizer = create_optimizer(model)
     scalars = [np.float32(0.5), np.int64(7), np.bool_(True), np.array(3), mx.array(0.25)]
     scalars += [mx.array(9, mx.uint64), mx.array(1.5, mx.bfloat16)]
-    save_checkpoint(path, model, optimizer, loss=np.float32(2.5), all=scalars)
-    extra = load_checkpoint(path, model, optimizer)
-    assert extra == {"loss": 2.5, "all": [0.5, 7, True, 3, 0.25, 9, 1.5]}
+    save_checkpoint(path, *tiny(), loss=np.float32(2.5), all=scalars)
+    assert load_checkpoint(path, *tiny()) == {"loss": 2.5, "all": [0.5, 7, True, 3, 0.25, 9, 1.5]}
+
+
+def test_extra_that_json_cannot_hold_is_refused_and_the_old_file_is_kept(path):
+    kept = {"model": "small", "path": "here", "optimizer": "ours", "a": {"1": "x", "2": "y"}}
+    save_checkpoint(path, *tiny(), **kept | {"a": {1: "x", 2: "y"}})
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
-    for wrong in (np.zeros(2), mx.zeros(2), {1, 2}, nested, 10**5000, np.longdouble(1)):
-        with pytest.raises(CheckpointError, match="extra must be JSON values"):
-            save_checkpoint(path, model, optimizer, wrong=wrong)
+    wrong = (object(), np.zeros(2), mx.zeros(2), {1, 2}, nested, 10**5000, np.longdouble(1))
+    for value in (*wrong, {1: "x", "1": "y"}):
+        with pytest.raises(CheckpointError, match="extra must be JSON values, and 'a' is not: "):
+            save_checkpoint(path, *tiny(), a=value)
+    assert load_checkpoint(path, *tiny()) == kept
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 @pytest.fixture
@@ -886,32 +774,27 @@ def test_truncated_and_bit_flipped_files_are_refused(path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0" * 8, b"{}" * 50, b"\xff" * 100, b"\x02" + b"\0" * 7 + b"[]"]
+    "header",
+    [b"", b"{}" * 50, b"[]", b"[" * 200_000, b"\xff" * 100, b'{"__metadata__": "\\ud800"}'],
 )
-def test_files_that_are_not_checkpoints_are_refused(content, path):
-    path.write_bytes(content)
-    model = Table()
-    with pytest.raises(CheckpointError):
-        load_checkpoint(path, model, create_optimizer(model))
+def test_files_that_are_not_checkpoints_are_refused(header, path):
+    for content in (header, len(header).to_bytes(8, "little") + header):
+        path.write_bytes(content)
+        refused(path, *table_run())
 
 
 def test_missing_files_plain_weights_and_other_formats_have_their_own_errors(path):
-    model = Table()
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load_checkpoint(path, model, create_optimizer(model))
-    with pytest.raises(CheckpointError, match=r"is a folder$"):
-        load_checkpoint(path.parent, model, create_optimizer(model))
+    model, optimizer = table_run()
+    assert "does not exist" in str(refused(path, model, optimizer))
+    assert str(refused(path.parent, model, optimizer)).endswith("is a folder")
     weights = dict(tree_flatten(model.parameters()))
     for metadata in (None, {"format": "mlx"}, {"format": "pt"}):
         mx.save_safetensors(str(path), weights, metadata)
         with pytest.raises(CheckpointError, match=r"holds weights alone.* use model.load_weights"):
-            load_checkpoint(path, model, create_optimizer(model))
+            load_checkpoint(path, model, optimizer)
     mx.save_safetensors(str(path), weights, {"format": "9", "run": "{}", "checksum": "?"})
-    with pytest.raises(CheckpointError, match="of format '9', and this version reads 4"):
-        load_checkpoint(path, model, create_optimizer(model))
-
-
-# Forged files with a valid checksum
+    message = "of format '9', and this version reads 4: load it with the version of"
+    assert message in str(refused(path, model, optimizer))
 
 
 def tiny():
@@ -1032,11 +915,13 @@ def test_disk_failure_is_an_error_and_keeps_the_old_file(code, macos, path, monk
 def test_unusable_path_gives_one_clear_error(tmp_path, monkeypatch):
     model, optimizer = trained(*tiny())
     (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
     for place, message in {
         "": r"^\. is a folder: name a file in it$",
         ".": r"^\. is a folder: name a file in it$",
         tmp_path: "is a folder: name a file in it$",
+        tmp_path / "pipe": "is a device or a pipe: name a file$",
         tmp_path / "file" / "run.safetensors": "was not written: ",
         tmp_path / "none" / "run.safetensors": "was not written: folder .*none does not exist$",
         tmp_path / ("x" * 300): "was not written: .*File name too long",
@@ -1045,13 +930,14 @@ def test_unusable_path_gives_one_clear_error(tmp_path, monkeypatch):
             save_checkpoint(place, model, optimizer)
     with pytest.raises(CheckpointError, match="cannot be read: Not a directory"):
         load_checkpoint(tmp_path / "file" / "run.safetensors", model, optimizer)
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
-def test_long_file_name_works(tmp_path):
-    path = tmp_path / ("x" * 240 + ".safetensors")
-    save_checkpoint(path, *trained(*tiny()), epoch=1)
-    assert load_checkpoint(path, *tiny()) == {"epoch": 1}
+@pytest.mark.parametrize("name", ["last", "x" * 240 + ".safetensors"])
+def test_file_name_can_be_long_and_needs_no_extension(name, tmp_path):
+    save_checkpoint(str(tmp_path / name), *trained(*tiny()), epoch=1)
+    assert load_checkpoint(str(tmp_path / name), *tiny()) == {"epoch": 1}
 
 
 def test_cleanup_error_does_not_hide_the_first_error(path, monkeypatch):
@@ -1087,13 +973,6 @@ def test_header_too_large_for_mlx_is_refused_and_keeps_the_old_file(path, monkey
     with pytest.raises(CheckpointError, match="take 0 MB, and MLX reads at most 0: keep what is"):
         save_checkpoint(path, model, optimizer, history=list(range(5000)))
     assert load_checkpoint(path, *tiny()) == {"epoch": 1}
-
-
-def test_keys_that_json_would_merge_are_refused(path):
-    with pytest.raises(CheckpointError, match="extra must be JSON values, and 'a' is not: it says"):
-        save_checkpoint(path, *trained(*tiny()), a={1: "x", "1": "y"})
-    save_checkpoint(path, *trained(*tiny()), a={1: "x", 2: "y"})
-    assert load_checkpoint(path, *tiny()) == {"a": {"1": "x", "2": "y"}}
 
 
 def test_several_threads_can_save_to_one_path(path):
@@ -1161,21 +1040,7 @@ def test_saving_in_a_thread_stores_the_given_random_key(path):
             save_checkpoint(path, model, optimizer, random_key=odd)
 
 
-def test_extra_accepts_any_key(path):
-    save_checkpoint(path, *trained(*tiny()), model="small", path="here", optimizer="ours")
-    extra = {"model": "small", "path": "here", "optimizer": "ours"}
-    assert load_checkpoint(path, *tiny()) == extra
-
-
 # What users do
-
-
-def trained_steps(model, optimizer, steps=2):
-    x = mx.random.normal((4, 6), key=mx.random.key(3))
-    grad = nn.value_and_grad(model, lambda: model(x).square().mean())
-    for _ in range(steps):
-        optimizer.update(model, grad()[1])
-        mx.eval(model.state, optimizer.state)
 
 
 def gradual(make):
@@ -1184,8 +1049,7 @@ def gradual(make):
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     model.freeze()
     model.layers[2].unfreeze()
-    optimizer = make(model)
-    return model, optimizer
+    return model, make(model)
 
 
 def freeze_head(model):
@@ -1201,32 +1065,30 @@ GRADUAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in GRADUAL if name != "mlx"]
-)  # MLX's fail when layers are unfrozen
-def test_trained_weights_that_were_frozen_again_are_saved(name, tmp_path):
-    make = GRADUAL[name]
+@pytest.mark.parametrize("name", ["routed", "bare", "without state"])
+def test_trained_weights_that_were_frozen_again_are_saved(name, path):
+    make = GRADUAL[name]  # MLX's optimizers fail when layers are unfrozen
     model, optimizer = gradual(make)
-    trained_steps(model, optimizer)
+    trained(model, optimizer)
     freeze_head(model)
-    trained_steps(model, optimizer)
-    save_checkpoint(tmp_path / "run.safetensors", model, optimizer, weights="trainable")
+    trained(model, optimizer)
+    save_checkpoint(path, model, optimizer, weights="trainable")
     other, again = gradual(make)
     again.init(other.trainable_parameters())
     freeze_head(other)
-    load_checkpoint(tmp_path / "run.safetensors", other, again)
+    load_checkpoint(path, other, again)
     assert mx.array_equal(model.layers[2].weight, other.layers[2].weight).item()
 
 
 @pytest.mark.parametrize("make", GRADUAL.values(), ids=GRADUAL)
-def test_save_right_after_unfreezing_loads(make, tmp_path):
+def test_save_right_after_unfreezing_loads(make, path):
     model, optimizer = gradual(make)
-    trained_steps(model, optimizer)
+    trained(model, optimizer)
     model.unfreeze()
-    save_checkpoint(tmp_path / "run.safetensors", model, optimizer)
+    save_checkpoint(path, model, optimizer)
     other, again = gradual(make)
     other.unfreeze()
-    load_checkpoint(tmp_path / "run.safetensors", other, again)
+    load_checkpoint(path, other, again)
 
 
 class OddState(SignSGD):
@@ -1243,19 +1105,19 @@ class OddState(SignSGD):
         return parameter - state["scale"] * m
 
 
-def test_tuples_and_numbers_in_a_state_are_restored(tmp_path):
+def test_tuples_and_numbers_in_a_state_are_restored(path):
     def make():
         mx.random.seed(0)
         return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), OddState(0.1)
 
     model, optimizer = make()
-    trained_steps(model, optimizer, 2)
-    save_checkpoint(tmp_path / "run.safetensors", model, optimizer)
-    trained_steps(model, optimizer, 2)
+    trained(model, optimizer, 2)
+    save_checkpoint(path, model, optimizer)
+    trained(model, optimizer, 2)
     other, again = make()
-    load_checkpoint(tmp_path / "run.safetensors", other, again)
+    load_checkpoint(path, other, again)
     assert isinstance(again.state["layers"][0]["weight"]["scale"], float)
-    trained_steps(other, again, 2)
+    trained(other, again, 2)
     assert mx.array_equal(model.layers[0].weight, other.layers[0].weight).item()
 
 
@@ -1278,14 +1140,14 @@ def test_file_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
     assert model.weight[0, 0].item() == 1
 
 
-def test_other_averages_and_functions_are_differences(tmp_path):
+def test_other_averages_and_functions_are_differences(path):
     def one(x):
         return x
 
     def two(x):
         return x
 
-    model, path = nn.Linear(6, 6, bias=False), tmp_path / "run.safetensors"
+    model = nn.Linear(6, 6, bias=False)
     average = WeightAverage(model, 0.99, start=100)
     save_checkpoint(path, model, Muon(method=one), average=average)
     load_checkpoint(path, model, Muon(method=one), average=WeightAverage(model, 0.99, start=100))
@@ -1293,10 +1155,3 @@ def test_other_averages_and_functions_are_differences(tmp_path):
         load_checkpoint(path, model, Muon(method=one), average=WeightAverage(model, start=100))
     with pytest.raises(CheckpointError, match=r"method is .*one' in the file, .*two' here"):
         load_checkpoint(path, model, Muon(method=two), average=average)
-
-
-def test_pipe_is_not_replaced(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="is a device or a pipe"):
-        save_checkpoint(tmp_path / "pipe", nn.Linear(3, 2), SignSGD())
-    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -45,15 +45,9 @@ VARIANTS = {
     "adamw factored": (KINDS["adamw"], {"factored": True, "state_dtype": "int4"}),
     "signsgd sparse": (KINDS["signsgd"], {"sparse_rows": True}),
 }
-# Those whose kernels differ. Frequency bands are compiled in test_momentum.py.
-COMPILED = [
-    "orthomaxfactor",
-    "maxfactor cautious",
-    "adafactor rate",
-    "muon 8 bits",
-    "adamw factored",
-    "signsgd sparse",
-]
+# Those whose kernels differ
+COMPILED = ["orthomaxfactor", "maxfactor cautious", "adafactor rate", "muon 8 bits"]
+COMPILED += ["adamw factored", "signsgd sparse", "maxfactor fam"]
 
 
 def variant(name, **overrides):
@@ -174,14 +168,6 @@ def test_parameters_unfrozen_after_init_are_updated(make):
     assert moved["layers"][1] == {}
 
 
-@pytest.mark.compiled
-def test_shapeless_compilation_is_refused_by_mlx(make):
-    optimizer, tree = make(), {k: mx.array(parameter((4, 3))) for k in "vw"}
-    step: Any = mx.compile(lambda tree: optimizer.apply_gradients(tree, tree), shapeless=True)
-    with pytest.raises(ValueError, match="cannot infer output shapes"):
-        step(tree)
-
-
 def test_fp16_parameters_stay_finite_at_their_limit(make):
     p = {"w": mx.full((4, 4), 65504.0, mx.float16)}
     for _ in range(3):
@@ -202,14 +188,11 @@ def test_assigned_state_is_copied_and_must_be_complete(make):
         a.state = {}
 
 
-def test_frozen_module_can_be_called_step(make):
+def test_only_a_frozen_module_can_be_called_step(make):
     optimizer = make()
     tree = {"step": {}, "w": mx.ones((2, 3))}
     optimizer.apply_gradients(tree, tree)
     assert optimizer.step.item() == 1
-
-
-def test_parameter_called_step_is_refused(make):
     with pytest.raises(ValueError, match="'step' is reserved by the optimizer"):
         make().init({"step": mx.zeros((2, 2))})
 
@@ -313,22 +296,6 @@ def test_compiled_equals_eager_in_one_trace(name):
     assert close(flat(eager[0]), flat(compiled[0]), 2e-5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_resumed_training_is_exact(name):
-    model, loss, optimizer = build(name)
-    train(model, loss, optimizer, 6)
-    weights = tree_map(lambda a: a, model.parameters())
-    state = copy.deepcopy(optimizer.state)
-    train(model, loss, optimizer, 6)
-
-    resumed, loss, optimizer = build(name)
-    resumed.update(weights)
-    optimizer.state = state
-    train(resumed, loss, optimizer, 6)
-    for path, array in flat(model).items():
-        assert np.array_equal(array, flat(resumed)[path])
-
-
 @pytest.mark.compiled
 @pytest.mark.parametrize("routed", [False, True], ids=["bare", "routed"])
 def test_assigned_state_reaches_a_compiled_step(routed):
@@ -361,16 +328,8 @@ def test_assigned_state_reaches_a_compiled_step(routed):
 
 def test_training_lowers_the_loss(make):
     model, loss = regression()
-    optimizer = make()
-    rate = {
-        "OrthoMaxFactor": 0.03,
-        "MaxFactor": 0.03,
-        "Adafactor": 0.03,
-        "SignSGD": 0.003,
-        "Muon": 0.02,
-        "AdamW": 0.01,
-    }
-    optimizer = make(learning_rate=warmup_cosine(rate[type(optimizer).__name__], 200, 10))
+    rate = {"SignSGD": 0.003, "AdamW": 0.01}.get(type(make()).__name__, 0.03)
+    optimizer = make(learning_rate=warmup_cosine(rate, 200, 10))
     if getattr(optimizer, "relative_step", False) and isinstance(optimizer, MaxFactor):
         # α = min(η, 1e-6 · t · RMS(p)): the published warm-up makes tiny steps for 10^4 steps.
         optimizer.init(model.trainable_parameters())
@@ -570,42 +529,3 @@ def test_subclass_can_use_the_method_signatures_of_mlx(name):
     steps = [np.array(w - weight(matrix())) for w in moved]
     assert np.allclose(2 * steps[0], steps[1], atol=1e-5)
     assert np.any(steps[0])
-
-
-class Mixed(nn.Module):
-    """Layers in three dtypes; some arrays have three axes or a single element."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(9, 8)
-        self.layers = [nn.Conv1d(8, 6, 3), nn.Linear(6, 8), nn.Linear(1, 1), nn.Linear(8, 8)]
-        self.norm, self.scale = nn.RMSNorm(8), mx.array([1.5])
-        self.layers[0].set_dtype(mx.bfloat16)
-        self.layers[1].set_dtype(mx.float16)
-        self.layers[2].set_dtype(mx.bfloat16)
-
-
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("hidden", OPTIMIZERS)
-def test_routed_optimizer_accepts_every_dtype_shape_and_view(hidden, view):
-    def trained(see):
-        mx.random.seed(0)
-        model = Mixed()
-        optimizer = create_optimizer(model, hidden, max_grad_norm=1.0, skip_nonfinite=True)
-        keys = iter(mx.random.split(mx.random.key(1), 60))
-        before = dict(tree_flatten(model.parameters()))
-        for _ in range(3):
-            tree = model.trainable_parameters()
-            gradients = tree_map(lambda p: mx.random.normal(p.shape, key=next(keys)), tree)
-            optimizer.update(model, tree_map(lambda g: see(g) if g.ndim > 1 else g, gradients))
-        after = dict(tree_flatten(model.parameters()))
-        for path, old in before.items():
-            assert (after[path].dtype, after[path].shape) == (old.dtype, old.shape)
-            assert mx.all(mx.isfinite(after[path])).item()
-            # In bf16 a small update may be rounded away.
-            assert old.dtype != mx.float32 or not mx.array_equal(after[path], old).item(), path
-        return {path: np.array(x.astype(mx.float32)) for path, x in after.items()}
-
-    plain, viewed = trained(lambda g: g), trained(VIEWS[view])
-    for path, array in plain.items():
-        assert np.allclose(array, viewed[path], rtol=1e-2, atol=1e-3), path

@@ -101,41 +101,28 @@ DENSE_FIRST |= {"hidden_size": 128, "num_hidden_layers": 8, "intermediate_size":
 DENSE_FIRST |= {"model_type": "deepseek_v3"}
 
 
+DENSE_LAYERS = [
+    ({"first_k_dense_replace": 1}, -1),
+    ({"first_k_dense_replace": 3}, -1),
+    ({"first_k_dense_replace": 3, "intermediate_size": 2048}, -1),
+    ({"first_k_dense_replace": 3, "intermediate_size": 2048}, 4),
+]
+
+
 @pytest.mark.compiled
 @pytest.mark.examples
 @pytest.mark.parametrize(
-    ("change", "trained"),
-    [
-        ({"first_k_dense_replace": 1}, -1),
-        ({"first_k_dense_replace": 3}, -1),
-        ({"first_k_dense_replace": 3, "intermediate_size": 2048}, -1),
-        ({"first_k_dense_replace": 3, "intermediate_size": 2048}, 4),
-    ],
-    ids=["one dense", "three dense", "wide", "wide, frozen"],
+    ("change", "trained"), DENSE_LAYERS, ids=["one dense", "three dense", "wide", "wide, frozen"]
 )
 def test_layers_that_differ_are_measured_by_kind(change, trained):
     request = memory_estimate.Request(
-        DENSE_FIRST | change,
-        num_layers=trained,
-        batch_size=2,
-        max_seq_length=128,
-        dtype="float32",
+        DENSE_FIRST | change, num_layers=trained, batch_size=2, max_seq_length=128, dtype="float32"
     )
     dense = change["first_k_dense_replace"]
     assert kinds_of(request.base()) == [list(range(dense)), list(range(dense, 8))]
     real = compare_memory.real_peak(request)
     # Peaks on a CPU vary by a few percent, because MLX allocates ahead.
     assert memory_estimate.estimate(request).peak == pytest.approx(real, rel=0.1)
-
-
-def test_layers_that_differ_in_size_alone_count_by_their_size():
-    config = {"model_type": "openelm", "model_dim": 256, "num_transformer_layers": 8}
-    config = compare_memory.SHARED | compare_memory.MODELS["openelm"] | config
-    model = memory_estimate.Request(config).base()
-    plan = plan_of(model, 8, False, False)
-    assert kinds_of(model) == [[7, 6, 5, 4, 3, 2, 1, 0]]
-    assert plan.kept == [[7], [7, 6]]
-    assert 3 < plan.weights[1] < 7  # seven further layers, all of them smaller
 
 
 UNLIKE_LLAMA = ["gpt2", "openelm", "mamba2", "gpt_oss", "gemma4_text", "granitemoehybrid"]
@@ -214,15 +201,14 @@ GPT_OSS = next(r for r, name in compare_memory.requests() if name == "gpt_oss").
 OTHERS = "model.layers.*.self_attn", "model.layers.*.mlp.router"
 
 
-@pytest.mark.parametrize(
-    ("config", "theirs", "quantized"),
-    [
-        (GPT_OSS, {"quant_method": "mxfp4", "modules_to_not_convert": OTHERS}, ".experts."),
-        (CONFIG, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "nothing"),
-        (CONFIG, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nothing"),
-    ],
-    ids=["gpt-oss", "fp8", "bitsandbytes"],
-)
+OTHER_PROGRAMS = [
+    (GPT_OSS, {"quant_method": "mxfp4", "modules_to_not_convert": OTHERS}, ".experts."),
+    (CONFIG, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "nothing"),
+    (CONFIG, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nothing"),
+]
+
+
+@pytest.mark.parametrize(("config", "theirs", "quantized"), OTHER_PROGRAMS)
 def test_other_programs_leave_embeddings_and_named_modules_alone(config, theirs, quantized):
     config = config | {"tie_word_embeddings": False, "quantization_config": theirs}
     model = memory_estimate.Request(config).base()
@@ -253,14 +239,17 @@ def test_guard_and_accumulated_gradients_need_memory():
     assert step(skip_nonfinite=False, grad_accumulation_steps=2) > 1.5 * released
 
 
+QUANTIZATIONS = [
+    ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, 0.160),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, 0.246),
+    ({"quantization": {"group_size": 64, "bits": 4}}, 0.183),
+    ({"quantization": {"group_size": 64, "bits": 4, "model.embed_tokens": False}}, 0.267),
+]
+
+
 @pytest.mark.parametrize(
     ("quantization", "share"),
-    [
-        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, 0.160),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.246),
-        ({"quantization": {"group_size": 64, "bits": 4}}, 0.183),
-        ({"quantization": {"group_size": 64, "bits": 4, "model.embed_tokens": False}}, 0.267),
-    ],
+    QUANTIZATIONS,
     ids=["mxfp4", "as on the hub", "affine", "embedding not quantized"],
 )
 def test_quantized_weights_follow_the_config(quantization, share):
@@ -341,31 +330,21 @@ def test_optimizer_asked_for_is_in_the_table_whatever_it_is(folder, capsys):
     assert "2 batches an update" in out
 
 
-def test_fits_command_prints_parts_macs_and_suggestions(folder, capsys):
+def test_answer_parts_macs_and_suggestions_are_printed(folder, capsys):
     arguments = ["fits", str(folder), "--max-seq-length", "128"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
+    first, *_, last = out.splitlines()
+    assert first.startswith(f"{folder.name}, float32, LoRA, 4 x 128 tokens: 0.")
+    assert first.endswith(" GB, fits a 8 GB Mac")
+    assert f"for {memory_estimate.device_name()}: measured there with" in last
     for text in ("weights", "optimizer state", "mlx_adamw", "8 GB", "fits: ", "2 and 4 layers"):
         assert text in out
-    assert main([*arguments, "--memory", "0.01"]) == 1
+    assert main([*arguments, "--quantize", "8", "--memory", "0.01"]) == 1
     out = capsys.readouterr().out
-    assert "does not fit" in out
+    assert out.startswith(f"{folder.name}, 8 bits, LoRA, 4 x 128 tokens: 0.")
+    assert out.splitlines()[0].endswith(" GB, does not fit a 0.01 GB Mac")
     assert "--batch-size 1 --grad-accumulation-steps 4: " in out
-
-
-def test_first_line_is_the_answer_in_one_sentence(folder, capsys):
-    arguments = ["fits", str(folder), "--max-seq-length", "64"]
-    assert main(arguments) == 0
-    start = f"{folder.name}, float32, LoRA, 4 x 64 tokens: 0."
-    first, *rest = capsys.readouterr().out.splitlines()
-    assert first.startswith(start)
-    assert first.endswith(" GB, fits a 8 GB Mac")
-    assert f"for {memory_estimate.device_name()}: measured there with" in rest[-1]
-    arguments += ["--quantize", "8", "--batch-size", "1", "--memory", "0.001"]
-    assert main(arguments) == 1
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith(f"{folder.name}, 8 bits, LoRA, 64 tokens: 0.")
-    assert first.endswith(" GB, does not fit a 0.001 GB Mac")
 
 
 def test_mlx_lm_yaml_file_is_read(folder, tmp_path):
@@ -385,22 +364,16 @@ def test_quantize_in_a_file_means_four_bits_as_in_lora(quantize, bits, folder, t
     assert fits.request_of({"config": str(path)})[0].bits == bits
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("max_seq_length: 0", "max_seq_length must be a whole number of at least 1, got 0"),
-        ("max_seq_length: 1", "max_seq_length must be a whole number of at least 2, got 1"),
-        ("grad_accumulation_steps: 0", "grad_accumulation_steps must be a whole number"),
-        ("batch_size: '1'", "batch_size must be a whole number of at least 1, got '1': leave out"),
-        ("optimizer_config: [adam]", "optimizer_config must map names to values, got ['adam']"),
-        ("grad_checkpoint: 'false'", "grad_checkpoint must be True or False, got 'false'"),
-        ("num_layers: 2.5", "num_layers must be a whole number of at least -1, got 2.5"),
-        ("lora_parameters: {rank: '4'}", "lora_parameters: rank must be a whole number"),
-        ("fine_tune_type: LoRA", "fine_tune_type must be one of"),
-        ("quantize: 16", "quantize must be one of 2, 3, 4, 5, 6, 8, got 16"),
-        ("max_seq_length: .inf", "max_seq_length must be a whole number of at least 1, got inf"),
-    ],
-)
+WRONG_LINES = [
+    ("max_seq_length: 1", "max_seq_length must be a whole number of at least 2, got 1"),
+    ("num_layers: 2.5", "num_layers must be a whole number of at least -1, got 2.5"),
+    ("fine_tune_type: LoRA", "fine_tune_type must be one of"),
+    ("quantize: 16", "quantize must be one of 2, 3, 4, 5, 6, 8, got 16"),
+    ("max_seq_length: .inf", "max_seq_length must be a whole number of at least 1, got inf"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG_LINES)
 def test_values_of_a_file_are_checked_as_those_of_lora(line, message, folder, tmp_path, capsys):
     path = tmp_path / "lora.yaml"
     path.write_text(f"model: {folder}\n{line}\n")
@@ -423,47 +396,36 @@ def test_a_longer_sequence_never_needs_less():
     assert np.all(np.diff(longer) > 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give a model"),
-        (["nowhere"], "there is no nowhere/config.json"),
-        (["{folder}/broken"], "Expecting property name"),
-        (["{folder}/empty"], "must map names to values, with model_type among them"),
-        (["{folder}/unknown"], "Model type nonesuch not supported"),
-        (["{folder}/short"], "short/config.json: ModelArgs.__init__() missing"),
-        (["{folder}/negative"], "negative/config.json: vocab_size must be a whole number"),
-        (["{folder}/none"], "none/config.json: vocab_size must be a whole number"),
-        (["{folder}/list"], "must map names to values, with model_type among them"),
-        (["{folder}/number"], "number/config.json"),
-        (["{folder}/heads"], "heads/config.json: "),
-        (["{folder}/huge"], "do not fit on this device"),
-        (["{folder}/bits", "--quantize", "4"], "it is quantized already (bits: 8): leave out"),
-        (["{folder}", "--batch-size", "99999999"], "do not fit on this device"),
-        (["{folder}", "--optimizer", "mouon"], "got 'mouon'"),
-        (["{folder}", "--option", "speed=9"], "speed"),
-        (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
-        (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
-        (["{folder}", "--memory", "nan"], "memory must be a number above 0, got nan"),
-        (["{folder}", "--quantize", "1"], "quantize must be one of"),
-        (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
-        (["{folder}", "--optimizer", "sgd", "--option", "speed=9"], "speed"),
-    ],
-    ids=str,
-)
+WRONG_INPUT = [
+    ([], "give a model"),
+    (["nowhere"], "there is no nowhere/config.json"),
+    (["{folder}/broken"], "Expecting property name"),
+    (["{folder}/empty"], "must map names to values, with model_type among them"),
+    (["{folder}/unknown"], "Model type nonesuch not supported"),
+    (["{folder}/short"], "short/config.json: ModelArgs.__init__() missing"),
+    (["{folder}/negative"], "negative/config.json: vocab_size must be a whole number"),
+    (["{folder}/huge"], "do not fit on this device"),
+    (["{folder}/bits", "--quantize", "4"], "it is quantized already (bits: 8): leave out"),
+    (["{folder}", "--batch-size", "99999999"], "do not fit on this device"),
+    (["{folder}", "--optimizer", "mouon"], "got 'mouon'"),
+    (["{folder}", "--option", "speed=9"], "speed"),
+    (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
+    (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
+    (["{folder}", "--quantize", "1"], "quantize must be one of"),
+    (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_INPUT, ids=str)
 def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, capsys):
     contents = {"broken": "{model: 1}", "empty": "{}", "short": '{"model_type": "llama"}'}
     changed = {
         "unknown": {"model_type": "nonesuch"},
         "negative": {"vocab_size": -5},
-        "none": {"vocab_size": 0},
-        "number": {"model_type": 7},
-        "heads": {"num_attention_heads": 0},
         "huge": {"hidden_size": 1 << 22},
         "bits": {"quantization": {"group_size": 32, "bits": 8}},
     }
     contents |= {name: json.dumps(CONFIG | values) for name, values in changed.items()}
-    contents["list"] = "[1]"
     for name, text in contents.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(text)

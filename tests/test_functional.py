@@ -25,15 +25,6 @@ def test_orthogonalizers_equal_their_twins(name, shape, steps):
 
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-def test_orthogonal_matrix_keeps_its_singular_vectors(name):
-    q, _ = np.linalg.qr(parameter((9, 9)))
-    result = np.array(ORTHOGONALIZERS[name][0](mx.array(q)))
-    scale = np.trace(q.T @ result) / 9
-    assert np.allclose(result, scale * q, atol=1e-5)
-    assert 0.6 < scale < 1.3
-
-
-@pytest.mark.parametrize("name", ORTHOGONALIZERS)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1.0, 1e12, 1e30])
 def test_orthogonalizers_do_not_depend_on_the_scale(name, magnitude):
     # The square of 1e30 or 1e-30 is not a float32: a plain Frobenius norm gives 0 or NaN.
@@ -117,20 +108,6 @@ def test_polar_express_table_is_minimax():
         assert np.allclose(ours, twin, rtol=tolerance)
 
 
-def test_polar_express_is_more_accurate_than_newton_schulz():
-    x = mx.array(parameter((64, 64)))
-    errors = {}
-    for name, (orthogonalize, _) in ORTHOGONALIZERS.items():
-        values = np.linalg.svd(np.array(orthogonalize(x)), compute_uv=False)
-        errors[name] = np.sqrt(np.mean((values - 1) ** 2))
-    assert errors["polar_express"] < errors["newton_schulz"]
-
-
-def test_more_polar_express_steps_reach_smaller_singular_values():
-    x = mx.diag(mx.array([1.0, 1e-7]))
-    assert mx.allclose(polar_express(x, steps=25), mx.eye(2), atol=1e-4).item()
-
-
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
 @pytest.mark.parametrize("shape", [(2, 4000), (4000, 2)], ids=str)
 def test_gram_matrix_is_computed_on_the_shorter_side(name, shape):
@@ -159,13 +136,6 @@ def test_statistics_move_towards_the_means_of_the_squares():
     for ours, axis in zip(statistics, (1, 0), strict=True):
         mean = np.mean(np.square(g), axis, keepdims=True) + 2.0
         assert np.allclose(ours, 0.75 + 0.25 * mean, rtol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(3, 1), (2, 3, 255), (4, 1000)], ids=str)
-def test_row_squares_equal_numpy(shape):
-    x = parameter(shape)
-    exact = np.sum(np.float64(x) ** 2, axis=-1, keepdims=True)
-    assert np.allclose(np.array(f.row_squares(mx.array(x))), exact, rtol=1e-5)
 
 
 @pytest.mark.parametrize("axes", [None, (-2, -1)])
@@ -224,24 +194,24 @@ def test_bias_correction_is_exact_for_betas_near_one():
     assert f.bias_correction(0.0, mx.array(3.0)).item() == 1.0
 
 
+INVALID_ARGUMENTS = [
+    (mx.ones(3), 5, "x must hold float matrices"),
+    (mx.ones((2, 2), mx.int32), 5, "x must hold float matrices"),
+    (mx.ones((0, 3)), 5, "x must hold float matrices"),
+    (mx.ones((2, 2)), 0, "steps must be at least 1, got 0"),
+    (mx.ones((2, 2)), -1, "steps must be at least 1, got -1"),
+]
+
+
 @pytest.mark.parametrize("orthogonalize", [newton_schulz, polar_express])
-@pytest.mark.parametrize(
-    ("x", "steps", "message"),
-    [
-        (mx.ones(3), 5, "x must hold float matrices"),
-        (mx.ones((2, 2), mx.int32), 5, "x must hold float matrices"),
-        (mx.ones((0, 3)), 5, "x must hold float matrices"),
-        (mx.ones((2, 2)), 0, "steps must be at least 1, got 0"),
-        (mx.ones((2, 2)), -1, "steps must be at least 1, got -1"),
-    ],
-)
+@pytest.mark.parametrize(("x", "steps", "message"), INVALID_ARGUMENTS)
 def test_orthogonalizers_refuse_invalid_arguments(orthogonalize, x, steps, message):
     with pytest.raises(ValueError, match=message):
         orthogonalize(x, steps)
 
 
 def test_product_dtype_must_be_floating_point():
-    with pytest.raises(ValueError, match=r"dtype must be a float's, got .*int32"):
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point dtype, got .*int32"):
         newton_schulz(mx.ones((2, 2)), dtype=mx.int32)
 
 

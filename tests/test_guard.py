@@ -11,13 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from models import Table
 from trajectories import parameter
 
-from mlx_maxfactor import (
-    OPTIMIZERS,
-    GuardedOptimizer,
-    MaxFactor,
-    SignSGD,
-    create_optimizer,
-)
+from mlx_maxfactor import OPTIMIZERS, GuardedOptimizer, MaxFactor, SignSGD, create_optimizer
 from mlx_maxfactor import functional as f
 
 BUILDERS = {
@@ -97,22 +91,6 @@ def test_skipped_step_changes_nothing(name, poison, compiled):
     assert not compiled or len(traces) == 1
 
 
-def test_run_with_skipped_steps_equals_run_without_bad_gradients():
-    results = []
-    for bad in (False, True):
-        mx.random.seed(1)
-        model = Table()
-        optimizer = routed(model, "maxfactor")
-        for seed in range(4):
-            if bad:
-                optimizer.update(model, gradients_of(model, seed, mx.array(float("nan"))))
-            optimizer.update(model, gradients_of(model, seed))
-        results.append(arrays(model, optimizer))
-    good, recovered = results
-    for path, array in good.items():
-        assert "skipped" in path or np.array_equal(array, recovered[path]), path
-
-
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 def test_global_norm_is_computed_in_float32(dtype):
     # MLX's clip_grad_norm returns 16 for a thousand ones in bf16, instead of 31.6.
@@ -157,12 +135,12 @@ def test_huge_finite_gradients_are_not_skipped():
 
 
 def test_count_of_skipped_steps_is_part_of_the_state():
-    optimizer = GuardedOptimizer(SignSGD())
-    tree = {"a": mx.ones(2)}
-    optimizer.apply_gradients({"a": mx.array([float("nan"), 1.0])}, tree)
-    other = GuardedOptimizer(SignSGD())
+    optimizer, other = GuardedOptimizer(SignSGD(), max_skipped=2), GuardedOptimizer(SignSGD())
+    optimizer.apply_gradients({"a": mx.array([float("nan"), 1.0])}, {"a": mx.ones(2)})
     other.state = copy.deepcopy(optimizer.state)
     assert other.skipped.item() == 1
+    optimizer.state = {"states": optimizer.state["states"]}  # of a program without a guard
+    assert optimizer.skipped.item() == 0
 
 
 def test_guard_passes_on_rates_and_steps():
@@ -173,21 +151,6 @@ def test_guard_passes_on_rates_and_steps():
     model = nn.Linear(3, 2)
     optimizer.update(model, tree_map(mx.ones_like, model.parameters()))
     assert optimizer.step.item() == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_grad_norm": 0.0}, r"max_grad_norm must be in \(0, inf\), got 0.0"),
-        ({"skip_nonfinite": "yes"}, "skip_nonfinite must be True or False, got 'yes'"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        GuardedOptimizer(SignSGD(), **options)
-    with pytest.raises(ValueError, match=message):
-        create_optimizer(Table(), **options)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["fp16", "bf16"])
@@ -248,6 +211,9 @@ def test_too_many_skipped_steps_in_a_row_raise_one_error(compiled):
         "3 steps in a row were skipped: their gradients held an inf or a NaN; the model is as it "
         "was after update 1"
     )
+    if not compiled:  # an eager loop raises though nobody reads the count
+        with pytest.raises(FloatingPointError, match=message):
+            step(bad)
     with pytest.raises(FloatingPointError, match=message):
         _ = optimizer.skipped
     assert "max_skipped=3" in repr(optimizer)
@@ -268,16 +234,6 @@ def test_float32_gradient_changes_no_dtype(make, limit):
         p = optimizer.apply_gradients({"w": mx.array([first, 1.0])}, p)
     assert p["w"].dtype == mx.bfloat16
     assert {path: x.dtype for path, x in tree_flatten(optimizer.state)} == before
-
-
-def test_eager_loop_raises_after_the_limit_though_nobody_reads_skipped():
-    model = Table()
-    optimizer = create_optimizer(model, skip_nonfinite=True, max_skipped=5)
-    bad = gradients_of(model, poison=float("nan"))
-    for _ in range(5):
-        optimizer.update(model, bad)
-    with pytest.raises(FloatingPointError, match="5 steps in a row were skipped"):
-        optimizer.update(model, bad)
 
 
 class Updating(mlx_optimizers.Optimizer):
@@ -331,14 +287,6 @@ def test_failed_update_restores_the_state_of_nested_members(monkeypatch):
         monkeypatch.setattr(Broken, "on", False)
         after = dict(tree_flatten(optimizer.state))
         assert all(mx.array_equal(x, after[path]).item() for path, x in before.items())
-
-
-def test_count_starts_at_zero_if_the_state_has_none():
-    optimizer = GuardedOptimizer(SignSGD(), max_skipped=2)
-    p = {"b": mx.ones(2)}
-    optimizer.apply_gradients({"b": mx.array([float("nan"), 1.0])}, p)
-    optimizer.state = {"states": optimizer.state["states"]}
-    assert optimizer.skipped.item() == 0
 
 
 def test_guarded_multi_optimizer_counts_steps_and_takes_a_state():

@@ -79,17 +79,16 @@ def test_every_parameter_of_a_tree_moves():
         assert mx.all(p < 1).item()
 
 
-@pytest.mark.parametrize(
-    ("shape", "layout", "floats"),
-    [
-        ((48, 32), "batched", 80),
-        ((3, 48, 32), "experts", 240),
-        ((16, 3, 3, 8), "conv", 88),
-        ((48,), "batched", 48),
-        ((), "batched", 1),
-    ],
-    ids=str,
-)
+STATE_SIZES = [
+    ((48, 32), "batched", 80),
+    ((3, 48, 32), "experts", 240),
+    ((16, 3, 3, 8), "conv", 88),
+    ((48,), "batched", 48),
+    ((), "batched", 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "floats"), STATE_SIZES, ids=str)
 def test_state_of_a_matrix_is_its_row_and_column_statistics(shape, layout, floats):
     # All three published versions keep a full second moment for every matrix, and never use it.
     state = {}
@@ -130,14 +129,6 @@ def test_step_does_not_depend_on_the_gradient_scale(scale):
 # Step size and options
 
 
-def test_min_rms_enlarges_the_step_of_a_zero_matrix():
-    g, zero = {"lora_b": mx.array(parameter((4, 6)))}, {"lora_b": mx.zeros((4, 6))}
-    bare = MaxFactor().apply_gradients(g, zero)["lora_b"]
-    floored = MaxFactor(min_rms=0.1).apply_gradients(g, zero)["lora_b"]
-    assert mx.max(mx.abs(bare)).item() == pytest.approx(1e-6, rel=1e-5)
-    assert mx.max(mx.abs(floored)).item() == pytest.approx(1e-3, rel=1e-5)
-
-
 def test_effective_learning_rate_is_the_size_of_the_next_update():
     optimizer = MaxFactor(lambda step: 0.03 / (step + 1), weight_decay=0.0)
     tree = {"w": mx.array(parameter((6, 5))), "b": mx.zeros(5)}
@@ -149,45 +140,6 @@ def test_effective_learning_rate_is_the_size_of_the_next_update():
             # A difference of parameters near 1, each rounded to 6e-8; steps are 1e-2.
             assert step == pytest.approx(rates[key], rel=2e-5)
         tree = moved
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"learning_rate": -1.0}, r"learning_rate must be in \[0, inf\), got -1.0"),
-        (
-            {"learning_rate": "fast"},
-            "learning_rate must be a number or a function of the step, got 'fast'",
-        ),
-        ({"learning_rate": float("nan")}, "learning_rate must be in .*, got nan"),
-        ({"momentum": 2.0}, r"momentum must be in \[0, 1\), got 2.0"),
-        ({"momentum": True}, "momentum must be in .*, got True"),
-        ({"beta2_decay": 0.8}, r"beta2_decay must be in \[-1, 0\), got 0.8"),
-        ({"beta2_bounds": (0.9, 0.1)}, "beta2_bounds must rise"),
-        ({"beta2_bounds": 0.9}, "beta2_bounds must be a pair of numbers, got 0.9"),
-        ({"eps": (0.0, 1e-4)}, r"eps\[0\] must be in \[1e-15, inf\), got 0.0"),
-        ({"eps": (1e-10, -1.0)}, r"eps\[1\] must be in"),
-        ({"d": 0.0}, r"d must be in \(0, inf\), got 0.0"),
-        ({"weight_decay": -0.1}, "weight_decay must be in"),
-        ({"gamma": 1.0}, r"gamma must be in \[0, 1\), got 1.0"),
-        ({"min_lr": -1e-7}, "min_lr must be in"),
-        ({"scalar_boost": 0.0}, "scalar_boost must be in"),
-        ({"clip_threshold": 0.0}, "clip_threshold must be in"),
-        ({"eps_rms": -1.0}, "eps_rms must be in"),
-        ({"min_rms": -1.0}, "min_rms must be in"),
-        ({"maximize": 1}, "maximize must be True or False, got 1"),
-        ({"nesterov": True}, "nesterov=True needs momentum"),
-        ({"cautious": True}, "cautious=True needs momentum"),
-        (
-            {"layout": "rows"},
-            "layout must be one of 'batched', 'experts', 'conv', 'transposed', got 'rows'",
-        ),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        MaxFactor(**options)
 
 
 @pytest.mark.parametrize("name", ["early", "hub", "speech"])

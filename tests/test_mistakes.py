@@ -12,6 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
+from mlx.optimizers import MultiOptimizer
 from mlx.utils import tree_flatten, tree_map
 from models import Table
 
@@ -25,6 +26,7 @@ from mlx_maxfactor import (
     OrthoMaxFactor,
     Schedule,
     SignSGD,
+    WeightAverage,
     _validate,
     adaptive_schedule,
     create_optimizer,
@@ -81,70 +83,31 @@ MISTAKES = {
     "case": (lambda: create("AdamW"), f"^{CHOICES}, got 'AdamW' .did you mean 'adamw'"),
     "capitals": (lambda: create("MUON"), "got 'MUON' .did you mean 'muon'"),
     "typo": (lambda: create("maxfacter"), f"^{CHOICES}, got 'maxfacter' .did you mean 'maxfactor'"),
-    "rest's typo": (
-        lambda: create(rest="adamv"),
-        "^rest must .* got 'adamv' .did you mean 'adamw'",
-    ),
     "list": (lambda: create(["muon"]), rf"^{CHOICES}, got \['muon'\] .did you mean 'muon'"),
     "class": (
         lambda: create(MaxFactor),
         rf"^{CHOICES}, got the class MaxFactor: .* MaxFactor\(...\), or the name 'maxfactor'$",
     ),
-    "mlx's class": (
-        lambda: create(rest=mlx_optimizers.Muon),
-        r"^rest .* got the class Muon: pass an instance, Muon\(...\), or the name 'muon'$",
-    ),
-    "mlx's other class": (
-        lambda: create(mlx_optimizers.Lion),
-        r"got the class Lion: pass an instance, Lion\(...\)$",
-    ),
-    "rule's case": (
-        lambda: create(rules={"head": "Muon"}),
-        "^rule 'head' must give an optimizer or one of .* got 'Muon' .did you mean 'muon'",
-    ),
-    "rule's list": (
-        lambda: create(rules={"head": ["muon"]}),
-        r"got \['muon'\] .did you mean 'muon'",
-    ),
-    "rule's class": (
-        lambda: create(rules={"head": Muon}),
-        r"^rule 'head' .* got the class Muon: pass an instance, Muon\(...\), or the name 'muon'$",
-    ),
-    "preset": (lambda: MaxFactor.preset("Hub"), "^preset must be .* got 'Hub' .did you mean 'hub'"),
     "method": (
         lambda: create("muon", method="newton_schultz"),
         "^method must be one of .* got 'newton_schultz' .did you mean 'newton_schulz'",
     ),
-    "rounding": (lambda: create(rounding="Nearest"), "^rounding must .* .did you mean 'nearest'"),
     "rounding of instances": (
         lambda: create(MaxFactor(), AdamW(), rounding="chance"),
         "^rounding must be one of 'nearest', 'stochastic', got 'chance'$",
     ),
-    "step": (
-        lambda: create(step="row_max"),
-        "^orthomaxfactor has no option 'step': the orthogonal",
-    ),
+    "step": (lambda: create(step="row_max"), "maxfactor has no option 'step': the orthogonal"),
     # Options
-    "lr": (
-        lambda: create(lr=0.1),
-        "^orthomaxfactor has no option 'lr': its rate is learning_rate$",
-    ),
+    "lr": (lambda: create(lr=0.1), "has no option 'lr': its rate is learning_rate$"),
     "rest's lr": (
         lambda: create(rest_options={"lr": 0.1}),
-        "^adamw has no option 'lr': its rate is rest_learning_rate$",
+        "'lr': its rate is rest_learning_rate$",
     ),
     "betas": (
         lambda: create("muon", betas=(0.9, 0.99)),
         r"^muon has no option 'betas'; adamw has: give rest_options={'betas': ...} to create_opt",
     ),
-    "rest's momentum": (
-        lambda: create(rest_options={"momentum": 0.9}),
-        "^adamw has no option 'momentum'; orthomaxfactor has: give momentum=... to create_",
-    ),
-    "option's case": (
-        lambda: create(Momentum=0.9),
-        "no option 'Momentum' .did you mean 'momentum'",
-    ),
+    "option's case": (lambda: create(Momentum=0.9), "'Momentum' .did you mean 'momentum'"),
     "long value": (
         lambda: create(momentum=mx.zeros(10_000)),
         r"^momentum must .* got array.{,99}$",
@@ -154,59 +117,27 @@ MISTAKES = {
         lambda: create(learning_rate=mx.array(-1.0)),
         rf"^learning_rate {NEGATIVE}1.0$",
     ),
-    "negative array, bare": (lambda: Muon(mx.array(-1.0)), f"^learning_rate {NEGATIVE}1.0$"),
-    "negative array, set": (lambda: set_rate(mx.array(-1.0)), f"^learning_rate {NEGATIVE}1.0$"),
-    "negative rest": (
-        lambda: create(rest_learning_rate=mx.array(-1.0)),
-        f"^rest_learning_rate {NEGATIVE}1.0$",
-    ),
     "nan": (lambda: create(learning_rate=float("nan")), r"^learning_rate must .* got nan$"),
-    "nan array": (lambda: AdamW(mx.array(float("nan"))), r"^learning_rate must .* got nan$"),
-    "nan schedule": (
-        lambda: AdamW(lambda step: float("nan")),
-        "^learning_rate, at step 0, .* got nan",
-    ),
     "negative schedule": (
         lambda: create(learning_rate=lambda step: -0.1 * (step + 1)),
         f"^learning_rate, at step 0, {NEGATIVE}0.1",
     ),
-    "negative schedule, bare": (lambda: SignSGD(ascending), f"at step 0, {NEGATIVE}0.1"),
     "negative schedule, set": (lambda: set_rate(ascending), f"at step 0, {NEGATIVE}0.1"),
     "negative later": (
         lambda: Muon(mlx_optimizers.linear_schedule(1e-2, -1e-2, 50)),
         f"^learning_rate, at step 100, {NEGATIVE}0.01",
     ),
-    "negative in a part": (
-        lambda: create(
-            learning_rate=mlx_optimizers.join_schedules(
-                [lambda step: 0.1 + 0 * step, mlx_optimizers.cosine_decay(-1e-2, 100)], [0]
-            )
-        ),
-        f"^learning_rate, at step 0, {NEGATIVE}0.01",
-    ),
     "schedule of None": (
         lambda: create(learning_rate=lambda s: None),
         f"^learning_rate {NUMBER} None$",
     ),
-    "schedule of text": (lambda: AdamW(lambda s: "0.1"), f"^learning_rate {NUMBER} '0.1'$"),
     "schedule of two": (
         lambda: create(rest_learning_rate=lambda s: mx.array([0.1, 0.2])),
         rf"^rest_learning_rate {NUMBER} array\(\[0.1, 0.2\]",
     ),
-    "schedule of two, set": (lambda: set_rate(lambda s: (0.1, 0.2)), NUMBER + r" \(0.1, 0.2\)$"),
-    "rate of two": (
-        lambda: AdamW(mx.array([0.1, 0.2])),
-        "^learning_rate must be a number or a func",
-    ),
+    "rate of two": (lambda: AdamW(mx.array([0.1, 0.2])), "^learning_rate must be a number"),
     "unknown peak": (
         lambda: create(learning_rate=lambda step: 0.1, rest_learning_rate=0.01),
-        UNKNOWN_PEAK,
-    ),
-    "unknown peak of a part": (
-        lambda: create(
-            learning_rate=mlx_optimizers.join_schedules([ascending, lambda s: 0.1 * s], [0]),
-            rest_learning_rate=0.01,
-        ),
         UNKNOWN_PEAK,
     ),
     "no peak": (
@@ -217,12 +148,11 @@ MISTAKES = {
     ),
     "long warm-up": (
         lambda: warmup_cosine(1e-3, 1000, 2000),
-        r"^warmup_steps must be at most total_steps \(1000\), got 2000$",
+        r"warmup_steps must .*1000\), got 2000",
     ),
     # Whole numbers
     "seed": (lambda: create(seed=2**40), f"^{SEED} 1099511627776$"),
     "seed, bare": (lambda: AdamW(seed=2**32), f"^{SEED} 4294967296$"),
-    "seed of text": (lambda: create(seed="1"), f"^{SEED} '1'$"),
     "float": (
         lambda: create("muon", steps=np.float32(5)),
         r"^steps must be a whole .* got (np.float32\()?5.0",  # NumPy 1 writes 5.0
@@ -232,24 +162,37 @@ MISTAKES = {
         lambda: create_optimizer(Table().parameters()),
         f"{MODEL} dict: pass the model itself, not its parameters$",
     ),
-    "none": (lambda: create_optimizer(None), f"{MODEL} None$"),
     "model's class": (
         lambda: create_optimizer(Table),
         rf"{MODEL} the class Table: pass an inst.*\)$",
     ),
-    "swapped": (
-        lambda: create_optimizer("muon", Table()),
-        f"{MODEL} 'muon': the model comes first, then the optimizer$",
-    ),
-    "swapped instance": (
-        lambda: create_optimizer(Muon(), Table()),
-        f"{MODEL} Muon.*: the model comes",
-    ),
+    "swapped": (lambda: create_optimizer("muon", Table()), f"{MODEL} 'muon': the model comes"),
     "hrm": (lambda: create_optimizer_for_hrm(Table().parameters()), f"{MODEL} dict: pass the mod"),
     "model twice": (lambda: create(Table()), f"^{CHOICES}, got Table.*$"),
     "frozen": (lambda: create_optimizer(frozen_model()), FROZEN),
     "quantized": (lambda: create_optimizer(quantized_model()), FROZEN),
     "frozen, estimate": (lambda: estimate_state_bytes(frozen_model()), FROZEN),
+    # Schedules and keywords
+    "schedule of a number": (lambda: Schedule(3, "x"), "function must be a function of the step"),
+    "negative peak": (lambda: Schedule(abs, "x", peak=-1.0), r"peak must be in \[0, inf\)"),
+    "text as peak": (lambda: Schedule(abs, "x", peak="1"), r"peak must be in .*, got '1'"),
+    "schedule without a step": (lambda: AdamW(lambda: 1e-3), "function of the step alone"),
+    "function that makes schedules": (lambda: AdamW(warmup_cosine), "function of the step alone"),
+    "model as rate": (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
+    "wrong keyword": (
+        lambda: create_optimizer(Table(), optimizer="muon"),
+        "an optimizer's name goes to hidden",
+    ),
+    "number as option name": (
+        lambda: create_optimizer(Table(), rest_options={1: 2}),
+        "rest_options must map names to values, got the key 1",
+    ),
+    "schedule that is always 0": (
+        lambda: create_optimizer(
+            Table(), learning_rate=mlx_optimizers.cosine_decay(0.0, 100), rest_learning_rate=1e-3
+        ),
+        "rest_learning_rate is a number beside a learning_rate that is always 0",
+    ),
 }
 
 
@@ -259,6 +202,95 @@ def test_mistake_gives_a_one_line_error(mistake):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# Options of the optimizers, schedules and averages
+
+INVALID = [
+    (lambda: MaxFactor(learning_rate=-1.0), r"learning_rate must be in \[0, inf\), got -1.0"),
+    (lambda: MaxFactor(learning_rate="fast"), "learning_rate must be a number or a f.* got 'fast'"),
+    (lambda: MaxFactor(learning_rate=float("nan")), "learning_rate must be in .*, got nan"),
+    (lambda: MaxFactor(momentum=2.0), r"momentum must be in \[0, 1\), got 2.0"),
+    (lambda: MaxFactor(beta2_decay=0.8), r"beta2_decay must be in \[-1, 0\), got 0.8"),
+    (lambda: MaxFactor(beta2_bounds=(0.9, 0.1)), "beta2_bounds must rise"),
+    (lambda: MaxFactor(beta2_bounds=0.9), "beta2_bounds must be a pair of numbers, got 0.9"),
+    (lambda: MaxFactor(eps=(0.0, 1e-4)), r"eps\[0\] must be in \[1e-15, inf\), got 0.0"),
+    (lambda: MaxFactor(eps=(1e-10, -1.0)), r"eps\[1\] must be in"),
+    (lambda: MaxFactor(d=0.0), r"d must be in \(0, inf\), got 0.0"),
+    (lambda: MaxFactor(weight_decay=-0.1), "weight_decay must be in"),
+    (lambda: MaxFactor(gamma=1.0), r"gamma must be in \[0, 1\), got 1.0"),
+    (lambda: MaxFactor(min_lr=-1e-7), "min_lr must be in"),
+    (lambda: MaxFactor(scalar_boost=0.0), "scalar_boost must be in"),
+    (lambda: MaxFactor(clip_threshold=0.0), "clip_threshold must be in"),
+    (lambda: MaxFactor(eps_rms=-1.0), "eps_rms must be in"),
+    (lambda: MaxFactor(min_rms=-1.0), "min_rms must be in"),
+    (lambda: MaxFactor(maximize=1), "maximize must be True or False, got 1"),
+    (lambda: MaxFactor(nesterov=True), "nesterov=True needs momentum"),
+    (lambda: MaxFactor(cautious=True), "cautious=True needs momentum"),
+    (lambda: MaxFactor(layout="rows"), "layout must be one of 'batched', 'ex.* got 'rows'"),
+    (lambda: OrthoMaxFactor(block=0), "block must be a whole number of at least 1, got 0"),
+    (lambda: OrthoMaxFactor(method="svd"), "method must be one of 'newton_sch.* got 'svd'"),
+    (lambda: OrthoMaxFactor(min_rms="zero"), r"min_rms must be in \[0, inf\), got 'zero'"),
+    (lambda: OrthoMaxFactor(eps=0), r"eps must be in \[1e-15, inf\), got 0"),
+    (lambda: Muon(scale="frobenius"), "scale must be one of None, 'spec.* 'frobenius'"),
+    (lambda: Muon(steps=2.5), "steps must be a whole number"),
+    (lambda: AdamW(betas=(0.9, 1.0)), r"betas\[1\] must be in \[0, 1\), got 1.0"),
+    (lambda: AdamW(eps=0.0), r"eps must be in \(0, inf\), got 0.0"),
+    (lambda: AdamW(bias_correction=1), "bias_correction must be True or False, got 1"),
+    (lambda: Adafactor(eps=(0.0, 1e-3)), r"eps\[0\] must be in \(0, inf\), got 0.0"),
+    (lambda: Adafactor(clip_threshold=0.0), r"clip_threshold must be in \(0, inf\), got 0.0"),
+    (lambda: Adafactor(decay_rate=0.8), r"decay_rate must be in \[-1, 0\), got 0.8"),
+    (lambda: SignSGD(sparse_rows="yes"), "sparse_rows must be True or False, got 'yes'"),
+    (lambda: FrequencyAdaptiveMomentum(alpha=1.0), r"alpha must be in \[0, 1\), got 1.0"),
+    (lambda: FrequencyAdaptiveMomentum(beta=1.0), r"beta must be in \[0, 1\), got 1.0"),
+    (lambda: FrequencyAdaptiveMomentum(bands=0), "bands must be a whole number of .* 1, got 0"),
+    (lambda: FrequencyAdaptiveMomentum(blend=1.5), r"blend must be in \[0, 1\], got 1.5"),
+    (lambda: FrequencyAdaptiveMomentum(blend_steps=0), "blend_steps must be a whole number"),
+    (lambda: MaxFactor(momentum="fam"), r"momentum must be in \[0, 1\), got 'fam'"),
+    (lambda: warmup_cosine(0.0, 10, 1), r"learning_rate must be in \(0, inf\), got 0.0"),
+    (lambda: warmup_cosine(1.0, 0, 0), "total_steps must be a whole number of at least 1"),
+    (lambda: warmup_cosine(1.0, 100, 2.5), "warmup_steps must be a whole number"),
+    (lambda: warmup_cosine(1.0, 10, 1, 1.5), r"min_ratio must be in \[0, 1\], got 1.5"),
+    (lambda: warmup_cosine(1.0, 10, 1, start_ratio=-1), "start_ratio must be in"),
+    (lambda: adaptive_schedule(-1.0), "initial_lr must be in"),
+    (lambda: adaptive_schedule(1.0, -1), "warmup_steps must be a whole number"),
+    (lambda: adaptive_schedule(1.0, 1, 2.0), "decay_factor must be in"),
+    (lambda: WeightAverage(nn.Linear(2, 2), decay=1.5), r"decay must be in \(0, 1\], got 1.5"),
+    (lambda: WeightAverage(nn.Linear(2, 2), start=-1), "start must be"),
+    (lambda: WeightAverage(nn.Linear(2, 2), dtype=mx.int8), "dtype must be mx.float32 or mx"),
+    (
+        lambda: GuardedOptimizer(SignSGD(), max_grad_norm=0.0),
+        r"max_grad_norm must be in \(0, inf\)",
+    ),
+    (lambda: GuardedOptimizer(SignSGD(), skip_nonfinite="yes"), "skip_nonfinite must be True or"),
+    (lambda: create(max_grad_norm=0.0), r"max_grad_norm must be in \(0, inf\), got 0.0"),
+    (lambda: create(skip_nonfinite="yes"), "skip_nonfinite must be True or False, got 'yes'"),
+    (lambda: create(total_steps=0), "^total_steps must be a whole number of at least 1, got 0$"),
+    (lambda: create(total_steps=2.5), "^total_steps must be a whole number of at least 1, got"),
+    (lambda: create(total_steps=9, learning_rate=WARM), "total_steps makes one: give .*, its peak"),
+    (lambda: create(total_steps=9, rest_learning_rate=WARM), "rest_learning_rate is a schedule"),
+    (lambda: create(rest=3), "rest must be one of .*, got 3"),
+    (lambda: create(momentm=0.9), "no option 'momentm' .did you mean 'momentum'"),
+    (lambda: create(rest_learning_rate="1e-3"), "rest_learning_rate must be a number or a f"),
+    (lambda: create(hidden=Muon(), learning_rate=0.1), "hidden is an optimizer already: give"),
+    (lambda: create(rest=AdamW(), rest_options={"eps": 1e-6}), "an optimizer already: give eps"),
+    (lambda: create(learning_rate=ascending_later, rest=AdamW(0.1)), "the rate of AdamW is a num"),
+    (lambda: create(hidden=GuardedOptimizer(Muon())), "single optimizer, got GuardedOptim"),
+    (lambda: create(rules={"head": MultiOptimizer([Muon()])}), "single optimizer, got MultiOptim"),
+    (lambda: create(strict=1), "strict must be True or False, got 1"),
+    (lambda: create(rules=["head"]), "rules must map .* to optimizers, got"),
+    (lambda: create(rest_options=3), "rest_options must map names to values, got 3"),
+    (lambda: create(exclude_frist=True), "did you mean 'exclude_first'"),
+    (lambda: SignSGD(rounding="up"), "rounding must be one of 'nearest', 'stochastic', got"),
+    (lambda: MaxFactor(seed=-1), "seed must be a whole number from 0 to 4294967295, got -1"),
+    (lambda: Muon(state_dtype=mx.float16), "state_dtype must be one of .*, got .*float16"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), INVALID)
+def test_invalid_option_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # Accepted values
@@ -316,20 +348,20 @@ WARM = mlx_optimizers.join_schedules(
 )
 
 
-@pytest.mark.parametrize(
-    ("schedule", "peak"),
-    [
-        (mlx_optimizers.cosine_decay(0.02, 100), 0.02),
-        (mlx_optimizers.cosine_decay(0.0, 100, end=0.02), 0.02),
-        (mlx_optimizers.linear_schedule(0.0, 0.02, 100), 0.02),
-        (mlx_optimizers.linear_schedule(0.0, 0.02, 50_000_000), 0.02),
-        (mlx_optimizers.exponential_decay(0.02, 0.9), 0.02),
-        (mlx_optimizers.step_decay(0.02, 0.5, 10), 0.02),
-        (WARM, 0.02),
-        (Schedule(WARM, "half", ratio=0.5), 0.01),
-        (Schedule(lambda step: 0.02 / (step + 1), "inverse", peak=0.02), 0.02),
-    ],
-)
+PEAKS = [
+    (mlx_optimizers.cosine_decay(0.02, 100), 0.02),
+    (mlx_optimizers.cosine_decay(0.0, 100, end=0.02), 0.02),
+    (mlx_optimizers.linear_schedule(0.0, 0.02, 100), 0.02),
+    (mlx_optimizers.linear_schedule(0.0, 0.02, 50_000_000), 0.02),
+    (mlx_optimizers.exponential_decay(0.02, 0.9), 0.02),
+    (mlx_optimizers.step_decay(0.02, 0.5, 10), 0.02),
+    (WARM, 0.02),
+    (Schedule(WARM, "half", ratio=0.5), 0.01),
+    (Schedule(lambda step: 0.02 / (step + 1), "inverse", peak=0.02), 0.02),
+]
+
+
+@pytest.mark.parametrize(("schedule", "peak"), PEAKS)
 def test_rest_learning_rate_given_with_a_schedule_is_the_peak(schedule, peak):
     optimizer = create(learning_rate=schedule, rest_learning_rate=4e-3)
     for step in (0, 29, 30, 60):
@@ -401,56 +433,44 @@ def test_schedule_can_return_a_number_of_any_type():
         assert moved.item() == pytest.approx(-0.5)
 
 
-def test_model_with_one_trainable_array_is_accepted():
-    model = frozen_model()
-    model.linear1.unfreeze(keys=["bias"])
-    assert len(create_optimizer(model).plan) == 1
-
-
 # repr
 
 
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (MaxFactor, "MaxFactor(learning_rate=0.01)"),
-        (OrthoMaxFactor, "OrthoMaxFactor(learning_rate=0.02)"),
-        (
-            lambda: OrthoMaxFactor(0.05, block=64, momentum=0.9, seed=3),
-            "OrthoMaxFactor(learning_rate=0.05, momentum=0.9, block=64)",
-        ),
-        (
-            lambda: OrthoMaxFactor(0.1, state_dtype=mx.int8, rounding="stochastic", seed=3),
-            "OrthoMaxFactor(learning_rate=0.1, state_dtype='int8', rounding='stochastic', seed=3)",
-        ),
-        (
-            lambda: MaxFactor(momentum=FrequencyAdaptiveMomentum(bands=4), eps=(1e-9, 0)),
-            "MaxFactor(learning_rate=0.01, eps=(1e-09, 0.0), "
-            "momentum=FrequencyAdaptiveMomentum("
-            "alpha=0.9, beta=0.999, bands=4, blend=1.0, blend_steps=1))",
-        ),
-        (
-            lambda: Muon(warmup_cosine(0.1, 100, 10), scale="rms", state_dtype=mx.int8),
-            "Muon(learning_rate=warmup_cosine(0.1, 100, 10, 0.1), scale='rms', state_dtype='int8')",
-        ),
-        (Adafactor, "Adafactor(learning_rate=None)"),
-        (lambda: Adafactor(0.1, layout="conv"), "Adafactor(learning_rate=0.1, layout='conv')"),
-        (
-            lambda: AdamW(WARM, betas=[0.9, 0.99]),
-            "AdamW(learning_rate=join_schedules([linear_schedule(end=0.02, init=0.0, steps=30), "
-            "cosine_decay(decay_steps=100, end=0.0, init=0.02)], [30]), betas=(0.9, 0.99))",
-        ),
-        (lambda: SignSGD(ascending_later), "SignSGD(learning_rate=ascending_later)"),
-        (
-            lambda: GuardedOptimizer(SignSGD(), max_grad_norm=1),
-            "GuardedOptimizer(SignSGD(learning_rate=0.01), max_grad_norm=1, skip_nonfinite=True)",
-        ),
-        (
-            lambda: GuardedOptimizer(mlx_optimizers.Lion(0.1), skip_nonfinite=False),
-            "GuardedOptimizer(mlx's Lion)",
-        ),
-    ],
-)
+REPRS = [
+    (
+        lambda: OrthoMaxFactor(0.1, state_dtype=mx.int8, rounding="stochastic", seed=3),
+        "OrthoMaxFactor(learning_rate=0.1, state_dtype='int8', rounding='stochastic', seed=3)",
+    ),
+    (
+        lambda: MaxFactor(momentum=FrequencyAdaptiveMomentum(bands=4), eps=(1e-9, 0)),
+        "MaxFactor(learning_rate=0.01, eps=(1e-09, 0.0), "
+        "momentum=FrequencyAdaptiveMomentum("
+        "alpha=0.9, beta=0.999, bands=4, blend=1.0, blend_steps=1))",
+    ),
+    (
+        lambda: Muon(warmup_cosine(0.1, 100, 10), scale="rms", state_dtype=mx.int8),
+        "Muon(learning_rate=warmup_cosine(0.1, 100, 10, 0.1), scale='rms', state_dtype='int8')",
+    ),
+    (Adafactor, "Adafactor(learning_rate=None)"),
+    (lambda: Adafactor(0.1, layout="conv"), "Adafactor(learning_rate=0.1, layout='conv')"),
+    (
+        lambda: AdamW(WARM, betas=[0.9, 0.99]),
+        "AdamW(learning_rate=join_schedules([linear_schedule(end=0.02, init=0.0, steps=30), "
+        "cosine_decay(decay_steps=100, end=0.0, init=0.02)], [30]), betas=(0.9, 0.99))",
+    ),
+    (lambda: SignSGD(ascending_later), "SignSGD(learning_rate=ascending_later)"),
+    (
+        lambda: GuardedOptimizer(SignSGD(), max_grad_norm=1),
+        "GuardedOptimizer(SignSGD(learning_rate=0.01), max_grad_norm=1, skip_nonfinite=True)",
+    ),
+    (
+        lambda: GuardedOptimizer(mlx_optimizers.Lion(0.1), skip_nonfinite=False),
+        "GuardedOptimizer(mlx's Lion)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "text"), REPRS)
 def test_repr_shows_class_and_changed_options(make, text):
     assert repr(make()) == text
 
@@ -515,19 +535,12 @@ from mlx_maxfactor import MaxFactor, Muon, OptimizerName, OrthoMaxFactor, create
 model = nn.Linear(3, 3)
 create_optimizer(model, "mouon")  # wrong
 create_optimizer(model, rest="AdamW")  # wrong
-create_optimizer(model, MaxFactor)  # wrong
 create_optimizer(model, ["muon"])  # wrong
 create_optimizer(model, rounding="up")  # wrong
-create_optimizer(None)  # wrong
 create_optimizer(model.parameters())  # wrong
 Muon(scale="RMS")  # wrong
-Muon(method="newton")  # wrong
-Muon(layout="convolution")  # wrong
 OrthoMaxFactor(state_dtype="int3")  # wrong
-MaxFactor(rounding="up")  # wrong
 MaxFactor.preset("hubb")  # wrong
-OrthoMaxFactor(method="polar")  # wrong
-create_optimizer(model)
 create_optimizer(model, "muon", "adafactor", rounding="stochastic")
 create_optimizer(model, OrthoMaxFactor(block=8), Muon(scale="rms", method="polar_express"))
 rules = {"embedding": "adafactor", "*.weight": "hidden"}
@@ -539,8 +552,6 @@ create_optimizer(model, config["optimizer"], momentum=0.9)
 for name in ("maxfactor", "adamw"):
     create_optimizer(model, name)
 def build(name: OptimizerName): return create_optimizer(model, hidden=name)
-MaxFactor.preset("hub", layout="conv")
-OrthoMaxFactor(method="polar_express", state_dtype="int8")
 """
 
 
@@ -558,7 +569,7 @@ def test_pyright_flags_wrong_names_in_a_script(tmp_path):
     found = json.loads(run.stdout)["generalDiagnostics"]
     flagged = {d["range"]["start"]["line"] for d in found if d["severity"] == "error"}
     wrong = {i for i, line in enumerate(SCRIPT.split("\n")) if line.endswith("# wrong")}
-    assert len(wrong) == 14
+    assert len(wrong) == 8
     assert flagged == wrong, found
 
 
@@ -574,47 +585,6 @@ def test_update_with_wrong_arguments_gives_a_clear_error():
         GuardedOptimizer("adamw")
 
 
-def test_error_names_a_parameter_whose_shape_has_changed():
-    model = Table()
-    optimizer = create_optimizer(model)
-    model.linear1.weight = mx.zeros((5, 7))
-    with pytest.raises(ValueError, match=r"linear1.weight \(5, 7\).*create the optimizer again"):
-        optimizer.update(model, model.trainable_parameters())
-
-
-OTHER_MISTAKES = {
-    "schedule of a number": (lambda: Schedule(3, "x"), "function must be a function of the step"),
-    "negative peak": (lambda: Schedule(abs, "x", peak=-1.0), r"peak must be in \[0, inf\)"),
-    "text as peak": (lambda: Schedule(abs, "x", peak="1"), r"peak must be in .*, got '1'"),
-    "schedule without a step": (lambda: AdamW(lambda: 1e-3), "function of the step alone"),
-    "function that makes schedules": (lambda: AdamW(warmup_cosine), "function of the step alone"),
-    "model as rate": (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
-    "wrong keyword": (
-        lambda: create_optimizer(Table(), optimizer="muon"),
-        "an optimizer's name goes to hidden",
-    ),
-    "number as option name": (
-        lambda: create_optimizer(Table(), rest_options={1: 2}),
-        "rest_options must map names to values, got the key 1",
-    ),
-    "schedule that is always 0": (
-        lambda: create_optimizer(
-            Table(),
-            learning_rate=mlx_optimizers.cosine_decay(0.0, 100),
-            rest_learning_rate=1e-3,
-        ),
-        "rest_learning_rate is a number beside a learning_rate that is always 0",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", OTHER_MISTAKES)
-def test_other_mistake_gives_a_clear_error(mistake):
-    call, message = OTHER_MISTAKES[mistake]
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 # Wrong gradients
 
 WRONG_GRADIENTS = {
@@ -626,14 +596,8 @@ WRONG_GRADIENTS = {
         {"linear1": {"bias": mx.array(1.0)}},
         r"^linear1.bias: the gradient has shape \(\), and the parameter \(128,\)$",
     ),
-    "None": (
-        {"linear1": {"weight": None}},
-        "^linear1.weight: the gradient must be an array, got NoneType$",
-    ),
-    "no such parameter": (
-        {"extra": mx.ones(2)},
-        "^extra: the gradient has no parameter of this name$",
-    ),
+    "None": ({"linear1": {"weight": None}}, "linear1.weight: .* must be an array, got NoneType$"),
+    "no such parameter": ({"extra": mx.ones(2)}, "^extra: the gradient has no parameter"),
 }
 
 
@@ -664,14 +628,6 @@ def test_updating_a_part_of_the_model_is_an_error():
     )
     with pytest.raises(ValueError, match=message):
         optimizer.update(model.linear1, {"weight": mx.ones((128, 64))})
-
-
-@pytest.mark.parametrize("make", [create, lambda: AdamW(), lambda: GuardedOptimizer(AdamW())])
-def test_update_without_parameters_counts_as_a_step(make):
-    optimizer = make()
-    optimizer.update({}, {})
-    optimizer.update(nn.Module(), {})
-    assert optimizer.step.item() == 2
 
 
 def test_rate_can_be_an_array_of_one_element():

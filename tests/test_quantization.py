@@ -3,18 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from trajectories import hard_gradients, parameter
+from trajectories import parameter
 
 from mlx_maxfactor import AdamW, MaxFactor, Muon, OrthoMaxFactor, reference
 from mlx_maxfactor import functional as f
 
 BITS = [4, 8]
-KINDS = [
-    OrthoMaxFactor,
-    Muon,
-    lambda **options: MaxFactor(**{"momentum": 0.8, **options}),
-    AdamW,
-]
+KINDS = [OrthoMaxFactor, Muon, lambda **options: MaxFactor(**{"momentum": 0.8, **options}), AdamW]
 
 
 def round_trip(x, bits):
@@ -48,25 +43,6 @@ def test_four_bits_are_those_of_mlx(size):
     assert mx.array_equal(f.dequantize(codes, scale, x.shape), exact).item()
 
 
-def test_quantization_error_of_a_normal_is_as_expected():
-    x = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
-    errors = [np.mean((round_trip(x, bits) - x) ** 2) for bits in BITS]
-    # Levels 0.5 apart near zero, in units of a third to a sixth of the group's largest magnitude.
-    assert errors[0] < 0.015
-    assert errors[1] < 1e-4
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_zeros_stay_zero_next_to_other_values(bits):
-    x = parameter((8, 64))
-    x[:, 5] = 0
-    x[3] = 0
-    back = round_trip(x, bits)
-    assert not back[:, 5].any()
-    assert not back[3].any()
-    assert back.any()
-
-
 @pytest.mark.parametrize("state_dtype", ["int4", "int8"])
 @pytest.mark.parametrize("beta", [0.5, 0.8, 0.95])
 def test_momentum_without_gradients_falls_to_zero(beta, state_dtype):
@@ -85,23 +61,6 @@ def test_momentum_without_gradients_falls_to_zero(beta, state_dtype):
         assert seed >= 5 or moment()[:, dead].any()
     assert not moment()[:, dead].any()
     assert moment()[:, ~dead].any()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("state_dtype", ["int4", "int8"])
-def test_column_without_gradient_slows_down_and_stays_finite(kind, state_dtype):
-    optimizer = kind(state_dtype=state_dtype, weight_decay=0.0)
-    tree = {"w": mx.array(parameter((32, 64)))}
-    live = mx.array((np.arange(64) != 5).astype(np.float32))
-    for t in range(200):
-        g = mx.array(parameter((32, 64), t)) * (live if t > 5 else 1.0)
-        new = optimizer.apply_gradients({"w": g}, tree)["w"]
-        if t > 190:
-            moved = mx.abs(new - tree["w"])
-            rms = mx.sqrt(mx.mean(mx.square(moved), axis=0))
-            assert rms[5].item() < 0.1 * mx.mean(rms).item()
-        tree = {"w": new}
-    assert mx.all(mx.isfinite(tree["w"])).item()
 
 
 # The bound on AdamW's step
@@ -186,15 +145,6 @@ def test_state_size_of_hidden_matrices():
     assert bytes_of(OrthoMaxFactor(), (128, 128)) <= 0.075 * bytes_of(AdamW(), (128, 128))
 
 
-def test_only_momentum_is_quantized_and_no_key_is_kept():
-    for state_dtype, dtype, scale in (("int4", "uint32", "uint8"), ("int8", "int8", "bfloat16")):
-        state = {}
-        OrthoMaxFactor(state_dtype=state_dtype).init_single(mx.zeros((6, 5)), state)
-        dtypes = {key: str(x.dtype).removeprefix("mlx.core.") for key, x in state.items()}
-        expected = {"row": "float32", "column": "float32", "m": dtype, "m_scale": scale}
-        assert dtypes == expected
-
-
 @pytest.mark.parametrize("kind", [OrthoMaxFactor, Muon, MaxFactor])
 def test_no_momentum_buffer_without_momentum(kind):
     for state_dtype in ("float32", "bfloat16", "int8", "int4"):
@@ -215,20 +165,3 @@ def test_state_dtype_can_be_a_dtype_or_its_name(kind):
         kind(state_dtype=mx.uint8)
     with pytest.raises(ValueError, match=f"{names}, got 'int3' .did you mean 'int"):
         kind(state_dtype="int3")
-
-
-def test_few_bits_stay_close_to_float32_on_hard_gradients():
-    # Without a gradient of exactly zero, whose momentum few bits forget sooner.
-    gradients = [np.where(g == 0, 1e-20, g).astype(np.float32) for g in hard_gradients((32, 17))]
-    ends = []
-    for state_dtype in ("float32", "int8", "int4"):
-        optimizer, tree = (
-            OrthoMaxFactor(state_dtype=state_dtype),
-            {"w": mx.array(parameter((32, 17)))},
-        )
-        for g in gradients:
-            tree = optimizer.apply_gradients({"w": mx.array(g)}, tree)
-        ends.append(np.array(tree["w"]))
-    moved = np.linalg.norm(ends[0] - parameter((32, 17)))
-    assert np.linalg.norm(ends[1] - ends[0]) < 0.1 * moved
-    assert np.linalg.norm(ends[2] - ends[0]) < 0.5 * moved

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from models import Table
 from trajectories import parameter
 
-from mlx_maxfactor import OPTIMIZERS, AdamW, MaxFactor, Muon, SignSGD, create_optimizer
+from mlx_maxfactor import OPTIMIZERS, MaxFactor, Muon, create_optimizer
 from mlx_maxfactor import functional as f
 
 DTYPES = [mx.bfloat16, mx.float16]
@@ -84,16 +84,6 @@ def test_small_updates_are_right_on_average(name, dtype):
     assert abs(moved - ideal) < 6 * spread
 
 
-def test_weight_decay_changes_bf16_weights():
-    # MLX's AdamW rounds 1 - ηλ to 1.
-    zero, p = {"w": mx.zeros((64, 64), mx.bfloat16)}, {"w": mx.ones((64, 64), mx.bfloat16)}
-    optimizer = AdamW(1e-3, weight_decay=0.1, rounding="stochastic")
-    for _ in range(300):
-        p = optimizer.apply_gradients(zero, p)
-    mean = mx.mean(p["w"].astype(mx.float32)).item()
-    assert mean == pytest.approx(0.9999**300, abs=6 * np.sqrt(0.03 * 2.0**-8 / 4096))
-
-
 def train(seed, compiled=False, steps=20):
     model = Table()
     model.set_dtype(mx.bfloat16)
@@ -140,24 +130,6 @@ def test_float32_parameters_are_not_rounded():
     assert mx.array_equal(MaxFactor(rounding="stochastic").apply_gradients(g, p)["w"], plain).item()
 
 
-@pytest.mark.parametrize("make", [lambda **k: MaxFactor(momentum=0.9, **k), Muon, AdamW])
-def test_bf16_momentum_takes_half_the_bytes_and_stays_close_to_float32(make):
-    options = {"state_dtype": mx.bfloat16}
-    half, full = make(**options), make()
-    a = b = {"w": mx.array(parameter((16, 16)))}
-    for seed in range(30):
-        g = {"w": mx.array(parameter((16, 16), seed))}
-        a, b = half.apply_gradients(g, a), full.apply_gradients(g, b)
-    assert half.state["w"]["m"].dtype == mx.bfloat16
-    assert half.state["w"]["m"].nbytes * 2 == full.state["w"]["m"].nbytes
-    for key, array in half.state["w"].items():
-        assert key == "m" or array.dtype in (mx.float32, mx.uint32)
-    start = parameter((16, 16))
-    moved, difference = np.array(b["w"]) - start, np.array(a["w"] - b["w"])
-    # m has a relative error of 2^-9; a sign step differs only where m is that close to 0.
-    assert np.linalg.norm(difference) < 0.05 * np.linalg.norm(moved)
-
-
 def test_bf16_momentum_is_rounded_once_per_step():
     optimizer, tree = Muon(momentum=0.9, state_dtype=mx.bfloat16), {"w": mx.zeros((16, 16))}
     first, second = mx.array(parameter((16, 16))), mx.array(parameter((16, 16), 1))
@@ -165,17 +137,3 @@ def test_bf16_momentum_is_rounded_once_per_step():
         optimizer.apply_gradients({"w": g}, tree)
     once = 0.9 * first.astype(mx.bfloat16).astype(mx.float32) + second
     assert mx.array_equal(optimizer.state["w"]["m"], once.astype(mx.bfloat16)).item()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SignSGD(rounding="up"), "rounding must be one of 'nearest', 'stochastic', got"),
-        (lambda: MaxFactor(seed=-1), "seed must be a whole number from 0 to 4294967295, got -1"),
-        (lambda: Muon(state_dtype=mx.float16), "state_dtype must be one of .*, got .*float16"),
-        (lambda: create_optimizer(Table(), rounding="up"), "rounding must be one of"),
-    ],
-)
-def test_invalid_options_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -1,6 +1,5 @@
 """The routed optimizer and its factories: members, rates, rules, freezing, mlx's optimizers."""
 
-import re
 import threading
 import warnings
 
@@ -12,8 +11,6 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import (
     CASES,
-    RawMixture,
-    ResNet,
     Shared,
     Table,
     Whisper,
@@ -21,14 +18,14 @@ from models import (
     llama,
     mlx_lm_model,
     qwen2_moe,
+    raw_mixture,
+    resnet,
 )
-from trajectories import distance, label
+from trajectories import distance
 
 from mlx_maxfactor import (
     OPTIMIZERS,
     AdamW,
-    GuardedOptimizer,
-    MaxFactor,
     Muon,
     OrthoMaxFactor,
     RoutedOptimizer,
@@ -58,16 +55,6 @@ def random_gradients(model, seed=0):
 
 
 # Members
-
-
-def test_documented_routing_of_a_small_model():
-    assert owners(create_optimizer(Table(), "muon")) == {
-        "embedding.weight": "adamw",
-        "linear1.weight": "muon",
-        "linear1.bias": "adamw, no decay",
-        "output.weight": "adamw",
-        "output.bias": "adamw, no decay",
-    }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -148,44 +135,12 @@ def test_optimizer_passed_as_rest_keeps_its_own_decay():
     assert set(owners(optimizer).values()) == {"muon", "AdamW"}
 
 
-def test_mlx_optimizers_can_be_members():
-    model = Table()
-    optimizer = create_optimizer(model, mlx_optimizers.Muon(0.02), mlx_optimizers.AdamW(1e-3))
-    before = dict(tree_flatten(model.parameters()))
-    for seed in range(3):
-        optimizer.update(model, random_gradients(model, seed))
-    assert all(not mx.array_equal(p, before[k]).item() for k, p in tree_flatten(model.parameters()))
-    optimizer.learning_rate = 0.04
-    assert rates(optimizer) == pytest.approx([0.04, 2e-3])
-    assert optimizer.effective_learning_rates(model)["linear1.weight"] == pytest.approx(0.04)
-
-
-def test_default_state_takes_half_a_byte_per_hidden_weight():
-    def hidden_bytes(**options):
-        plan = create_optimizer(Table(), **options).plan
-        return sum(entry.state_bytes for entry in plan if entry.role == "hidden")
-
-    shapes = [entry.shape for entry in create_optimizer(Table()).plan if entry.role == "hidden"]
-    smallest = sum(4 * (m + n) for m, n in shapes)
-    weights = sum(m * n for m, n in shapes)
-    assert hidden_bytes(momentum=0) == smallest
-    assert hidden_bytes() == smallest + weights // 2 + weights // 64 * 2
-
-
 @pytest.mark.parametrize(("rest", "most"), [("adamw", 0.66), ("adafactor", 0.1)])
 def test_state_of_a_real_bf16_model_is_smaller_than_mlx_adamws(rest, most):
-    mx.clear_cache()
     before = mx.get_active_memory()
-    model = mlx_lm_model(
-        "qwen2",
-        hidden_size=896,
-        num_hidden_layers=24,
-        intermediate_size=4864,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151936}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}
+    model = mlx_lm_model("qwen2", tie_word_embeddings=True, **sizes, **heads)
     model.set_dtype(mx.bfloat16)
     weights = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     assert weights == pytest.approx(988e6, rel=1e-3)
@@ -196,13 +151,6 @@ def test_state_of_a_real_bf16_model_is_smaller_than_mlx_adamws(rest, most):
 @pytest.mark.parametrize(
     ("hidden", "rate", "options", "twin"),
     [
-        # LoRA has its own defaults; these are the defaults for other matrices.
-        (
-            "orthomaxfactor",
-            0.05,
-            {"min_rms": "init", "state_dtype": "float32"},
-            reference.OrthoMaxFactor,
-        ),
         ("adafactor", 0.01, {}, reference.Adafactor),
         ("muon", 0.02, {"scale": None, "momentum": 0.95}, reference.Muon),
     ],
@@ -305,24 +253,6 @@ def test_setting_the_rate_reaches_mlx_members_with_a_schedule():
     assert rates(optimizer) == pytest.approx([0.02, 1e-3], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("build", "ratio"),
-    [
-        (lambda: {"learning_rate": mlx_optimizers.linear_schedule(0.0, 1e-2, 100)}, 0.05),
-        (lambda: {"learning_rate": 0.0}, 0.05),
-        (lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 100, 10))}, 0.05),
-        (lambda: {"hidden": "adafactor"}, 0.1),
-    ],
-)
-def test_rate_ratios_survive_zero_rates_and_schedules(build, ratio):
-    model = Table()
-    optimizer = create_optimizer(model, **build())
-    optimizer.state["states"][0]["step"] = mx.array(10**6, mx.uint64)
-    optimizer.update(model, random_gradients(model))
-    optimizer.learning_rate = 1e-2
-    assert rates(optimizer)[:2] == pytest.approx([1e-2, ratio * 1e-2])
-
-
 def test_adafactor_as_rest_keeps_its_relative_step():
     alphas = []
     for options in ({}, {"learning_rate": 0.01}, {"learning_rate": warmup_cosine(0.01, 10, 0)}):
@@ -360,21 +290,20 @@ def test_total_steps_picks_each_peak_and_builds_each_schedule():
         assert rates(optimizer) == pytest.approx(each, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"learning_rate": 0.08}, [0.08, 0.02]),
-        ({"rest_learning_rate": 3e-3}, [0.04, 3e-3]),
-        ({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3]),
-        ({"momentum": 0}, [0.07, 0.01]),
-        ({"hidden": "muon"}, [0.04, 0.01]),
-        ({"hidden": "adamw"}, [3e-3, 0.01]),
-        ({"hidden": Muon(0.3)}, [0.3, 0.01]),
-        ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
-        ({"pretrained": True}, [6.4e-3, 4e-4]),  # twice the constant rates
-    ],
-    ids=str,
-)
+PEAKS = [
+    ({"learning_rate": 0.08}, [0.08, 0.02]),
+    ({"rest_learning_rate": 3e-3}, [0.04, 3e-3]),
+    ({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3]),
+    ({"momentum": 0}, [0.07, 0.01]),
+    ({"hidden": "muon"}, [0.04, 0.01]),
+    ({"hidden": "adamw"}, [3e-3, 0.01]),
+    ({"hidden": Muon(0.3)}, [0.3, 0.01]),
+    ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
+    ({"pretrained": True}, [6.4e-3, 4e-4]),  # twice the constant rates
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), PEAKS, ids=str)
 def test_rate_given_with_total_steps_is_the_peak(options, expected):
     optimizer = create_optimizer(Table(), total_steps=400, **options)
     for member in optimizer.optimizers:  # the peak is at the end of the warm-up
@@ -401,28 +330,8 @@ def test_peak_depends_on_steps_and_width():
     assert whole[0] == whole[1]
     assert peak("muon", 400, 64) == 2 * peak("muon", 400, 256)
     assert peak("adamw", 400, 64) == 4 * peak("adamw", 9999, 256)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"total_steps": 0}, "^total_steps must be a whole number of at least 1, got 0$"),
-        ({"total_steps": 2.5}, "^total_steps must be a whole number of at least 1, got 2.5$"),
-        (
-            {"total_steps": 9, "learning_rate": warmup_cosine(0.1, 9)},
-            "^learning_rate is a schedule, and total_steps makes one: give learning_rate as a "
-            "number, its peak, or leave total_steps out$",
-        ),
-        (
-            {"total_steps": 9, "rest_learning_rate": warmup_cosine(0.1, 9)},
-            "^rest_learning_rate is a schedule, and total_steps makes one",
-        ),
-    ],
-    ids=str,
-)
-def test_invalid_total_steps_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        create_optimizer(Table(), **options)
+    assert peak("orthomaxfactor", 10**4, 64) == 8e-3
+    assert peak("orthomaxfactor", 10**7, 64) == 1.5e-3  # constant beyond the measured steps
 
 
 def model_with_trainable_head():
@@ -492,22 +401,6 @@ def test_warnings_point_to_the_callers_line():
         assert caught[0].filename == __file__
 
 
-def test_schedule_can_index_an_array_by_the_step():
-    table = mx.linspace(0.1, 0.01, 100)
-    model = Table()
-    optimizer = create_optimizer(model, "muon", learning_rate=lambda step: table[step])
-    for _ in range(2):
-        optimizer.update(model, random_gradients(model))
-    assert rates(optimizer)[:2] == pytest.approx([table[1].item(), table[1].item() / 20])
-
-
-@pytest.mark.parametrize("rest_rate", [np.float32(1e-3), mx.array(1e-3)], ids=["numpy", "mlx"])
-def test_number_given_with_a_schedule_is_the_peak(rest_rate):
-    schedule = warmup_cosine(0.04, 100, 10, start_ratio=0.1)
-    optimizer = create_optimizer(Table(), learning_rate=schedule, rest_learning_rate=rest_rate)
-    assert rates(optimizer) == pytest.approx([4e-3, 1e-4, 1e-4])
-
-
 # Rules
 
 
@@ -541,7 +434,7 @@ def test_path_rule_overrides_role_rule_and_role_rule_overrides_default():
 
 
 def test_rule_can_set_the_role_of_an_array():
-    model = RawMixture()
+    model = raw_mixture()
     plan = create_optimizer(model, "muon", rules={"moe.w_*": "experts"}).plan
     entry = next(e for e in plan if e.path == "moe.w_in")
     assert (entry.role, entry.layout, entry.optimizer, entry.note) == (
@@ -584,56 +477,15 @@ def test_first_layer_can_be_excluded():
     assert excluded["layers.2.weight"] == "orthomaxfactor"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"hidden": "lion"},
-            "hidden must be one of 'orthomaxfactor', .*'adamw' or an optimizer, got 'lion'",
-        ),
-        ({"rest": 3}, "rest must be one of .*, got 3"),
-        (
-            {"momentm": 0.9},
-            "maxfactor has no option 'momentm' .did you mean 'momentum'.*weight_dec",
-        ),
-        ({"momentum": 2.0}, r"momentum must be in \[0, 1\), got 2.0"),
-        ({"rest_options": {"learning_rate": 1.0}}, "no option 'learning_rate'.*rest_learning_rate"),
-        ({"learning_rate": -1.0}, "learning_rate must be in"),
-        ({"rest_learning_rate": "1e-3"}, "rest_learning_rate must be a number or a f"),
-        ({"hidden": Muon(), "learning_rate": 0.1}, "hidden is an optimizer already: give learning"),
-        (
-            {"rest": AdamW(), "rest_options": {"eps": 1e-6}},
-            "rest is an optimizer already: give eps",
-        ),
-        ({"learning_rate": lambda s: 0.1, "rest_learning_rate": 0.1}, "whose peak is not known"),
-        ({"learning_rate": lambda s: 0.1, "rest": AdamW(0.1)}, "the rate of AdamW is a number bes"),
-        (
-            {"hidden": GuardedOptimizer(Muon())},
-            "hidden must be a single optimizer, got GuardedOptimizer: give its parts as rules, and",
-        ),
-        (
-            {"rules": {"head": mlx_optimizers.MultiOptimizer([Muon()])}},
-            "rule must be a single optimizer, got MultiOptimizer",
-        ),
-        ({"strict": 1}, "strict must be True or False, got 1"),
-        ({"rules": ["head"]}, "rules must map roles and path patterns to optimizers, got"),
-        ({"rest_options": 3}, "rest_options must map names to values, got 3"),
-        ({"exclude_frist": True}, "did you mean 'exclude_first'"),
-    ],
-    ids=label,
-)
-def test_invalid_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        create_optimizer(Table(), **arguments)
-
-
 # Freezing, sharing, late parameters
 
 
-def test_layers_can_be_frozen_and_unfrozen_between_steps():
-    model = ResNet()
+@pytest.mark.parametrize("make", [lambda: "muon", lambda: mlx_optimizers.Adam(1e-3)])
+def test_layers_can_be_frozen_and_unfrozen_between_steps(make):
+    # A bare MLX optimizer raises a KeyError here.
+    model = resnet()
     model.stages[0].freeze()
-    optimizer = create_optimizer(model, "muon")
+    optimizer = create_optimizer(model, make())
     assert not any(path.startswith("stages.0") for path in owners(optimizer))
 
     def moved():
@@ -650,22 +502,9 @@ def test_layers_can_be_frozen_and_unfrozen_between_steps():
     second = moved()
     assert "stages.0.conv1.weight" in second
     assert not any(path.startswith("stages.1") for path in second)
-    assert owners(optimizer)["stages.0.conv1.weight"] == "muon"
+    assert owners(optimizer)["stages.0.conv1.weight"] in ("muon", "Adam")
     model.stages[1].unfreeze()
     assert "stages.1.conv1.weight" in moved()
-
-
-def test_mlx_members_update_layers_unfrozen_later():
-    # A bare MLX optimizer raises a KeyError here.
-    model = ResNet()
-    model.stages[1].freeze()
-    optimizer = create_optimizer(model, mlx_optimizers.Adam(1e-3), mlx_optimizers.Adam(1e-3))
-    optimizer.update(model, random_gradients(model))
-    model.stages[1].unfreeze()
-    model.stages[0].freeze()
-    before = model.stages[1].conv1.weight
-    optimizer.update(model, random_gradients(model))
-    assert not mx.array_equal(model.stages[1].conv1.weight, before).item()
 
 
 def test_shared_module_has_one_state_and_one_gradient():
@@ -695,17 +534,14 @@ def test_shared_module_is_trained_under_its_trainable_name():
 
 def test_flattened_state_can_be_assigned_back():
     # Flattening loses empty containers, and MLX's optimizers need them.
-    for build in (llama, ResNet):
-        model = build()
-        optimizer = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
-        optimizer.update(model, random_gradients(model))
-        saved = tree_unflatten(tree_flatten(optimizer.state))
-        other = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
-        other.state = saved
-        assert len(other.plan) == len(optimizer.plan)
-        other.update(model, random_gradients(model))
-        assert other.step.item() == 2
-        assert optimizer.step.item() == 1
+    model = llama()
+    optimizer = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
+    optimizer.update(model, random_gradients(model))
+    other = create_optimizer(model, "muon", mlx_optimizers.AdamW(1e-3))
+    other.state = tree_unflatten(tree_flatten(optimizer.state))
+    assert len(other.plan) == len(optimizer.plan)
+    other.update(model, random_gradients(model))
+    assert (optimizer.step.item(), other.step.item()) == (1, 2)
 
 
 def test_paths_with_dots_and_tuples_of_modules_work():
@@ -735,50 +571,13 @@ def test_error_names_parameters_added_after_the_optimizer():
     assert optimizer.step.item() == 0
 
 
-def test_gradients_are_routed_like_their_parameters():
-    # The filters of MLX's MultiOptimizer get parameters at init and gradients later.
-    model = llama()
-    optimizer = create_optimizer(model)
-    optimizer.update(
-        model, tree_map(lambda p: p.reshape(-1)[:1] * mx.ones_like(p), model.parameters())
-    )
-    for member in optimizer.optimizers:
-        paths = {path.rpartition(".")[0] for path, _ in tree_flatten(member.state)} - {""}
-        index = optimizer.optimizers.index(member)
-        label = optimizer.members[index].label
-        assert paths == {path for path, owner in owners(optimizer).items() if owner == label}
-
-
-def test_model_must_be_a_module():
-    with pytest.raises(ValueError, match=r"model must be an mlx\.nn\.Module, got dict"):
-        create_optimizer(Table().parameters())
-
-
 def test_state_for_other_members_is_refused():
     optimizer = create_optimizer(Table())
     with pytest.raises(ValueError, match="must hold 3 states, one for each member, got 1"):
         optimizer.state = {"states": [{}]}
 
 
-# In mlx_lm's trainer, and for hierarchical reasoning models
-
-
-@pytest.mark.parametrize("hidden", ["orthomaxfactor", "muon"])
-def test_routed_optimizer_works_in_the_mlx_lm_trainer(hidden, tmp_path):
-    from mlx_lm.tuner.trainer import TrainingArgs, train
-
-    mx.random.seed(0)
-    model = llama()
-    before = dict(tree_flatten(model.parameters()))
-    schedule = warmup_cosine(OPTIMIZERS[hidden].learning_rate, 8, 2, start_ratio=0.5)
-    optimizer = create_optimizer(model, hidden, learning_rate=schedule)
-    data = [([i % 50 for i in range(k, k + 12)], 0) for k in range(16)]
-    arguments = TrainingArgs(
-        batch_size=4, iters=6, steps_per_report=2, adapter_file=str(tmp_path / "a.safetensors")
-    )
-    train(model, optimizer, data, None, arguments)
-    assert optimizer.step.item() == 6
-    assert all(not mx.array_equal(p, before[k]).item() for k, p in tree_flatten(model.parameters()))
+# Hierarchical reasoning models
 
 
 class Puzzles(nn.Module):
@@ -827,48 +626,19 @@ def test_hrm_without_a_puzzle_optimizer():
         create_optimizer_for_hrm(Puzzles(), lr=-1.0)
 
 
-def test_half_precision_models_keep_their_dtype():
-    # mlx-optimizers turns fp16 parameters into float32.
-    for dtype in (mx.bfloat16, mx.float16):
-        model = next(case for case in CASES if case.name == "whisper").build()
-        model.set_dtype(dtype)
-        optimizer = create_optimizer(model, MaxFactor(momentum=0.9))
-        optimizer.update(model, random_gradients(model))
-        assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}
-
-
 def test_error_names_complex_parameters():
     model = nn.Module()
     model.layer, model.poles = nn.Linear(4, 4), mx.zeros((4, 4), mx.complex64)
-    message = (
-        "poles: complex parameters are not supported: store the real and imaginary parts as two "
-        "arrays, or freeze them"
-    )
     tree = model.trainable_parameters()
-    for refuse in (
-        lambda: create_optimizer(model),
-        lambda: AdamW(1e-3).init(tree),
-        lambda: AdamW(1e-3).update(model, tree),
-    ):
-        with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+    message = (
+        r"^poles: complex parameters are not supported: store the real and imaginary parts as two "
+        r"arrays, or freeze them$"
+    )
+    for refuse in (lambda: create_optimizer(model), lambda: AdamW(1e-3).update(model, tree)):
+        with pytest.raises(ValueError, match=message):
             refuse()
     model.freeze(recurse=False, keys=["poles"])
-    optimizer = create_optimizer(model)
-    assert "poles" not in [entry.path for entry in optimizer.plan]
-    model.unfreeze()
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        optimizer.update(model, tree)
-
-
-def test_error_names_a_gradient_without_parameter():
-    for optimizer in (AdamW(1e-3), GuardedOptimizer(AdamW(1e-3))):
-        with pytest.raises(ValueError, match=r"^l\.1: the gradient has no parameter of this name"):
-            optimizer.apply_gradients({"l": [mx.ones(2)] * 2}, {"l": [mx.ones(2)]})
-
-
-def test_peak_is_constant_beyond_the_measured_steps():
-    assert peak("orthomaxfactor", 10**7, 64) == 1.5e-3
-    assert peak("orthomaxfactor", 10**4, 64) == 8e-3
+    assert "poles" not in owners(create_optimizer(model))
 
 
 # Rates that users set
@@ -894,44 +664,35 @@ def test_convolutions_count_by_the_matrix_that_they_are():
     assert convolutions == peak(lambda: nn.Linear(256, 256))
 
 
-@pytest.mark.parametrize("block", [np.int64(64), 64])
-def test_block_of_numpy_counts_in_the_law(block):
-    model = small_model(256)
-    with_block = create_optimizer(model, total_steps=100, block=block).members[0].peak_rate
-    assert with_block == create_optimizer(model, total_steps=100, block=64).members[0].peak_rate
-    with pytest.raises(ValueError, match="block must be a whole number of at least 1"):
-        create_optimizer(model, total_steps=100, block=-1)
-
-
+RISING = mlx_optimizers.linear_schedule(0, 1e-2, 100)
 RATIOS = {
-    "rest at zero": (lambda m: create_optimizer(m, learning_rate=0.02, rest_learning_rate=0), 0.0),
-    "zero, total_steps": (
-        lambda m: create_optimizer(m, total_steps=100, rest_learning_rate=0),
-        0.0,
+    "rest at zero": (lambda: {"learning_rate": 0.02, "rest_learning_rate": 0}, 0.0),
+    "zero, total_steps": (lambda: {"total_steps": 100, "rest_learning_rate": 0}, 0.0),
+    "zero": (lambda: {"learning_rate": 0.0}, 0.05),
+    "object at zero": (lambda: {"rest": AdamW(0.0)}, 0.0),
+    "schedule": (lambda: {"learning_rate": RISING}, 0.05),
+    "schedule of an object": (
+        lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 9))},
+        0.05,
     ),
-    "object at zero": (lambda m: create_optimizer(m, rest=AdamW(0.0)), 0.0),
     "schedule of mlx, hidden": (
-        lambda m: create_optimizer(
-            m, OrthoMaxFactor(mlx_optimizers.linear_schedule(0, 0.02, 100)), AdamW(1e-3)
-        ),
-        0.05,
+        lambda: {"hidden": OrthoMaxFactor(RISING), "rest": AdamW(1e-3)},
+        0.1,
     ),
-    "schedule of mlx, rest": (
-        lambda m: create_optimizer(
-            m, OrthoMaxFactor(0.02), AdamW(mlx_optimizers.linear_schedule(0, 1e-3, 100))
-        ),
-        0.05,
-    ),
-    "adafactor": (
-        lambda m: create_optimizer(m, rest="adafactor", learning_rate=0.002),
-        0.5,
-    ),
+    "schedule of mlx, rest": (lambda: {"hidden": OrthoMaxFactor(0.02), "rest": AdamW(RISING)}, 0.5),
+    "adafactor": (lambda: {"rest": "adafactor", "learning_rate": 0.002}, 0.5),
+    "hidden adafactor": (lambda: {"hidden": "adafactor"}, 0.1),
 }
 
 
-@pytest.mark.parametrize(("make", "ratio"), RATIOS.values(), ids=RATIOS)
-def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(make, ratio):
-    optimizer = make(small_model())
+@pytest.mark.parametrize("step", [0, 10**6])
+@pytest.mark.parametrize("name", RATIOS)
+def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(name, step):
+    make, ratio = RATIOS[name]
+    model = small_model()
+    optimizer = create_optimizer(model, **make())
+    optimizer.state["states"][0]["step"] = mx.array(step, mx.uint64)
+    optimizer.update(model, random_gradients(model))
     optimizer.learning_rate = 0.01
     first, *others = rates_of(optimizer)
     assert first == pytest.approx(0.01)
@@ -1038,7 +799,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
         warnings.simplefilter("error")
         plan = create_optimizer(model, rules={"layers.[12].weight": "conv"}).plan
         assert [e.layout for e in plan if e.shape == (16, 3, 16)] == ["conv", "conv"]
-        create_optimizer(ResNet())
+        create_optimizer(resnet())
         create_optimizer(next(case for case in CASES if case.name == "mamba").build())
         model.layers[1].freeze()
         model.layers[2].freeze()

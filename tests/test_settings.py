@@ -16,50 +16,51 @@ def test_every_setting_of_lora_is_in_the_table():
     check_settings(DEFAULTS)
 
 
+WRONG_VALUES = [
+    ("mask_prompt: 'false'", "mask_prompt must be True or False, got 'false': leave out the"),
+    ("grad_checkpoint: 'no'", "grad_checkpoint must be True or False, got 'no': leave out"),
+    ("test: 1", "test must be True or False, got 1"),
+    ("learning_rate: '2e-5'", "learning_rate must be in (0, inf), got '2e-5': leave out"),
+    ("learning_rate: .nan", "learning_rate must be in (0, inf), got nan"),
+    (f"learning_rate: 1{'0' * 400}", "learning_rate must be in (0, inf), got 1000"),
+    ("batch_size: '1'", "batch_size must be a whole number of at least 1, got '1': leave out"),
+    ("max_seq_length: 0", "max_seq_length must be a whole number of at least 1, got 0"),
+    ("grad_accumulation_steps: 0", "grad_accumulation_steps must be a whole number of at"),
+    ("iters: 1e3", "iters must be a whole number of at least 1, got 1000.0"),
+    ("iters: 1000000000000", "iters must be a whole number from 1 to 2147483647"),
+    ("val_batches: 0", "val_batches must be -1, for all batches, or at least 1, got 0"),
+    ("test_batches: -7", "test_batches must be a whole number of at least -1, got -7"),
+    ("adapter_path: 10", "adapter_path must be a string, got 10: put it in quotes"),
+    ('data: "a\\0b"', "data must not hold a null character"),
+    ("clear_cache_threshold: 5 TB", "must be a size such as 7GB or 500MB, got '5 TB'"),
+    ("cache_limit: -1", "cache_limit must be a whole number from 0 to"),
+    ("quantize: 7", "quantize must be one of 2, 3, 4, 5, 6, 8, got 7"),
+    ("optimizer_config: [adam]", "optimizer_config must map names to values, got ['adam']"),
+    ("optimizer_config: {adma: {}}", "(did you mean 'adam'?)"),
+    ("optimizer_config: {adam: 3}", "optimizer_config: adam must map names to values, got 3"),
+    ("lora_parameters: {rank: 0}", "lora_parameters: rank must be a whole number of at least"),
+    ("lora_parameters: {rank: '4'}", "lora_parameters: rank must be a whole number of at"),
+    ("lora_parameters: {alpha: 16}", "takes scale, which is alpha / rank, in place of alpha"),
+    ("lora_parameters: {keys: q_proj}", "keys must be a list of strings, got 'q_proj'"),
+    ("lora_parameters: {dropout: 1}", "lora_parameters: dropout must be in [0, 1), got 1"),
+    ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: '3'}", "warmup must be a"),
+    ("lr_schedule: {name: cosine_decay, arguments: [1, 9], wramup: 3}", "'warmup'?"),
+    ("lr_schedule: {name: cosine_decay, arguments: [1, x]}", "arguments[1] must be a number"),
+    ("lr_schedule: {name: cosine_decay, arguments: [1]}", "it takes (init"),
+    ("lr_schedule: {name: linear_schedule, arguments: [1, -1, 9]}", "lr_schedule, at step"),
+    ("lr_schedule: {name: join_schedules, arguments: [1]}", "lr_schedule: name must be one"),
+    ("hf_dataset: {name: x}", "hf_dataset: path must be a string, got None"),
+    ("option: momentum=0", "option must be a list of strings, got 'momentum=0'"),
+    ("- lora", "must map names to values"),
+    ("iters: [", "expected the node content"),
+    ("iters: \x00", "special characters are not allowed"),
+    ("{[1]: 2}", "unhashable key"),
+    ("[" * 3000, "maximum recursion depth"),
+]
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("mask_prompt: 'false'", "mask_prompt must be True or False, got 'false': leave out the"),
-        ("grad_checkpoint: 'no'", "grad_checkpoint must be True or False, got 'no': leave out"),
-        ("test: 1", "test must be True or False, got 1"),
-        ("learning_rate: '2e-5'", "learning_rate must be in (0, inf), got '2e-5': leave out"),
-        ("learning_rate: .nan", "learning_rate must be in (0, inf), got nan"),
-        (f"learning_rate: 1{'0' * 400}", "learning_rate must be in (0, inf), got 1000"),
-        ("batch_size: '1'", "batch_size must be a whole number of at least 1, got '1': leave out"),
-        ("max_seq_length: 0", "max_seq_length must be a whole number of at least 1, got 0"),
-        ("grad_accumulation_steps: 0", "grad_accumulation_steps must be a whole number of at"),
-        ("iters: 1e3", "iters must be a whole number of at least 1, got 1000.0"),
-        ("iters: 1000000000000", "iters must be a whole number from 1 to 2147483647"),
-        ("val_batches: 0", "val_batches must be -1, for all batches, or at least 1, got 0"),
-        ("test_batches: -7", "test_batches must be a whole number of at least -1, got -7"),
-        ("adapter_path: 10", "adapter_path must be a string, got 10: put it in quotes"),
-        ('data: "a\\0b"', "data must not hold a null character"),
-        ("clear_cache_threshold: 5 TB", "must be a size such as 7GB or 500MB, got '5 TB'"),
-        ("cache_limit: -1", "cache_limit must be a whole number from 0 to"),
-        ("quantize: 7", "quantize must be one of 2, 3, 4, 5, 6, 8, got 7"),
-        ("optimizer_config: [adam]", "optimizer_config must map names to values, got ['adam']"),
-        ("optimizer_config: {adma: {}}", "(did you mean 'adam'?)"),
-        ("optimizer_config: {adam: 3}", "optimizer_config: adam must map names to values, got 3"),
-        ("lora_parameters: {rank: 0}", "lora_parameters: rank must be a whole number of at least"),
-        ("lora_parameters: {rank: '4'}", "lora_parameters: rank must be a whole number of at"),
-        ("lora_parameters: {alpha: 16}", "takes scale, which is alpha / rank, in place of alpha"),
-        ("lora_parameters: {keys: q_proj}", "keys must be a list of strings, got 'q_proj'"),
-        ("lora_parameters: {dropout: 1}", "lora_parameters: dropout must be in [0, 1), got 1"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], warmup: '3'}", "warmup must be a"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, 9], wramup: 3}", "'warmup'?"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1, x]}", "arguments[1] must be a number"),
-        ("lr_schedule: {name: cosine_decay, arguments: [1]}", "it takes (init"),
-        ("lr_schedule: {name: linear_schedule, arguments: [1, -1, 9]}", "lr_schedule, at step"),
-        ("lr_schedule: {name: join_schedules, arguments: [1]}", "lr_schedule: name must be one"),
-        ("hf_dataset: {name: x}", "hf_dataset: path must be a string, got None"),
-        ("option: momentum=0", "option must be a list of strings, got 'momentum=0'"),
-        ("- lora", "must map names to values"),
-        ("iters: [", "expected the node content"),
-        ("iters: \x00", "special characters are not allowed"),
-        ("{[1]: 2}", "unhashable key"),
-        ("[" * 3000, "maximum recursion depth"),
-    ],
-    ids=lambda x: x[:40].replace("\x00", "null"),
+    ("text", "message"), WRONG_VALUES, ids=lambda x: x[:40].replace("\x00", "null")
 )
 def test_wrong_value_in_a_file_is_one_line_with_file_and_name(text, message, tmp_path, capsys):
     path = tmp_path / "lora.yaml"
@@ -83,20 +84,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         assert str(error.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--clear-cache-threshold", "GB"], "clear_cache_threshold must be a size such as 7GB"),
-        (["--clear-cache-threshold", "5 TB"], "clear_cache_threshold must be a size such as 7GB"),
-        (["--val-batches", "0"], "val_batches must be -1, for all batches, or at least 1, got 0"),
-        (["--learning-rate", "nan"], "learning_rate must be in (0, inf), got nan"),
-        (["--patience", "0"], "patience must be a whole number of at least 1, got 0"),
-        (["--adapter-path", ""], "adapter_path is empty, which only --test alone takes"),
-        (["--option", "learning_rate=1"], "learning_rate is an argument of its own"),
-        (["--option", "momentum=" + "[" * 100_000], "--option takes NAME=VALUE"),
-    ],
-    ids=lambda x: str(x)[:40],
-)
+WRONG_OPTIONS = [
+    (["--clear-cache-threshold", "GB"], "clear_cache_threshold must be a size such as 7GB"),
+    (["--clear-cache-threshold", "5 TB"], "clear_cache_threshold must be a size such as 7GB"),
+    (["--val-batches", "0"], "val_batches must be -1, for all batches, or at least 1, got 0"),
+    (["--learning-rate", "nan"], "learning_rate must be in (0, inf), got nan"),
+    (["--patience", "0"], "patience must be a whole number of at least 1, got 0"),
+    (["--adapter-path", ""], "adapter_path is empty, which only --test alone takes"),
+    (["--option", "learning_rate=1"], "learning_rate is an argument of its own"),
+    (["--option", "momentum=" + "[" * 100_000], "--option takes NAME=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG_OPTIONS, ids=lambda x: str(x)[:40])
 def test_wrong_option_is_one_line(given, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["lora", *MODEL, *given])

@@ -39,17 +39,3 @@ def test_optimizer_keeps_no_state():
     state = {}
     SignSGD().init_single(mx.zeros((3, 4)), state)
     assert state == {}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"learning_rate": -1.0}, "learning_rate must be in"),
-        ({"weight_decay": -1.0}, "weight_decay must be in"),
-        ({"sparse_rows": "yes"}, "sparse_rows must be True or False, got 'yes'"),
-    ],
-    ids=str,
-)
-def test_invalid_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SignSGD(**options)

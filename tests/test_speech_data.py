@@ -9,7 +9,8 @@ import wave
 import numpy as np
 import pytest
 import speech_data
-from speech_data import Clip, Synthesizer, clips_of_folder, load_synthetic, log_mel, resample
+from speech_data import Synthesizer, clips_of_folder, load_synthetic, log_mel, resample
+from transformers import WhisperFeatureExtractor
 
 pytestmark = pytest.mark.examples
 
@@ -25,70 +26,15 @@ SIGNALS = {
 # ---- Features
 
 
-def slaney_mel(hertz):
-    return np.where(
-        hertz < 1000, hertz * 3 / 200, 15 + 27 * np.log(hertz.clip(1) / 1000) / np.log(6.4)
-    )
-
-
-def whisper_log_mel(samples):
-    """Whisper's features in float64, by another Fourier transform and a grid for Slaney's scale."""
-    torch = pytest.importorskip("torch")
-    stft = torch.stft(
-        torch.from_numpy(samples),
-        n_fft=400,
-        hop_length=160,
-        window=torch.hann_window(400, dtype=torch.float64),
-        pad_mode="reflect",
-        return_complex=True,
-    )
-    power = stft.abs().numpy()[:, :-1] ** 2
-    grid = np.linspace(0, 8000, 1_000_001)
-    mel = slaney_mel(grid)
-    edges = np.interp(np.linspace(0, mel[-1], 82), mel, grid)
-    bins = np.arange(201) * 40.0
-    mels = np.stack(
-        [
-            np.interp(bins, edges[i : i + 3], [0, 2, 0]) / (edges[i + 2] - edges[i])
-            for i in range(80)
-        ]
-    )
-    decades = np.log10((mels @ power).clip(1e-10))
-    return (decades.clip(decades.max() - 8).T + 4) / 4
-
-
 @pytest.mark.parametrize("name", SIGNALS)
 def test_log_mel_equals_whispers_features(name):
     features = log_mel(SIGNALS[name])
-    assert features.dtype == np.float32
-    assert features.shape == (len(SIGNALS[name]) // 160, 80)
-    # Ours is float64 except for the last cast (1.2e-7 below 2). The grid is accurate to 1e-9.
-    np.testing.assert_allclose(features, whisper_log_mel(SIGNALS[name]), rtol=0, atol=1e-6)
-
-
-def test_log_mel_equals_transformers_features():
-    from transformers import WhisperFeatureExtractor
-
-    extractor = WhisperFeatureExtractor()
-    for samples in SIGNALS.values():
-        theirs = extractor(samples, sampling_rate=RATE, padding=False, return_tensors="np")
-        # transformers keeps spectra in complex64: 2e-6 on noise, 4e-5 eight decades below a tone.
-        expected = theirs["input_features"][0].T
-        np.testing.assert_allclose(log_mel(samples), expected, rtol=0, atol=2e-4)
-
-
-def test_mel_filters_have_slaneys_centres_and_areas():
-    filters = speech_data.mel_filters()
-    bins = np.arange(201) * 40.0
-    assert filters.shape == (201, 80)
-    centroids = bins @ filters / filters.sum(axis=0)
-    assert (np.diff(centroids) > 0).all()
-    wide = centroids > 3000
-    # Here 40 Hz bins sample triangles of over 250 Hz: sums are within a few percent of area 1.
-    np.testing.assert_allclose(filters.sum(axis=0)[wide] * 40, 1, atol=0.03)
-    # 1 kHz is 15 of 45.2 mel: between the 26th and the 27th of 81 steps, closer to the 27th.
-    tone = np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)
-    assert log_mel(tone).mean(axis=0).argmax() == 26
+    assert (features.dtype, features.shape) == (np.float32, (len(SIGNALS[name]) // 160, 80))
+    extract = WhisperFeatureExtractor()
+    theirs = extract(SIGNALS[name], sampling_rate=RATE, padding=False, return_tensors="np")
+    # transformers keeps spectra in complex64: 2e-6 on noise, 4e-5 eight decades below a tone.
+    expected = theirs["input_features"][0].T
+    np.testing.assert_allclose(features, expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("length", [0, 1, 159, 200])
@@ -129,53 +75,14 @@ def synthetic(folder):
     return load_synthetic(folder, training=120, validation=60, seed=3)
 
 
-def voices(clips):
-    return {clip.speaker.split("+")[1] for clip in clips}
-
-
 def test_training_and_validation_share_no_voice(synthetic):
-    training, validation = synthetic
-    assert (len(training), len(validation)) == (120, 60)
-    # Training has 120 of 126 speakers, validation 60 clips of 28 speakers: every voice occurs, so a
-    # leak would show.
-    assert voices(training) == set(speech_data.TRAINING_VOICES)
-    assert voices(validation) == set(speech_data.HELD_OUT_VOICES)
-    assert not voices(training) & voices(validation)
-    assert sum(voice[0] == "m" for voice in voices(validation)) >= 2
-    assert sum(voice[0] == "f" for voice in voices(validation)) >= 2
-    assert {clip.speaker.split("+")[0] for clip in validation} == set(speech_data.ACCENTS)
-
-
-def test_every_word_is_said_about_equally_often(synthetic):
-    for clips in synthetic:
-        words = [clip.text.split() for clip in clips]
-        assert {len(said) for said in words} == {1, 2, 3}
-        for vocabulary in (speech_data.DIGITS, speech_data.COMMANDS):
-            counts = [sum(said.count(word) for said in words) for word in vocabulary]
-            assert min(counts) > 0
-            assert max(counts) - min(counts) <= 2  # each word twice in a pass
-
-
-def test_clips_are_loud_enough_and_not_clipped(synthetic):
-    clips = [clip for part in synthetic for clip in part]
-    peaks = np.array([np.abs(clip.samples).max() for clip in clips])
-    assert all(clip.samples.dtype == np.float32 for clip in clips)
-    # -20 to -1 dB, except for the rounding to 16 bits.
-    assert 0.1 - 2**-16 <= peaks.min() < 0.2
-    assert 0.7 < peaks.max() <= 10 ** (-1 / 20) + 2**-16
-    seconds = np.array([len(clip.samples) / RATE for clip in clips])
-    assert seconds.min() > 0.2
-    assert seconds.max() < 4
-
-
-def test_noise_is_10_to_40_db_below_the_speech(synthetic):
-    clips = [clip.samples for part in synthetic for clip in part]
-    # The first 40 ms hold only noise.
-    decibels = [10 * np.log10(np.mean(x**2) / np.mean(x[:640] ** 2)) for x in clips]
-    # The median of 180 uniform draws is 25 ± 1.1; pink noise over 40 ms varies by a few dB.
-    assert 21 < np.median(decibels) < 29
-    assert np.percentile(decibels, 5) < 15
-    assert np.percentile(decibels, 95) > 35
+    training, validation = ({clip.speaker.split("+")[1] for clip in part} for part in synthetic)
+    # Every voice occurs, so a leak would show.
+    assert training == set(speech_data.TRAINING_VOICES)
+    assert validation == set(speech_data.HELD_OUT_VOICES)
+    assert not training & validation
+    assert [len(part) for part in synthetic] == [120, 60]
+    assert {clip.samples.dtype for part in synthetic for clip in part} == {np.dtype(np.float32)}
 
 
 HASH = """
@@ -200,41 +107,7 @@ def test_two_processes_make_the_same_clips_from_a_seed():
     assert one[0] != one[1]
 
 
-def test_synthesizer_obeys_speed_and_pitch():
-    synthesizer = Synthesizer(seed=1)
-
-    def say(speed=170, pitch=50):
-        return synthesizer("seven", "en-us+m3", speed=speed, pitch=pitch, pitch_range=0)
-
-    def fundamental(samples):  # Hz, by autocorrelation between 60 and 300 Hz
-        power = np.abs(np.fft.rfft(samples, 2 * len(samples))) ** 2
-        lags = np.fft.irfft(power)[RATE // 300 : RATE // 60]
-        return RATE / (lags.argmax() + RATE // 300)
-
-    def seconds(samples):
-        return len(speech_data.trimmed(samples)) / RATE
-
-    assert seconds(say(speed=130)) > 1.2 * seconds(say(speed=220))
-    assert fundamental(say(pitch=80)) > 1.2 * fundamental(say(pitch=20))
-
-
-def test_trimming_keeps_50_ms_at_both_ends():
-    speech = np.r_[np.zeros(5000), np.ones(1000), np.full(3000, 0.001)]
-    trimmed = speech_data.trimmed(speech)
-    assert len(trimmed) == 800 + 1000 + 800
-    assert (trimmed[800:1800] == 1).all()
-
-
 def test_espeak_failures_give_clear_errors(monkeypatch):
-    synthesizer = Synthesizer(seed=1)
-    with pytest.raises(RuntimeError, match=r"SetVoiceByName failed .* 'no-such\+m1'"):
-        synthesizer("one", "no-such+m1", speed=170, pitch=50, pitch_range=50)
-    with pytest.raises(RuntimeError, match="no sound for ''"):
-        synthesizer("", "en-us+m1", speed=170, pitch=50, pitch_range=50)
-    with monkeypatch.context() as patched:
-        patched.setattr(speech_data, "HELD_OUT_VOICES", ("m2", "nobody"))
-        with pytest.raises(RuntimeError, match="lacks the voices nobody"):
-            Synthesizer(seed=1)
     with monkeypatch.context() as patched:
         patched.setattr("espeakng_loader.get_library_path", lambda: "/no/such/library.so")
         with pytest.raises(RuntimeError, match=r"library\.so.*pip install .* --data DIR"):
@@ -262,14 +135,7 @@ def test_second_load_reads_the_cached_file(folder, synthetic, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: b"not an archive",
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],
-    ],
-    ids=["empty", "other", "truncated", "one bit"],
+    "damage", [lambda data: b"", lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:]]
 )
 def test_damaged_cache_file_is_rebuilt(damage, synthetic, tmp_path, monkeypatch):
     calls, clips = [], (synthetic[0][:5], synthetic[1][:3])
@@ -324,18 +190,6 @@ def test_wav_files_of_any_width_rate_and_channels_are_read(width, rate, channels
     np.testing.assert_allclose(clip.samples, expected, rtol=0, atol=tolerance)
 
 
-def test_written_wav_file_reads_back(tmp_path):
-    samples = np.random.default_rng(0).uniform(-1, 1, 5000).astype(np.float32)
-    samples[:2] = -1, 1
-    for name in ("a", "b"):
-        speech_data.write_wav(tmp_path / f"{name}.wav", Clip(samples, name, "me"))
-        (tmp_path / f"{name}.txt").write_text(name)
-    [clip], _ = clips_of_folder(tmp_path)
-    # Half a step of 16 bits; a whole step at +1, which 16 bits cannot represent.
-    np.testing.assert_allclose(clip.samples[2:], samples[2:], rtol=0, atol=2.0**-16)
-    np.testing.assert_array_equal(clip.samples[:2], np.float32([-1, 1 - 2.0**-15]))
-
-
 @pytest.mark.parametrize(("speakers", "held_out"), [(2, ["00"]), (8, ["00"]), (9, ["00", "08"])])
 def test_every_eighth_speaker_is_held_out(speakers, held_out, tmp_path):
     for speaker in range(speakers):
@@ -346,14 +200,6 @@ def test_every_eighth_speaker_is_held_out(speakers, held_out, tmp_path):
     assert len(validation) == 2 * len(held_out)
     assert len(training) == 2 * (speakers - len(held_out))
     assert not {clip.speaker for clip in training} & {clip.speaker for clip in validation}
-
-
-def test_every_eighth_clip_of_a_single_speaker_is_held_out(tmp_path):
-    for i in range(10):
-        record(tmp_path / f"{i}.wav", str(i), seconds=0.1)
-    training, validation = clips_of_folder(tmp_path)
-    assert [clip.text for clip in validation] == ["0", "8"]
-    assert [clip.text for clip in training] == list("1234567" + "9")
 
 
 def test_one_error_names_every_bad_file(tmp_path):
@@ -387,12 +233,6 @@ def test_one_error_names_every_bad_file(tmp_path):
         f"{tmp_path}/silent.wav: contains no sound",
     ]
     assert "ffmpeg -i float.wav -c:a pcm_s16le new.wav" in str(caught.value)
-
-
-def test_clip_of_exactly_30_seconds_is_accepted(tmp_path):
-    record(tmp_path / "a.wav", seconds=30, rate=4000)
-    record(tmp_path / "b.wav")
-    assert len(clips_of_folder(tmp_path)[1][0].samples) == 30 * RATE
 
 
 @pytest.mark.parametrize("count", [0, 1])

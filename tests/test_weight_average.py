@@ -162,20 +162,6 @@ def test_checkpoint_with_and_without_average_do_not_mix(tmp_path):
         load_checkpoint(path, model, optimizer, average=average)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"decay": 1.5}, r"decay must be in \(0, 1\], got 1.5"),
-        ({"decay": 0}, r"decay must be in \(0, 1\], got 0"),
-        ({"start": -1}, "start must be"),
-        ({"dtype": mx.int8}, "dtype must be mx.float32 or mx.bfloat16"),
-    ],
-)
-def test_invalid_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        WeightAverage(nn.Linear(2, 2), **options)
-
-
 def test_names_of_digits_and_dots_are_averaged():
     model = nn.Module()
     model.heads = {"0": nn.Linear(2, 2), "a.b": nn.Linear(2, 2)}

@@ -484,7 +484,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dict from a JSON object. A repeated key is an error."""
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"it says {twice[0]!r:.100} twice")
+        raise ValueError(f"duplicate key {twice[0]!r:.100}")
     return dict(pairs)
 
 

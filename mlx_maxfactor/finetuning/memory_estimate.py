@@ -74,7 +74,7 @@ class Request:
         max_seq_length: Tokens in a sequence.
         grad_checkpoint: Whether each layer's activations are computed again in the backward pass.
         grad_accumulation_steps: Batches for one update.
-        dtype: Of the weights that are not quantized; None: as the weights or the config say.
+        dtype: Dtype of the weights that are not quantized; None: as the weights or the config say.
         bits: Bits of quantized weights; None: as the weights or the config say.
         folder: Where the config lies, perhaps beside weights.
     """

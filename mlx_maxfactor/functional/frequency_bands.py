@@ -54,7 +54,7 @@ def band_momentum(
         spectrum: ``F`` of the newest gradient, ``(..., m, bins)``, complex.
         momentum: ``m``, ``(..., m, n)`` where ``bins = n // 2 + 1``.
         decay: ``μ_b``, ``(..., 1, bands)``.
-        gain: Of the newest gradient, ``(..., 1, bands)``.
+        gain: Weight of the newest gradient, ``(..., 1, bands)``.
     """
     band = bands_of_bins(spectrum.shape[-1], decay.shape[-1])
     decay, gain = mx.take(decay, band, axis=-1), mx.take(gain, band, axis=-1)

@@ -59,14 +59,15 @@ def newton_schulz(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     Args:
         x: ``(..., m, n)``, any float dtype; leading axes are a batch.
         steps: Number of iterations. Default 5.
-        dtype: Of the products; the norm is float32. Default float32; bfloat16 was not yet run on a
-            GPU, where it would be faster.
+        dtype: Dtype of the products; the norm is float32. Default float32; bfloat16 was not yet run
+            on a GPU, where it would be faster.
 
     Returns:
         An array of the same shape and dtype; zero for a zero matrix.
 
     Raises:
-        ValueError: ``x`` holds no float matrices, ``steps`` is below 1, or ``dtype`` is no float's.
+        ValueError: ``x`` holds no float matrices, ``steps`` is below 1, or ``dtype`` is not a
+            floating-point dtype.
 
     Example:
         >>> import mlx.core as mx
@@ -89,13 +90,14 @@ def polar_express(x: mx.array, steps: int = 5, dtype: mx.Dtype = mx.float32) -> 
     Args:
         x: ``(..., m, n)``, any float dtype; leading axes are a batch.
         steps: Number of iterations. Default 5.
-        dtype: Of the products, as for :func:`newton_schulz`.
+        dtype: Dtype of the products, as for :func:`newton_schulz`.
 
     Returns:
         An array of the same shape and dtype; zero for a zero matrix.
 
     Raises:
-        ValueError: ``x`` holds no float matrices, ``steps`` is below 1, or ``dtype`` is no float's.
+        ValueError: ``x`` holds no float matrices, ``steps`` is below 1, or ``dtype`` is not a
+            floating-point dtype.
 
     Example:
         >>> import mlx.core as mx
@@ -189,7 +191,7 @@ def _check(x: mx.array, steps: int, dtype: mx.Dtype) -> None:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not mx.issubdtype(dtype, mx.floating):
-        raise ValueError(f"dtype must be a float's, got {dtype}")
+        raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
 
 
 def _orthogonalized(x: mx.array, method: str, steps: int, dtype: mx.Dtype = mx.float32) -> mx.array:

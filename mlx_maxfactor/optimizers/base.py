@@ -18,8 +18,8 @@ from .._validate import (
     check_integer,
     check_rate,
     check_update,
-    known,
     shown,
+    value_if_evaluated,
     warn,
 )
 from ..schedules import described
@@ -422,9 +422,9 @@ class Float32Optimizer(Optimizer):
 
     def _shown_rate(self) -> str:
         schedule = self._schedulers.get("learning_rate")
-        if schedule is not None and known(self.state.get("scheduled")) is not False:
+        if schedule is not None and value_if_evaluated(self.state.get("scheduled")) is not False:
             return described(schedule)
-        rate = known(self.state["learning_rate"])
+        rate = value_if_evaluated(self.state["learning_rate"])
         return "..." if rate is None else f"{rate:g}"
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
-from .._validate import Rate, check_rate, known
+from .._validate import Rate, check_rate, value_if_evaluated
 from ..combined import CombinedOptimizer, shown_optimizer
 from ..guard import Guard
 from ..optimizers.base import refuse_complex
@@ -186,7 +186,7 @@ class RoutedOptimizer(CombinedOptimizer):
                 updater.set_rate(scaled(learning_rate, float(ratio)))
             else:
                 updater.set_rate(learning_rate * ratio)
-        if known(self.learning_rate) is not None:  # not traced
+        if value_if_evaluated(self.learning_rate) is not None:  # not traced
             # Another thread could not evaluate the rates later.
             mx.eval([member.optimizer.state.get("learning_rate") for member in self.members])
 
