@@ -3,11 +3,10 @@
 from ._version import __version__
 from .accumulation import accumulate_gradients, averaged_gradients
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .combined import GuardedOptimizer
 from .distributed import LostRankError, bounded_wait
 from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
+from .finetuning.memory import estimate_training_memory
 from .functional import newton_schulz, polar_express
-from .memory import estimate_training_memory
 from .optimizers import (
     Adafactor,
     AdamW,
@@ -26,6 +25,7 @@ from .routing import (
     RoutedOptimizer,
     register_optimizer,
 )
+from .routing.combined import GuardedOptimizer
 from .schedules import Schedule, adaptive_schedule, warmup_cosine
 from .weight_average import WeightAverage
 

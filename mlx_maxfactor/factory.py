@@ -112,9 +112,10 @@ def create_optimizer(
         exclude_first: Send a Linear that reads the model's input to ``rest``.
         strict: Raise if an array belongs to no known layer and no rule names it. Without it, a
             tenth of the weights in such arrays is a warning.
-        pretrained: Use the default rates for trained weights. Models with LoRA always do, and A and
-            B have their own rates and options. AdamW on the rest stays at 1e-3; on A and B it has
-            3e-4.
+        pretrained: Use the default rates for trained weights, which fall with the root of the
+            width. Models with LoRA always do; A and B have their own rates and options, and their
+            rates also follow the scale of the layers. The peak of ``total_steps`` is twice the
+            constant rate.
         rest_options: Options of ``rest`` if it is a name.
         max_grad_norm: Largest global norm of the gradients, computed in float32. Larger gradients
             are scaled down to it. None: no limit.

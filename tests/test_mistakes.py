@@ -421,7 +421,7 @@ def test_traced_rate_can_be_assigned():
 def test_setting_a_number_as_rate_evaluates_no_array(monkeypatch):
     # In a loop that sets the rate at every step, it would wait for the step before.
     optimizer = create(learning_rate=warmup_cosine(0.1, 10))
-    monkeypatch.setattr(_validate, "known", None)
+    monkeypatch.setattr(_validate, "value_if_evaluated", None)
     optimizer.learning_rate = 0.1
 
 

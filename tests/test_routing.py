@@ -299,7 +299,7 @@ PEAKS = [
     ({"hidden": "adamw"}, [3e-3, 0.01]),
     ({"hidden": Muon(0.3)}, [0.3, 0.01]),
     ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
-    ({"pretrained": True}, [6.4e-3, 4e-4]),  # twice the constant rates
+    ({"pretrained": True}, [4e-3, 4e-4]),  # twice the constant rates
 ]
 
 

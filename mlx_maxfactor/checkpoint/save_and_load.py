@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from .._validate import check_choice, check_flags, got
 from ..routing.roles import find_aliases
-from ..strategy import UpdateStrategy
+from ..routing.strategy import UpdateStrategy
 from ..trees import at_path, flatten
 from ..weight_average import WeightAverage
 from . import description, file

@@ -7,10 +7,10 @@ from weakref import ref
 import mlx.core as mx
 
 from ..checkpoint.file import CheckpointError
-from ..combined import CombinedOptimizer
 from ..optimizers.foreign import as_member
+from ..routing.combined import CombinedOptimizer
+from ..routing.strategy import UpdateStrategy
 from ..step import ParameterSlot
-from ..strategy import UpdateStrategy
 from ..trees import at_path, flatten
 from .assignment import Assignment, ParameterCost
 from .collectives import MESSAGE_BYTES, OrderedCollectives, OwnedArray

@@ -19,9 +19,9 @@ from .._validate import (
     check_pair,
     check_rate,
 )
-from ..combined import GuardedOptimizer
 from ..factory import create_optimizer
 from ..routing import OPTIMIZERS
+from ..routing.combined import GuardedOptimizer
 from ..schedules import Schedule, adaptive_schedule, warmup_cosine
 
 MLX_OPTIMIZERS: dict[str, type[Optimizer]] = {

@@ -40,9 +40,9 @@ class OrthoMaxFactor(Float32Optimizer):
             of the step. Default 0.02.
         momentum: β, in [0, 1). 0: no buffer, and ``state_dtype`` is not used. Default 0.8.
         nesterov: Look ahead by one step of momentum. Default True.
-        state_dtype: Dtype of the momentum: "int4", "int8", "bfloat16" or "float32". With "int4" and
-            "int8", groups of 64 weights share a scale. The step uses the momentum before it is
-            rounded. Default "int4".
+        state_dtype: Dtype of the momentum: "int4", "int8", "bfloat16" or "float32". Groups of
+            weights share a scale: 32 in "int4", 64 in "int8". The step uses the momentum before it
+            is rounded. Default "int4".
         block: Number of rows to orthogonalize together (of columns, if the matrix is tall). The
             last block may be smaller. This costs about ``10 · block`` operations per weight.
             Training costs 6 per weight and token. None: the whole matrix. Default 128.

@@ -107,20 +107,20 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "orthomaxfactor": OptimizerEntry(
         OrthoMaxFactor,
         2e-2,
-        pretrained=3.2e-3,
+        pretrained=2e-3,
         lora=3e-4,
         lora_options={"min_rms": 1.0},
         peak=_orthomaxfactor_peak,
     ),
     "maxfactor": OptimizerEntry(
-        MaxFactor, 1e-2, pretrained=3.2e-3, lora=1e-3, lora_options={"min_rms": 1.0}
+        MaxFactor, 1e-2, pretrained=2e-3, lora=1e-3, lora_options={"min_rms": 1.0}
     ),
     "adafactor": OptimizerEntry(Adafactor, 1e-2, pretrained=3e-4, lora=1e-3),
     "signsgd": OptimizerEntry(SignSGD, 1e-2, pretrained=3e-4, lora=3e-4),
     "muon": OptimizerEntry(
         Muon,
         2e-2,
-        pretrained=3.2e-3,
+        pretrained=2e-3,
         lora=2e-3,
         lora_options={"scale": "rms", "momentum": 0.8},
         peak=lambda run: 0.8 * _per_root_of_steps(run) * math.sqrt(WIDTH / run.width),

@@ -10,14 +10,14 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from .._validate import Rate, check_rate, value_if_evaluated
-from ..combined import CombinedOptimizer, shown_optimizer
 from ..guard import Guard
 from ..optimizers.base import refuse_complex
 from ..schedules import scaled
-from ..strategy import UpdateStrategy
 from ..trees import children, flatten, trainable
+from .combined import CombinedOptimizer, shown_optimizer
 from .plan import Plan, PlanEntry
 from .roles import Parameter, find_aliases
+from .strategy import UpdateStrategy
 
 
 @dataclass(frozen=True)

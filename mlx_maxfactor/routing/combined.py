@@ -8,10 +8,10 @@ import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
-from ._validate import check_update, got
-from .guard import Guard
-from .optimizers.foreign import as_member
-from .step import ParameterSlot, find_slots, in_order, take_step
+from .._validate import check_update, got
+from ..guard import Guard
+from ..optimizers.foreign import as_member
+from ..step import ParameterSlot, find_slots, in_order, take_step
 from .strategy import UpdateStrategy
 
 

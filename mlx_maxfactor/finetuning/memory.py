@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._validate import check_choice, check_flags, check_integer
+from .._validate import check_choice, check_flags, check_integer
 
 if TYPE_CHECKING:
-    from .finetuning.memory_estimate import MemoryEstimate
+    from .memory_estimate import MemoryEstimate
 
 
 def estimate_training_memory(
@@ -69,10 +69,10 @@ def estimate_training_memory(
         (477312, True)
     """
     try:
-        from .finetuning.memory_estimate import Request, estimate
-        from .finetuning.model_config import DTYPES, read_config
-        from .finetuning.models import FINE_TUNE_TYPES
-        from .finetuning.optimizer_names import optimizer_name
+        from .model_config import DTYPES, read_config
+        from .models import FINE_TUNE_TYPES
+        from .optimizer_names import optimizer_name
+        from .memory_estimate import Request, estimate
     except ModuleNotFoundError as missing:
         raise ImportError(
             f"estimate_training_memory needs {missing.name}: pip install mlx-lm"

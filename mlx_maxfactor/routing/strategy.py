@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .step import ParameterSlot
+from ..step import ParameterSlot
 
 
 class UpdateStrategy:
