@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 
 from .trees import matched_leaves, select
 
-GROUP_ELEMENTS = 2**19
+GROUP_ELEMENTS = 2**17
 """Most elements of a group: its float32 copies exist at the same time."""
 
 

@@ -336,7 +336,7 @@ def test_answer_parts_macs_and_suggestions_are_printed(folder, capsys):
     out = capsys.readouterr().out
     first, *_, last = out.splitlines()
     assert first.startswith(f"{folder.name}, float32, LoRA, 4 x 128 tokens: 0.")
-    assert first.endswith(" GB, fits a 8 GB Mac")
+    assert first.endswith(" GB, fits an 8 GB Mac")
     assert f"for {memory_estimate.device_name()}: measured there with" in last
     for text in ("weights", "optimizer state", "mlx_adamw", "8 GB", "fits: ", "2 and 4 layers"):
         assert text in out

@@ -123,12 +123,16 @@ def sentence(found: MemoryEstimate, name: str, memory: float | None) -> str:
     if request.batch_size > 1:
         tokens = f"{request.batch_size} x {tokens}"
     macs = [mac for mac in MACS if found.peak <= usable_bytes(mac)]
-    verdict = f"fits a {macs[0]} GB Mac" if macs else "fits no Mac"
+    verdict = f"fits {_a_mac(macs[0])}" if macs else "fits no Mac"
     if memory is not None:
         fits = "fits" if found.peak <= usable_bytes(memory) else "does not fit"
-        verdict = f"{fits} a {memory:g} GB Mac"
+        verdict = f"{fits} {_a_mac(memory)}"
     kind = KINDS[request.fine_tune_type]
     return f"{name}, {weights}, {kind}, {tokens}: {found.peak / GB:.3g} GB, {verdict}"
+
+
+def _a_mac(memory: float) -> str:
+    return f"{'an' if f'{memory:g}'.startswith(('8', '11', '18')) else 'a'} {memory:g} GB Mac"
 
 
 def training(request: Request) -> str:

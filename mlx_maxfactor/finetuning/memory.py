@@ -69,10 +69,10 @@ def estimate_training_memory(
         (477312, True)
     """
     try:
+        from .memory_estimate import Request, estimate
         from .model_config import DTYPES, read_config
         from .models import FINE_TUNE_TYPES
         from .optimizer_names import optimizer_name
-        from .memory_estimate import Request, estimate
     except ModuleNotFoundError as missing:
         raise ImportError(
             f"estimate_training_memory needs {missing.name}: pip install mlx-lm"
