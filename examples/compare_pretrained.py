@@ -140,7 +140,7 @@ def convert(folder: Path) -> None:
         return
     try:
         version("torch")  # transformers reads the tokenizer with it
-        from gguf import GGUFReader, dequantize
+        from gguf import GGUFReader, dequantize  # pyright: ignore[reportMissingImports]
         from transformers import AutoTokenizer
 
         version(PACKAGE)
