@@ -324,7 +324,7 @@ class ResidualBlock(nn.Module):
         return nn.relu(y + self.shortcut(x))
 
 
-def resnet(frozen_ends: bool = False) -> nn.Module:
+def resnet(frozen_ends: bool = False) -> Any:
     model = Stack(
         "conv1 bn1 stages pool fc",
         conv1=nn.Conv2d(3, 8, 3, padding=1, bias=False),
