@@ -21,6 +21,7 @@ from ._validate import (
     check_steps,
     got,
     shown,
+    value_if_evaluated,
     warn,
 )
 from .distributed.sharding import Sharding
@@ -149,6 +150,7 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict, pretrained=pretrained)
+    _check_group(group)
     trained = _find_trained(model)
     parameters, exceptions = apply_rules(model, rules or {}, strict)
 
@@ -301,6 +303,11 @@ def _check_rest_options(options: Any) -> dict[str, Any]:
     return dict(options)
 
 
+def _check_group(group: Any) -> None:
+    if group is not None and not isinstance(group, mx.distributed.Group):
+        raise ValueError(f"group must be what mx.distributed.init() returns, {got(group, ())}")
+
+
 def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
     """The options that all members share."""
     check_choice("rounding", rounding, get_args(Rounding))
@@ -361,8 +368,9 @@ def _lora_scale(model: nn.Module) -> float:
     scales = []
     for module in model.modules():
         if any(a in module and b in module for a, b in LORA):
-            found = [getattr(module, name, None) for name in names]
-            scales += [x for x in found if isinstance(x, (int, float)) and x > 0][:1]
+            found = [value_if_evaluated(getattr(module, name, None)) for name in names]
+            usable = (isinstance(x, (int, float)) and 1e-3 <= x <= 1e4 for x in found)
+            scales += [x for x, is_usable in zip(found, usable, strict=True) if is_usable][:1]
     return float(median(scales)) if scales else LORA_SCALE
 
 

@@ -320,3 +320,16 @@ def test_default_rates_of_wide_models_give_no_warning():
         optimizer.learning_rate = optimizer.learning_rate.item() / 2
         with pytest.warns(UserWarning, match="is small for OrthoMaxFactor.*a usual one is 0.000"):
             optimizer.learning_rate = 1e-7
+
+
+@pytest.mark.parametrize(
+    ("scale", "read"),
+    [(mx.array(2.0), 2.0), (5, 5.0), (float("inf"), 20.0), (1e-12, 20.0), ("large", 20.0)],
+    ids=str,
+)
+def test_the_scale_of_lora_is_read_if_it_is_a_number(scale, read):
+    model = lora_of(64, 20.0)
+    for layer in model.layers:
+        layer.scale = scale
+    expected = rate_of("orthomaxfactor", "lora", RateInputs(lora_scale=read))
+    assert create_optimizer(model).members[0].peak_rate == pytest.approx(expected)

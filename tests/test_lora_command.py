@@ -817,7 +817,7 @@ def test_cut_samples_are_told_before_training(home, capsys):
 
 
 def test_padding_is_that_of_the_batches_of_mlx_lm():
-    sizes = [3, 90, 5, 70, 2, 71, 1, 60]
+    sizes = [3, 90, 5, 70, 2, 71, 4, 60]
     data = CacheDataset([{"x": n} for n in sizes])
     data._proc_data = [([1] * n, 0) for n in sizes]
     batches = [tokens for tokens, _ in iterate_batches(data, 2, 80)]
@@ -998,3 +998,61 @@ def test_keeping_the_best_needs_a_validation_set(option, home, capsys):
     (data / "valid.jsonl").unlink()
     error = error_of(home, "unvalidated run", "--data", data, *option, capsys=capsys)
     assert "keep_best and patience need a validation set" in error
+
+
+def test_a_run_without_a_validation_set_is_saved_and_resumed(home, capsys):
+    data = folder_of(home, "no validation", *[TEXT] * 6)
+    (data / "valid.jsonl").unlink()
+    given = ["lora", "-c", str(home / "short.yaml"), "--data", str(data)]
+    given += ["--adapter-path", str(home / "not validated")]
+    assert main([*given, "--iters", "2"]) == 0
+    assert main([*given, "--iters", "4", "--resume"]) == 0
+    assert "2 of 4 iterations are done" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_an_error(home, capsys):
+    given = ["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(home / "diverged")]
+    given += ["--optimizer", "mlx_adamw", "--learning-rate", "1e30", "--iters", "4"]
+    with pytest.raises(SystemExit) as end:
+        main(given)
+    assert end.value.code == 1
+    assert "the run has diverged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "lr_schedule: {name: linear_schedule, arguments: [0, 0, 10]}\n",
+            "is 0 or grows without bound",
+        ),
+        ("optimizer_config: {orthomaxfactor: {group: 1}}\n", "group must be what mx.distributed"),
+        (
+            "lora_parameters: {rank: 4, scale: 2.0, dropout: 0.0, keys: [self_attn.q_proj, q_prj]}",
+            "keys 'q_prj' match no layer",
+        ),
+    ],
+)
+def test_settings_that_would_be_lost_are_refused(text, message, home, capsys):
+    path = home / "lost.yaml"
+    settings = yaml.safe_load((home / "short.yaml").read_text()) | yaml.safe_load(text)
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as end:
+        main(["lora", "-c", str(path), "--adapter-path", str(home / "lost")])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_the_checkpoint_is_found_before_training(home, capsys):
+    (home / "taken" / "checkpoint.safetensors").mkdir(parents=True)
+    with pytest.raises(SystemExit) as end:
+        main(["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(home / "taken")])
+    assert end.value.code == 2
+    assert "checkpoint.safetensors is a folder" in capsys.readouterr().err
+
+
+def test_closed_streams_are_no_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as end:
+        main(["lora", "--iters", "none"])
+    assert end.value.code == 2

@@ -163,3 +163,21 @@ def test_lists_in_a_state_are_guarded_and_counted():
         optimizer.update(model, {"weight": factor * mx.ones((2, 3))})
     first, second = optimizer.optimizers[1].state["weight"]["buffers"]
     assert first.tolist() == second["m"].tolist() == [[1.0] * 3] * 2
+
+
+class Counting(SignSGD):
+    """Its state holds a plain number."""
+
+    def init_single(self, parameter, state, layout=None):
+        state["count"] = 0
+
+    def apply_single(self, gradient, parameter, state, layout=None):
+        state["count"] += 1
+        return parameter - gradient
+
+
+def test_a_number_in_a_state_takes_no_bytes():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = create_optimizer(model, Counting(0.1), Counting(0.1))
+    optimizer.update(model, {"weight": mx.ones((2, 3))})
+    assert optimizer.plan.state_bytes == 0

@@ -77,15 +77,28 @@ def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) 
     """
     with _WRITING:
         try:
-            if path.name in ("", "..") or path.is_dir():
-                raise CheckpointError(f"{path} is a folder: name a file in it")
-            if path.exists() and not path.is_file():
-                raise CheckpointError(f"{path} is a device or a pipe: name a file")
+            check_target(path)
             _write(Path(os.path.realpath(path)), arrays, metadata)
         except CheckpointError:
             raise
         except (OSError, ValueError, RuntimeError) as problem:
             raise CheckpointError(f"{path} was not written: {problem}") from problem
+
+
+def check_target(path: Path) -> None:
+    """Raise if no checkpoint can be written there, whatever is in it.
+
+    Raises:
+        CheckpointError: It is a folder, a device, or a name that MLX cannot write.
+    """
+    if path.name in ("", "..") or path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is a device or a pipe: name a file")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path!r} is not UTF-8, which MLX cannot write: rename it") from None
 
 
 def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> None:

@@ -140,6 +140,11 @@ def train(tuning: Tuning) -> None:
         )
     loss = tuning.loss_on("validation", arguments.val_batches)
     if loss is not None:
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss is {loss} after {tuning.iteration} iterations: the run has "
+                "diverged; start again with a smaller --learning-rate"
+            )
         tuning.keep_if_best(loss, tuning.iteration)
     print_results(tuning, loss)
     save_results(tuning, loss)

@@ -44,7 +44,7 @@ DEFAULTS = {
 """mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
 
 BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
-BAD_INPUT += (ValueError,)
+BAD_INPUT += (ValueError, ArithmeticError)
 USAGE = """examples:
   mlx-maxfactor lora --model ./my_model --data ./my_data --iters 600
   mlx-maxfactor lora --config lora.yaml --optimizer muon --resume"""

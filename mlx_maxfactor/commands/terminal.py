@@ -53,6 +53,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def plain_output() -> Iterator[None]:
     """No failure at a character that the terminal lacks or a closed pipe; warnings in one line."""
     formatted = warnings.formatwarning
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, io.StringIO())
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -72,7 +72,8 @@ def load_data(arguments: Namespace, tokenizer: Any) -> dict[str, Any]:
         if 0 < len(found[key]) < a.batch_size:
             lines = f"the {key} set has {len(found[key])} lines"
             raise ValueError(f"{name}: batch_size is {a.batch_size}, but {lines}")
-    return {key: TokenizedDataset(found[key], places[key]) if key in used else [] for key in FILES}
+    # An empty list, because an empty dataset of mlx-lm cannot be described in a checkpoint.
+    return {k: TokenizedDataset(found[k], places[k]) if found.get(k) else [] for k in FILES}
 
 
 def _load_from_hub(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
@@ -149,7 +150,7 @@ def describe_lengths(name: str, data: Any, batch_size: int, longest: int) -> lis
             f"{len(cut):,} {of} are longer than max_seq_length={longest} and are cut; "
             f"the longest has {max(cut):,} tokens"
         )
-    if lost := sum(max(1, start) > min(len(x), longest - 1) for x, start in data):
+    if lost := sum(max(1, start) >= min(len(x), longest) for x, start in data):
         notes.append(f"{lost:,} {of} have no token to learn: their prompt is all that is left")
     if name == "training" and (share := padding(sizes, batch_size, longest)) > 0.5:
         notes.append(f"{share:.0%} of a batch is padding: sort the lines of the file by length")

@@ -85,6 +85,8 @@ def add_adapters(
     if fine_tune_type not in FINE_TUNE_TYPES:
         raise ValueError(f"fine_tune_type is lora, dora or full, got {shown(fine_tune_type)}")
     settings = dict(lora_parameters or {})
+    every = {name for part in (model, *layers) for name, _ in part.named_modules()}
+    unmatched = [key for key in settings.get("keys") or () if key not in every]
     linear_to_lora_layers(model, num_layers, settings, use_dora=fine_tune_type == "dora")
     if not flatten(model.trainable_parameters()):
         modules = layers[-1].named_modules()
@@ -93,6 +95,8 @@ def add_adapters(
             f"lora_parameters: keys {shown(settings.get('keys'))} match no layer; the last layer "
             f"has {', '.join(sorted(linear))}"
         )
+    if unmatched:
+        raise ValueError(f"lora_parameters: keys {', '.join(map(shown, unmatched))} match no layer")
 
 
 def load_adapters_into(model: nn.Module, path: str) -> None:

@@ -22,7 +22,7 @@ from .._validate import (
 from ..factory import create_optimizer
 from ..routing import OPTIMIZERS
 from ..routing.combined import GuardedOptimizer
-from ..schedules import Schedule, adaptive_schedule, warmup_cosine
+from ..schedules import Schedule, adaptive_schedule, warmup_cosine, with_peak
 
 MLX_OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": mlx_optimizers.Adam,
@@ -138,7 +138,9 @@ def make_schedule(name: str, arguments: Sequence[float], **others: Any) -> Sched
     except (TypeError, ZeroDivisionError) as problem:
         takes = f"it takes {signature(function)}, as in {EXAMPLE}"
         raise ValueError(f"lr_schedule: {problem}; {takes}") from None
-    peak = max(arguments[:2]) if name == "linear_schedule" else arguments[0]
+    peak = getattr(with_peak(built), "peak", None)
+    if not peak:
+        raise ValueError(f"lr_schedule: {name}{tuple(arguments)} is 0 or grows without bound")
     # The description tells it apart from other schedules in a checkpoint.
     schedule = Schedule(built, f"{name}{tuple(arguments)}, {others}", peak=peak)
     check_rate("lr_schedule", schedule)

@@ -26,7 +26,7 @@ from mlx_lm.utils import save_config
 from tqdm import tqdm
 
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from ..checkpoint.file import write
+from ..checkpoint.file import check_target, write
 from ..trees import flatten
 from .data import name_of_data
 from .models import prefixing_errors
@@ -137,6 +137,7 @@ class Tuning(TrainingCallback):
         self.folder = Path(arguments.adapter_path)
         self.path = self.folder / "checkpoint.safetensors"
         if optimizer is not None:
+            check_target(self.path)
             sets = (datasets["training"], datasets["validation"])
             self.identity |= {k: x and x.digest() for k, x in zip(DATA, sets, strict=True)}
             (self.folder / "best" if arguments.keep_best else self.folder).mkdir(

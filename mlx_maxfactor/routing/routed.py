@@ -90,7 +90,8 @@ class RoutedOptimizer(CombinedOptimizer):
             for path, array in flatten(optimizer.state).items():
                 while path and path not in self._parameters:
                     path = path.rpartition(".")[0]
-                sizes[index, path] += array.nbytes
+                # A user's state may hold a plain number.
+                sizes[index, path] += getattr(array, "nbytes", 0)
         whole = self.strategy.state_bytes()
         entries = []
         for p in self._parameters.values():
