@@ -433,3 +433,21 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1"),
+        ({"num_attention_heads": "4"}, "num_attention_heads must be a whole number"),
+        ({"quantization": True}, "quantization must map names to values"),
+        ({"quantization": {"bits": "4"}}, "quantization: bits must be one of"),
+        ({"quantization": {"bits": 4, "group_size": 7}}, "group_size must be one of"),
+    ],
+)
+def test_a_wrong_size_in_a_config_is_named(changes, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    with pytest.raises(SystemExit) as end:
+        main(["fits", str(tmp_path)])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1056,3 +1056,71 @@ def test_closed_streams_are_no_traceback(monkeypatch):
     with pytest.raises(SystemExit) as end:
         main(["lora", "--iters", "none"])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iters: 4\niters: 6\n", "iters is given twice in the mapping at line 1"),
+        ("lora_parameters: {rank: 4, rank: 8}\n", "rank is given twice in the mapping at line 1"),
+    ],
+)
+def test_a_name_that_is_given_twice_is_refused(text, message, home):
+    path = home / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parsed("-c", path, "--model", "x", "--data", "y")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("momentum=0.5", "momentum=0.6"), "--option momentum is given twice"),
+        (('hidden="muon"',), "hidden is an argument of its own"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options, message):
+    given = [part for option in options for part in ("--option", option)]
+    with pytest.raises(ValueError, match=message):
+        parsed("--model", "x", "--data", "y", *given)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": ["a"], "completion": "b"}, "prompt must be a string"),
+        ({"prompt": "a", "completion": 3}, "completion must be a string, got 3"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content must be a string"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_line(line, message, home, capsys):
+    data = folder_of(home, "no text", *[line] * 6)
+    with pytest.raises(SystemExit) as end:
+        main(["lora", "-c", str(home / "short.yaml"), "--data", str(data)])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "train.jsonl, line 1" in error
+
+
+def test_a_damaged_checkpoint_has_a_remedy_that_exists(home, capsys):
+    folder = home / "damaged"
+    given = ["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(folder), "--iters", "2"]
+    assert main(given) == 0
+    (folder / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main([*given, "--resume"])
+    error = capsys.readouterr().err
+    assert "remove it, and start a new run from adapters.safetensors" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize("name", ["losses.json", "adapter_config.json"])
+def test_a_full_disk_names_the_file(name, home, capsys):
+    folder = home / f"full {name}"
+    folder.mkdir()
+    (folder / name).symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        main(["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(folder)])
+    assert end.value.code == 1
+    assert name in capsys.readouterr().err

@@ -364,3 +364,23 @@ HEADS = {
 def test_output_layers(name):
     build, expected = HEADS[name]
     assert [p.path for p in find_roles(build()) if p.role == "head"] == expected
+
+
+class TiedByHand(nn.Module):
+    """It multiplies by its table, whose shape the last hidden matrix has too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(16, 16)
+        self.layers = [nn.Linear(16, 16, bias=False) for _ in range(2)]
+
+    def __call__(self, tokens):
+        x = self.table(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return x @ self.table.weight.T
+
+
+def test_a_head_that_is_tied_by_hand_leaves_the_hidden_matrices():
+    roles = [(p.role, p.note) for p in find_roles(TiedByHand())]
+    assert roles == [("embedding", ""), ("hidden", ""), ("hidden", "")]

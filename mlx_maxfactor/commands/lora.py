@@ -210,7 +210,8 @@ def save_results(tuning: Tuning, loss: float | None) -> None:
     text = json.dumps({**results, **tuning.history})
     finite = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
     path = tuning.folder / "losses.json"
-    path.write_text(json.dumps(finite, indent=1), encoding="utf-8")
+    with prefixing_errors(str(path)):
+        path.write_text(json.dumps(finite, indent=1), encoding="utf-8")
 
 
 def print_what_to_do_next(tuning: Tuning) -> None:

@@ -111,9 +111,15 @@ def check(arguments: Namespace) -> None:
         raise ValueError("resume continues a training; --test alone tests the saved adapters")
     if not (arguments.adapter_path or tests_only):
         raise ValueError("adapter_path is empty, which only --test alone takes: name a folder")
-    arguments.option = dict(map(option, arguments.option))
+    options = list(map(option, arguments.option))
+    arguments.option = dict(options)
+    if len(arguments.option) < len(options):
+        names = [name for name, _ in options]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"--option {twice} is given twice")
     own = (arguments.optimizer_config or {}).get(arguments.optimizer, {})
-    if taken := {"model", "name", "learning_rate", "lr_schedule"} & {*own, *arguments.option}:
+    arguments_of_their_own = {"model", "name", "hidden", "learning_rate", "lr_schedule"}
+    if taken := arguments_of_their_own & {*own, *arguments.option}:
         raise ValueError(f"{taken.pop()} is an argument of its own, and not an option")
     if arguments.iters % arguments.grad_accumulation_steps:
         raise ValueError(

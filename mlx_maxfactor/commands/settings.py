@@ -206,6 +206,19 @@ def _unquoted(check: Check, name: str, value: Any) -> str:
     return ""
 
 
+class OnceLoader(yaml_loader):
+    """The loader of mlx-lm, which refuses a name that is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A dictionary of a mapping, whose names differ."""
+        names = [self.construct_object(name, deep=deep) for name, _ in node.value]
+        for name in names:
+            if isinstance(name, str) and names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise ValueError(f"{name} is given twice in the mapping at line {line}")
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_config(path: str) -> dict[str, Any]:
     """A YAML file of mlx_lm.lora, checked. Names that nothing reads are printed and left out.
 
@@ -213,7 +226,7 @@ def read_config(path: str) -> dict[str, Any]:
         ValueError: The file cannot be read, or a value is wrong.
     """
     try:
-        file = yaml.load(Path(path).read_text(encoding="utf-8-sig"), yaml_loader) or {}
+        file = yaml.load(Path(path).read_text(encoding="utf-8-sig"), OnceLoader) or {}
     except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as problem:
         raise ValueError(f"{path}: {problem}") from problem
     if not isinstance(file, Mapping):

@@ -122,11 +122,12 @@ def check_sample(data: Any, sample: Any) -> None:
         key = getattr(data, name, None)
         if key is not None and sample.get(key) is None:
             raise ValueError(f"{key} is {'null' if key in sample else 'missing'}")
-        if name == "text_key" and key is not None:
-            if not isinstance(sample[key], str):
-                raise ValueError(f"{key} must be a string, got {shown(sample[key])}")
-            if not sample[key]:
-                raise ValueError(f"{key} is empty: remove the line")
+        if key is None or name == "chat_key":
+            continue
+        if not isinstance(sample[key], str):
+            raise ValueError(f"{key} must be a string, got {shown(sample[key])}")
+        if name == "text_key" and not sample[key]:
+            raise ValueError(f"{key} is empty: remove the line")
     if (key := getattr(data, "chat_key", None)) is None:
         return
     messages = sample[key]
@@ -137,6 +138,8 @@ def check_sample(data: Any, sample: Any) -> None:
             raise ValueError(f"{key}[{i}] must have a role, got {shown(message)}")
         if message.get("content") is None and not message.keys() - {"role", "content"}:
             raise ValueError(f"{key}[{i}] has no content")
+        if not isinstance(message.get("content") or "", (str, list)):
+            raise ValueError(f"{key}[{i}]: content must be a string, got {shown(message)}")
     if data.mask_prompt and len(messages) < 2:
         raise ValueError("mask_prompt needs a chat of at least two messages")
 

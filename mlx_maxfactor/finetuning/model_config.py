@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_config
 
-from .._validate import check_integer, shown
+from .._validate import check_choice, check_integer, shown
 from .models import prefixing_errors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -68,12 +68,23 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
     return _checked(config, name), folder
 
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("intermediate_size",)
+BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+
+
 def _checked(config: Any, name: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{name} must map names to values, with model_type among them")
-    for key in ("vocab_size", "hidden_size"):
-        if (size := value_of(config, key)) is not None:
+    for key in SIZES:
+        if (size := value_of(config, key)) is not None and not isinstance(size, list):
             check_integer(f"{name}: {key}", size, 1)
+    if (ours := config.get("quantization")) is not None:
+        if not isinstance(ours, dict):
+            raise ValueError(f"{name}: quantization must map names to values, got {shown(ours)}")
+        for key, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
+            if key in ours:
+                check_choice(f"{name}: quantization: {key}", ours[key], choices)
     return config
 
 

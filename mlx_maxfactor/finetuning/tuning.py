@@ -39,10 +39,8 @@ KEPT += ("fine_tune_type", "lora_parameters", "num_layers", "steps_per_eval")
 DATA = ("training set", "validation set")
 """What may differ on purpose: a repaired line changes it."""
 
-REMEDY = (
-    "give the options of the interrupted run, or start a new run from adapters.safetensors in its "
-    "folder with --resume-adapter-file"
-)
+NEW_RUN = "start a new run from adapters.safetensors in its folder with --resume-adapter-file"
+REMEDY = f"give the options of the interrupted run, or {NEW_RUN}"
 
 
 class Finished(Exception):  # noqa: N818
@@ -190,6 +188,8 @@ class Tuning(TrainingCallback):
         except CheckpointError as problem:
             first, *others = problem.problem.splitlines()
             found = f"{first} {'; '.join(map(str.strip, others))}".strip()
+            if ": load an older" in found:  # this command keeps only one
+                found = f"{found.partition(': load an older')[0]}: remove it, and {NEW_RUN}"
             raise CheckpointError(f"{found}; {REMEDY}" if problem.remedy else found) from problem
         if not isinstance(extra.get("identity"), dict):
             raise CheckpointError(f"{self.path} is not a checkpoint of mlx-maxfactor lora")
@@ -239,7 +239,8 @@ class Tuning(TrainingCallback):
         """
         a = self.arguments
         for folder in (self.folder, self.folder / "best")[: 1 + a.keep_best]:
-            save_config(dict(vars(a)), folder / "adapter_config.json")
+            with prefixing_errors(str(folder / "adapter_config.json")):
+                save_config(dict(vars(a)), folder / "adapter_config.json")
         settings = TrainingArgs(
             batch_size=a.batch_size,
             iters=a.iters - self.iteration,

@@ -405,7 +405,7 @@ def _find_heads(
         heads = dict.fromkeys(_twins(linears[-1], linears), "guessed")
     # A square layer may have the shape of a table of positions; tokens have the first table.
     if not heads and (square := [n for n in shaped if n.module["weight"].shape == tables[0]]):
-        heads = {square[-1]: ""}
+        heads = {square[-1]: "guessed"}
     for head, note in list(heads.items()):
         heads |= {n: note for n in _beside(head, linears, is_read) if n not in heads}
     return heads
@@ -489,7 +489,9 @@ def _ties_embedding(nodes: list[Node]) -> bool:
     kinds = {kind for n in nodes for kind in type(n.module).__mro__}
     methods = [value for kind in kinds for key, value in vars(kind).items() if key != "as_linear"]
     codes = [method.__code__ for method in methods if hasattr(method, "__code__")]
-    return any("as_linear" in code.co_names for code in codes)
+    return any(
+        "as_linear" in code.co_names or {"weight", "T"} <= {*code.co_names} for code in codes
+    )
 
 
 def _are_parallel(items: list[Node]) -> bool:
