@@ -304,7 +304,7 @@ def _check_rest_options(options: Any) -> dict[str, Any]:
 
 
 def _check_group(group: Any) -> None:
-    if group is not None and not isinstance(group, mx.distributed.Group):
+    if group is not None and not callable(getattr(group, "size", None)):
         raise ValueError(f"group must be what mx.distributed.init() returns, {got(group, ())}")
 
 

@@ -104,15 +104,16 @@ def catching_interrupts(note: Callable[[], None]) -> Iterator[list[int]]:
         note: Called at the first signal, to tell the user.
     """
     caught: list[int] = []
+    # Asked now: one that is gone is no terminal.
+    terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
     def catch(number: int, _: Any) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
         caught.append(number)
         if number not in (signal.SIGINT, signal.SIGTERM):  # SIGHUP: the terminal is gone
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():
-                    silence(stream)
+            for stream in terminals:
+                silence(stream)
         with suppress(RuntimeError, OSError):  # the same stream may be written at this moment
             note()
 
