@@ -28,7 +28,7 @@ from mlx_lm.convert import convert
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.models.llama import Model, ModelArgs, TransformerBlock
 from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.datasets import CacheDataset, load_dataset
+from mlx_lm.tuner.datasets import CacheDataset, create_dataset, load_dataset
 from mlx_lm.tuner.trainer import evaluate, iterate_batches
 from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import save_model
@@ -36,6 +36,7 @@ from mlx_lm.utils import save_model
 from mlx_maxfactor.commands import lora, main
 from mlx_maxfactor.commands.lora_arguments import parse_arguments
 from mlx_maxfactor.commands.terminal import catching_interrupts, plain_output
+from mlx_maxfactor.finetuning import data as data_module
 from mlx_maxfactor.finetuning import tuning
 from mlx_maxfactor.finetuning.data import describe_lengths, load_data, name_of_data
 from mlx_maxfactor.finetuning.models import add_adapters
@@ -1124,3 +1125,12 @@ def test_a_full_disk_names_the_file(name, home, capsys):
         main(["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(folder)])
     assert end.value.code == 1
     assert name in capsys.readouterr().err
+
+
+def test_sets_of_the_hub_that_are_not_used_are_left_out(home, monkeypatch):
+    tokenizer = load(str(home / "model"))[1]
+    rows = create_dataset([TEXT] * 4, tokenizer, SimpleNamespace(mask_prompt=False))
+    monkeypatch.setattr(data_module, "load_dataset", lambda *_: (rows, rows, rows))
+    settings = SimpleNamespace(data="someone/something", train=True, test=False, batch_size=2)
+    found = load_data(settings, tokenizer)
+    assert [len(found[key]) for key in ("training", "validation", "test")] == [4, 4, 0]

@@ -384,3 +384,21 @@ class TiedByHand(nn.Module):
 def test_a_head_that_is_tied_by_hand_leaves_the_hidden_matrices():
     roles = [(p.role, p.note) for p in find_roles(TiedByHand())]
     assert roles == [("embedding", ""), ("hidden", ""), ("hidden", "")]
+
+
+class Gate(nn.Module):
+    """A bare matrix that is multiplied transposed, as in the gates of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.zeros((4, 16))
+
+    def __call__(self, x):
+        return x @ self.weight.T
+
+
+def test_a_gate_that_is_transposed_ties_no_table():
+    layers = [nn.Linear(16, n, bias=False) for n in (16, 16, 40)]
+    model = nn.Sequential(nn.Embedding(30, 16), Gate(), *layers)
+    last = find_roles(model)[-1]
+    assert (last.role, last.note) == ("head", "guessed")

@@ -73,7 +73,8 @@ def load_data(arguments: Namespace, tokenizer: Any) -> dict[str, Any]:
             lines = f"the {key} set has {len(found[key])} lines"
             raise ValueError(f"{name}: batch_size is {a.batch_size}, but {lines}")
     # An empty list, because an empty dataset of mlx-lm cannot be described in a checkpoint.
-    return {k: TokenizedDataset(found[k], places[k]) if found.get(k) else [] for k in FILES}
+    filled = [key for key in used if len(found[key])]
+    return {k: TokenizedDataset(found[k], places[k]) if k in filled else [] for k in FILES}
 
 
 def _load_from_hub(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:

@@ -489,8 +489,10 @@ def _ties_embedding(nodes: list[Node]) -> bool:
     kinds = {kind for n in nodes for kind in type(n.module).__mro__}
     methods = [value for kind in kinds for key, value in vars(kind).items() if key != "as_linear"]
     codes = [method.__code__ for method in methods if hasattr(method, "__code__")]
+    tables = {n.name for n in nodes if n.is_a(nn.Embedding)}
     return any(
-        "as_linear" in code.co_names or {"weight", "T"} <= {*code.co_names} for code in codes
+        "as_linear" in names or ({"weight", "T"} <= names and names & tables)
+        for names in ({*code.co_names} for code in codes)
     )
 
 
