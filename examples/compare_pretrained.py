@@ -53,6 +53,7 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_maxfactor import create_optimizer
+from mlx_maxfactor.finetuning.models import bytes_of
 from mlx_maxfactor.routing.rates import schedule_of
 
 FOLDER = Path("runs/gemma3-270m")
@@ -266,10 +267,11 @@ def functions() -> list[tuple[str, str]]:
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-                line = (ast.get_docstring(node) or "").splitlines()[0]
-                if 20 <= len(line) <= 120:
-                    found.setdefault(line, f"{module}.{node.name}")
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            line = (ast.get_docstring(node) or "").partition("\n")[0]
+            if 20 <= len(line) <= 120:
+                found.setdefault(line, f"{module}.{node.name}")
     return list(found.items())
 
 
@@ -362,15 +364,13 @@ def fine_tune(run: Run, arguments: Arguments) -> Record:
             step(texts.training[mx.array(rows)])
             seconds.append(time.perf_counter() - start)
             peak = max(peak, mx.get_peak_memory())
-    arrays: list[mx.array] = []
-    tree_map(arrays.append, optimizer.state)
     return Record(
         run,
         steps,
         new,
         old,
         peak_rate(optimizer, run),
-        sum(array.nbytes for array in arrays),
+        bytes_of(optimizer.state),
         peak,
         statistics.median(seconds),
         run.command,

@@ -53,7 +53,6 @@ SHAPE: dict[str, Any] = {
 }
 BATCH, CONTEXT = 8, 64
 LINES = {"train": 4000, "valid": 200, "test": 200}
-PIECE = 150  # characters of code
 CHARACTERS = range(0x21, 0x20000)
 NUMBERED = ("CJK", "HANGUL SYLLABLE", "IDEOGRAPH", "HIEROGLYPH")  # their names are numbers
 
@@ -180,29 +179,11 @@ def write_task(folder: str | Path, seed: int = 1) -> Path:
     Returns:
         The folder.
     """
-    return write_lines(Path(folder), seed, "names")
-
-
-def write_more_code(folder: str | Path, seed: int = 1) -> Path:
-    """The same three files with lines ``{"text": ...}``: more code like the model's training text.
-
-    Args:
-        folder: The folder. Files that are already there are kept if they were made alike.
-        seed: Seed of the pieces and their order.
-
-    Returns:
-        The folder.
-    """
-    return write_lines(Path(folder), seed, "code")
-
-
-def write_lines(folder: Path, seed: int, kind: str) -> Path:
-    """Write the three files of one kind of lines, unless they are there."""
-    content = {"kind": kind, "seed": seed, "lines": LINES}
+    folder, content = Path(folder), {"seed": seed, "lines": LINES}
     if was_written(folder / "task.json", content):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    examples = named_characters() if kind == "names" else pieces_of_code()
+    examples = named_characters()
     order = iter(np.random.default_rng(seed).permutation(len(examples)))
     for split, count in LINES.items():
         lines = [json.dumps(examples[i]) for i in islice(order, count)]
@@ -218,16 +199,6 @@ def named_characters() -> list[dict[str, str]]:
         {"prompt": f"name(chr({number:#x}))", "completion": name.lower()}
         for number, name in names.items()
         if name and not any(word in name for word in NUMBERED)
-    ]
-
-
-def pieces_of_code() -> list[dict[str, str]]:
-    """Statements of the standard library, cut to one length."""
-    code = [statement for tree in modules() for statement in code_of(tree)]
-    return [
-        {"text": statement[start : start + PIECE]}
-        for statement in code
-        for start in range(0, len(statement) - PIECE, PIECE)
     ]
 
 

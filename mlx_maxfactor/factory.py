@@ -150,7 +150,7 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict, pretrained=pretrained)
-    _check_group(group)
+    strategy = _strategy(group)
     trained = _find_trained(model)
     parameters, exceptions = apply_rules(model, rules or {}, strict)
 
@@ -171,7 +171,6 @@ def create_optimizer(
         run=_rate_inputs(model, total_steps, own or parameters, hidden_options),
     )
     routes = {p.path: _route(factory, p, choices[p.path]) for p in parameters}
-    strategy = Sharding(group) if group is not None and group.size() > 1 else None
     guard = Guard(max_grad_norm, skip_nonfinite, max_skipped)
     return RoutedOptimizer(model, parameters, factory.labelled(routes), routes, guard, strategy)
 
@@ -303,9 +302,13 @@ def _check_rest_options(options: Any) -> dict[str, Any]:
     return dict(options)
 
 
-def _check_group(group: Any) -> None:
-    if group is not None and not callable(getattr(group, "size", None)):
+def _strategy(group: Any) -> Sharding | None:
+    """How several ranks share the updates. None: there is one."""
+    if group is None:
+        return None
+    if not callable(getattr(group, "size", None)):
         raise ValueError(f"group must be what mx.distributed.init() returns, {got(group, ())}")
+    return Sharding(group) if group.size() > 1 else None
 
 
 def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
@@ -368,9 +371,8 @@ def _lora_scale(model: nn.Module) -> float:
     scales = []
     for module in model.modules():
         if any(a in module and b in module for a, b in LORA):
-            found = [value_if_evaluated(getattr(module, name, None)) for name in names]
-            usable = (isinstance(x, (int, float)) and 1e-3 <= x <= 1e4 for x in found)
-            scales += [x for x, is_usable in zip(found, usable, strict=True) if is_usable][:1]
+            found = (value_if_evaluated(getattr(module, name, None)) for name in names)
+            scales += [x for x in found if isinstance(x, (int, float)) and 1e-3 <= x <= 1e4][:1]
     return float(median(scales)) if scales else LORA_SCALE
 
 

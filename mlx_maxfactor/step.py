@@ -118,13 +118,11 @@ def find_slots(
                 f"{path}: the gradient has shape {gradient.shape}, and the parameter "
                 f"{parameter.shape}"
             )
-        index = index_of(path)
-        member = None if index is None else members[index]
-        state = None if index is None else found[index]
-        if member is not None and member.updates_at_once:
-            state = states[members.index(member)]
-        if member is not None and not member.owns(path):
-            member = None
+        member = state = None
+        if (index := index_of(path)) is not None:
+            owner = members[index]
+            state = states[index] if owner.updates_at_once else found[index]
+            member = owner if owner.owns(path) else None
         slots.append(ParameterSlot(path, gradient, parameter, member, state))
     if len({slot.path for slot in slots}) < len(slots):
         (path, _), *_ = Counter(slot.path for slot in slots).most_common()
@@ -198,7 +196,8 @@ def _update_group(
     slot, member = group[0], group[0].member
     assert member is not None
     states = list({id(slot.state): slot.state for slot in group}.values())
-    before = [tree_map(lambda x: x, state) for state in states]
+    decides = any(x is not None for x in decision)
+    before = [tree_map(lambda x: x, state) for state in states] if decides else []
     gradients = [decision.scaled(x) for x in _after(done, [s.gradient for s in group])]
     parameters = _after(done, [slot.parameter for slot in group])
     for state in states:
@@ -213,7 +212,7 @@ def _update_group(
             f"{slot.path} {slot.parameter.shape}, gradient {slot.gradient.shape}: {what}; "
             "create the optimizer again if the model has changed"
         ) from problem
-    if any(x is not None for x in decision):
+    if decides:
         new = [decision.kept(x, p) for x, p in zip(new, parameters, strict=True)]
         for state, old in zip(states, before, strict=True):
             select(state, old, decision.kept)

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
-from .._validate import check_choice, check_flags, got
+from .._validate import check_choice, check_flags, find_repeated, got
 from ..routing.roles import find_aliases
 from ..routing.strategy import UpdateStrategy
 from ..trees import at_path, flatten
@@ -482,9 +482,8 @@ def _listed(differences: Sequence[str]) -> str:
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dict from a JSON object. A repeated key is an error."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"duplicate key {twice[0]!r:.100}")
+    if (name := find_repeated([name for name, _ in pairs])) is not None:
+        raise ValueError(f"duplicate key {name!r:.100}")
     return dict(pairs)
 
 

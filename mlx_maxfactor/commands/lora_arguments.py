@@ -20,7 +20,7 @@ from typing import Any
 
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser
 
-from .._validate import shown
+from .._validate import find_repeated, shown
 from ..finetuning.optimizer_names import optimizer_names
 from .settings import check_settings, read_config
 from .terminal import OneLineParser
@@ -113,9 +113,7 @@ def check(arguments: Namespace) -> None:
         raise ValueError("adapter_path is empty, which only --test alone takes: name a folder")
     options = list(map(option, arguments.option))
     arguments.option = dict(options)
-    if len(arguments.option) < len(options):
-        names = [name for name, _ in options]
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := find_repeated([name for name, _ in options])) is not None:
         raise ValueError(f"--option {twice} is given twice")
     own = (arguments.optimizer_config or {}).get(arguments.optimizer, {})
     arguments_of_their_own = {"model", "name", "hidden", "learning_rate", "lr_schedule"}

@@ -227,9 +227,7 @@ def default_rate(name: str, preset: RatePreset, run: RateInputs | None = None) -
     if preset == "lora":
         rate *= LORA_SCALE / run.lora_scale
     if run.total_steps is not None:
-        rate *= 2
-    if run.total_steps is not None and preset == "pretrained":
-        rate = min(rate, entry.peak_of(run))
+        rate = 2 * rate if preset == "lora" else min(2 * rate, entry.peak_of(run))
     return _two_digits(rate)
 
 
