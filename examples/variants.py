@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_maxfactor import FrequencyAdaptiveMomentum, Muon, Schedule
 from mlx_maxfactor import functional as f
+from mlx_maxfactor.optimizers import moment_state as moments
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ class NorMuon(Muon):
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Muon's update with normalized rows."""
-        u, kept = f.momentum(g, state, self.momentum, self.nesterov)
-        step = f.orthogonalize(f.unit_peak(u), self.method, self.steps, self.block)
+        u, kept = moments.momentum(mx.contiguous(g), state, self.momentum, 1.0, self.nesterov)
+        step, _ = f.orthogonalize(f.clamp(u), self.method, self.steps, self.block)
         mean = mx.mean(mx.square(step), axis=-1, keepdims=True)
         v = self.beta2 * state["v"] + (1 - self.beta2) * mean
-        step = 0.2 * f.unit_rms(step * mx.rsqrt(v + 1e-10))
-        rate = self.step_size(p, self.step, self.learning_rate)
-        p = f.stepped(p, self.learning_rate * self.weight_decay, rate * step)
+        step = step * mx.rsqrt(v + 1e-10)
+        rate = 0.2 * self.step_size(p, self.step, self.learning_rate) / f.rms(step, (-2, -1))
+        p = p.astype(mx.float32)
+        p = p - self.learning_rate * (self.weight_decay * p) - rate * step
         return p, {**kept, "v": v}

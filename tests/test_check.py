@@ -55,8 +55,8 @@ def test_summary_is_printed_where_the_report_cannot_be_written(tmp_path, capsys,
 factored_second_moment, second_moment_weight = f.factored_second_moment, f.second_moment_weight
 
 
-def statistics_over_the_wrong_axis(g, row, column, b, *others):
-    row, column = factored_second_moment(g, row, column, b, *others)
+def statistics_over_the_wrong_axis(g, row, column, b, *others, **options):
+    row, column = factored_second_moment(g, row, column, b, *others, **options)
     return mx.mean(row, axis=-2, keepdims=True) + 0 * row, column
 
 

@@ -18,15 +18,16 @@ from .layouts import (
     matrices_shape,
 )
 from .moments import (
+    ROOT_FLOOR,
     averaging_momentum,
     bias_correction,
     factored_root,
     factored_second_moment,
     largest_moment,
-    momentum,
     second_moment_weight,
 )
 from .norms import (
+    as_gradient,
     clamp,
     each,
     fusion_barrier,
@@ -34,7 +35,6 @@ from .norms import (
     rms,
     row_squares,
     scaled_global_norm,
-    unit_peak,
 )
 from .orthogonalization import (
     METHODS,
@@ -48,7 +48,6 @@ from .orthogonalization import (
 )
 from .quantization import FORGOTTEN, GROUPS, Bits, dequantize, quantize
 from .rounding import stochastic_round
-from .steps import ROOT_FLOOR, agreement, cautious_scale, stepped, unit_rms
 
 __all__ = [
     "FORGOTTEN",
@@ -60,7 +59,7 @@ __all__ = [
     "Bits",
     "Layout",
     "Method",
-    "agreement",
+    "as_gradient",
     "as_items",
     "as_matrices",
     "averaging_momentum",
@@ -68,7 +67,6 @@ __all__ = [
     "band_momentum",
     "band_shares",
     "bias_correction",
-    "cautious_scale",
     "clamp",
     "dequantize",
     "each",
@@ -81,7 +79,6 @@ __all__ = [
     "items_shape",
     "largest_moment",
     "matrices_shape",
-    "momentum",
     "muon_scale",
     "newton_schulz",
     "on_cpu",
@@ -93,8 +90,5 @@ __all__ = [
     "row_squares",
     "scaled_global_norm",
     "second_moment_weight",
-    "stepped",
     "stochastic_round",
-    "unit_peak",
-    "unit_rms",
 ]

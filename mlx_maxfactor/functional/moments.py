@@ -5,10 +5,13 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from .norms import fusion_barrier, row_squares
+from .norms import GRADIENT_LIMIT, fusion_barrier, row_squares
 
 SMALLEST_NORMAL = 2.0**-126
 """Smallest float32 with all its digits."""
+
+ROOT_FLOOR = 1e-20
+"""Smallest divisor of an update: the largest gradient divided by it, 1e35, is still finite."""
 
 
 def second_moment_weight(
@@ -24,18 +27,26 @@ def factored_second_moment(
     column: mx.array,
     weight: mx.array | float,
     eps: float = 0.0,
+    *,
+    transposed: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Moving averages of the row and column means of ``g² + eps``.
 
     Args:
-        gradient: ``(..., m, n)``, at most 1e15 in magnitude.
+        gradient: ``(..., m, n)``. A mean above 1e30 counts as 1e30.
         row: ``(..., m, 1)``, the row statistic ``R``.
         column: ``(..., 1, n)``, the column statistic ``C``.
         weight: ``b_t`` of the newest mean.
         eps: Added to each square.
+        transposed: The gradient with its last axes swapped, if this is how it lies in memory.
     """
-    row_mean = row_squares(gradient) / gradient.shape[-1] + eps
-    column_mean = mx.mean(mx.square(gradient), axis=-2, keepdims=True) + eps
+    m, n = gradient.shape[-2:]
+    if transposed is None:
+        columns = mx.sum(mx.square(gradient), axis=-2, keepdims=True)
+    else:
+        columns = row_squares(transposed).swapaxes(-1, -2)
+    row_mean = mx.minimum(GRADIENT_LIMIT**2, row_squares(gradient) / n) + eps
+    column_mean = mx.minimum(GRADIENT_LIMIT**2, columns / m) + eps
     return row + weight * (row_mean - row), column + weight * (column_mean - column)
 
 
@@ -49,20 +60,6 @@ def factored_root(
     # Where all squares are below float32's range, a divisor of zero would make inf of a row.
     rows = fusion_barrier(mx.sqrt(row / mx.maximum(divisor, SMALLEST_NORMAL)))
     return mx.maximum(floor, rows * fusion_barrier(mx.sqrt(column)))
-
-
-def momentum(
-    g: mx.array, state: Mapping[str, mx.array], decay: float, nesterov: bool
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """``m ← βm + g``. With a decay β of 0 there is no ``m``.
-
-    Returns:
-        m, or ``g + βm`` of the new m (Nesterov); and what to keep.
-    """
-    if not decay:
-        return g, {}
-    m = decay * state["m"] + g
-    return g + decay * m if nesterov else m, {"m": m}
 
 
 def averaging_momentum(

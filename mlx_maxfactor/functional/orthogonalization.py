@@ -9,8 +9,7 @@ import numpy as np
 
 from .layouts import crop, pad
 from .moments import SMALLEST_NORMAL
-from .norms import unit_frobenius
-from .steps import unit_rms
+from .norms import fusion_barrier, rms, unit_frobenius
 
 Quintic = tuple[float, float, float]
 
@@ -133,9 +132,7 @@ def orthogonalize(
     method: str | Callable[[mx.array], mx.array] = "newton_schulz",
     steps: int = 5,
     block: int | None = None,
-    *,
-    to_unit_rms: bool = False,
-) -> mx.array:
+) -> tuple[mx.array, mx.array]:
     """Orthogonalize each matrix, or each block of its rows by itself.
 
     Args:
@@ -144,7 +141,10 @@ def orthogonalize(
         steps: Its iterations.
         block: Rows of a block, along the shorter side (columns of a tall matrix), all blocks in
             one batched product; the last may be smaller. None: the whole matrix.
-        to_unit_rms: Scale each matrix to an RMS of 1.
+
+    Returns:
+        The matrices, and the factor ``(..., 1, 1)`` that gives each an RMS of 1. What is not used
+        is not computed.
     """
     shorter, longer = sorted(x.shape[-2:])
     block = min(block or shorter, shorter)
@@ -153,9 +153,9 @@ def orthogonalize(
     if callable(method) or longer < GRAM_ASPECT * block:
         blocks = method(blocks) if callable(method) else _orthogonalized(blocks, method, steps)
         whole = _joined(blocks, axis, x.shape)
-        return unit_rms(whole) if to_unit_rms else whole
-    size = x.shape[-2] * x.shape[-1] if to_unit_rms else None
-    return _joined(_on_gram_matrices(blocks, METHODS[method](steps), axis, size), axis, x.shape)
+        return whole, _inverse_root(mx.square(rms(whole, (-2, -1))))
+    blocks, square = _on_gram_matrices(blocks, METHODS[method](steps), axis)
+    return _joined(blocks, axis, x.shape), _inverse_root(square / (shorter * longer))
 
 
 def _cut(x: mx.array, axis: int, block: int) -> mx.array:
@@ -164,7 +164,8 @@ def _cut(x: mx.array, axis: int, block: int) -> mx.array:
     *batch, rows, columns = x.shape
     if axis == -2:
         return x.reshape(*batch, -1, block, columns)
-    return mx.contiguous(x.reshape(*batch, rows, -1, block).swapaxes(-2, -3))
+    # On a GPU, products take what lies in rows of a larger matrix.
+    return fusion_barrier(x.reshape(*batch, rows, -1, block).swapaxes(-2, -3))
 
 
 def _joined(blocks: mx.array, axis: int, shape: Sequence[int]) -> mx.array:
@@ -206,28 +207,29 @@ def _orthogonalized(x: mx.array, method: str, steps: int, dtype: mx.Dtype = mx.f
 # The same with few passes over the matrix: several steps on its small Gram matrix.
 
 
-def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int, size: int | None) -> mx.array:
+def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int) -> tuple[mx.array, mx.array]:
     """Orthogonalize blocks that are long beside ``axis``, by polynomials of ``A = XXᵀ``.
 
-    A group of steps is one product ``QX``. The norm of X is the root of A's trace. With a ``size``,
-    all blocks of a matrix of that size are scaled to an RMS of 1: ``‖QX‖² = tr(QAQ)``.
+    A group of steps is one product ``QX``. The norm of X is the root of A's trace.
+
+    Returns:
+        The blocks, and the sum of the squares of all blocks of a matrix: ``‖QX‖² = tr(QAQ)``.
     """
-    groups = _groups(table)
-    for i, group in enumerate(groups):
+    gram = q = x
+    for i, group in enumerate(_groups(table)):
         gram = x @ x.swapaxes(-1, -2) if axis == -2 else x.swapaxes(-1, -2) @ x
-        scale = mx.array(1.0)
         if i == 0:
             n = gram.shape[-1]
             diagonal = gram.reshape(*gram.shape[:-2], n * n)[..., :: n + 1]
             scale = _inverse_root(mx.sum(diagonal, axis=-1)[..., None, None])
             gram = gram * mx.square(scale)
-        q = _product_of_steps(gram, group)
-        if size is not None and group is groups[-1]:
-            square = mx.sum(q * (gram @ q), axis=(-3, -2, -1), keepdims=True)
-            scale = scale * _inverse_root(square / size)
-        q = q * scale
-        x = q @ x if axis == -2 else x @ q
-    return x
+            q = _product_of_steps(gram, group)
+            x = (q * scale) @ x if axis == -2 else x @ (q * scale)
+        else:
+            q = _product_of_steps(gram, group)
+            x = q @ x if axis == -2 else x @ q
+    q, gram = (a.reshape(*a.shape[:-3], 1, -1) for a in (q, gram @ q))
+    return x, q @ gram.swapaxes(-1, -2)
 
 
 def _groups(table: list[Quintic]) -> list[list[Quintic]]:

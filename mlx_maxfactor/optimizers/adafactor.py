@@ -92,7 +92,7 @@ class Adafactor(Float32Optimizer):
         u, second = self._normalized(g, state, b)
         u = u / f.fusion_barrier(mx.maximum(1.0, f.rms(u, f.each(u)) / self.clip_threshold))
         alpha = self.step_size(p, self.step, self.learning_rate)
-        new = f.stepped(p, alpha * self.weight_decay, alpha * u)
+        new = p - alpha * (self.weight_decay * p + u)
         return new, {**second, "count": count}
 
     def _normalized(

@@ -97,8 +97,7 @@ class AdamW(Float32Optimizer):
         # m/c₁ / (√(v/c₂) + ε), with both corrections moved into scalars.
         rate = f.fusion_barrier(eta * mx.sqrt(c2) / c1)
         step = rate * m / (root + f.fusion_barrier(self.eps * mx.sqrt(c2)))
-        new = f.stepped(p, eta * self.weight_decay, step)
-        return new, {**first, **second, "count": t}
+        return p - eta * (self.weight_decay * p) - step, {**first, **second, "count": t}
 
     def _second_moment_root(
         self, g: mx.array, state: dict[str, mx.array]

@@ -94,6 +94,10 @@ class Float32Optimizer(Optimizer):
 
     updates_at_once = False
 
+    casts = False
+    """Whether the rule takes arrays and state as they are kept, and casts them in each formula. A
+    float32 copy that two kernels read is written to memory first."""
+
     def __init__(
         self,
         learning_rate: Rate,
@@ -268,11 +272,13 @@ class Float32Optimizer(Optimizer):
         layout, count, first = self._own_layout(layout), len(gradients), parameters[0]
         flat = self.elementwise and count == 1 and self.state_dtype not in moments.BITS
         stack = flat or f.is_stack(first.shape, layout)
-        p = _batch(parameters, layout, flat)
-        g = f.clamp(_batch(gradients, layout, flat))
+        p, g = (_batch(x, layout, flat, not self.casts) for x in (parameters, gradients))
         keys = [key for key in states[0] if key != "key"]
         old = {k: _joined([s[k] if stack else s[k][None] for s in states]) for k in keys}
-        new, state = self.rule(g, p, moments.unpacked(old, g))
+        if not self.casts:
+            p, g = p.astype(mx.float32), f.as_gradient(g)
+            old = moments.unpacked(old, g)
+        new, state = self.rule(g, p, old)
         state = moments.packed(state, self.state_dtype)
         parts = {key: _parts(x, count) for key, x in state.items()}
         for i, own in enumerate(states):
@@ -466,16 +472,16 @@ def is_complex(x: mx.array) -> bool:
     return mx.issubdtype(x.dtype, mx.complexfloating)
 
 
-def _batch(arrays: Sequence[mx.array], layout: str, flat: bool) -> mx.array:
-    """Arrays in float32 as a rule takes them: k arrays of one shape along the first axis.
+def _batch(arrays: Sequence[mx.array], layout: str, flat: bool, in_rows: bool) -> mx.array:
+    """Arrays as a rule takes them: k arrays of one shape along the first axis.
 
-    Views stand outside of the cast: MLX fuses a cast with the formula, but nothing through a view.
+    Views come before any cast: MLX fuses a cast with the formula, but nothing through a view.
     """
     if flat:
-        return arrays[0].astype(mx.float32)
+        return arrays[0]
     # A Linear's gradient is a transposed view, over which every pass is slow.
-    items = [f.as_items(mx.contiguous(x) if len(arrays) == 1 else x, layout) for x in arrays]
-    return _joined(items).astype(mx.float32)
+    in_rows = in_rows and len(arrays) == 1
+    return _joined([f.as_items(mx.contiguous(x) if in_rows else x, layout) for x in arrays])
 
 
 def _parts(x: mx.array, count: int) -> list[mx.array]:

@@ -41,8 +41,29 @@ def unpacked(state: Mapping[str, mx.array], g: mx.array) -> dict[str, mx.array]:
         m = f.dequantize(read["m"], scale, g.shape)
         read["m"] = mx.where(g == 0, f.FORGOTTEN * m, m)
     elif "m" in read:
-        read["m"] = read["m"].astype(mx.float32)
+        read["m"] = read["m"].reshape(g.shape).astype(mx.float32)
     return read
+
+
+def momentum(
+    g: mx.array, state: Mapping[str, mx.array], beta: float, gain: float, nesterov: bool
+) -> tuple[mx.array, dict[str, mx.array]]:
+    r"""``m ← βm + gain·g``, for a rule that takes its arguments as they are kept.
+
+    Returns:
+        m, or with Nesterov ``βm + gain·g`` of the new m; and what to keep. With β = 0 it is g.
+    """
+    if not beta:
+        return f.as_gradient(g), {}
+    # Two formulas of the old m, and of two views: each kernel reads g and m as they are kept, and
+    # writes one array. MLX would merge equal views, and write float32 copies of both.
+    weights = (beta**2, gain * (1 + beta)) if nesterov else (beta, gain)
+    m = _mixed(state, g.reshape(len(g), -1), beta, gain).reshape(g.shape)
+    return _mixed(state, g, *weights), {"m": m}
+
+
+def _mixed(state: Mapping[str, mx.array], g: mx.array, a: float, b: float) -> mx.array:
+    return a * unpacked(state, g)["m"] + b * f.as_gradient(g)
 
 
 def of_one(state: Mapping[str, mx.array], stack: bool) -> Mapping[str, mx.array]:

@@ -57,6 +57,8 @@ class Muon(Float32Optimizer):
         Liu et al., *Muon is Scalable for LLM Training*, 2025, arXiv 2502.16982.
     """
 
+    casts = True
+
     def __init__(
         self,
         learning_rate: Rate = 0.02,
@@ -91,10 +93,10 @@ class Muon(Float32Optimizer):
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """One update."""
-        u, state = f.momentum(g, state, self.momentum, self.nesterov)
-        step = f.orthogonalize(f.unit_peak(u), self.method, self.steps, self.block)
-        rate = self.step_size(p, self.step, self.learning_rate)
-        return f.stepped(p, self.learning_rate * self.weight_decay, rate * step), state
+        u, kept = moments.momentum(mx.contiguous(g), state, self.momentum, 1.0, self.nesterov)
+        o, _ = f.orthogonalize(f.clamp(u), self.method, self.steps, self.block)
+        p, eta = p.astype(mx.float32), self.learning_rate
+        return p - eta * (self.weight_decay * p) - self.step_size(p, self.step, eta) * o, kept
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """η · s, the spectral norm of an update."""

@@ -82,6 +82,8 @@ class OrthoMaxFactor(Float32Optimizer):
         blocks. See also SinkGD, arXiv 2502.06742, and NorMuon, arXiv 2510.05491.
     """
 
+    casts = True
+
     def __init__(
         self,
         learning_rate: Rate = 0.02,
@@ -125,20 +127,24 @@ class OrthoMaxFactor(Float32Optimizer):
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """One update."""
         b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = f.factored_second_moment(g, state["row"], state["column"], b)
-        h, kept = f.averaging_momentum(g, state, self.momentum, self.nesterov)
+        # A Linear's gradient is a transposed view: its columns are rows in memory.
+        transposed, g = g.swapaxes(-1, -2), mx.contiguous(g)
+        old = state["row"], state["column"]
+        row, column = f.factored_second_moment(g, *old, b, transposed=transposed)
+        h, kept = moments.momentum(g, state, self.momentum, 1 - self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
         root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
         u = f.clamp(h / root)
-        step = f.orthogonalize(u, self.method, self.steps, self.block, to_unit_rms=True)
-        rate = self.step_size(p, self.step, self.learning_rate)
-        p = f.stepped(p, self.learning_rate * self.weight_decay, rate * step)
-        return p, {"row": row, "column": column, **kept}
+        o, unit = f.orthogonalize(u, self.method, self.steps, self.block)
+        rate = f.fusion_barrier(self.step_size(p, self.step, self.learning_rate) * unit)
+        p = p.astype(mx.float32)
+        new = p - self.learning_rate * (self.weight_decay * p) - rate * o
+        return new, {"row": row, "column": column, **kept}
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """η times the RMS of each matrix, or times the floor if that is larger."""
         floor = (3 * p.shape[-1]) ** -0.5 if isinstance(self.min_rms, str) else self.min_rms
-        return f.fusion_barrier(rate * mx.maximum(f.rms(p, (-2, -1)), floor))
+        return rate * mx.maximum(f.rms(p, (-2, -1)), floor)
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""

@@ -57,7 +57,7 @@ class SignSGD(Float32Optimizer):
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """One update."""
         eta = self.learning_rate
-        new = f.stepped(p, eta * self.weight_decay, eta * mx.sign(g))
+        new = p * f.fusion_barrier(1 - eta * self.weight_decay) - eta * mx.sign(g)
         return mx.where(self._is_touched(g), new, p) if self.sparse_rows else new, state
 
     def _is_touched(self, g: mx.array) -> mx.array:

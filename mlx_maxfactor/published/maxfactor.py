@@ -43,6 +43,9 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "speech": {**EARLY_AND_SPEECH, "relative_step": True, "beta2_bounds": (0.0, 0.999)},
 }
 
+LEAST_SHARE = 1e-3
+"""A cautious step divides by at least this share of kept elements, as its authors' code does."""
+
 
 class MaxFactor(Float32Optimizer):
     r"""MaxFactor. Its state is ``m + n`` floats for an ``m × n`` matrix.
@@ -250,11 +253,11 @@ class MaxFactor(Float32Optimizer):
         step = self._step(f.clamp(h / root))
         if self.cautious:
             # Multiplied, not selected, so that a NaN stays a NaN.
-            agrees = f.agreement(h, g)
-            step = step * f.fusion_barrier(f.cautious_scale(agrees, f.each(g))) * agrees
+            agrees = agreement(h, g)
+            step = step * f.fusion_barrier(cautious_scale(agrees, f.each(g))) * agrees
         alpha = self.step_size(p, self.step, self.learning_rate)
         decay = (alpha if self.relative_step else self.learning_rate) * self.weight_decay
-        return f.stepped(p, decay, alpha * step), {**first, **second}
+        return p - decay * p - alpha * step, {**first, **second}
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
         """α, relative to the RMS of the whole array, or of each expert's matrix."""
@@ -318,3 +321,20 @@ class MaxFactor(Float32Optimizer):
 def check_optional(name: str, value: Any) -> float | None:
     """None, or a number above 0."""
     return None if value is None else check_number(name, value, 0.0, ends="()")
+
+
+def agreement(momentum: mx.array, gradient: mx.array) -> mx.array:
+    """1 where momentum and gradient have the same sign, else 0; one byte per element."""
+    # mx.sign, because the product of two small numbers may underflow to zero. Not a boolean: C++
+    # compilers turn one into a branch, which is mispredicted half of the time.
+    return (mx.sign(momentum) * gradient > 0).astype(mx.uint8)
+
+
+def cautious_scale(agrees: mx.array, axes: tuple[int, ...] | None = None) -> mx.array:
+    """The factor on a cautious step: one over the share of kept elements.
+
+    Liang et al. 2024, arXiv 2411.16085. The share is taken as at least 1e-3.
+    """
+    rows = mx.sum(agrees, axis=-2, keepdims=True) if agrees.ndim > 2 else agrees
+    total = mx.sum(rows.astype(mx.float32), axis=axes, keepdims=True)
+    return 1 / mx.maximum(total * (total.size / agrees.size), LEAST_SHARE)
