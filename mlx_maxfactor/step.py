@@ -151,12 +151,11 @@ def take_step(
         The new parameters by path. If a step fails, all states are as they were.
     """
     updated = {slot.path: slot.parameter for slot in slots}
-    with _unchanged_on_error(slots, members):
-        for member in members:
-            before = _numbers(member)
+    with _unchanged_on_error(slots, members) as numbers:
+        for member, (state, before) in zip(members, numbers, strict=True):
             member.advance()
             if decision.accepted is not None:
-                select(member.state, before, decision.kept)
+                select(state, before, decision.kept)
         done: list[mx.array] = []
         for group in _groups(slots):
             new, done = _update_group(group, decision, done)
@@ -227,21 +226,23 @@ def _after(done: list[mx.array], arrays: list[mx.array]) -> list[mx.array]:
     return [mx.depends(x, done) for x in arrays] if done else arrays
 
 
-def _numbers(member: Member) -> dict[str, mx.array]:
-    """The arrays of a state that belong to no parameter, such as the step and the rate."""
-    return {key: x for key, x in member.state.items() if isinstance(x, mx.array)}
-
-
 @contextmanager
 def _unchanged_on_error(
     slots: Sequence[ParameterSlot], members: Sequence[Member]
-) -> Iterator[None]:
-    """Restore the optimizers' states if an update fails half-way."""
+) -> Iterator[list[tuple[dict, dict[str, mx.array]]]]:
+    """Restore the optimizers' states if an update fails half-way.
+
+    Yields:
+        Each member's state, with the arrays that belong to no parameter, such as step and rate.
+    """
     live = {id(slot.state): slot for slot in slots if isinstance(slot.state, dict)}.values()
     kept = [(slot, tree_map(lambda x: x, slot.state)) for slot in live]
-    numbers = [(member.state, _numbers(member)) for member in members]
+    numbers = [
+        (state, {key: x for key, x in state.items() if isinstance(x, mx.array)})
+        for state in (member.state for member in members)
+    ]
     try:
-        yield
+        yield numbers
     except BaseException:
         for slot, before in kept:
             if slot.member is not None and slot.member.updates_at_once:

@@ -56,7 +56,9 @@ def quantize(x: mx.array, bits: Bits) -> tuple[mx.array, mx.array]:
 
 
 def dequantize(codes: mx.array, scale: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """The float32 arrays, of the given shape ``(k, ...)``, that :func:`quantize` coded.
+    """The arrays, of the given shape ``(k, ...)``, that :func:`quantize` coded.
+
+    On a GPU those of 4 bits are bf16, which is exact: a level has two binary digits.
 
     Raises:
         ValueError: There are more or fewer codes than arrays of this shape have.
@@ -69,7 +71,7 @@ def dequantize(codes: mx.array, scale: mx.array, shape: tuple[int, ...]) -> mx.a
     else:
         x = codes.astype(mx.float32) / LARGEST
         x = fusion_barrier(x * mx.abs(x)) * scale.astype(mx.float32)[..., None]
-    return crop(x.reshape(shape[0], -1), -1, size).reshape(shape).astype(mx.float32)
+    return crop(x.reshape(shape[0], -1), -1, size).reshape(shape)
 
 
 def _encode_mxfp4(x: mx.array) -> tuple[mx.array, mx.array]:
@@ -94,7 +96,6 @@ def _encode_mxfp4(x: mx.array) -> tuple[mx.array, mx.array]:
 
 def _decode_mxfp4(codes: mx.array, scale: mx.array) -> mx.array:
     if not on_cpu():
-        # bf16 is exact: a level has two binary digits.
         return mx.dequantize(codes, scale, group_size=GROUPS[4], bits=4, mode="mxfp4")
     byte = codes.view(mx.uint8).astype(mx.uint16)
     pair = (byte & 15) | mx.left_shift(byte & 240, mx.array(4, mx.uint16))

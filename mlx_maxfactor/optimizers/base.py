@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from inspect import Parameter, signature
+from operator import itemgetter
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
@@ -272,9 +273,11 @@ class Float32Optimizer(Optimizer):
         layout, count, first = self._own_layout(layout), len(gradients), parameters[0]
         flat = self.elementwise and count == 1 and self.state_dtype not in moments.BITS
         stack = flat or f.is_stack(first.shape, layout)
-        p, g = (_batch(x, layout, flat, not self.casts) for x in (parameters, gradients))
+        join = itemgetter(0) if count == 1 else mx.concatenate
+        in_rows = count == 1 and not self.casts
+        p, g = (join(_items(x, layout, flat, in_rows)) for x in (parameters, gradients))
         keys = [key for key in states[0] if key != "key"]
-        old = {k: _joined([s[k] if stack else s[k][None] for s in states]) for k in keys}
+        old = {k: join([s[k] if stack else s[k][None] for s in states]) for k in keys}
         if not self.casts:
             p, g = p.astype(mx.float32), f.as_gradient(g)
             old = moments.unpacked(old, g)
@@ -472,28 +475,25 @@ def is_complex(x: mx.array) -> bool:
     return mx.issubdtype(x.dtype, mx.complexfloating)
 
 
-def _batch(arrays: Sequence[mx.array], layout: str, flat: bool, in_rows: bool) -> mx.array:
+def _items(
+    arrays: Sequence[mx.array], layout: str, flat: bool, in_rows: bool
+) -> Sequence[mx.array]:
     """Arrays as a rule takes them: k arrays of one shape along the first axis.
 
     Views come before any cast: MLX fuses a cast with the formula, but nothing through a view.
     """
     if flat:
-        return arrays[0]
+        return arrays
     # A Linear's gradient is a transposed view, over which every pass is slow.
-    in_rows = in_rows and len(arrays) == 1
-    return _joined([f.as_items(mx.contiguous(x) if in_rows else x, layout) for x in arrays])
+    return [f.as_items(mx.contiguous(x) if in_rows else x, layout) for x in arrays]
 
 
 def _parts(x: mx.array, count: int) -> list[mx.array]:
-    """Undo :func:`_joined`. Slices: MLX cannot compile a split of which not all parts are used."""
+    """Equal parts. Slices: MLX cannot compile a split of which not all parts are used."""
     if count == 1:
         return [x]
     size = x.shape[0] // count
     return [x[i * size : (i + 1) * size] for i in range(count)]
-
-
-def _joined(arrays: Sequence[mx.array]) -> mx.array:
-    return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays))
 
 
 def _is_updatable(x: mx.array) -> bool:

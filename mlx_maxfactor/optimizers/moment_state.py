@@ -35,13 +35,9 @@ def packed(state: dict[str, mx.array], dtype: str) -> dict[str, mx.array]:
 
 def unpacked(state: Mapping[str, mx.array], g: mx.array) -> dict[str, mx.array]:
     """The state that a rule is given, in float32. ``g``: the gradients, for the shape of ``m``."""
-    read = dict(state)
-    scale = read.pop("m_scale", None)
-    if scale is not None:
-        m = f.dequantize(read["m"], scale, g.shape)
-        read["m"] = mx.where(g == 0, f.FORGOTTEN * m, m)
-    elif "m" in read:
-        read["m"] = read["m"].reshape(g.shape).astype(mx.float32)
+    read = {key: x for key, x in state.items() if key != "m_scale"}
+    if "m" in read:
+        read["m"] = _read(*_kept(state, g), g)
     return read
 
 
@@ -57,13 +53,24 @@ def momentum(
         return f.as_gradient(g), {}
     # Two formulas of the old m, and of two views: each kernel reads g and m as they are kept, and
     # writes one array. MLX would merge equal views, and write float32 copies of both.
-    weights = (beta**2, gain * (1 + beta)) if nesterov else (beta, gain)
-    m = _mixed(state, g.reshape(len(g), -1), beta, gain).reshape(g.shape)
-    return _mixed(state, g, *weights), {"m": m}
+    m, in_few_bits = _kept(state, g)
+    a, b = (beta**2, gain * (1 + beta)) if nesterov else (beta, gain)
+    h = a * _read(m, in_few_bits, g) + b * f.as_gradient(g)
+    m, g_flat = (x.reshape(len(g), -1) for x in (m, g))
+    m = beta * _read(m, in_few_bits, g_flat) + gain * f.as_gradient(g_flat)
+    return h, {"m": m.reshape(g.shape)}
 
 
-def _mixed(state: Mapping[str, mx.array], g: mx.array, a: float, b: float) -> mx.array:
-    return a * unpacked(state, g)["m"] + b * f.as_gradient(g)
+def _kept(state: Mapping[str, mx.array], g: mx.array) -> tuple[mx.array, bool]:
+    """The momentum in the dtype in which it is kept, or coded, and whether it has few bits."""
+    scale = state.get("m_scale")
+    m = state["m"] if scale is None else f.dequantize(state["m"], scale, g.shape)
+    return m, scale is not None
+
+
+def _read(m: mx.array, in_few_bits: bool, g: mx.array) -> mx.array:
+    m = m.astype(mx.float32)
+    return mx.where(g == 0, f.FORGOTTEN * m, m) if in_few_bits else m
 
 
 def of_one(state: Mapping[str, mx.array], stack: bool) -> Mapping[str, mx.array]:
