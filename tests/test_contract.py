@@ -297,6 +297,19 @@ def test_compiled_equals_eager_in_one_trace(name):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_update_keeps_no_large_constants(name):
+    optimizer, p = variant(name), {"w": mx.random.normal((256, 300))}
+    optimizer.init(p)
+    state = optimizer.state
+    update = mx.compile(optimizer.apply_gradients, inputs=state, outputs=state)
+    mx.eval(p, state)
+    before = mx.get_active_memory()
+    mx.eval(update(p, p), state)  # the new weights are dropped
+    assert mx.get_active_memory() - before < 0.05 * p["w"].nbytes
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize("routed", [False, True], ids=["bare", "routed"])
 def test_assigned_state_reaches_a_compiled_step(routed):
     # MLX ignores `optimizer.state = loaded` after mx.compile has captured the old state.

@@ -248,10 +248,15 @@ def _inverse_root(x: mx.array) -> mx.array:
 
 def _product_of_steps(gram: mx.array, group: list[Quintic]) -> mx.array:
     """The product of the steps' ``P = aI + B``, ``B = bA + cA²``. All commute; A becomes PAP."""
-    q = mx.array(np.eye(gram.shape[-1], dtype=np.float32))  # mx.eye would take four kernels
+    # Not an identity: mx.eye takes four kernels, and a compiled step keeps every constant.
+    index = mx.array(np.arange(gram.shape[-1]))
+    q = gram
     for i, (a, b, c) in enumerate(group):
         step = mx.addmm(gram, gram, gram, alpha=c, beta=b)
-        q = a * q + step if i == 0 else mx.addmm(q, step, q, beta=a)
+        if i == 0:
+            q = mx.where(index[:, None] == index, step + a, step)
+        else:
+            q = mx.addmm(q, step, q, beta=a)
         if i < len(group) - 1:
             gram = mx.addmm(gram, step, gram, beta=a)
             gram = mx.addmm(gram, step, gram, beta=a)
