@@ -54,6 +54,9 @@ SHARES = (1 / 4, 1 / 2, 1)
 MARGIN = 1.04
 """Peaks vary by a few percent from run to run, and too little memory is worse than too much."""
 
+FEW_TOKENS = 16
+"""Length at which a step in 16 bits is measured on a CPU."""
+
 LONGEST = 60.0
 """Seconds that a batch may take at the longest length. Where it takes more, the rest follows from
 shorter lengths."""
@@ -247,13 +250,19 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
         factor = 1 / 2 if request.fine_tune_type == "full" else 2 / 3
         request, words = replace(request, dtype="float32"), " in float32"
     lengths = _lengths(request, shares)
-    halvings, plan, measured = _measure_plan(request, lengths)
+    short = [min(FEW_TOKENS, lengths[0])] if words else []
+    halvings, plan, measured = _measure_plan(request, short + lengths)
+    beyond = 0.0
+    if short:
+        at_few = float(np.dot(plan.weights, [run.pop(0) for run in measured]))
+        beyond = _beyond(asked, plan, short, halvings, factor * at_few)
     if halvings:
-        factor *= width_of(request.base()) / width_of(request.base(halvings))
+        scale = width_of(request.base()) / width_of(request.base(halvings))
+        factor, beyond = factor * scale, beyond * scale
         words += f" at 1/{2**halvings} of width and vocabulary"
     lengths = list(lengths[: min(map(len, measured))])
     runs = zip(*(run[: len(lengths)] for run in measured), strict=True)
-    steps = [factor * float(np.dot(plan.weights, run)) for run in runs]
+    steps = [factor * float(np.dot(plan.weights, run)) + beyond for run in runs]
     trained = asked.build().trainable_parameters()
     kept = bytes_of(trained) if _keeps_gradients(request) else 0
     own = bytes_of(_with_layers(request, plan, plan.kept[0], halvings).trainable_parameters())
@@ -265,6 +274,21 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
     counts = " and ".join(map(str, sorted({len(kept) for kept in plan.kept})))
     tokens = f"up to {request.batch_size} x {lengths[-1]:,} tokens"
     return lengths, list(map(round, steps)), f"{counts} layers{words}, {tokens}"
+
+
+def _beyond(
+    request: Request, plan: Plan, short: Sequence[int], halvings: int, expected: float
+) -> float:
+    """What a step in 16 bits needs beyond what was expected from one in float32.
+
+    With few tokens a CPU can measure it. An update's float32 arrays are as large in both.
+    """
+    try:
+        with _keeping_random_state():
+            runs = [measure_steps(request, plan, kept, short, halvings)[0] for kept in plan.kept]
+    except Exception:  # MLX lacks products of gathered experts in 16 bits on a CPU
+        return 0.0
+    return max(0.0, float(np.dot(plan.weights, runs)) - expected)
 
 
 def _keeps_gradients(request: Request) -> bool:
@@ -302,19 +326,27 @@ def _vocabulary(request: Request) -> int:
 def _measure_plan(request: Request, lengths: Sequence[int]) -> tuple[int, Plan, list[list[int]]]:
     """Measure at a part of the width, or with every layer, where nothing else runs."""
     problem: Exception | None = None
-    high, low = cast(Any, mx.random.state)[0].tolist()
     wanted, chosen = _halvings(request, sum(lengths))
     for halvings in sorted({wanted, 0}, reverse=True):
         for plan in (chosen, whole(request.base(halvings))):
             try:
-                runs = [measure_steps(request, plan, kept, lengths, halvings) for kept in plan.kept]
+                with _keeping_random_state():
+                    each = plan.kept
+                    runs = [measure_steps(request, plan, kept, lengths, halvings) for kept in each]
                 return halvings, plan, runs
             except Exception as failed:  # models may raise anything
                 problem = problem or failed
-            finally:
-                # A step that fails leaves a placeholder in the random state.
-                mx.random.seed(high << 32 | low)
     raise ValueError(f"the model does not run: {problem}") from problem
+
+
+@contextmanager
+def _keeping_random_state() -> Iterator[None]:
+    """A step that fails leaves a placeholder in MLX's random state."""
+    high, low = cast(Any, mx.random.state)[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
 
 
 def _halvings(request: Request, tokens: int) -> tuple[int, Plan]:
