@@ -28,7 +28,7 @@ def factored_second_moment(
     weight: mx.array | float,
     eps: float = 0.0,
     *,
-    transposed: mx.array | None = None,
+    is_view: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Moving averages of the row and column means of ``g² + eps``.
 
@@ -38,13 +38,15 @@ def factored_second_moment(
         column: ``(..., 1, n)``, the column statistic ``C``.
         weight: ``b_t`` of the newest mean.
         eps: Added to each square.
-        transposed: The gradient with its last axes swapped, if this is how it lies in memory.
+        is_view: Whether it is a transposed view, as a Linear's gradient is: its columns are rows in
+            memory.
     """
     m, n = gradient.shape[-2:]
-    if transposed is None:
-        columns = mx.sum(mx.square(gradient), axis=-2, keepdims=True)
+    if is_view:
+        columns = row_squares(gradient.swapaxes(-1, -2)).swapaxes(-1, -2)
+        gradient = mx.contiguous(gradient)
     else:
-        columns = row_squares(transposed).swapaxes(-1, -2)
+        columns = mx.sum(mx.square(gradient), axis=-2, keepdims=True)
     row_mean = mx.minimum(GRADIENT_LIMIT**2, row_squares(gradient) / n) + eps
     column_mean = mx.minimum(GRADIENT_LIMIT**2, columns / m) + eps
     return row + weight * (row_mean - row), column + weight * (column_mean - column)

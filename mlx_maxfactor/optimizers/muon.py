@@ -93,7 +93,7 @@ class Muon(Float32Optimizer):
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """One update."""
-        u, kept = moments.momentum(mx.contiguous(g), state, self.momentum, 1.0, self.nesterov)
+        u, kept = moments.momentum(g, state, self.momentum, 1.0, self.nesterov)
         o, _ = f.orthogonalize(f.clamp(u), self.method, self.steps, self.block)
         p, eta = p.astype(mx.float32), self.learning_rate
         return p - eta * (self.weight_decay * p) - self.step_size(p, self.step, eta) * o, kept

@@ -127,10 +127,7 @@ class OrthoMaxFactor(Float32Optimizer):
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """One update."""
         b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        # A Linear's gradient is a transposed view: its columns are rows in memory.
-        transposed, g = g.swapaxes(-1, -2), mx.contiguous(g)
-        old = state["row"], state["column"]
-        row, column = f.factored_second_moment(g, *old, b, transposed=transposed)
+        row, column = f.factored_second_moment(g, state["row"], state["column"], b, is_view=True)
         h, kept = moments.momentum(g, state, self.momentum, 1 - self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
         root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
