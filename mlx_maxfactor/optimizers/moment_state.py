@@ -49,11 +49,11 @@ def momentum(
     Returns:
         m, or with Nesterov ``βm + gain·g`` of the new m; and what to keep. With β = 0 it is g.
     """
+    g = mx.contiguous(g)  # a Linear's gradient is a transposed view, over which passes are slow
     if not beta:
         return f.as_gradient(g), {}
     # Two formulas of the old m, and of two views: each kernel reads g and m as they are kept, and
     # writes one array. MLX would merge equal views, and write float32 copies of both.
-    g = mx.contiguous(g)  # a Linear's gradient is a transposed view, over which passes are slow
     m, in_few_bits = _kept(state, g)
     a, b = (beta**2, gain * (1 + beta)) if nesterov else (beta, gain)
     h = a * _read(m, in_few_bits, g) + b * f.as_gradient(g)
