@@ -22,6 +22,7 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
+from arrays import random_gradients, same, snapshot
 from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
 from models import CASES, Shared, Table, adapted, llama, resnet
@@ -48,17 +49,6 @@ from mlx_maxfactor.checkpoint.save_and_load import _Loading, _walk
 KILLS = int(os.environ.get("KILLS", "4"))  # KILLS=20 kills 200 times
 
 
-def snapshot(model, optimizer):
-    tree = {"model": model.parameters(), "optimizer": optimizer.state}
-    arrays = {path: a.astype(mx.float32) for path, a in tree_flatten(tree)}
-    arrays["random"] = mx.array(mx.random.state[0])
-    return {path: np.array(a) for path, a in arrays.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.safetensors"
@@ -76,9 +66,7 @@ def lora_run(**options):
 
 def trained(model, optimizer, steps=2):
     for seed in range(steps):
-        mx.random.seed(seed)
-        gradients = tree_map(lambda p: mx.random.normal(p.shape), model.trainable_parameters())
-        optimizer.update(model, gradients)
+        optimizer.update(model, random_gradients(model, seed))
     mx.eval(model.state, optimizer.state)
     return model, optimizer
 

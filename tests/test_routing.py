@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
+from arrays import random_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import (
     CASES,
@@ -45,13 +46,6 @@ def rates(optimizer):
 
 def owners(optimizer):
     return {entry.path: entry.optimizer for entry in optimizer.plan}
-
-
-def random_gradients(model, seed=0):
-    keys = iter(mx.random.split(mx.random.key(seed), 500))
-    return tree_map(
-        lambda p: mx.random.normal(p.shape, key=next(keys)), model.trainable_parameters()
-    )
 
 
 # Members
@@ -644,10 +638,6 @@ def test_error_names_complex_parameters():
 # Rates that users set
 
 
-def rates_of(optimizer):
-    return [float(f"{float(member.learning_rate):.6g}") for member in optimizer.optimizers]
-
-
 def small_model(width=8):
     return nn.Sequential(
         nn.Embedding(20, width), nn.Linear(width, width), nn.RMSNorm(width), nn.Linear(width, 5)
@@ -694,7 +684,7 @@ def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(name, step):
     optimizer.state["states"][0]["step"] = mx.array(step, mx.uint64)
     optimizer.update(model, random_gradients(model))
     optimizer.learning_rate = 0.01
-    first, *others = rates_of(optimizer)
+    first, *others = rates(optimizer)
     assert first == pytest.approx(0.01)
     assert others == pytest.approx([0.01 * ratio] * len(others))
 
@@ -714,11 +704,11 @@ def test_rate_set_by_hand_reaches_members_of_mlx_in_a_compiled_step():
     for _ in range(3):
         step()
         mx.eval(state)
-    assert rates_of(optimizer)[1] > 0
+    assert rates(optimizer)[1] > 0
     optimizer.learning_rate = 0.0
     step()
     mx.eval(state)
-    assert rates_of(optimizer)[:2] == [0.0, 0.0]
+    assert rates(optimizer)[:2] == [0.0, 0.0]
 
 
 def test_rate_of_the_rest_does_not_become_that_of_matrices_unfrozen_later(recwarn):
@@ -743,7 +733,7 @@ def test_rate_can_be_set_in_another_thread(options):
     setting.join()
     optimizer.update(model, tree_map(mx.ones_like, model.parameters()))
     mx.eval(model.state, optimizer.state)
-    assert rates_of(optimizer)[0] == pytest.approx(1e-2)
+    assert rates(optimizer)[0] == pytest.approx(1e-2)
 
 
 def test_object_gets_the_schedule_of_the_newest_call():
@@ -762,7 +752,7 @@ def test_object_gets_the_schedule_of_the_newest_call():
 def test_rate_set_in_the_state_is_used():
     optimizer = create_optimizer(small_model())
     optimizer.state["learning_rate"] = 0.01
-    assert rates_of(optimizer)[0] == pytest.approx(0.01)
+    assert rates(optimizer)[0] == pytest.approx(0.01)
 
 
 # Odd names
