@@ -21,7 +21,7 @@ def flat(tree):
 
 def snapshot(model, optimizer):
     """Every array of a run, and the state of the random numbers."""
-    return flat([model.state, optimizer.state, {"random": mx.random.state[0]}])
+    return flat([model.parameters(), optimizer.state, {"random": mx.random.state[0]}])
 
 
 def same(a, b):
