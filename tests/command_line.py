@@ -1,6 +1,7 @@
-"""Run an example as a user would."""
+"""Run an example, or the command ``mlx-maxfactor``, as a user would."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import sys
 
 import mlx.core as mx
 import pytest
+
+from mlx_maxfactor.commands import main
 
 
 def run(script, *arguments, cwd):
@@ -40,6 +43,17 @@ def assert_resumes_exactly(script, *arguments, cwd):
     assert one.keys() == other.keys()
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
     return whole.stdout, one
+
+
+def error_of(arguments, capsys, code=2, alone=True):
+    """The error of ``mlx-maxfactor``: its last line, and its only one unless ``alone`` is False."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    *before, last = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == code, last
+    assert re.match("mlx-maxfactor.*: error: ", last)
+    assert not (alone and before)
+    return last
 
 
 def assert_refused(script, arguments, message, capsys, monkeypatch):

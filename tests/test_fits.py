@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from command_line import error_of
 
 from mlx_maxfactor import estimate_training_memory
 from mlx_maxfactor.commands import fits, main
@@ -375,11 +376,7 @@ WRONG_LINES = [
 def test_values_of_a_file_are_checked_as_those_of_lora(line, message, folder, tmp_path, capsys):
     path = tmp_path / "lora.yaml"
     path.write_text(f"model: {folder}\n{line}\n")
-    with pytest.raises(SystemExit):
-        main(["fits", "--config", str(path)])
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in error_of(["fits", "--config", path], capsys)
 
 
 @pytest.mark.parametrize(("memory_gb", "share"), [(16, 2 / 3), (32, 2 / 3), (36, 3 / 4)])
@@ -427,12 +424,8 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
     for name, text in contents.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        main(["fits", *(argument.format(folder=folder) for argument in arguments)])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    arguments = [argument.format(folder=folder) for argument in arguments]
+    assert message in error_of(["fits", *arguments], capsys)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +440,4 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
 )
 def test_a_wrong_size_in_a_config_is_named(changes, message, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
-    with pytest.raises(SystemExit) as end:
-        main(["fits", str(tmp_path)])
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in error_of(["fits", tmp_path], capsys)
