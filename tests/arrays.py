@@ -1,8 +1,12 @@
-"""Random gradients for a model, and all arrays of models and optimizers, bit for bit."""
+"""Rates, random gradients, and all arrays of models and optimizers, bit for bit."""
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+
+
+def rates(optimizer):
+    return [member.learning_rate.item() for member in optimizer.optimizers]
 
 
 def random_gradients(model, seed=0):
@@ -17,6 +21,10 @@ def flat(tree):
     """Each array by its path, as NumPy's; NumPy has no bf16, so that is widened."""
     arrays = dict(tree_flatten(tree)).items()
     return {k: np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x) for k, x in arrays}
+
+
+def dtypes(tree):
+    return {path: x.dtype for path, x in tree_flatten(tree)}
 
 
 def snapshot(model, optimizer):

@@ -938,3 +938,4 @@ CASES = [
     low_rank("lora_linears", "lora_a", "lora_b", kind="linears"),
     low_rank("lora_down_up", "lora_down", "lora_up", kind="linears"),
 ]
+CASES_BY_NAME = {case.name: case for case in CASES}

@@ -25,7 +25,7 @@ import pytest
 from arrays import random_gradients, same, snapshot
 from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
-from models import CASES, Shared, Table, adapted, llama, resnet
+from models import CASES, CASES_BY_NAME, Shared, Table, adapted, llama, resnet
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -147,7 +147,7 @@ def test_load_restores_bare_and_mlx_optimizers_in_place(name, path):
 
 @pytest.mark.parametrize("name", ["llama", "whisper_alignment_heads", "resnet", "lora_moe"])
 def test_load_restores_whole_models(name, path):
-    case = next(case for case in CASES if case.name == name)
+    case = CASES_BY_NAME[name]
     run, other = trained(*table_run(model=case.build)), table_run(model=case.build)
     save_checkpoint(path, *run)
     load_checkpoint(path, *other)

@@ -7,8 +7,8 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
-from arrays import random_gradients, snapshot
-from mlx.utils import tree_flatten, tree_map
+from arrays import dtypes, flat, random_gradients, same, snapshot
+from mlx.utils import tree_map
 from models import Table
 from trajectories import parameter
 
@@ -159,11 +159,11 @@ def test_layer_with_tiny_gradients_moves_after_clipping(make, dtype):
     p = {"loud": mx.ones(8, dtype), "quiet": mx.ones(8, dtype)}
     g = {"loud": mx.full(8, 1e3, dtype), "quiet": mx.full(8, 2e-5, dtype)}
     optimizer.init(p)
-    before = {path: x.dtype for path, x in tree_flatten(optimizer.state)}
+    before = dtypes(optimizer.state)
     optimizer.apply_gradients(g, p)
     new = optimizer.apply_gradients(g, p)
     assert new["quiet"].dtype == dtype
-    assert {path: x.dtype for path, x in tree_flatten(optimizer.state)} == before
+    assert dtypes(optimizer.state) == before
     assert (new["quiet"] < 1).all().item()
 
 
@@ -219,11 +219,11 @@ def test_float32_gradient_changes_no_dtype(make, limit):
     optimizer = GuardedOptimizer(make(), max_grad_norm=limit)
     p = {"w": mx.ones(2, mx.bfloat16)}
     optimizer.init(p)
-    before = {path: x.dtype for path, x in tree_flatten(optimizer.state)}
+    before = dtypes(optimizer.state)
     for first in (1.0, float("nan")):
         p = optimizer.apply_gradients({"w": mx.array([first, 1.0])}, p)
     assert p["w"].dtype == mx.bfloat16
-    assert {path: x.dtype for path, x in tree_flatten(optimizer.state)} == before
+    assert dtypes(optimizer.state) == before
 
 
 class Updating(mlx_optimizers.Optimizer):
@@ -270,13 +270,12 @@ def test_failed_update_restores_the_state_of_nested_members(monkeypatch):
     ):
         optimizer = GuardedOptimizer(inner, max_grad_norm=1.0)
         optimizer.apply_gradients(p, p)
-        before = dict(tree_flatten(optimizer.state))
+        before = flat(optimizer.state)
         monkeypatch.setattr(Broken, "on", True)
         with pytest.raises(RuntimeError, match="broken"):
             optimizer.apply_gradients(p, p)
         monkeypatch.setattr(Broken, "on", False)
-        after = dict(tree_flatten(optimizer.state))
-        assert all(mx.array_equal(x, after[path]).item() for path, x in before.items())
+        assert same(flat(optimizer.state), before)
 
 
 def test_guarded_multi_optimizer_counts_steps_and_takes_a_state():

@@ -21,18 +21,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import small_llama
+import tiny_model
 import yaml
 from mlx.utils import tree_map
 from mlx_lm import fuse, load
 from mlx_lm import lora as mlx_lm_lora
 from mlx_lm.convert import convert
 from mlx_lm.lora import CONFIG_DEFAULTS
-from mlx_lm.models.llama import Model, ModelArgs, TransformerBlock
+from mlx_lm.models.llama import TransformerBlock
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset, load_dataset
 from mlx_lm.tuner.trainer import evaluate, iterate_batches
 from mlx_lm.tuner.utils import build_schedule
-from mlx_lm.utils import save_model
 
 from mlx_maxfactor.commands import lora, main
 from mlx_maxfactor.commands.lora_arguments import parse_arguments
@@ -43,8 +43,6 @@ from mlx_maxfactor.finetuning.data import describe_lengths, load_data, name_of_d
 from mlx_maxfactor.finetuning.models import add_adapters
 
 KILLS = int(os.environ.get("KILLS", "6"))
-SHAPE = small_llama.SHAPE | {"num_hidden_layers": 2, "intermediate_size": 64}
-SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 QUICK = {
     "batch_size": 2,
     "num_layers": -1,
@@ -82,15 +80,7 @@ def folder_of(home, name, *lines, **parts):
 def home(tmp_path_factory):
     """A folder with a model, a data set, and the configuration of a short run."""
     folder = tmp_path_factory.mktemp("finetuning")
-    mx.random.seed(0)
-    (folder / "model").mkdir()
-    save_model(folder / "model", Model(ModelArgs.from_dict(SHAPE)))
-    small_llama.write_json(folder / "model" / "config.json", SHAPE)
-    tokenizer = small_llama.train_tokenizer(["def word(letters): return letters"])
-    tokenizer.save(str(folder / "model" / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": small_llama.END}
-    settings["chat_template"] = small_llama.TEMPLATE
-    small_llama.write_json(folder / "model" / "tokenizer_config.json", settings)
+    tiny_model.write(folder / "model")
     pairs = [{"prompt": f"def f{i}(x)", "completion": "x" * (i % 7)} for i in range(11)]
     folder_of(folder, "data", *pairs)
     texts = [f"{pair['prompt']}: return {pair['completion']}" for pair in pairs]
@@ -427,7 +417,9 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     folder_of(home, "keys", *[{"question": "x"}] * 8)
     folder_of(home, "numbers", *[{"text": float("nan")}] * 8)
     (home / "unknown").mkdir(exist_ok=True)
-    small_llama.write_json(home / "unknown" / "config.json", {**SHAPE, "model_type": "nonesuch"})
+    small_llama.write_json(
+        home / "unknown" / "config.json", {**tiny_model.SHAPE, "model_type": "nonesuch"}
+    )
     mx.save_safetensors(str(home / "unknown" / "model.safetensors"), {"x": mx.zeros(1)})
     layer = "model.layers.0.self_attn.q_proj.lora_a"
     mx.save_safetensors(str(home / "old.safetensors"), {layer: mx.zeros((64, 3))})
@@ -536,11 +528,8 @@ def test_resume_refuses_another_configuration(other, message, home, capsys):
 
 def test_resume_refuses_another_base_model(home, capsys):
     run(home, "based", "--iters", "2")
-    other = home / "other"
-    shutil.copytree(home / "model", other)
-    mx.random.seed(5)
-    save_model(other, Model(ModelArgs.from_dict(SHAPE)))
-    arguments = ("--resume", "--iters", "4", "--model", other)
+    tiny_model.write(home / "other", seed=5)
+    arguments = ("--resume", "--iters", "4", "--model", home / "other")
     assert "model" in error_of(home, "based", *arguments, capsys=capsys)
 
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from arrays import flat
 from compare_reasoning import CONFIGURATIONS, commands, run_one
-from mlx.utils import tree_flatten
 from puzzles import Rules
 from train_reasoning import KINDS, Reasoner, cross_entropy, make
 
@@ -51,10 +51,6 @@ def batch_of(rules, count=6, seed=0):
     ]
 
 
-def flat(tree):
-    return dict(tree_flatten(tree))
-
-
 # Its optimizers
 
 
@@ -72,7 +68,7 @@ def trained(model, optimizers, rules, steps=12):
         for optimizer in optimizers:
             optimizer.update(model, gradients)
         mx.eval(model.parameters(), *(o.state for o in optimizers))
-    return {k: np.array(v) for k, v in flat(model.trainable_parameters()).items()}
+    return flat(model.trainable_parameters())
 
 
 def differing_paths(one, other):

@@ -8,10 +8,10 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
-from arrays import random_gradients
+from arrays import random_gradients, rates
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import (
-    CASES,
+    CASES_BY_NAME,
     Shared,
     Table,
     Whisper,
@@ -38,10 +38,6 @@ from mlx_maxfactor import (
     warmup_cosine,
 )
 from mlx_maxfactor.routing.rates import RateInputs
-
-
-def rates(optimizer):
-    return [member.learning_rate.item() for member in optimizer.optimizers]
 
 
 def owners(optimizer):
@@ -790,7 +786,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
         plan = create_optimizer(model, rules={"layers.[12].weight": "conv"}).plan
         assert [e.layout for e in plan if e.shape == (16, 3, 16)] == ["conv", "conv"]
         create_optimizer(resnet())
-        create_optimizer(next(case for case in CASES if case.name == "mamba").build())
+        create_optimizer(CASES_BY_NAME["mamba"].build())
         model.layers[1].freeze()
         model.layers[2].freeze()
         create_optimizer(model)
@@ -800,7 +796,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
 
 
 def test_no_two_members_have_one_name():
-    model = next(case for case in CASES if case.name == "mamba").build()
+    model = CASES_BY_NAME["mamba"].build()
     optimizer = create_optimizer(model, "adamw", "adamw", total_steps=30)
     labels = {e.role: e.optimizer for e in optimizer.plan}
     assert (labels["hidden"], labels["depthwise"]) == ("adamw", "adamw 2")
