@@ -93,28 +93,21 @@ def test_update_keeps_shapes_and_dtypes_and_state_has_its_own_dtypes(make, dtype
             )
 
 
+NOISE, ONE = parameter((6, 5)), np.eye(6, 5) * (np.arange(5) == 0)
 GRADIENTS = {
-    "zero": lambda shape: np.zeros(shape),
-    "dead row": lambda shape: parameter(shape) * (np.arange(shape[0]) > 0)[:, None],
-    "dead column": lambda shape: parameter(shape) * (np.arange(shape[1]) > 0),
-    "one element": lambda shape: np.eye(*shape) * (np.arange(shape[1]) == 0),
-    "huge": lambda shape: np.sign(parameter(shape)) * 3e38,
-    "huge and tiny": lambda shape: 10.0 ** np.linspace(-38, 38, np.prod(shape)).reshape(shape),
-    "tiny": lambda shape: parameter(shape) * 1e-37,
-    "one element whose square underflows": lambda shape: (
-        np.eye(*shape) * (np.arange(shape[1]) == 0) * 3e-22
-    ),
-    "row whose squares underflow": lambda shape: (
-        parameter(shape) * (np.arange(shape[0]) == 1)[:, None] * 1e-22
-    ),
-    "column whose squares underflow": lambda shape: (
-        parameter(shape) * (np.arange(shape[1]) == 1) * 1e-21
-    ),
-    "squares around the smallest float32": lambda shape: (
-        10.0 ** -np.linspace(18, 24, np.prod(shape)).reshape(shape)
-    ),
-    "subnormal": lambda shape: np.full(shape, 1e-42),
-    "1e-4": lambda shape: np.full(shape, 1e-4),
+    "zero": np.zeros((6, 5)),
+    "dead row": NOISE * (np.arange(6) > 0)[:, None],
+    "dead column": NOISE * (np.arange(5) > 0),
+    "one element": ONE,
+    "huge": np.sign(NOISE) * 3e38,
+    "huge and tiny": 10.0 ** np.linspace(-38, 38, 30).reshape(6, 5),
+    "tiny": NOISE * 1e-37,
+    "one element whose square underflows": ONE * 3e-22,
+    "row whose squares underflow": NOISE * (np.arange(6) == 1)[:, None] * 1e-22,
+    "column whose squares underflow": NOISE * (np.arange(5) == 1) * 1e-21,
+    "squares around the smallest float32": 10.0 ** -np.linspace(18, 24, 30).reshape(6, 5),
+    "subnormal": np.full((6, 5), 1e-42),
+    "1e-4": np.full((6, 5), 1e-4),
 }
 
 
@@ -122,10 +115,10 @@ GRADIENTS = {
 def test_any_finite_gradient_gives_finite_parameters_and_state(make, dtype):
     # MLX's Adafactor returns NaN for fp16 zeros, for a dead row and for 1e-4.
     limit = {mx.float16: 65504.0}.get(dtype, 3.38e38)
-    arrays = {kind: np.clip(array((6, 5)), -limit, limit) for kind, array in GRADIENTS.items()}
-    g = {kind: mx.array(x.astype(np.float32)).astype(dtype) for kind, x in arrays.items()}
+    clipped = {kind: np.clip(x, -limit, limit) for kind, x in GRADIENTS.items()}
+    g = {kind: mx.array(x.astype(np.float32)).astype(dtype) for kind, x in clipped.items()}
     assert all(mx.all(mx.isfinite(x)).item() for x in g.values())
-    optimizer, tree = make(), dict.fromkeys(g, mx.array(parameter((6, 5))).astype(dtype))
+    optimizer, tree = make(), dict.fromkeys(g, mx.array(NOISE).astype(dtype))
     for sign in (1, 1, -1, 0, 1):
         tree = optimizer.apply_gradients({kind: sign * x for kind, x in g.items()}, tree)
         for path, array in tree_flatten({"p": tree, "state": optimizer.state}):
