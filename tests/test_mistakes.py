@@ -112,7 +112,6 @@ MISTAKES = [
     (lambda: MaxFactor(layout="rows"), "layout must be one of 'batched', 'ex.* got 'rows'"),
     (lambda: OrthoMaxFactor(method="svd"), "method must be one of 'newton_sch.* got 'svd'"),
     (lambda: Muon(scale="frobenius"), "scale must be one of None, 'spec.* 'frobenius'"),
-    (lambda: Muon(state_dtype=mx.float16), "state_dtype must be one of .*, got .*float16"),
     (lambda: WeightAverage(nn.Linear(2, 2), dtype=mx.int8), "dtype must be mx.float32 or mx"),
     # Options
     (lambda: create(step="row_max"), "maxfactor has no option 'step': the orthogonal"),
@@ -138,6 +137,7 @@ MISTAKES = [
     (lambda: MaxFactor(beta2_bounds=0.9), "beta2_bounds must be a pair of numbers, got 0.9"),
     (lambda: MaxFactor(eps=(0.0, 1e-4)), r"eps\[0\] must be in \[1e-15, inf\), got 0.0"),
     (lambda: MaxFactor(eps=(1e-10, -1.0)), r"eps\[1\] must be in"),
+    (lambda: MaxFactor(eps=(1e300, 1e-4)), r"eps\[0\] must be in"),
     (lambda: MaxFactor(nesterov=True), "nesterov=True needs momentum"),
     (lambda: MaxFactor(cautious=True), "cautious=True needs momentum"),
     (lambda: AdamW(betas=(0.9, 1.0)), r"betas\[1\] must be in \[0, 1\), got 1.0"),
@@ -210,7 +210,9 @@ RULES = [
     ("in (0, inf)", [0.0], "Adafactor.clip_threshold warmup_cosine.learning_rate"),
     ("in (0, inf)", [0.0, -1.0], "adaptive_schedule.initial_lr"),
     ("in (0, inf)", [0.0], "GuardedOptimizer.max_grad_norm create.max_grad_norm"),
-    ("in [0, inf)", [-1.0, float("nan")], "MaxFactor.learning_rate"),
+    ("in [0, inf)", [-1.0, float("nan"), 1e300], "MaxFactor.learning_rate"),
+    ("in [0, inf)", [1e300], "MaxFactor.weight_decay"),  # not a float32
+    ("in (0, inf)", [1e-46], "MaxFactor.d"),
     ("in [0, inf)", [-1.0, "zero"], "MaxFactor.weight_decay MaxFactor.min_lr MaxFactor.min_rms"),
     ("in [0, inf)", [-1.0, "zero"], "MaxFactor.eps_rms OrthoMaxFactor.min_rms"),
     ("in [1e-15, inf)", [0], "OrthoMaxFactor.eps"),
