@@ -112,26 +112,6 @@ def test_command_line_options_reach_the_optimizer(tmp_path):
         assert int(row.split()[-1].replace(",", "")) == size + 4 * (16 + 16)
 
 
-BAD_ARGUMENTS = [
-    (["--optimizer", "sgd"], "'maxfactor'"),
-    (["--compare", "muon,sgd"], "muon,sgd"),
-    (["--compare", "muon", "--optimizer", "muon"], "not allowed with"),
-    (["--steps", "0"], "--steps"),
-    (["--batch-size", "x"], "--batch-size"),
-    (["--learning-rate", "-1"], "--learning-rate"),
-    (["--learning-rate", "nan"], "--learning-rate"),
-    (["--width", "30", "--heads", "4"], "--width"),
-    (["--context", "99999999"], "--context"),
-    (["--output", "/dev/null"], "--output"),
-    (["--stepz", "3"], "--stepz"),
-    (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
-    (["--option", "speed=9"], "speed"),
-    (["--option", "momentum=fast"], "momentum=fast"),
-    (["--option", "nesterov=True"], "(true, not True)"),
-    (["--option", "momentum=0.8,nesterov=true"], "one --option each"),
-]
-
-
 # Speech
 
 
@@ -215,33 +195,47 @@ def test_resumed_speech_run_equals_the_uninterrupted_run(recordings, tmp_path):
     assert_resumes_exactly(SPEECH, *arguments, cwd=tmp_path)
 
 
-BAD_SPEECH_ARGUMENTS = [
-    (["--data", "nowhere"], "nowhere: 0 .wav files"),
-    (["--width", "30", "--heads", "4"], "--width"),
-    (["--option", 'momentum={"bands": 0}'], "bands must be a whole number of at least 1"),
-    (["--option", 'momentum={"variant": "x"}'], "'x'"),
-    (["--convolution-option", "speed=9"], "speed"),
-    (["--rest-option", "speed=9"], "--rest-option"),
-]
-
-
-BAD_REASONING_ARGUMENTS = [
-    (["chess"], "chess"),
-    (["--batch-size", "7"], "divisible by --segments"),
-    (["--width", "9"], "divisible by --heads"),
-    (["--puzzle-option", "speed=9"], "speed"),
-    (["--optimizer", "hrm", "--option", "speed=9"], "speed"),
-    (["--optimizer", "sgd"], "'hrm'"),
-]
+BAD_ARGUMENTS = {
+    LANGUAGE_MODEL: [
+        (["--optimizer", "sgd"], "'maxfactor'"),
+        (["--compare", "muon,sgd"], "muon,sgd"),
+        (["--compare", "muon", "--optimizer", "muon"], "not allowed with"),
+        (["--steps", "0"], "--steps"),
+        (["--batch-size", "x"], "--batch-size"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--width", "30", "--heads", "4"], "--width"),
+        (["--context", "99999999"], "--context"),
+        (["--output", "/dev/null"], "--output"),
+        (["--stepz", "3"], "--stepz"),
+        (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
+        (["--option", "speed=9"], "speed"),
+        (["--option", "momentum=fast"], "momentum=fast"),
+        (["--option", "nesterov=True"], "(true, not True)"),
+        (["--option", "momentum=0.8,nesterov=true"], "one --option each"),
+    ],
+    SPEECH: [
+        (["--data", "nowhere"], "nowhere: 0 .wav files"),
+        (["--width", "30", "--heads", "4"], "--width"),
+        (["--option", 'momentum={"bands": 0}'], "bands must be a whole number of at least 1"),
+        (["--option", 'momentum={"variant": "x"}'], "'x'"),
+        (["--convolution-option", "speed=9"], "speed"),
+        (["--rest-option", "speed=9"], "--rest-option"),
+    ],
+    REASONING: [
+        (["chess"], "chess"),
+        (["--batch-size", "7"], "divisible by --segments"),
+        (["--width", "9"], "divisible by --heads"),
+        (["--puzzle-option", "speed=9"], "speed"),
+        (["--optimizer", "hrm", "--option", "speed=9"], "speed"),
+        (["--optimizer", "sgd"], "'hrm'"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
-    [
-        *((LANGUAGE_MODEL, *case) for case in BAD_ARGUMENTS),
-        *((SPEECH, *case) for case in BAD_SPEECH_ARGUMENTS),
-        *((REASONING, *case) for case in BAD_REASONING_ARGUMENTS),
-    ],
+    [(script, *case) for script, cases in BAD_ARGUMENTS.items() for case in cases],
     ids=lambda x: getattr(x, "stem", str(x)),
 )
 def test_bad_arguments_give_one_line_and_status_2(script, arguments, message, capsys, monkeypatch):
