@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 
 class Break(NamedTuple):
-    """A rule, the text in a file that follows it, a text that breaks it, and the tests to run."""
+    """A rule, the text in a file that follows it, a text that breaks it, and the tests to run.
+
+    ``twins:muon`` runs those of test_twins.py whose name or case has this word.
+    """
 
     rule: str
     file: str
@@ -44,8 +47,10 @@ def find(broken: Break, folder: Path) -> str:
     text = file.read_text()
     if (count := text.count(broken.old)) != 1:
         return f"{broken.file} holds {broken.old!r} {count} times, not once"
-    tests = [f"tests/test_{name}.py" for name in broken.tests.split()]
+    names, _, word = broken.tests.partition(":")
+    tests = [f"tests/test_{name}.py" for name in names.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command += ["-k", word] if word else []
     # The copy comes before a package that was installed with pip install -e.
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     file.write_text(text.replace(broken.old, broken.new))

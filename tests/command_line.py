@@ -1,6 +1,7 @@
-"""Run an example as a user would."""
+"""Run an example, or the command ``mlx-maxfactor``, as a user would."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -9,12 +10,17 @@ import sys
 import mlx.core as mx
 import pytest
 
+from mlx_maxfactor.commands import main
 
-def run(script, *arguments, cwd):
-    """Run it to its end in its own process, with warnings as errors; capture its two outputs."""
+
+def run(script, *arguments, cwd, fails=False):
+    """Run it in its own process, with warnings as errors; capture what it prints.
+
+    Assert that it succeeds, or that it fails.
+    """
     # One thread: OpenBLAS's threads in several processes would wait for each other here.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(script), *arguments],
         cwd=cwd,
         env=environment,
@@ -22,6 +28,8 @@ def run(script, *arguments, cwd):
         text=True,
         check=False,
     )
+    assert bool(done.returncode) == fails, done.stderr
+    return done
 
 
 def assert_resumes_exactly(script, *arguments, cwd):
@@ -30,7 +38,6 @@ def assert_resumes_exactly(script, *arguments, cwd):
     Returns the output of the whole run and the arrays of its last file.
     """
     whole = run(script, *arguments, "--output", "a", cwd=cwd)
-    assert whole.returncode == 0, whole.stderr
     first, last = sorted((cwd / "a").glob("*.safetensors"))
     (cwd / "b").mkdir()
     shutil.copy(first, cwd / "b")
@@ -40,6 +47,17 @@ def assert_resumes_exactly(script, *arguments, cwd):
     assert one.keys() == other.keys()
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
     return whole.stdout, one
+
+
+def error_of(arguments, capsys, code=2, alone=True):
+    """The error of ``mlx-maxfactor``: its last line, and its only one unless ``alone`` is False."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    *before, last = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == code, last
+    assert re.match("mlx-maxfactor.*: error: ", last)
+    assert not (alone and before)
+    return last
 
 
 def assert_refused(script, arguments, message, capsys, monkeypatch):

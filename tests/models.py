@@ -213,14 +213,8 @@ class Fork(nn.Module):
         return mx.concatenate([head(x) for head in heads], axis=-1)
 
 
-class Flatten(nn.Module):
-    def __call__(self, images: mx.array) -> mx.array:
-        return images.flatten(1)
-
-
-class Pool(nn.Module):
-    def __call__(self, images: mx.array) -> mx.array:
-        return images.mean(axis=(1, 2))
+def pool(images: mx.array) -> mx.array:
+    return images.mean(axis=(1, 2))
 
 
 class Table(nn.Module):
@@ -330,7 +324,7 @@ def resnet(frozen_ends: bool = False) -> Any:
         conv1=nn.Conv2d(3, 8, 3, padding=1, bias=False),
         bn1=nn.BatchNorm(8),
         stages=[ResidualBlock(8, 12), ResidualBlock(12, 16)],
-        pool=Pool(),
+        pool=pool,
         fc=nn.Linear(16, CLASSES),
     )
     for part in (model.conv1, model.fc) if frozen_ends else ():
@@ -356,7 +350,7 @@ class ConvNeXtBlock(nn.Module):
 
 def convnext() -> nn.Module:
     parts = {"stem": nn.Conv2d(3, 16, 2, stride=2), "blocks": [ConvNeXtBlock() for _ in range(2)]}
-    return Stack("stem blocks pool head", **parts, pool=Pool(), head=nn.Linear(16, CLASSES))
+    return Stack("stem blocks pool head", **parts, pool=pool, head=nn.Linear(16, CLASSES))
 
 
 def conv_autoencoder() -> nn.Module:
@@ -477,7 +471,8 @@ class Bert(nn.Module):
 
 def dqn() -> nn.Module:
     """A DQN with as many actions as frames, so the output is as wide as the input."""
-    parts = {"conv1": nn.Conv2d(4, 8, 3), "conv2": nn.Conv2d(8, 12, 3), "flatten": Flatten()}
+    parts = {"conv1": nn.Conv2d(4, 8, 3), "conv2": nn.Conv2d(8, 12, 3)}
+    parts["flatten"] = lambda images: images.flatten(1)
     ends = {"fc1": nn.Linear(12 * 16, DIMS), "fc2": nn.Linear(DIMS, 4)}
     return Stack("conv1 conv2 flatten fc1 fc2", **parts, **ends)
 
@@ -938,3 +933,4 @@ CASES = [
     low_rank("lora_linears", "lora_a", "lora_b", kind="linears"),
     low_rank("lora_down_up", "lora_down", "lora_up", kind="linears"),
 ]
+CASES_BY_NAME = {case.name: case for case in CASES}

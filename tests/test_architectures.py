@@ -41,6 +41,7 @@ GEMMA4 = {
     "hidden": "*.per_layer_*.weight",
     "vector": "*.layer_scalar",
 }
+SHARED_EXPERT = {"router": "*.gate.weight *.shared_expert_gate.weight"}
 A_LOG = {"vector": "*.A_log *.D"}
 
 # What a model has beside these.
@@ -115,12 +116,10 @@ ROLES: dict[str, dict[str, str]] = {
     # Two gains for each attention head are bare arrays.
     "plamo2": A_LOG | {"unknown": "*.[qk]_weight", "vector": "*_norm_weight *.A_log *.D"},
     "qwen": GPT | {"hidden": "*.c_*.weight *.w[12].weight"},
-    "qwen2_moe": {"router": "*.gate.weight *.shared_expert_gate.weight"},
+    "qwen2_moe": SHARED_EXPERT,
     "qwen3_5": A_LOG | {"hidden": "*.in_proj_*.weight"},
-    "qwen3_5_moe": A_LOG
-    | {"hidden": "*.in_proj_*.weight", "router": "*.gate.weight *.shared_expert_gate.weight"},
-    "qwen3_next": A_LOG
-    | {"hidden": "*.in_proj_*.weight", "router": "*.gate.weight *.shared_expert_gate.weight"},
+    "qwen3_5_moe": A_LOG | SHARED_EXPERT | {"hidden": "*.in_proj_*.weight"},
+    "qwen3_next": A_LOG | SHARED_EXPERT | {"hidden": "*.in_proj_*.weight"},
     # Its own convolution and gates are bare arrays.
     "recurrent_gemma": {
         "unknown": "*.conv_1d.weight *_gate_weight *_gate_bias",

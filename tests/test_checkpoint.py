@@ -22,9 +22,10 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
+from arrays import random_gradients, same, snapshot
 from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
-from models import CASES, Shared, Table, adapted, llama, resnet
+from models import CASES, CASES_BY_NAME, Shared, Table, adapted, llama, resnet
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -48,17 +49,6 @@ from mlx_maxfactor.checkpoint.save_and_load import _Loading, _walk
 KILLS = int(os.environ.get("KILLS", "4"))  # KILLS=20 kills 200 times
 
 
-def snapshot(model, optimizer):
-    tree = {"model": model.parameters(), "optimizer": optimizer.state}
-    arrays = {path: a.astype(mx.float32) for path, a in tree_flatten(tree)}
-    arrays["random"] = mx.array(mx.random.state[0])
-    return {path: np.array(a) for path, a in arrays.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.safetensors"
@@ -76,10 +66,15 @@ def lora_run(**options):
 
 def trained(model, optimizer, steps=2):
     for seed in range(steps):
-        mx.random.seed(seed)
-        gradients = tree_map(lambda p: mx.random.normal(p.shape), model.trainable_parameters())
-        optimizer.update(model, gradients)
+        optimizer.update(model, random_gradients(model, seed))
     mx.eval(model.state, optimizer.state)
+    return model, optimizer
+
+
+def saved(path, model, optimizer, steps=2, **extra):
+    """Train the model and save both."""
+    trained(model, optimizer, steps)
+    save_checkpoint(path, model, optimizer, **extra)
     return model, optimizer
 
 
@@ -136,14 +131,14 @@ BARE = {
 
 @pytest.mark.parametrize("name", BARE)
 def test_load_restores_bare_and_mlx_optimizers_in_place(name, path):
-    model, optimizer = trained(Table(), BARE[name]())
-    save_checkpoint(path, model, optimizer, epoch=3, note="é", nested={"a": [1, None, 2.5]})
+    given = {"epoch": 3, "note": "é", "nested": {"a": [1, None, 2.5]}}
+    model, optimizer = saved(path, Table(), BARE[name](), **given)
     exact = snapshot(model, optimizer)
     other, restored = Table(), BARE[name]()
     live = restored.state
     mx.random.seed(5)
     extra = load_checkpoint(path, other, restored)
-    assert extra == {"epoch": 3, "note": "é", "nested": {"a": [1, None, 2.5]}}
+    assert extra == given
     assert extra.differences == ()
     assert same(snapshot(other, restored), exact)
     if not isinstance(restored, mlx_optimizers.MultiOptimizer):
@@ -152,7 +147,7 @@ def test_load_restores_bare_and_mlx_optimizers_in_place(name, path):
 
 @pytest.mark.parametrize("name", ["llama", "whisper_alignment_heads", "resnet", "lora_moe"])
 def test_load_restores_whole_models(name, path):
-    case = next(case for case in CASES if case.name == name)
+    case = CASES_BY_NAME[name]
     run, other = trained(*table_run(model=case.build)), table_run(model=case.build)
     save_checkpoint(path, *run)
     load_checkpoint(path, *other)
@@ -200,8 +195,7 @@ def test_weights_are_saved_under_their_mlx_paths(case):
 
 @pytest.mark.parametrize(("make", "weights"), [(table_run, "all"), (lora_run, "trainable")])
 def test_load_weights_of_mlx_reads_a_checkpoint(make, weights, path):
-    model, optimizer = trained(*make())
-    save_checkpoint(path, model, optimizer, weights=weights)
+    model, _ = saved(path, *make(), weights=weights)
     other, _ = make()
     other.load_weights(str(path), strict=False)  # as mlx_lm's --resume-adapter-file does
     found = dict(tree_flatten(other.trainable_parameters()))
@@ -241,7 +235,7 @@ def test_qlora_checkpoint_holds_only_trained_arrays_and_state(name, dora, path):
 
 def test_different_frozen_base_is_an_error(path):
     model = quantized()
-    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
+    saved(path, model, create_optimizer(model), weights="trainable")
     other = quantized(seed=1)
     other.load_weights(str(path), strict=False)
     optimizer = create_optimizer(other)
@@ -256,7 +250,7 @@ def test_different_frozen_base_is_an_error(path):
 def test_one_more_frozen_bias_is_an_error(path):
     model = Table()
     model.embedding.freeze()
-    save_checkpoint(path, *trained(model, create_optimizer(model)), weights="trainable")
+    saved(path, model, create_optimizer(model), weights="trainable")
     model.output.freeze()
     with pytest.raises(CheckpointError, match=r"2 of 3 arrays differ \(output.weight, output.bias"):
         load_checkpoint(path, model, create_optimizer(model))
@@ -299,36 +293,35 @@ def rate_of(optimizer):
     return pytest.approx(float(optimizer.learning_rate))
 
 
-def test_rate_set_by_hand_is_restored(path):
-    model, optimizer = trained(Table(), AdamW(0.01))
+RATES = [  # an optimizer, its rate here, the argument, the rate after the load
+    (AdamW, 0.01, "built", 0.003),
+    (AdamW, 0.02, "built", 0.02),
+    (AdamW, 0.02, "file", 0.003),
+    (AdamW, 0.01, "here", 0.01),
+    (mlx_optimizers.AdamW, 0.02, "here", 0.02),
+    (mlx_optimizers.AdamW, 0.02, "file", 0.003),
+]
+
+
+@pytest.mark.parametrize(("kind", "rate", "rates", "used"), RATES)
+def test_rate_set_by_hand_is_restored_unless_another_is_asked_for(kind, rate, rates, used, path):
+    model, optimizer = trained(Table(), kind(0.01))
     optimizer.learning_rate = 0.003
-    save_checkpoint(path, model, optimizer)
-    for _ in range(2):  # a file that is saved after a load keeps the rate too
-        optimizer = AdamW(0.01)
-        assert load_checkpoint(path, model, optimizer).differences == ()
-        assert rate_of(optimizer) == 0.003
+    for again in (False, True):  # a file that is saved after a load keeps the rate too
         save_checkpoint(path, model, optimizer)
+        optimizer = kind(rate)
+        notes = load_checkpoint(path, model, optimizer, rates=rates).differences
+        assert (rate_of(optimizer), optimizer.step) == (used, 2)
+        replaced = "AdamW: learning_rate is 0.01 in the file, 0.02 here, which is used"
+        assert notes == ((replaced,) if (rates, used, again) == ("built", 0.02, False) else ())
 
 
-def test_rate_of_the_new_optimizer_replaces_the_saved_rate(path):
-    model, optimizer = trained(Table(), AdamW(0.01))
-    optimizer.learning_rate = 0.003
-    save_checkpoint(path, model, optimizer)
-    optimizer = AdamW(0.02)
-    (note,) = load_checkpoint(path, model, optimizer).differences
-    assert note == "AdamW: learning_rate is 0.01 in the file, 0.02 here, which is used"
-    assert rate_of(optimizer) == 0.02
-    assert optimizer.step == 2
-    optimizer = AdamW(0.02)
-    assert load_checkpoint(path, model, optimizer, rates="file").differences == ()
-    assert rate_of(optimizer) == 0.003
+def test_rate_set_before_the_first_update_counts_as_the_built_one(path):
+    saved(path, Table(), AdamW(0.01))
     optimizer = AdamW(0.01)
-    optimizer.learning_rate = 0.05  # before the first update, this counts as the built rate
-    load_checkpoint(path, model, optimizer)
+    optimizer.learning_rate = 0.05
+    load_checkpoint(path, Table(), optimizer)
     assert rate_of(optimizer) == 0.05
-    optimizer = AdamW(0.01)
-    load_checkpoint(path, model, optimizer, rates="here")
-    assert rate_of(optimizer) == 0.01
 
 
 def test_each_member_restores_its_own_rate(path):
@@ -372,7 +365,7 @@ def test_rate_differences_name_each_used_member(make, places, path):
 @pytest.mark.parametrize("rates", ["built", "file"])
 def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
     first, second = (warmup_cosine(rate, 10, 1) for rate in (0.1, 0.2))
-    save_checkpoint(path, *trained(*table_run(learning_rate=first)))
+    saved(path, *table_run(learning_rate=first))
     run = table_run(learning_rate=second)
     message = str(refused(path, *run, rates=rates))
     assert message.endswith('rates="here"')
@@ -383,19 +376,12 @@ def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
 
 
 def test_new_rate_of_an_mlx_optimizer_needs_the_rates_argument(path):
-    model, optimizer = trained(Table(), mlx_optimizers.AdamW(0.01))
-    save_checkpoint(path, model, optimizer)
+    model, optimizer = saved(path, Table(), mlx_optimizers.AdamW(0.01))
     optimizer.learning_rate = 0.5
     load_checkpoint(path, model, optimizer)  # it has made steps, so the file's rate is used
     assert rate_of(optimizer) == 0.01
-    optimizer = mlx_optimizers.AdamW(0.02)
     with pytest.raises(CheckpointError, match="say rates='file' or rates='here'"):
-        load_checkpoint(path, model, optimizer)
-    load_checkpoint(path, model, optimizer, rates="here")
-    assert rate_of(optimizer) == 0.02
-    optimizer = mlx_optimizers.AdamW(0.02)
-    load_checkpoint(path, model, optimizer, rates="file")
-    assert rate_of(optimizer) == 0.01
+        load_checkpoint(path, model, mlx_optimizers.AdamW(0.02))
 
 
 class Halving:
@@ -427,8 +413,7 @@ SCHEDULES = {
 def test_schedules_are_compared_by_their_values(name, kind, path):
     make = SCHEDULES[name]
     # MLX's optimizers cannot make a step with a schedule that returns a Python number.
-    model, optimizer = trained(Table(), kind(make()), steps=int(kind is AdamW))
-    save_checkpoint(path, model, optimizer)
+    model, optimizer = saved(path, Table(), kind(make()), steps=int(kind is AdamW))
     load_checkpoint(path, model, kind(make()))
     with pytest.raises(CheckpointError, match=r"AdamW: learning_rate schedule gives 0.* at step "):
         load_checkpoint(path, model, kind(make(0.101)))
@@ -445,15 +430,14 @@ def test_custom_schedule_is_never_called_beyond_the_steps_made(path):
         asked.append(int(step))
         return 0.1
 
-    model, optimizer = trained(Table(), AdamW(schedule), steps=3)
-    save_checkpoint(path, model, optimizer)
+    model, _ = saved(path, Table(), AdamW(schedule), steps=3)
     load_checkpoint(path, model, AdamW(schedule))
     assert max(asked) == 3  # reading past the end of an array can crash the process
 
 
 def test_schedules_are_compared_beyond_their_first_step(path):
     first, second = (mlx_optimizers.cosine_decay(1e-2, steps) for steps in (100, 101))
-    save_checkpoint(path, *trained(Table(), AdamW(first)))
+    saved(path, Table(), AdamW(first))
     with pytest.raises(CheckpointError, match=r".* at step [23] in the file"):
         load_checkpoint(path, Table(), AdamW(second))
 
@@ -486,77 +470,72 @@ def adamw_twice(**options):
 
 
 # What is saved, what it is loaded into, and the first difference
-MISFITS = {
-    "another optimizer": (table_run, lambda: table_run("muon"), "OrthoMaxFactor in the file, Muon"),
-    "one member more": (
-        table_run,
-        lambda: table_run(rules={"head": AdamW(1e-3)}),
-        "none in the file, AdamW here",
-    ),
-    "momentum": (table_run, lambda: table_run(momentum=0), "momentum is 0.8 in the file, 0.0 here"),
-    "frequency bands": (
+MISFITS = [
+    (table_run, lambda: table_run("muon"), "OrthoMaxFactor in the file, Muon"),
+    (table_run, lambda: table_run(rules={"head": AdamW(1e-3)}), "none in the file, AdamW here"),
+    (table_run, lambda: table_run(momentum=0), "momentum is 0.8 in the file, 0.0 here"),
+    (
         lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(bands=4)),
         lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(beta=0.99)),
         "momentum is .*bands=4.* in the file, .*beta=0.99",
     ),
-    "two options": (
+    (
         lambda: (Table(), AdamW()),
         lambda: (Table(), AdamW(betas=(0.8, 0.9), weight_decay=0.5)),
         "optimizer 0, AdamW: betas .*\noptimizer 0, AdamW: weight_decay is 0.1 ",
     ),
-    "a schedule": (
+    (
         table_run,
         lambda: table_run(learning_rate=warmup_cosine(0.1, 10, 1)),
         "learning_rate schedule",
     ),
-    "a plan": (
+    (
         table_run,
         lambda: table_run(rules={"head": "maxfactor"}),
         r"plan, output.weight: adamw \(10, 64\) in the file, maxfactor \(10, 64\) here",
     ),
-    "a role": (
+    (
         adamw_twice,
         lambda: adamw_twice(rules={"output.weight": "hidden"}),
         r"output.weight: AdamW 2 \(10, 64\), head in the file, AdamW \(10, 64\), hidden here$",
     ),
-    "a shape": (
+    (
         table_run,
         lambda: table_run(model=table_with_a_smaller_layer),
         r"linear1.bias: float32 \(128,\) in the file, .*\(100,\)",
     ),
-    "another model": (table_run, lambda: table_run(model=llama), "lm_head.weight: missing"),
-    "a bare optimizer": (table_run, lambda: (Table(), MaxFactor()), "AdamW in the file, none here"),
-    "mlx's own": (
+    (table_run, lambda: table_run(model=llama), "lm_head.weight: missing"),
+    (table_run, lambda: (Table(), MaxFactor()), "AdamW in the file, none here"),
+    (
         table_run,
         lambda: (Table(), mlx_optimizers.Adam(1e-3)),
         "OrthoMaxFactor in the file, Adam here",
     ),
-    "the same name": (
+    (
         lambda: (Table(), mlx_optimizers.AdamW(1e-3)),
         lambda: (Table(), AdamW()),
         "^optimizer 0: mlx.optimizers.AdamW in the file, mlx_maxfactor.AdamW here",
     ),
-    "clipping": (table_run, lambda: table_run(max_grad_norm=1.0), "max_grad_norm is None"),
-    "clipping, bare": (
+    (table_run, lambda: table_run(max_grad_norm=1.0), "max_grad_norm is None"),
+    (
         guarded_adamw,
         lambda: guarded_adamw(max_grad_norm=1.0),
         "max_grad_norm is None in the file, 1.0 here",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("name", MISFITS)
-def test_mismatch_is_named_and_nothing_changes(name, path):
-    saved, here, message = MISFITS[name]
-    save_checkpoint(path, *trained(*saved()))
+@pytest.mark.parametrize(("there", "here", "message"), MISFITS)
+def test_mismatch_is_named_and_nothing_changes(there, here, message, path):
+    saved(path, *there())
     error = refused(path, *here())
     assert re.search(message, "\n".join(error.differences), re.MULTILINE)
-    remedy = 'rates="here"' if name == "a schedule" else "strict=False"
+    remedy = 'rates="here"' if message == "learning_rate schedule" else "strict=False"
     assert remedy in str(error)
 
 
 def test_message_shows_ten_differences_and_the_error_holds_all(path):
-    save_checkpoint(path, *trained(*lora_run()), weights="trainable")
+    saved(path, *lora_run(), weights="trainable")
     other, _ = lora_run()
     for _, module in other.named_modules():
         if "lora_a" in module:
@@ -576,8 +555,7 @@ def test_message_shows_ten_differences_and_the_error_holds_all(path):
 
 
 def test_another_dtype_is_cast_only_with_cast_true(path):
-    model, optimizer = trained(Table(), AdamW(0.01))
-    save_checkpoint(path, model, optimizer)
+    model, _ = saved(path, Table(), AdamW(0.01))
     narrow, restored = Table(), AdamW(0.01)
     narrow.set_dtype(mx.bfloat16)
     message = str(refused(path, narrow, restored))
@@ -592,8 +570,7 @@ def test_another_dtype_is_cast_only_with_cast_true(path):
 
 
 def test_state_of_another_optimizer_class_is_not_loaded(path):
-    model, optimizer = trained(Table(), mlx_optimizers.SGD(0.5, momentum=0.9))
-    save_checkpoint(path, model, optimizer)
+    model, _ = saved(path, Table(), mlx_optimizers.SGD(0.5, momentum=0.9))
     other = mlx_optimizers.Muon(0.01)  # its state has the same names and shapes
     extra = load_checkpoint(path, model, other, strict=False)
     assert extra.differences[0] == "optimizer 0: SGD in the file, Muon here"
@@ -602,8 +579,7 @@ def test_state_of_another_optimizer_class_is_not_loaded(path):
 
 
 def test_strict_false_loads_matching_arrays_and_returns_the_differences(path):
-    model, optimizer = trained(*table_run())
-    save_checkpoint(path, model, optimizer, epoch=2)
+    model, _ = saved(path, *table_run(), epoch=2)
     other, restored = table_run(model=table_with_a_smaller_layer)
     extra = load_checkpoint(path, other, restored, strict=False)
     assert extra == {"epoch": 2}
@@ -677,8 +653,7 @@ def test_loading_needs_extra_memory_for_one_array(path):
         mx.eval(model.parameters(), optimizer.state)
         return model, optimizer
 
-    model, optimizer = trained(*build())
-    save_checkpoint(path, model, optimizer)
+    model, optimizer = saved(path, *build())
     largest, total = model.layers[0].weight.nbytes, path.stat().st_size
     for live in ((model, optimizer), build()):
         mx.synchronize()
@@ -757,8 +732,7 @@ def test_shared_module_trained_under_its_first_name_is_saved(path):
 
 def test_truncated_and_bit_flipped_files_are_refused(path):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    model, optimizer = trained(model, create_optimizer(model))
-    save_checkpoint(path, model, optimizer, epoch=1)
+    model, optimizer = saved(path, model, create_optimizer(model), epoch=1)
     whole, before = path.read_bytes(), snapshot(model, optimizer)
     dice = random.Random(0)
     for i in range(1000):
@@ -825,7 +799,7 @@ def forge(path, header, data):
 
 @pytest.mark.parametrize(("dtype", "shape"), [("U32", [2, 1]), ("I32", [2]), ("U64", [1])])
 def test_random_key_of_another_dtype_or_shape_is_refused(dtype, shape, path):
-    save_checkpoint(path, *trained(*tiny()))
+    saved(path, *tiny())
     header, data = read_parts(path)
     header["_run.random"] |= {"dtype": dtype, "shape": shape}
     forge(path, header, data)
@@ -885,8 +859,7 @@ def test_save_falls_back_to_fsync_without_full_sync(code, also_fsync, path, monk
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     monkeypatch.setattr(os, "fsync", fsync)
-    model, optimizer = trained(*tiny())
-    save_checkpoint(path, model, optimizer, epoch=1)
+    saved(path, *tiny(), epoch=1)
     assert synced
     assert load_checkpoint(path, *tiny()) == {"epoch": 1}
 
@@ -894,8 +867,7 @@ def test_save_falls_back_to_fsync_without_full_sync(code, also_fsync, path, monk
 @pytest.mark.parametrize("code", ["EIO", "ENOSPC"])
 @pytest.mark.parametrize("macos", [False, True])
 def test_disk_failure_is_an_error_and_keeps_the_old_file(code, macos, path, monkeypatch):
-    model, optimizer = trained(*tiny())
-    save_checkpoint(path, model, optimizer, epoch=1)
+    model, optimizer = saved(path, *tiny(), epoch=1)
 
     def fail(*_):
         raise OSError(getattr(errno, code), "the disk fails")
@@ -950,14 +922,13 @@ def test_cleanup_error_does_not_hide_the_first_error(path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     monkeypatch.setattr(Path, "unlink", fail_too)
     with pytest.raises(CheckpointError, match="the first error"):
-        save_checkpoint(path, *trained(*tiny()))
+        saved(path, *tiny())
 
 
 def test_save_follows_a_symlink_and_keeps_the_file_mode(tmp_path):
     target, link = tmp_path / "data" / "run.safetensors", tmp_path / "latest.safetensors"
     target.parent.mkdir()
-    model, optimizer = trained(*tiny())
-    save_checkpoint(target, model, optimizer, epoch=1)
+    model, optimizer = saved(target, *tiny(), epoch=1)
     target.chmod(0o600)
     link.symlink_to(target)
     save_checkpoint(link, model, optimizer, epoch=2)
@@ -967,8 +938,7 @@ def test_save_follows_a_symlink_and_keeps_the_file_mode(tmp_path):
 
 
 def test_header_too_large_for_mlx_is_refused_and_keeps_the_old_file(path, monkeypatch):
-    model, optimizer = trained(*tiny())
-    save_checkpoint(path, model, optimizer, epoch=1)
+    model, optimizer = saved(path, *tiny(), epoch=1)
     monkeypatch.setattr(sealed_files, "LARGEST_HEADER", 10_000)
     with pytest.raises(CheckpointError, match="take 0 MB, and MLX reads at most 0: keep what is"):
         save_checkpoint(path, model, optimizer, history=list(range(5000)))

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from arrays import rates
 from mlx.utils import tree_flatten, tree_map
 from models import Table, adapted, llama, qwen2_moe
 
@@ -25,10 +26,6 @@ RMS_OF_AN_UPDATE = dict.fromkeys(OPTIMIZERS, 1.0) | {"muon": 0.2, "adamw": 4.1}
 def default_rate(name, preset, **inputs):
     """The default in the models of these tests, whose LoRA has a scale of 2."""
     return rate_of(name, preset, RateInputs(lora_scale=2.0, **inputs))
-
-
-def rates(optimizer):
-    return [member.learning_rate.item() for member in optimizer.optimizers]
 
 
 def options_of(optimizer):

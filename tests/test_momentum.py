@@ -3,7 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from trajectories import BOUND, distance, hard_gradients, parameter, trajectory, twin_trajectory
 
 from mlx_maxfactor import FrequencyAdaptiveMomentum, MaxFactor, reference
@@ -140,10 +139,6 @@ def test_damping_of_a_tone_equals_the_closed_form(n, bands, k, a):
 
 
 # State
-
-
-def flat(tree):
-    return {path: np.array(a.astype(mx.float32)) for path, a in tree_flatten(tree)}
 
 
 def test_late_parameter_counts_its_own_updates():

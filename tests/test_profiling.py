@@ -5,8 +5,8 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
+from arrays import same, snapshot
 from mlx.utils import tree_flatten
 from profiling import Breakdown, Cost, breakdown, profile_step
 
@@ -55,11 +55,6 @@ def batch(poison=0.0):
     return mx.random.normal((16, 8), key=mx.random.key(1)).astype(mx.bfloat16) + poison
 
 
-def arrays(model, optimizer):
-    found = tree_flatten([model.state, optimizer.state, {"random": [mx.random.state[0]]}])
-    return {k: np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for k, a in found}
-
-
 @pytest.mark.parametrize("poison", [0.0, float("nan")], ids=["good", "bad"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiled)])
 def test_profiling_does_not_change_training(compiled, poison):
@@ -83,10 +78,8 @@ def test_profiling_does_not_change_training(compiled, poison):
                 profile_step(model, optimizer, loss_of, batch(poison), rounds=1)
                 assert model.seen == seen
             mx.eval(step(batch()), model.state, optimizer.state)
-        ends.append(arrays(model, optimizer))
-    assert ends[0].keys() == ends[1].keys()
-    for path, array in ends[0].items():
-        np.testing.assert_array_equal(ends[1][path], array, err_msg=path)
+        ends.append(snapshot(model, optimizer))
+    assert same(*ends)
 
 
 @pytest.mark.parametrize(

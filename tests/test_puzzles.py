@@ -18,8 +18,6 @@ from puzzles import (
 
 pytestmark = pytest.mark.examples
 
-CELLS = SIDE * SIDE
-
 
 @pytest.fixture(scope="module")
 def sudoku():

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from arrays import flat
 from compare_reasoning import CONFIGURATIONS, commands, run_one
-from mlx.utils import tree_flatten
 from puzzles import Rules
 from train_reasoning import KINDS, Reasoner, cross_entropy, make
 
@@ -51,10 +51,6 @@ def batch_of(rules, count=6, seed=0):
     ]
 
 
-def flat(tree):
-    return dict(tree_flatten(tree))
-
-
 # Its optimizers
 
 
@@ -72,7 +68,7 @@ def trained(model, optimizers, rules, steps=12):
         for optimizer in optimizers:
             optimizer.update(model, gradients)
         mx.eval(model.parameters(), *(o.state for o in optimizers))
-    return {k: np.array(v) for k, v in flat(model.trainable_parameters()).items()}
+    return flat(model.trainable_parameters())
 
 
 def differing_paths(one, other):
@@ -125,7 +121,6 @@ def run(*arguments, cwd):
 
 def test_rules_example_trains_compares_and_draws(tmp_path):
     done = run("rules", "--compare", "orthomaxfactor,hrm", *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("puzzles.weight")]
     assert [row.split()[4] for row in rows] == ["SignSGD", "SignSGD"]
     assert re.search(r"^unchanged +0\.\d{3} +0\.\d{3}$", done.stdout, re.MULTILINE)
@@ -145,21 +140,6 @@ def test_resumed_sudoku_run_equals_the_uninterrupted_run(tmp_path):
     for baseline in ("naked singles", "and hidden ones"):
         assert re.search(rf"^{baseline} +0\.000 +0\.\d{{3}}$", printed, re.MULTILINE)
     assert mx.any(arrays["carry.low"] != 0).item()
-
-
-BAD_ARGUMENTS = [
-    (["chess"], "chess"),
-    (["--batch-size", "7"], "divisible by --segments"),
-    (["--width", "9"], "divisible by --heads"),
-    (["--puzzle-option", "speed=9"], "speed"),
-    (["--optimizer", "hrm", "--option", "speed=9"], "speed"),
-    (["--optimizer", "sgd"], "'hrm'"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=str)
-def test_bad_arguments_give_one_line_and_status_2(arguments, message, capsys, monkeypatch):
-    command_line.assert_refused(SCRIPT, arguments, message, capsys, monkeypatch)
 
 
 # The comparison

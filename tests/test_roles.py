@@ -4,12 +4,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from models import CASES, ViT, Whisper, mlp
+from models import CASES, CASES_BY_NAME, ViT, Whisper, mlp
 
 from mlx_maxfactor import create_optimizer
 from mlx_maxfactor.routing.roles import ROLES, find_roles
-
-CASES_BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.mark.parametrize("name", CASES_BY_NAME)

@@ -8,9 +8,10 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
+from arrays import random_gradients, rates
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import (
-    CASES,
+    CASES_BY_NAME,
     Shared,
     Table,
     Whisper,
@@ -39,19 +40,8 @@ from mlx_maxfactor import (
 from mlx_maxfactor.routing.rates import RateInputs
 
 
-def rates(optimizer):
-    return [member.learning_rate.item() for member in optimizer.optimizers]
-
-
 def owners(optimizer):
     return {entry.path: entry.optimizer for entry in optimizer.plan}
-
-
-def random_gradients(model, seed=0):
-    keys = iter(mx.random.split(mx.random.key(seed), 500))
-    return tree_map(
-        lambda p: mx.random.normal(p.shape, key=next(keys)), model.trainable_parameters()
-    )
 
 
 # Members
@@ -644,10 +634,6 @@ def test_error_names_complex_parameters():
 # Rates that users set
 
 
-def rates_of(optimizer):
-    return [float(f"{float(member.learning_rate):.6g}") for member in optimizer.optimizers]
-
-
 def small_model(width=8):
     return nn.Sequential(
         nn.Embedding(20, width), nn.Linear(width, width), nn.RMSNorm(width), nn.Linear(width, 5)
@@ -665,36 +651,29 @@ def test_convolutions_count_by_the_matrix_that_they_are():
 
 
 RISING = mlx_optimizers.linear_schedule(0, 1e-2, 100)
-RATIOS = {
-    "rest at zero": (lambda: {"learning_rate": 0.02, "rest_learning_rate": 0}, 0.0),
-    "zero, total_steps": (lambda: {"total_steps": 100, "rest_learning_rate": 0}, 0.0),
-    "zero": (lambda: {"learning_rate": 0.0}, 0.05),
-    "object at zero": (lambda: {"rest": AdamW(0.0)}, 0.0),
-    "schedule": (lambda: {"learning_rate": RISING}, 0.05),
-    "schedule of an object": (
-        lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 9))},
-        0.05,
-    ),
-    "schedule of mlx, hidden": (
-        lambda: {"hidden": OrthoMaxFactor(RISING), "rest": AdamW(1e-3)},
-        0.1,
-    ),
-    "schedule of mlx, rest": (lambda: {"hidden": OrthoMaxFactor(0.02), "rest": AdamW(RISING)}, 0.5),
-    "adafactor": (lambda: {"rest": "adafactor", "learning_rate": 0.002}, 0.5),
-    "hidden adafactor": (lambda: {"hidden": "adafactor"}, 0.1),
-}
+RATIOS = [
+    (lambda: {"learning_rate": 0.02, "rest_learning_rate": 0}, 0.0),
+    (lambda: {"total_steps": 100, "rest_learning_rate": 0}, 0.0),
+    (lambda: {"learning_rate": 0.0}, 0.05),
+    (lambda: {"rest": AdamW(0.0)}, 0.0),
+    (lambda: {"learning_rate": RISING}, 0.05),
+    (lambda: {"hidden": Muon(0.02), "rest": AdamW(warmup_cosine(1e-3, 9))}, 0.05),
+    (lambda: {"hidden": OrthoMaxFactor(RISING), "rest": AdamW(1e-3)}, 0.1),
+    (lambda: {"hidden": OrthoMaxFactor(0.02), "rest": AdamW(RISING)}, 0.5),
+    (lambda: {"rest": "adafactor", "learning_rate": 0.002}, 0.5),
+    (lambda: {"hidden": "adafactor"}, 0.1),
+]
 
 
 @pytest.mark.parametrize("step", [0, 10**6])
-@pytest.mark.parametrize("name", RATIOS)
-def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(name, step):
-    make, ratio = RATIOS[name]
+@pytest.mark.parametrize(("make", "ratio"), RATIOS)
+def test_ratio_of_rates_is_kept_if_one_is_zero_or_scheduled(make, ratio, step):
     model = small_model()
     optimizer = create_optimizer(model, **make())
     optimizer.state["states"][0]["step"] = mx.array(step, mx.uint64)
     optimizer.update(model, random_gradients(model))
     optimizer.learning_rate = 0.01
-    first, *others = rates_of(optimizer)
+    first, *others = rates(optimizer)
     assert first == pytest.approx(0.01)
     assert others == pytest.approx([0.01 * ratio] * len(others))
 
@@ -714,11 +693,11 @@ def test_rate_set_by_hand_reaches_members_of_mlx_in_a_compiled_step():
     for _ in range(3):
         step()
         mx.eval(state)
-    assert rates_of(optimizer)[1] > 0
+    assert rates(optimizer)[1] > 0
     optimizer.learning_rate = 0.0
     step()
     mx.eval(state)
-    assert rates_of(optimizer)[:2] == [0.0, 0.0]
+    assert rates(optimizer)[:2] == [0.0, 0.0]
 
 
 def test_rate_of_the_rest_does_not_become_that_of_matrices_unfrozen_later(recwarn):
@@ -743,7 +722,7 @@ def test_rate_can_be_set_in_another_thread(options):
     setting.join()
     optimizer.update(model, tree_map(mx.ones_like, model.parameters()))
     mx.eval(model.state, optimizer.state)
-    assert rates_of(optimizer)[0] == pytest.approx(1e-2)
+    assert rates(optimizer)[0] == pytest.approx(1e-2)
 
 
 def test_object_gets_the_schedule_of_the_newest_call():
@@ -762,7 +741,7 @@ def test_object_gets_the_schedule_of_the_newest_call():
 def test_rate_set_in_the_state_is_used():
     optimizer = create_optimizer(small_model())
     optimizer.state["learning_rate"] = 0.01
-    assert rates_of(optimizer)[0] == pytest.approx(0.01)
+    assert rates(optimizer)[0] == pytest.approx(0.01)
 
 
 # Odd names
@@ -800,7 +779,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
         plan = create_optimizer(model, rules={"layers.[12].weight": "conv"}).plan
         assert [e.layout for e in plan if e.shape == (16, 3, 16)] == ["conv", "conv"]
         create_optimizer(resnet())
-        create_optimizer(next(case for case in CASES if case.name == "mamba").build())
+        create_optimizer(CASES_BY_NAME["mamba"].build())
         model.layers[1].freeze()
         model.layers[2].freeze()
         create_optimizer(model)
@@ -810,7 +789,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
 
 
 def test_no_two_members_have_one_name():
-    model = next(case for case in CASES if case.name == "mamba").build()
+    model = CASES_BY_NAME["mamba"].build()
     optimizer = create_optimizer(model, "adamw", "adamw", total_steps=30)
     labels = {e.role: e.optimizer for e in optimizer.plan}
     assert (labels["hidden"], labels["depthwise"]) == ("adamw", "adamw 2")

@@ -1,9 +1,11 @@
 """Averages of the weights: their values, compiled steps, checkpoints, applying and restoring."""
 
+import arrays
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from arrays import same
 from mlx.utils import tree_flatten
 
 from mlx_maxfactor import (
@@ -90,7 +92,7 @@ def run(step, model, optimizer, average, steps, first=0):
 
 
 def flat(average):
-    return {path: np.array(x.astype(mx.float32)) for path, x in average.state["weights"].items()}
+    return arrays.flat(average.state["weights"])
 
 
 @pytest.mark.compiled
@@ -118,7 +120,7 @@ def test_only_trainable_weights_are_averaged():
 def test_weights_are_restored_after_an_error_inside_applied():
     model, optimizer, average, step, _ = training(compiled=False)
     run(step, model, optimizer, average, 4)
-    own = {path: np.array(x) for path, x in tree_flatten(model.parameters())}
+    own = arrays.flat(model.parameters())
 
     def failing_validation():
         with average.applied(model) as applied:
@@ -129,8 +131,7 @@ def test_weights_are_restored_after_an_error_inside_applied():
 
     with pytest.raises(RuntimeError, match="validation"):
         failing_validation()
-    for path, x in tree_flatten(model.parameters()):
-        assert np.array_equal(np.array(x), own[path])
+    assert same(arrays.flat(model.parameters()), own)
 
 
 @pytest.mark.compiled
@@ -146,8 +147,7 @@ def test_resumed_average_equals_the_uninterrupted_one(dtype, tmp_path):
     run(step, model, optimizer, average, 1)  # the load must also reach a compiled step
     assert load_checkpoint(path, model, optimizer, average=average) == {"epoch": 1}
     run(step, model, optimizer, average, 3, first=3)
-    for name, x in flat(average).items():
-        assert np.array_equal(x, whole[name])
+    assert same(flat(average), whole)
 
 
 def test_checkpoint_with_and_without_average_do_not_mix(tmp_path):

@@ -22,20 +22,15 @@ import traceback
 import warnings
 from pathlib import Path
 
-import mlx.core as mx
 import yaml
-from mlx_lm.models.llama import Model, ModelArgs
-from mlx_lm.utils import save_model
 
 from mlx_maxfactor.commands import main
 from mlx_maxfactor.commands.settings import SETTINGS
 from mlx_maxfactor.finetuning.optimizer_names import MLX_SCHEDULES, SCHEDULES, optimizer_names
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import small_llama
+import tiny_model
 
-SHAPE = small_llama.SHAPE | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
-SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 SETTING = {"batch_size": 2, "iters": 2, "max_seq_length": 32, "val_batches": 1, "num_layers": -1}
 VALUES = [None, True, False, 0, 1, -1, 2, 3.5, 1e-5, 10**30, 1e400, -1e-9, float("nan"), "", "x"]
 VALUES += ["1", "no", "2e-5", "7GB", "adam", "muon", [], [1], ["x"], {}, {"x": 1}, {"name": "x"}]
@@ -47,19 +42,6 @@ SLOW = ("hf_dataset", "report_to", "model", "data", "config")
 """What may ask the network, it is edited seldom, or never."""
 
 BYTES = [b"", b"\n", b"\xff", b"\xef\xbb\xbf", b"{", b"}", b"[", b'"', b"null", b"\0", b"\r"]
-
-
-def prepare(folder: Path) -> None:
-    """A small model, data and settings that run."""
-    mx.random.seed(0)
-    (folder / "model").mkdir()
-    save_model(folder / "model", Model(ModelArgs.from_dict(SHAPE)))
-    small_llama.write_json(folder / "model" / "config.json", SHAPE)
-    tokenizer = small_llama.train_tokenizer(["def word(letters): return letters"])
-    tokenizer.save(str(folder / "model" / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": small_llama.END}
-    settings["chat_template"] = small_llama.TEMPLATE
-    small_llama.write_json(folder / "model" / "tokenizer_config.json", settings)
 
 
 def samples(dice: random.Random) -> list:
@@ -151,7 +133,7 @@ def attempt(seed: int, home: Path) -> str | None:
         for file in (home / "model").iterdir():
             content = file.read_bytes()
             if file.name == "config.json" and dice.random() < 0.3:
-                config = dict(SHAPE)
+                config = dict(tiny_model.SHAPE)
                 for _ in range(dice.choice([1, 2])):
                     value = odd(dice)
                     if value != 10**30:  # so many layers would be built for ever
@@ -223,7 +205,7 @@ def run() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     found = count = 0
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name))
+        tiny_model.write(Path(name, "model"))
         end, seed = time.monotonic() + 60 * arguments.minutes, arguments.seed or arguments.first
         while count == 0 or (arguments.seed is None and time.monotonic() < end):
             if (problem := attempt(seed, Path(name))) is not None:
