@@ -17,8 +17,6 @@ Rate = float | mx.array | Callable[[mx.array], Any]
 """A learning rate: a number, or a schedule, a function of the step (0 at the first update)."""
 
 LARGEST_SEED = 2**32 - 1
-LATER_STEPS = [10**k for k in range(10)]
-"""Steps at which a schedule that accepts any step is checked, besides its first one."""
 
 
 def check_number(
@@ -103,8 +101,7 @@ def check_rate(name: str, value: Any, step: Any = 0) -> Rate:
     """The value, if it is a number of at least 0, an array of one, or a schedule that gives one.
 
     Traced arrays have no value yet and are accepted. A schedule is asked for its rate at ``step``,
-    the only step that it was surely made for. Those that mlx made take any step, and may fall below
-    0 at none of ``LATER_STEPS``.
+    the only step that it was surely made for.
     """
     if callable(value):
         _check_schedule(name, value, step)
@@ -135,10 +132,6 @@ def _check_schedule(name: str, schedule: Callable[[mx.array], Any], step: Any) -
         )
     if rate is not None:
         check_number(f"{name}, at step {shown(value_if_evaluated(step))},", rate, 0.0)
-    if is_of_mlx(schedule):
-        for later in LATER_STEPS:
-            if (rate := value_if_evaluated(schedule(mx.array(later, mx.uint64)))) < 0:
-                check_number(f"{name}, at step {later},", rate, 0.0)
 
 
 def is_of_mlx(schedule: Any) -> bool:

@@ -319,8 +319,8 @@ def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
 
 def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: Any) -> int | None:
     """Check options and rates, and return the number of steps as an int."""
-    for spec, other in ((hidden, rest), (rest, hidden)):
-        spec.check_options(signature(create_optimizer).parameters, other)
+    for spec in (hidden, rest):
+        spec.check_options(signature(create_optimizer).parameters)
     if total_steps is None:
         return None
     total_steps = check_steps("total_steps", total_steps, 1)

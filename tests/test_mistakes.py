@@ -96,16 +96,15 @@ MISTAKES = {
         lambda: create(MaxFactor(), AdamW(), rounding="chance"),
         "^rounding must be one of 'nearest', 'stochastic', got 'chance'$",
     ),
-    "step": (lambda: create(step="row_max"), "maxfactor has no option 'step': the orthogonal"),
     # Options
-    "lr": (lambda: create(lr=0.1), "has no option 'lr': its rate is learning_rate$"),
+    "lr": (lambda: create(lr=0.1), "has no option 'lr': it has .*; its rate is learning_rate,"),
     "rest's lr": (
         lambda: create(rest_options={"lr": 0.1}),
-        "'lr': its rate is rest_learning_rate$",
+        "'lr': it has .*; its rate is rest_learning_rate,",
     ),
     "betas": (
         lambda: create("muon", betas=(0.9, 0.99)),
-        r"^muon has no option 'betas'; adamw has: give rest_options={'betas': ...} to create_opt",
+        "^muon has no option 'betas': it has .* options of the other optimizer go to rest_options,",
     ),
     "option's case": (lambda: create(Momentum=0.9), "'Momentum' .did you mean 'momentum'"),
     "long value": (
@@ -123,10 +122,6 @@ MISTAKES = {
         f"^learning_rate, at step 0, {NEGATIVE}0.1",
     ),
     "negative schedule, set": (lambda: set_rate(ascending), f"at step 0, {NEGATIVE}0.1"),
-    "negative later": (
-        lambda: Muon(mlx_optimizers.linear_schedule(1e-2, -1e-2, 50)),
-        f"^learning_rate, at step 100, {NEGATIVE}0.01",
-    ),
     "schedule of None": (
         lambda: create(learning_rate=lambda s: None),
         f"^learning_rate {NUMBER} None$",
@@ -179,10 +174,6 @@ MISTAKES = {
     "schedule without a step": (lambda: AdamW(lambda: 1e-3), "function of the step alone"),
     "function that makes schedules": (lambda: AdamW(warmup_cosine), "function of the step alone"),
     "model as rate": (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
-    "wrong keyword": (
-        lambda: create_optimizer(Table(), optimizer="muon"),
-        "an optimizer's name goes to hidden",
-    ),
     "number as option name": (
         lambda: create_optimizer(Table(), rest_options={1: 2}),
         "rest_options must map names to values, got the key 1",
@@ -191,7 +182,7 @@ MISTAKES = {
         lambda: create_optimizer(
             Table(), learning_rate=mlx_optimizers.cosine_decay(0.0, 100), rest_learning_rate=1e-3
         ),
-        "rest_learning_rate is a number beside a learning_rate that is always 0",
+        "rest_learning_rate is a number beside a learning_rate whose peak is not known, or 0",
     ),
 }
 

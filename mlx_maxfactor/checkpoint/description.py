@@ -87,7 +87,7 @@ def _class_and_options(optimizer: Any) -> dict[str, Any]:
     options |= {k: str(v) for k, v in named.items()}
     options |= {k: v.__qualname__ for k, v in public.items() if isfunction(v)}
     if guard := public.get("guard"):
-        options |= guard.options
+        options |= _class_and_options(guard)["options"]
     kind = type(optimizer)
     return {"class": _in_package(f"{kind.__module__}.{kind.__qualname__}"), "options": options}
 

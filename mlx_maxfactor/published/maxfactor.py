@@ -9,7 +9,6 @@ from .. import functional as f
 from .._validate import (
     Rate,
     check_choice,
-    check_flag,
     check_flags,
     check_not_negative,
     check_number,
@@ -19,8 +18,6 @@ from .._validate import (
 from ..optimizers import moment_state as moments
 from ..optimizers.base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
-
-STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
 
 Preset = Literal["early", "hub", "speech"]
 
@@ -160,35 +157,22 @@ class MaxFactor(Float32Optimizer):
         self.eps = check_pair("eps", eps, 0.0)
         check_number("eps[0]", self.eps[0], 1e-15)
         self.d = check_number("d", d, 0.0, ends="()")
-        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.gamma = check_number("gamma", gamma, 0.0, 1.0)
         self.max_norm, self.full_matrix = check_flags(max_norm=max_norm, full_matrix=full_matrix)
-        self.min_lr = check_number("min_lr", min_lr, 0.0)
         self.scalar_boost = check_optional("scalar_boost", scalar_boost)
         self.clip_threshold = check_optional("clip_threshold", clip_threshold)
-        self.relative_step = check_flag("relative_step", relative_step)
-        self.vector_sign, self.maximize = check_flags(vector_sign=vector_sign, maximize=maximize)
-        self._set_momentum(momentum, nesterov, cautious)
-        self.eps_rms, self.min_rms = check_not_negative(eps_rms=eps_rms, min_rms=min_rms)
-
-    def _set_momentum(
-        self,
-        momentum: float | FrequencyAdaptiveMomentum,
-        nesterov: bool,
-        cautious: bool,
-    ) -> None:
+        self.relative_step, self.vector_sign, self.maximize = check_flags(
+            relative_step=relative_step, vector_sign=vector_sign, maximize=maximize
+        )
         adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
         self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov, self.cautious = check_flags(nesterov=nesterov, cautious=cautious)
-        for name, flag in (("nesterov", nesterov), ("cautious", cautious)):
-            if flag and not momentum:
-                raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum}")
-
-    def __new__(cls, *_: Any, **options: Any) -> "MaxFactor":
-        """Refuse the option ``step`` of version 0.1.0, and name its replacement."""
-        if "step" in options:
-            raise ValueError(f"MaxFactor has no option 'step': {STEP_MOVED}")
-        return super().__new__(cls)
+        if (nesterov or cautious) and not momentum:
+            name = "nesterov" if nesterov else "cautious"
+            raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum}")
+        self.weight_decay, self.min_lr, self.eps_rms, self.min_rms = check_not_negative(
+            weight_decay=weight_decay, min_lr=min_lr, eps_rms=eps_rms, min_rms=min_rms
+        )
 
     @classmethod
     def preset(cls, name: Preset, **overrides: Any) -> "MaxFactor":

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..tables import table
+
 
 @dataclass(frozen=True)
 class PlanEntry:
@@ -62,11 +64,4 @@ class Plan(Sequence[PlanEntry]):
             for e in self
         ]
         total = (f"{len(self)} parameters", "", "", "total", "", f"{self.state_bytes:,}")
-        widths = [max(map(len, column)) for column in zip(header, *rows, total, strict=True)]
-        rule = tuple("-" * width for width in widths)
-
-        def line(row: tuple[str, ...]) -> str:
-            *left, number = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            return "  ".join([*left, number.strip().rjust(widths[-1])])
-
-        return "\n".join(map(line, [header, rule, *rows, rule, total]))
+        return table([header, *rows, total], left=4)
