@@ -18,7 +18,6 @@ from ._validate import (
     check_choice,
     check_flags,
     check_integer,
-    check_steps,
     got,
     shown,
     value_if_evaluated,
@@ -150,21 +149,27 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict, pretrained=pretrained)
+    if not isinstance(rest_options, Mapping | None):
+        raise ValueError(f"rest_options must map names to values, got {shown(rest_options)}")
+    check_choice("rounding", rounding, get_args(Rounding))
+    seed = check_integer("seed", seed, 0, LARGEST_SEED)
     strategy = _strategy(group)
     trained = _find_trained(model)
     parameters, exceptions = apply_rules(model, rules or {}, strict)
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
-    rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
+    rest_spec = MemberSpec("rest", rest, rest_learning_rate, dict(rest_options or {}))
     total_steps = _check_specs(hidden_spec, rest_spec, total_steps)
-    choices = _choices(parameters, exceptions, exclude_first)
+    hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
+    default = {p.path: "hidden" if p.role in hidden_roles else "rest" for p in parameters}
+    choices = {**default, **exceptions}
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
     if not own:
         hidden_spec, rest_spec = _without_hidden(hidden_spec, rest_spec)
     factory = MemberFactory(
         hidden_spec,
         rest_spec,
-        _check_rounding(rounding, seed),
+        {"rounding": rounding, "seed": seed},
         pretrained=pretrained,
         lora=any(p.role in LORA_ROLES and p.path in trained for p in parameters),
         primary=hidden_spec if own else rest_spec,
@@ -259,14 +264,11 @@ def create_optimizer_for_hrm(
 
 
 def _check_model(model: Any) -> None:
-    if isinstance(model, nn.Module):
-        return
-    problem = got(model, ())
-    if isinstance(model, (dict, list)):
-        problem = f"got {type(model).__name__}: pass the model itself, not its parameters"
-    elif isinstance(model, (str, Optimizer)):
-        problem += ": the model comes first, then the optimizer"
-    raise ValueError(f"model must be an mlx.nn.Module, {problem}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be an mlx.nn.Module, got a {type(model).__name__}: pass the model itself "
+            "first, then the optimizer"
+        )
 
 
 def _find_trained(model: nn.Module) -> set[str]:
@@ -283,25 +285,6 @@ def _find_trained(model: nn.Module) -> set[str]:
     return trained
 
 
-def _choices(
-    parameters: Sequence[Parameter], exceptions: Mapping[str, Any], exclude_first: bool
-) -> dict[str, Any]:
-    """The choice for each parameter by path: "hidden", "rest", or what a rule says."""
-    hidden = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
-    return {
-        p.path: exceptions.get(p.path, "hidden" if p.role in hidden else "rest") for p in parameters
-    }
-
-
-def _check_rest_options(options: Any) -> dict[str, Any]:
-    options = {} if options is None else options
-    if not isinstance(options, Mapping):
-        raise ValueError(f"rest_options must map names to values, got {shown(options)}")
-    if odd := [key for key in options if not isinstance(key, str)]:
-        raise ValueError(f"rest_options must map names to values, got the key {odd[0]!r}")
-    return dict(options)
-
-
 def _strategy(group: Any) -> Sharding | None:
     """How several ranks share the updates. None: there is one."""
     if group is None:
@@ -311,19 +294,13 @@ def _strategy(group: Any) -> Sharding | None:
     return Sharding(group) if group.size() > 1 else None
 
 
-def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
-    """The options that all members share."""
-    check_choice("rounding", rounding, get_args(Rounding))
-    return {"rounding": rounding, "seed": check_integer("seed", seed, 0, LARGEST_SEED)}
-
-
 def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: Any) -> int | None:
     """Check options and rates, and return the number of steps as an int."""
     for spec in (hidden, rest):
         spec.check_options(signature(create_optimizer).parameters)
     if total_steps is None:
         return None
-    total_steps = check_steps("total_steps", total_steps, 1)
+    total_steps = check_integer("total_steps", total_steps, 1)
     for spec in (hidden, rest):
         if callable(spec.rate):
             raise ValueError(

@@ -60,13 +60,13 @@ class MemberSpec:
         if isinstance(self.choice, Optimizer):
             return
         known = options_for(self.choice)
-        for option in self.options:
-            if option not in known:
-                raise ValueError(
-                    f"{self.choice} has no option {option!r}{hint(option, [*known, *also_valid])}: "
-                    f"it has {', '.join(known)}; its rate is {self.rate_name}, and options of the "
-                    "other optimizer go to rest_options, or to create_optimizer"
-                )
+        if odd := [option for option in self.options if option not in known]:
+            near = hint(str(odd[0]), [*known, *also_valid])
+            raise ValueError(
+                f"{self.choice} has no option {odd[0]!r}{near}: it has {', '.join(known)}; its "
+                f"rate is {self.rate_name}, and options of the other optimizer go to rest_options, "
+                "or to create_optimizer"
+            )
 
 
 class MemberFactory:
