@@ -19,7 +19,6 @@ from ._validate import (
     check_flags,
     check_integer,
     got,
-    shown,
     value_if_evaluated,
     warn,
 )
@@ -29,7 +28,7 @@ from .optimizers import AdamW, SignSGD
 from .optimizers.base import Float32Optimizer, Rounding, refuse_complex
 from .routing.members import MemberFactory, MemberSpec
 from .routing.rates import LORA_SCALE, WIDTH, OptimizerName, RateInputs
-from .routing.roles import LORA, Parameter, find_roles
+from .routing.roles import LORA, Parameter
 from .routing.routed import RoutedOptimizer
 from .routing.rules import apply_rules
 from .trees import flatten
@@ -149,27 +148,22 @@ def create_optimizer(
         [('layers.0.weight', 'muon'), ('layers.0.bias', 'adamw, no decay')]
     """
     check_flags(exclude_first=exclude_first, strict=strict, pretrained=pretrained)
-    if not isinstance(rest_options, Mapping | None):
-        raise ValueError(f"rest_options must map names to values, got {shown(rest_options)}")
-    check_choice("rounding", rounding, get_args(Rounding))
-    seed = check_integer("seed", seed, 0, LARGEST_SEED)
     strategy = _strategy(group)
     trained = _find_trained(model)
     parameters, exceptions = apply_rules(model, rules or {}, strict)
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
-    rest_spec = MemberSpec("rest", rest, rest_learning_rate, dict(rest_options or {}))
+    rest_spec = MemberSpec("rest", rest, rest_learning_rate, rest_options or {})
     total_steps = _check_specs(hidden_spec, rest_spec, total_steps)
-    hidden_roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
-    default = {p.path: "hidden" if p.role in hidden_roles else "rest" for p in parameters}
-    choices = {**default, **exceptions}
+    roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
+    choices = {p.path: "hidden" if p.role in roles else "rest" for p in parameters} | exceptions
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
     if not own:
         hidden_spec, rest_spec = _without_hidden(hidden_spec, rest_spec)
     factory = MemberFactory(
         hidden_spec,
         rest_spec,
-        {"rounding": rounding, "seed": seed},
+        _check_rounding(rounding, seed),
         pretrained=pretrained,
         lora=any(p.role in LORA_ROLES and p.path in trained for p in parameters),
         primary=hidden_spec if own else rest_spec,
@@ -249,13 +243,13 @@ def create_optimizer_for_hrm(
     main = AdamW(lr, weight_decay=weight_decay)
     optimizers: dict[str, Float32Optimizer] = {"main": main}
     if use_separate_puzzle_optimizer:
-        if not any(_is_puzzle(p.path) for p in find_roles(model)):
+        if not any("puzzle" in path for path in flatten(model.parameters())):
             raise ValueError(
                 'no parameter has "puzzle" in its path; pass use_separate_puzzle_optimizer=False'
             )
         puzzle = SignSGD(puzzle_emb_lr, weight_decay=weight_decay, sparse_rows=True)
-        main.paths = lambda path: not _is_puzzle(path)
-        puzzle.paths = _is_puzzle
+        main.paths = lambda path: "puzzle" not in path
+        puzzle.paths = lambda path: "puzzle" in path
         optimizers["puzzle"] = puzzle
     for optimizer in optimizers.values():
         optimizer.init(model.trainable_parameters())
@@ -292,6 +286,12 @@ def _strategy(group: Any) -> Sharding | None:
     if not callable(getattr(group, "size", None)):
         raise ValueError(f"group must be what mx.distributed.init() returns, {got(group, ())}")
     return Sharding(group) if group.size() > 1 else None
+
+
+def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
+    """The options that all members share."""
+    check_choice("rounding", rounding, get_args(Rounding))
+    return {"rounding": rounding, "seed": check_integer("seed", seed, 0, LARGEST_SEED)}
 
 
 def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: Any) -> int | None:
@@ -364,7 +364,3 @@ def _without_hidden(hidden: MemberSpec, rest: MemberSpec) -> tuple[MemberSpec, M
         )
         return hidden, rest
     return replace(hidden, rate=None), replace(rest, rate=hidden.rate)
-
-
-def _is_puzzle(path: str) -> bool:
-    return "puzzle" in path

@@ -161,18 +161,20 @@ class MaxFactor(Float32Optimizer):
         self.max_norm, self.full_matrix = check_flags(max_norm=max_norm, full_matrix=full_matrix)
         self.scalar_boost = check_optional("scalar_boost", scalar_boost)
         self.clip_threshold = check_optional("clip_threshold", clip_threshold)
-        self.relative_step, self.vector_sign, self.maximize = check_flags(
-            relative_step=relative_step, vector_sign=vector_sign, maximize=maximize
+        (self.relative_step,) = check_flags(relative_step=relative_step)
+        self.vector_sign, self.maximize = check_flags(vector_sign=vector_sign, maximize=maximize)
+        self.weight_decay, self.min_lr, self.eps_rms, self.min_rms = check_not_negative(
+            weight_decay=weight_decay, min_lr=min_lr, eps_rms=eps_rms, min_rms=min_rms
         )
+        self._set_momentum(momentum, nesterov, cautious)
+
+    def _set_momentum(self, momentum: Any, nesterov: bool, cautious: bool) -> None:
         adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
         self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov, self.cautious = check_flags(nesterov=nesterov, cautious=cautious)
         if (nesterov or cautious) and not momentum:
             name = "nesterov" if nesterov else "cautious"
             raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum}")
-        self.weight_decay, self.min_lr, self.eps_rms, self.min_rms = check_not_negative(
-            weight_decay=weight_decay, min_lr=min_lr, eps_rms=eps_rms, min_rms=min_rms
-        )
 
     @classmethod
     def preset(cls, name: Preset, **overrides: Any) -> "MaxFactor":

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from mlx.optimizers import MultiOptimizer, Optimizer
 
-from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, warn
+from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, shown, warn
 from ..optimizers.adafactor import Adafactor, relative_step_of
 from ..optimizers.base import options_of
 from ..optimizers.foreign import as_member
@@ -26,7 +26,7 @@ class MemberSpec:
     argument: str
     choice: str | Optimizer
     rate: Rate | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rate_name(self) -> str:
@@ -34,6 +34,8 @@ class MemberSpec:
         return "learning_rate" if self.argument == "hidden" else f"{self.argument}_learning_rate"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"rest_options must map names to values, got {shown(self.options)}")
         if isinstance(self.choice, MultiOptimizer):
             raise ValueError(
                 f"{self.argument} must be a single optimizer, got {type(self.choice).__name__}: "
