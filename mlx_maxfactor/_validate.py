@@ -60,14 +60,19 @@ def check_rising(name: str, value: Any, low: float, high: float) -> tuple[float,
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """The value as an int, if it is a whole number within the limits; 3.0 is 3."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    whole = isinstance(value, Integral) or (is_number and float(value).is_integer())
-    number = int(value) if is_number and whole else low - 1
+    """The value as an int, if it is a whole number, Python's or NumPy's, within the limits."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    number = int(value) if whole else low - 1
     if number < low or (high is not None and number > high):
         limits = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be a whole number {limits}, got {shown(value)}")
     return number
+
+
+def check_steps(name: str, value: Any, low: int) -> int:
+    """As check_integer, but a division may have made the number: 3.0 is 3."""
+    whole = isinstance(value, float) and value.is_integer()
+    return check_integer(name, int(value) if whole else value, low)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:

@@ -18,6 +18,7 @@ from ._validate import (
     check_choice,
     check_flags,
     check_integer,
+    check_steps,
     got,
     value_if_evaluated,
     warn,
@@ -300,7 +301,7 @@ def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: Any) -> int 
         spec.check_options(signature(create_optimizer).parameters)
     if total_steps is None:
         return None
-    total_steps = check_integer("total_steps", total_steps, 1)
+    total_steps = check_steps("total_steps", total_steps, 1)
     for spec in (hidden, rest):
         if callable(spec.rate):
             raise ValueError(

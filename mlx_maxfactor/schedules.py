@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import getclosurevars
 from math import isfinite
 from typing import Any
 
 import mlx.core as mx
 
-from ._validate import check_integer, check_number, is_of_mlx
+from ._validate import check_number, check_steps, is_of_mlx
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,17 @@ def with_peak(schedule: Callable[[mx.array], Any]) -> Callable[[mx.array], Any]:
     return replace(schedule, peak=peak) if isfinite(peak) else schedule
 
 
-def takes_any_step(schedule: Callable[[mx.array], Any]) -> bool:
-    """Whether a schedule is mlx's or ours, and may be asked for steps it was not run at."""
-    made_by = getattr(getattr(schedule, "function", schedule), "__module__", None)
-    return made_by == __name__ or is_of_mlx(schedule)
-
-
 def described(schedule: Callable[[mx.array], Any]) -> str:
     """What a schedule prints as: how it was made, where that is known, or its name."""
     if isinstance(schedule, Schedule):
         return repr(schedule)
-    name = getattr(schedule, "__qualname__", repr(schedule))
-    return name.partition(".")[0] if is_of_mlx(schedule) else name.rpartition(".")[2]
+    name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+    if not is_of_mlx(schedule):
+        return name.rpartition(".")[2]
+    arguments = getclosurevars(schedule).nonlocals
+    parts = [described(x) for x in arguments.pop("schedules", ())]
+    shown = [*parts, *(f"{key}={value}" for key, value in arguments.items())]
+    return f"{name.partition('.')[0]}({', '.join(shown)})"
 
 
 def warmup_cosine(
@@ -131,10 +131,10 @@ def warmup_cosine(
         Loshchilov and Hutter, *SGDR*, 2017, arXiv 1608.03983.
     """
     learning_rate = check_number("learning_rate", learning_rate, 0.0, ends="()")
-    total_steps = check_integer("total_steps", total_steps, 1)
+    total_steps = check_steps("total_steps", total_steps, 1)
     if warmup_steps is None:
         warmup_steps = min(2000, total_steps // 5)
-    warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
+    warmup_steps = check_steps("warmup_steps", warmup_steps, 0)
     min_ratio = check_number("min_ratio", min_ratio, 0.0, 1.0, "[]")
     start_ratio = check_number("start_ratio", start_ratio, 0.0, 1.0, "[]")
     if warmup_steps > total_steps:
@@ -199,7 +199,7 @@ def adaptive_schedule(
         ['1.0e-06', '5.0e-04', '1.0e-03', '5.0e-04', '1.0e-04']
     """
     initial_lr = check_number("initial_lr", initial_lr, 0.0, ends="()")
-    warmup_steps = check_integer("warmup_steps", warmup_steps, 0)
+    warmup_steps = check_steps("warmup_steps", warmup_steps, 0)
     decay_factor = check_number("decay_factor", decay_factor, 0.0, 1.0, "[]")
 
     def rate(step: mx.array) -> mx.array:

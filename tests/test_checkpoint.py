@@ -409,45 +409,25 @@ SCHEDULES = {
     "object": lambda rate=0.1: Halving(rate),
     "number": lambda rate=0.1: lambda _: rate,
     "cosine": lambda rate=0.1: mlx_optimizers.cosine_decay(rate, 100),
-    "table": lambda rate=0.1: lambda step: [rate, 2 * rate, rate][int(step)],
     "ours": lambda rate=0.1: warmup_cosine(rate, 100, 10),
 }
 
 
 @pytest.mark.parametrize("kind", [AdamW, mlx_optimizers.AdamW])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_compared_by_their_values(name, kind, path):
+def test_schedules_are_compared_by_how_they_were_made(name, kind, path):
     make = SCHEDULES[name]
     # MLX's optimizers cannot make a step with a schedule that returns a Python number.
     model, optimizer = trained(Table(), kind(make()), steps=int(kind is AdamW))
     save_checkpoint(path, model, optimizer)
     load_checkpoint(path, model, kind(make()))
-    with pytest.raises(CheckpointError, match=r"AdamW: learning_rate schedule gives 0.* at step "):
-        load_checkpoint(path, model, kind(make(0.101)))
-    if kind is AdamW:
-        optimizer = kind(make(0.101))
-        load_checkpoint(path, model, optimizer, rates="here")
-        assert rate_of(optimizer) == float(make(0.101)(mx.array(0)))
-
-
-def test_custom_schedule_is_never_called_beyond_the_steps_made(path):
-    asked = []
-
-    def schedule(step):
-        asked.append(int(step))
-        return 0.1
-
-    model, optimizer = trained(Table(), AdamW(schedule), steps=3)
-    save_checkpoint(path, model, optimizer)
-    load_checkpoint(path, model, AdamW(schedule))
-    assert max(asked) == 2  # reading past the end of an array can crash the process
-
-
-def test_schedules_are_compared_beyond_their_first_step(path):
-    first, second = (mlx_optimizers.cosine_decay(1e-2, steps) for steps in (100, 101))
-    save_checkpoint(path, *trained(Table(), AdamW(first)))
-    with pytest.raises(CheckpointError, match=r".* at step [23] in the file"):
-        load_checkpoint(path, Table(), AdamW(second))
+    other = warmup_cosine(0.1, 101, 10)
+    for schedule in [other] + [make(0.101)] * (name in ("cosine", "ours")):
+        with pytest.raises(CheckpointError, match=r"AdamW: learning_rate schedule is .* in the fi"):
+            load_checkpoint(path, model, kind(schedule))
+    optimizer = kind(other)
+    load_checkpoint(path, model, optimizer, rates="here")
+    assert rate_of(optimizer) == float(other(mx.array(0)))
 
 
 @pytest.mark.parametrize("name", ["mlx Adam", "mlx SGD", "mlx Multi", "guarded"])
@@ -676,7 +656,6 @@ def test_loading_needs_extra_memory_for_one_array(path):
 
 def test_file_truncated_during_load_is_an_error(path, monkeypatch):
     model, optimizer = trained(Table(), AdamW(0.01))
-    before = snapshot(model, optimizer)
 
     def failing(call):
         def call_and_fail(*args):
@@ -686,16 +665,10 @@ def test_file_truncated_during_load_is_an_error(path, monkeypatch):
 
         return call_and_fail
 
-    for place, name, problem in (
-        (sealed_files, "read", "was not loaded"),
-        (_Loading, "check", "half loaded, so load it again"),
-    ):
-        save_checkpoint(path, model, optimizer)
-        assert same(snapshot(model, optimizer), before)
-        monkeypatch.setattr(place, name, failing(getattr(place, name)))
-        with pytest.raises(CheckpointError, match=problem):
-            load_checkpoint(path, model, optimizer)
-        monkeypatch.undo()
+    save_checkpoint(path, model, optimizer)
+    monkeypatch.setattr(_Loading, "check", failing(_Loading.check))
+    with pytest.raises(CheckpointError, match="half loaded, so load it again"):
+        load_checkpoint(path, model, optimizer)
 
 
 def test_two_arrays_with_the_same_name_are_refused(path):

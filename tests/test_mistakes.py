@@ -148,6 +148,10 @@ MISTAKES = {
     # Whole numbers
     "seed": (lambda: create(seed=2**40), f"^{SEED} 1099511627776$"),
     "seed, bare": (lambda: AdamW(seed=2**32), f"^{SEED} 4294967296$"),
+    "float": (
+        lambda: create("muon", steps=np.float32(5)),
+        r"^steps must be a whole .* got (np.float32\()?5.0",  # NumPy 1 writes 5.0
+    ),
     # The model
     "parameters": (lambda: create_optimizer(Table().parameters()), MODEL % "dict"),
     "model's class": (lambda: create_optimizer(Table), MODEL % "type"),
@@ -432,7 +436,8 @@ REPRS = [
     (lambda: Adafactor(0.1, layout="conv"), "Adafactor(learning_rate=0.1, layout='conv')"),
     (
         lambda: AdamW(WARM, betas=[0.9, 0.99]),
-        "AdamW(learning_rate=join_schedules, betas=(0.9, 0.99))",
+        "AdamW(learning_rate=join_schedules(linear_schedule(end=0.02, init=0.0, steps=30), "
+        "cosine_decay(decay_steps=100, end=0.0, init=0.02), boundaries=[30]), betas=(0.9, 0.99))",
     ),
     (lambda: SignSGD(ascending_later), "SignSGD(learning_rate=ascending_later)"),
     (
@@ -475,7 +480,8 @@ def test_repr_of_a_routed_optimizer_shows_its_members():
         ")"
     )
     optimizer = create(learning_rate=mlx_optimizers.step_decay(0.1, 0.5, 10))
-    assert "no decay: 2 parameters, AdamW(learning_rate=0.05 * step_decay, w" in repr(optimizer)
+    made = "step_decay(decay_rate=0.5, init=0.1, step_size=10)"
+    assert f"adamw, no decay: 2 parameters, AdamW(learning_rate=0.05 * {made}, w" in repr(optimizer)
     optimizer.learning_rate = 0.25
     assert "OrthoMaxFactor(learning_rate=0.25)" in repr(optimizer)
 

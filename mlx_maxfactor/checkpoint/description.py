@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import is_dataclass
 from inspect import isfunction
@@ -13,11 +12,8 @@ import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from .._version import __version__
-from ..schedules import described, takes_any_step
+from ..schedules import described
 from .file import kind_of
-
-STEPS = [0, *sorted({round(10 ** (i / 10)) for i in range(61)})]
-"""Steps at which schedules are compared: ten per decade, up to a million."""
 
 SAMPLE = 1024
 """At least this many elements of a frozen array are hashed, or all if it has fewer."""
@@ -27,14 +23,9 @@ def describe(
     optimizer: Optimizer,
     weights: str,
     frozen: Mapping[str, mx.array],
-    made: int = 0,
     average: Any = None,
 ) -> dict[str, Any]:
-    """Describe a run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays.
-
-    A user's own schedule is sampled only at steps that were already run: by this optimizer, or the
-    ``made`` steps in a file. It may index a table, and MLX does not check the index.
-    """
+    """Describe a run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays."""
     description = {
         "library": __version__,
         "weights": weights,
@@ -42,7 +33,7 @@ def describe(
             {
                 **_class_and_options(m),
                 "built rate": _built_rate(m),
-                "schedules": _sampled(m, max(made, int(cast(Any, m.step)))),
+                "schedules": _schedules(m),
             }
             for m in find_members(optimizer).values()
         ],
@@ -104,18 +95,12 @@ def _built_rate(optimizer: Optimizer) -> float | None:
     return None if rate is None else float(rate)
 
 
-def _sampled(optimizer: Optimizer, made: int) -> dict[str, dict[str, Any]]:
-    """By option, each schedule's name, for messages, and values at some steps, for comparison."""
-    schedules = dict(optimizer._schedulers)
+def _schedules(optimizer: Optimizer) -> dict[str, str]:
+    """How each schedule was made, by option, or the name of a function of the user's."""
+    found = {name: described(schedule) for name, schedule in optimizer._schedulers.items()}
     if _built_rate(optimizer) is not None:  # a constant rate has replaced the schedule
-        schedules.pop("learning_rate", None)
-    sampled = {}
-    for option, schedule in schedules.items():
-        steps = [x for x in STEPS if x < max(made, 1) or takes_any_step(schedule)]
-        values = [float(schedule(mx.array(step, mx.uint64))) for step in steps]
-        rounded = [float(f"{x:.6g}") for x in values]
-        sampled[option] = {"name": described(schedule), "values": rounded}
-    return sampled
+        found.pop("learning_rate", None)
+    return found
 
 
 def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
@@ -147,8 +132,11 @@ def find_differences(
     for i, (old, new) in enumerate(zip_longest(saved["optimizers"], live["optimizers"])):
         yield from _different_optimizers(f"optimizer {i}", old, new)
         if i in schedules and same_class(old, new):
-            for option, difference in different_schedules(old, new).items():
-                yield f"{name_of(i, new)}: {option} schedule {difference}"
+            for option in sorted(old["schedules"].keys() | new["schedules"].keys()):
+                there, here = (x["schedules"].get(option, "none") for x in (old, new))
+                if there != here:
+                    name = f"{name_of(i, new)}: {option} schedule"
+                    yield f"{name} is {there} in the file, {here} here"
     for part, place in {"wrappers": "what holds the optimizers", "average": "average"}.items():
         for old, new in zip_longest(saved[part], live[part]):
             yield from _different_optimizers(place, old, new)
@@ -196,24 +184,6 @@ def _different_optimizers(place: str, old: Any, new: Any) -> Iterator[str]:
         if a != b:
             name = f"{place}, {_short(old['class'])}: {option}"
             yield f"{name} is {a!r:.200} in the file, {b!r:.200} here"
-
-
-def different_schedules(old: Any, new: Any) -> dict[str, str]:
-    """How the schedules of two members differ, by option: the first step with another value."""
-    found, none = {}, {"name": "none", "values": []}
-    for option in old["schedules"] | new["schedules"]:
-        a, b = (member["schedules"].get(option, none) for member in (old, new))
-        names = f"{a['name']} in the file, {b['name']} here"
-        finite = filter(math.isfinite, a["values"] + b["values"])
-        # Devices round a cosine differently, so a relative difference of 1e-5 is ignored.
-        near = 1e-5 * max(map(abs, finite), default=0.0)
-        for step, x, y in zip(STEPS, a["values"], b["values"], strict=False):
-            if x != y and not abs(x - y) <= near:
-                found[option] = f"gives {x} at step {step} in the file, {y} here ({names})"
-                break
-        if none in (a, b):
-            found[option] = f"is {names}"
-    return found
 
 
 def _in_package(name: str) -> str:

@@ -119,7 +119,7 @@ def save_checkpoint(
             raise CheckpointError(message) from problem
     optimizer.init(model.trainable_parameters())  # of layers that were just unfrozen, too
     kept, frozen = _find_weights(model, optimizer, weights)
-    run = description.describe(optimizer, weights, _arrays_at(frozen), average=average)
+    run = description.describe(optimizer, weights, _arrays_at(frozen), average)
     arrays = _arrays_at(kept | _find_state(optimizer, average))
     strategy = _strategy_of(optimizer)
     arrays[KEY] = strategy.gather(mx.array(cast(Any, mx.random.state)[0]))
@@ -222,7 +222,7 @@ class _Loading:
         self.members = description.find_members(optimizer)
         self.used = description.find_used(optimizer)
         self.live = description.describe(
-            optimizer, self.saved["weights"], _arrays_at(frozen), self._steps_made(), average
+            optimizer, self.saved["weights"], _arrays_at(frozen), average
         )
         state = _find_state(optimizer, average)
         spread = {STATE + name: x for name, x in strategy.spread_state().items()}
@@ -264,12 +264,6 @@ class _Loading:
             container[key] = type(container[key])(array.item()) if number else array
         mx.random.seed(high << 32 | low)  # a key is the two halves of its seed
 
-    def _steps_made(self) -> int:
-        """The largest step count of any member in the file."""
-        steps = [self.arrays.get(f"{STATE}{prefix}step") for prefix in self.members]
-        counts = [s for s in steps if s is not None and s.size == 1]
-        return max((int(cast(Any, count)) for count in counts), default=0)
-
     def _fitting(self) -> set[str]:
         return {name for name, _ in self.kinds.items() & self.here.items()} - self.kept_here
 
@@ -293,8 +287,8 @@ class _Loading:
             elif self.rates == "here":
                 self.kept_here |= rate
             elif self.rates == "built" and None in built:
-                if "learning_rate" in description.different_schedules(old, new):
-                    self.kept_here |= rate
+                schedules = (x["schedules"].get("learning_rate") for x in (old, new))
+                self.kept_here |= rate if len({*schedules}) > 1 else set()
             elif self.rates == "built" and built[0] != built[1]:
                 self.kept_here |= rate
                 if i in self.used:
