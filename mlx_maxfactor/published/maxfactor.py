@@ -191,7 +191,8 @@ class MaxFactor(Float32Optimizer):
 
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Row and column statistics, or a second moment, and the momentum, if there is any."""
-        second = moments.statistics(shape) if self._is_factored(shape) else {"v": mx.zeros(shape)}
+        full = self.full_matrix or len(shape) < 3 or self._is_scalar(shape)
+        second = {"v": mx.zeros(shape)} if full else moments.statistics(shape)
         return second | ({"m": mx.zeros(shape)} if self.momentum else {})
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
@@ -266,18 +267,12 @@ class MaxFactor(Float32Optimizer):
             scale = scale * mx.minimum(1.0, self.clip_threshold / mx.maximum(norm, f.ROOT_FLOOR))
         if self.d < 1:  # an update whose largest element is at most 1 has RMS at most 1
             scale = scale / mx.maximum(1.0, f.rms(u * scale, axes) / self.d)
-        if self._steps_by_row_max(u.shape):
+        if self.max_norm if u.ndim > 2 else self.vector_sign:
             return mx.sign(u) * f.fusion_barrier(scale * peaks)
         return u * f.fusion_barrier(scale)
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
         return self.scalar_boost is not None and all(n == 1 for n in shape[1:])
-
-    def _is_factored(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) > 2 and not self.full_matrix and not self._is_scalar(shape)
-
-    def _steps_by_row_max(self, shape: tuple[int, ...]) -> bool:
-        return self.max_norm if len(shape) > 2 else self.vector_sign
 
     def _momentum(
         self, g: mx.array, state: dict[str, mx.array]
