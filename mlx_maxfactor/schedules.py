@@ -80,7 +80,7 @@ def described(schedule: Callable[[mx.array], Any]) -> str:
     name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
     if not is_of_mlx(schedule):
         return name.rpartition(".")[2]
-    arguments = getclosurevars(schedule).nonlocals
+    arguments = dict(getclosurevars(schedule).nonlocals)
     parts = [described(x) for x in arguments.pop("schedules", ())]
     shown = [*parts, *(f"{key}={value}" for key, value in arguments.items())]
     return f"{name.partition('.')[0]}({', '.join(shown)})"

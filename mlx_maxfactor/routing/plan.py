@@ -1,8 +1,6 @@
 """The plan: which parameter goes to which optimizer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..tables import table
 
@@ -33,17 +31,8 @@ class PlanEntry:
     note: str
 
 
-class Plan(Sequence[PlanEntry]):
+class Plan(tuple[PlanEntry, ...]):
     """The trainable parameters, in order of definition. ``print(plan)`` shows them as a table."""
-
-    def __init__(self, entries: Sequence[PlanEntry]):
-        self.entries = tuple(entries)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.entries[index]
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     @property
     def state_bytes(self) -> int:
