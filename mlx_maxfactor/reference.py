@@ -26,18 +26,17 @@ class Twin:
     """One parameter: `rule` sees a clamped gradient, and matrices in the last two axes."""
 
     learning_rate: Any
-    layout: str = "batched"
     t: int = 0
     m = v = R = C = np.zeros(())  # broadcast up to their shape at the first update
     view: tuple[int, ...] = ()  # of g, with the input axis last
 
-    def update(self, p: Array, g: Array, layout: str | None = None) -> Array:
+    def update(self, p: Array, g: Array, layout: str = "batched") -> Array:
         """Make update t; `layout` is "batched", "experts", "conv", "conv/4" or "transposed"."""
         self.t += 1
         rate = self.learning_rate
         eta: Any = rate(self.t - 1) if callable(rate) else rate
         p, g = np.asarray(p, np.float64), np.clip(np.asarray(g, np.float64), -1e15, 1e15)
-        layout, span, shape = layout or self.layout, None, p.shape
+        span, shape = None, p.shape
         if p.ndim >= 2 and layout == "experts":  # each matrix by itself
             span = (-2, -1)
         if p.ndim >= 2 and layout == "transposed":
@@ -80,7 +79,6 @@ class MaxFactor(Twin):
     cautious: bool = False
     eps_rms: float = 0.0
     min_rms: float = 0.0
-    layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         g = -g if self.maximize else g
@@ -156,7 +154,6 @@ class OrthoMaxFactor(Twin):
     beta2_decay: float = -0.8
     beta2_bounds: tuple[float, float] = (0.001, 0.999)
     eps: float = 1e-10
-    layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         b_t = np.clip(float(self.t) ** self.beta2_decay, *self.beta2_bounds)
@@ -210,7 +207,6 @@ class Adafactor(Twin):
     clip_threshold: float = 1.0
     decay_rate: float = -0.8
     weight_decay: float = 0.0
-    layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         eps1, eps2 = self.eps
@@ -255,7 +251,6 @@ class Muon(Twin):
     method: str = "newton_schulz"
     steps: int = 5
     block: int | None = None
-    layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         beta, (rows, cols) = self.momentum, g.shape[-2:]

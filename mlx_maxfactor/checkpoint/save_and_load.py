@@ -212,7 +212,7 @@ class _Loading:
         self.saved, self.rates = json.loads(metadata["run"]), rates
         self.extra = Extra(json.loads(metadata["extra"]))
         key, strategy = self.arrays.pop(KEY, None), _strategy_of(optimizer)
-        if key is None or not _is_random_key(key):
+        if key is None or key.dtype != mx.uint32 or key.shape[-1:] != (2,) or key.ndim > 2:
             raise CheckpointError("is damaged: its random key is missing")
         self.key = _own_key(key, strategy.rank, strategy.ranks)
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
@@ -385,12 +385,6 @@ def _walk(container: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
 
 def _arrays_at(places: Mapping[str, Place]) -> dict[str, mx.array]:
     return {name: place.array for name, place in places.items()}
-
-
-def _is_random_key(key: Any) -> bool:
-    """Whether a value is a key of ``mx.random``, or one row per rank."""
-    is_array = isinstance(key, mx.array)
-    return is_array and key.dtype == mx.uint32 and key.shape[-1:] == (2,) and key.ndim < 3
 
 
 def _own_key(keys: mx.array, rank: int, ranks: int) -> list[int]:
