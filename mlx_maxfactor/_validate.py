@@ -17,8 +17,6 @@ Rate = float | mx.array | Callable[[mx.array], Any]
 """A learning rate: a number, or a schedule, a function of the step (0 at the first update)."""
 
 LARGEST_SEED = 2**32 - 1
-LATER_STEPS = [10**k for k in range(10)]
-"""Steps at which a schedule that accepts any step is checked, besides its first one."""
 
 
 def check_number(
@@ -73,9 +71,8 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
 
 def check_steps(name: str, value: Any, low: int) -> int:
     """As check_integer, but a division may have made the number: 3.0 is 3."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    whole = is_number and float(value).is_integer()
-    return check_integer(name, int(float(value)) if whole else value, low)
+    whole = isinstance(value, float) and value.is_integer()
+    return check_integer(name, int(value) if whole else value, low)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
@@ -103,8 +100,7 @@ def check_rate(name: str, value: Any, step: Any = 0) -> Rate:
     """The value, if it is a number of at least 0, an array of one, or a schedule that gives one.
 
     Traced arrays have no value yet and are accepted. A schedule is asked for its rate at ``step``,
-    the only step that it was surely made for. Those that mlx made take any step, and may fall below
-    0 at none of ``LATER_STEPS``.
+    the only step that it was surely made for.
     """
     if callable(value):
         _check_schedule(name, value, step)
@@ -135,10 +131,6 @@ def _check_schedule(name: str, schedule: Callable[[mx.array], Any], step: Any) -
         )
     if rate is not None:
         check_number(f"{name}, at step {shown(value_if_evaluated(step))},", rate, 0.0)
-    if is_of_mlx(schedule):
-        for later in LATER_STEPS:
-            if (rate := value_if_evaluated(schedule(mx.array(later, mx.uint64)))) < 0:
-                check_number(f"{name}, at step {later},", rate, 0.0)
 
 
 def is_of_mlx(schedule: Any) -> bool:
@@ -181,16 +173,13 @@ def check_update(model: Any, gradients: Any) -> None:
     if model == {} == gradients:  # moves a schedule, and nothing else
         return
     if not isinstance(model, nn.Module):
-        raise ValueError(f"update takes the model, then its gradients; the model is {_kind(model)}")
+        name = type(model).__name__
+        raise ValueError(f"update takes the model, then its gradients; the model is a {name}")
     if not isinstance(gradients, dict):
         raise ValueError(
             "gradients must be a tree like the model's parameters, as nn.value_and_grad gives "
-            f"beside the loss, got {_kind(gradients)}"
+            f"beside the loss, got a {type(gradients).__name__}"
         )
-
-
-def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
 
 
 # What a message says of a value

@@ -20,7 +20,6 @@ from ._validate import (
     check_integer,
     check_steps,
     got,
-    shown,
     value_if_evaluated,
     warn,
 )
@@ -30,7 +29,7 @@ from .optimizers import AdamW, SignSGD
 from .optimizers.base import Float32Optimizer, Rounding, refuse_complex
 from .routing.members import MemberFactory, MemberSpec
 from .routing.rates import LORA_SCALE, WIDTH, OptimizerName, RateInputs
-from .routing.roles import LORA, Parameter, find_roles
+from .routing.roles import LORA, Parameter
 from .routing.routed import RoutedOptimizer
 from .routing.rules import apply_rules
 from .trees import flatten
@@ -155,9 +154,10 @@ def create_optimizer(
     parameters, exceptions = apply_rules(model, rules or {}, strict)
 
     hidden_spec = MemberSpec("hidden", hidden, learning_rate, hidden_options)
-    rest_spec = MemberSpec("rest", rest, rest_learning_rate, _check_rest_options(rest_options))
+    rest_spec = MemberSpec("rest", rest, rest_learning_rate, rest_options or {})
     total_steps = _check_specs(hidden_spec, rest_spec, total_steps)
-    choices = _choices(parameters, exceptions, exclude_first)
+    roles = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
+    choices = {p.path: "hidden" if p.role in roles else "rest" for p in parameters} | exceptions
     own = [p for p in parameters if p.path in trained and choices[p.path] in ("hidden", hidden)]
     if not own:
         hidden_spec, rest_spec = _without_hidden(hidden_spec, rest_spec)
@@ -244,13 +244,13 @@ def create_optimizer_for_hrm(
     main = AdamW(lr, weight_decay=weight_decay)
     optimizers: dict[str, Float32Optimizer] = {"main": main}
     if use_separate_puzzle_optimizer:
-        if not any(_is_puzzle(p.path) for p in find_roles(model)):
+        if not any("puzzle" in path for path in flatten(model.parameters())):
             raise ValueError(
                 'no parameter has "puzzle" in its path; pass use_separate_puzzle_optimizer=False'
             )
         puzzle = SignSGD(puzzle_emb_lr, weight_decay=weight_decay, sparse_rows=True)
-        main.paths = lambda path: not _is_puzzle(path)
-        puzzle.paths = _is_puzzle
+        main.paths = lambda path: "puzzle" not in path
+        puzzle.paths = lambda path: "puzzle" in path
         optimizers["puzzle"] = puzzle
     for optimizer in optimizers.values():
         optimizer.init(model.trainable_parameters())
@@ -259,14 +259,11 @@ def create_optimizer_for_hrm(
 
 
 def _check_model(model: Any) -> None:
-    if isinstance(model, nn.Module):
-        return
-    problem = got(model, ())
-    if isinstance(model, (dict, list)):
-        problem = f"got {type(model).__name__}: pass the model itself, not its parameters"
-    elif isinstance(model, (str, Optimizer)):
-        problem += ": the model comes first, then the optimizer"
-    raise ValueError(f"model must be an mlx.nn.Module, {problem}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be an mlx.nn.Module, got a {type(model).__name__}: pass the model itself "
+            "first, then the optimizer"
+        )
 
 
 def _find_trained(model: nn.Module) -> set[str]:
@@ -281,25 +278,6 @@ def _find_trained(model: nn.Module) -> set[str]:
             "before you create the optimizer"
         )
     return trained
-
-
-def _choices(
-    parameters: Sequence[Parameter], exceptions: Mapping[str, Any], exclude_first: bool
-) -> dict[str, Any]:
-    """The choice for each parameter by path: "hidden", "rest", or what a rule says."""
-    hidden = HIDDEN_ROLES - {"first"} if exclude_first else HIDDEN_ROLES
-    return {
-        p.path: exceptions.get(p.path, "hidden" if p.role in hidden else "rest") for p in parameters
-    }
-
-
-def _check_rest_options(options: Any) -> dict[str, Any]:
-    options = {} if options is None else options
-    if not isinstance(options, Mapping):
-        raise ValueError(f"rest_options must map names to values, got {shown(options)}")
-    if odd := [key for key in options if not isinstance(key, str)]:
-        raise ValueError(f"rest_options must map names to values, got the key {odd[0]!r}")
-    return dict(options)
 
 
 def _strategy(group: Any) -> Sharding | None:
@@ -319,8 +297,8 @@ def _check_rounding(rounding: str, seed: int) -> dict[str, Any]:
 
 def _check_specs(hidden: MemberSpec, rest: MemberSpec, total_steps: Any) -> int | None:
     """Check options and rates, and return the number of steps as an int."""
-    for spec, other in ((hidden, rest), (rest, hidden)):
-        spec.check_options(signature(create_optimizer).parameters, other)
+    for spec in (hidden, rest):
+        spec.check_options(signature(create_optimizer).parameters)
     if total_steps is None:
         return None
     total_steps = check_steps("total_steps", total_steps, 1)
@@ -387,7 +365,3 @@ def _without_hidden(hidden: MemberSpec, rest: MemberSpec) -> tuple[MemberSpec, M
         )
         return hidden, rest
     return replace(hidden, rate=None), replace(rest, rate=hidden.rate)
-
-
-def _is_puzzle(path: str) -> bool:
-    return "puzzle" in path

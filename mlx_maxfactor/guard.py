@@ -31,14 +31,15 @@ class Guard:
         skip_nonfinite: bool = False,
         max_skipped: int | None = None,
     ):
-        self.skip_nonfinite = check_flag("skip_nonfinite", skip_nonfinite)
+        check_flag("skip_nonfinite", skip_nonfinite)
         if max_skipped is not None:
             max_skipped = check_integer("max_skipped", max_skipped, 1)
             if not skip_nonfinite:
                 raise ValueError("max_skipped limits the skipped steps: set skip_nonfinite=True")
         if max_grad_norm is not None:
             max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0.0, ends="()")
-        self.max_grad_norm, self.max_skipped = max_grad_norm, max_skipped
+        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
+        self.max_skipped = max_skipped
         names = ("skipped", "skipped_in_a_row") if skip_nonfinite else ()
         self.counts = {name: mx.array(0, mx.uint32) for name in names}
 
@@ -48,20 +49,10 @@ class Guard:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
     @property
-    def options(self) -> dict[str, float | bool | None]:
-        """Its options by name."""
-        return {
-            "max_grad_norm": self.max_grad_norm,
-            "skip_nonfinite": self.skip_nonfinite,
-            "max_skipped": self.max_skipped,
-        }
-
-    @property
     def shown(self) -> list[str]:
         """The options that are set, as in a call."""
-        return [
-            f"{k}={v:g}" if v is not True else f"{k}=True" for k, v in self.options.items() if v
-        ]
+        options = {key: x for key, x in vars(self).items() if x and key != "counts"}
+        return [f"{k}={x if x is True else f'{x:g}'}" for k, x in options.items()]
 
     def decide(self, gradients: Sequence[mx.array]) -> StepDecision:
         """Decide what happens to the gradients and to the step. Nothing is read back."""

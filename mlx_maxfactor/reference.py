@@ -1,4 +1,4 @@
-"""NumPy float64 twins of the optimizers, orthogonalizers and schedules, in the papers' notation.
+"""NumPy float64 twins of the optimizers and orthogonalizers, in the papers' notation.
 
 Written from the papers and the published PyTorch code, apart from the package they check. A twin
 holds the state of ONE parameter: `twin.update(p, g)` returns the new p, and `twin.t` counts from 1.
@@ -6,7 +6,7 @@ float64 has the range that float32 lacks, so no guard against overflow appears h
 """
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,18 +26,17 @@ class Twin:
     """One parameter: `rule` sees a clamped gradient, and matrices in the last two axes."""
 
     learning_rate: Any
-    layout: str = "batched"
     t: int = 0
-    m = h = v = R = C = np.zeros(())  # broadcast up to their shape at the first update
+    m = v = R = C = np.zeros(())  # broadcast up to their shape at the first update
     view: tuple[int, ...] = ()  # of g, with the input axis last
 
-    def update(self, p: Array, g: Array, layout: str | None = None) -> Array:
+    def update(self, p: Array, g: Array, layout: str = "batched") -> Array:
         """Make update t; `layout` is "batched", "experts", "conv", "conv/4" or "transposed"."""
         self.t += 1
         rate = self.learning_rate
         eta: Any = rate(self.t - 1) if callable(rate) else rate
         p, g = np.asarray(p, np.float64), np.clip(np.asarray(g, np.float64), -1e15, 1e15)
-        layout, span, shape = layout or self.layout, None, p.shape
+        span, shape = None, p.shape
         if p.ndim >= 2 and layout == "experts":  # each matrix by itself
             span = (-2, -1)
         if p.ndim >= 2 and layout == "transposed":
@@ -57,50 +56,10 @@ class Twin:
 
 
 @dataclass
-class FrequencyAdaptiveMomentum:
-    """Momentum by frequency band along the last axis, as NOTES.md has it; the DFT is a sum."""
-
-    alpha: float = 0.9
-    beta: float = 0.999
-    bands: int = 10
-    blend: float = 1.0
-    blend_steps: int = 1
-
-    def bins(self, n: int) -> tuple[Array, Any, Any]:
-        """The band of each bin k = 0 ... n // 2, and the matrices of rfft and of irfft."""
-        k, bins = np.arange(n // 2 + 1), n // 2 + 1
-        band = np.minimum(self.bands - 1, k * self.bands // bins)
-        turns = np.exp(-2j * np.pi * np.outer(np.arange(n), k) / n)
-        twice = np.where((k == 0) | (2 * k == n), 1, 2)  # bins that stand for -k as well
-        return band, turns, (turns.conj() * twice / n).T
-
-    def shares(self, F: Any, band: Array) -> Array:
-        """pi_b: the part of each matrix's sum of |F|^2 that lies in band b."""
-        power = np.sum(np.abs(F) ** 2, axis=-2, keepdims=True)
-        parts = [np.sum(power[..., band == b], axis=-1) for b in range(self.bands)]
-        total = np.sum(power, axis=-1, keepdims=True)
-        return np.stack(parts, axis=-1) / np.where(total > 0, total, 1)
-
-    def damping(self, h: Array) -> Any:
-        """damp_b of a bias-corrected h."""
-        return np.clip(np.arange(self.bands) / self.bands * (1 - 5 * h), 0, 0.9)
-
-    def filter(self, g: Array, m: Array, h: Array, t: int) -> tuple[Array, Array]:
-        """The next m and h."""
-        band, rfft, irfft = self.bins(g.shape[-1])
-        F, previous = g @ rfft, np.broadcast_to(m, g.shape) @ rfft
-        h = self.beta * h + (1 - self.beta) * self.shares(F, band)
-        damp = self.damping(h / (1 - self.beta**t))[..., band]
-        M = self.alpha * (1 - damp) * previous + (1 - self.alpha) * (1 + damp) * F
-        return (M @ irfft).real, h
-
-
-@dataclass
 class MaxFactor(Twin):
-    """The rule of NOTES.md; presets after the three published PyTorch versions."""
+    """The rule of NOTES.md."""
 
     learning_rate: float | Schedule = 0.01
-    _: KW_ONLY
     beta2_decay: float = -0.8
     beta2_bounds: tuple[float, float] = (0.001, 0.999)
     eps: tuple[float, float] = (1e-10, 1e-4)
@@ -115,21 +74,11 @@ class MaxFactor(Twin):
     relative_step: bool = False
     vector_sign: bool = False
     maximize: bool = False
-    momentum: float | FrequencyAdaptiveMomentum = 0.0
+    momentum: float = 0.0
     nesterov: bool = False
     cautious: bool = False
     eps_rms: float = 0.0
     min_rms: float = 0.0
-    layout: str = "batched"
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> "MaxFactor":
-        """The options as published, where they differ from the defaults."""
-        old = {"eps": (2.0**-23, 1e-3), "weight_decay": 0.0, "min_lr": 0.0, "scalar_boost": None}
-        early = old | {"vector_sign": True, "beta2_bounds": (0.0, 1.0), "eps_rms": 1e-8}
-        speech = old | {"relative_step": True, "beta2_bounds": (0.0, 0.999)}
-        options = {"early": early, "hub": {}, "speech": speech}[name]
-        return cls(**(options | overrides))
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         g = -g if self.maximize else g
@@ -171,15 +120,9 @@ class MaxFactor(Twin):
 
     def averaged(self, g: Array) -> Array:
         """The momentum that stands for g in u; momentum = 0 is g itself."""
-        fam, shape, g = self.momentum, g.shape, g.reshape(self.view)
-        beta = fam.alpha if isinstance(fam, FrequencyAdaptiveMomentum) else fam
-        if isinstance(fam, FrequencyAdaptiveMomentum) and g.ndim >= 2 and min(g.shape[-2:]) > 4:
-            kappa = fam.blend * min(1, self.t / fam.blend_steps)
-            self.m, self.h = fam.filter(g, self.m, self.h, self.t)
-        else:
-            kappa, self.m = 1.0, beta * self.m + (1 - beta) * g
-        m = beta * self.m + (1 - beta) * g if self.nesterov else self.m
-        return ((1 - kappa) * g + kappa * m).reshape(shape)
+        beta = self.momentum
+        self.m = beta * self.m + (1 - beta) * g
+        return beta * self.m + (1 - beta) * g if self.nesterov else self.m
 
     def direction(self, g: Array, V: Array, span: Span) -> Array:
         """u / D, and its row maximum under its sign."""
@@ -201,7 +144,6 @@ class OrthoMaxFactor(Twin):
     """SPEC: MaxFactor's R and C, momentum, an orthogonalized step, a relative rate."""
 
     learning_rate: float | Schedule = 0.02
-    _: KW_ONLY
     momentum: float = 0.8
     nesterov: bool = True
     block: int | None = 128
@@ -212,7 +154,6 @@ class OrthoMaxFactor(Twin):
     beta2_decay: float = -0.8
     beta2_bounds: tuple[float, float] = (0.001, 0.999)
     eps: float = 1e-10
-    layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         b_t = np.clip(float(self.t) ** self.beta2_decay, *self.beta2_bounds)
@@ -257,25 +198,15 @@ def quantized(x: Array, bits: int) -> Array:
     return (np.sign(flat) * level[code] * size).reshape(-1)[: x.size].reshape(x.shape)
 
 
-def largest_moment(beta1: float, beta2: float, t: int) -> float:
-    """max |m| / sqrt(v) over all g_1 ... g_t: m is linear in g and v quadratic, so Lagrange."""
-    age = np.arange(t)
-    a, b = (1 - beta1) * beta1**age, (1 - beta2) * beta2**age  # weights of the gradients
-    g = a / b  # the stationary point of a.g at fixed sum of b g^2
-    return float(a @ g / np.sqrt(b @ g**2))
-
-
 @dataclass
 class Adafactor(Twin):
     """Shazeer & Stern 2018 (arXiv 1804.04235), algorithms 4 and 5, with decoupled decay."""
 
     learning_rate: float | Schedule | None = None
-    _: KW_ONLY
     eps: tuple[float, float] = (1e-30, 1e-3)
     clip_threshold: float = 1.0
     decay_rate: float = -0.8
     weight_decay: float = 0.0
-    layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         eps1, eps2 = self.eps
@@ -299,7 +230,6 @@ class SignSGD(Twin):
     """Bernstein et al. 2018 (arXiv 1802.04434) with decoupled decay; a row is the last axis."""
 
     learning_rate: float | Schedule = 1e-2
-    _: KW_ONLY
     weight_decay: float = 0.1
     sparse_rows: bool = False
 
@@ -314,7 +244,6 @@ class Muon(Twin):
     """Jordan et al. 2024; scales of Jordan ("spectral") and of Liu et al. 2025 ("rms")."""
 
     learning_rate: float | Schedule = 0.02
-    _: KW_ONLY
     momentum: float = 0.95
     nesterov: bool = True
     weight_decay: float = 0.0
@@ -322,7 +251,6 @@ class Muon(Twin):
     method: str = "newton_schulz"
     steps: int = 5
     block: int | None = None
-    layout: str = "batched"
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         beta, (rows, cols) = self.momentum, g.shape[-2:]
@@ -339,7 +267,6 @@ class AdamW(Twin):
     """Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2."""
 
     learning_rate: float | Schedule = 1e-4
-    _: KW_ONLY
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -419,29 +346,3 @@ def minimax_quintic(low: float, high: float) -> Array:
         a, b, c, _ = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
         q, r = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
     return np.array([a, b, c])
-
-
-def warmup_cosine(
-    step: int,
-    learning_rate: float,
-    total_steps: int,
-    warmup_steps: int = 2000,
-    min_ratio: float = 0.1,
-    start_ratio: float = 0.0,
-) -> float:
-    """Linear from start_ratio to 1, then a cosine to min_ratio, then constant."""
-    if step < warmup_steps:
-        return learning_rate * (start_ratio + (1 - start_ratio) * step / warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return learning_rate * (min_ratio + (1 - min_ratio) * (1 + np.cos(np.pi * progress)) / 2)
-
-
-def adaptive_schedule(
-    step: int, initial_lr: float = 1e-3, warmup_steps: int = 500, decay_factor: float = 0.1
-) -> float:
-    """Linear warm-up from 0.001 of the peak, then an inverse square root down to a floor."""
-    if step < warmup_steps:
-        return initial_lr * max(0.001, step / warmup_steps)
-    return initial_lr * max(
-        decay_factor, np.sqrt(max(1, warmup_steps) / (step if warmup_steps else step + 1))
-    )

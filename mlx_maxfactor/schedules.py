@@ -73,24 +73,17 @@ def with_peak(schedule: Callable[[mx.array], Any]) -> Callable[[mx.array], Any]:
     return replace(schedule, peak=peak) if isfinite(peak) else schedule
 
 
-def takes_any_step(schedule: Callable[[mx.array], Any]) -> bool:
-    """Whether a schedule is mlx's or ours, and may be asked for steps it was not run at."""
-    made_by = getattr(getattr(schedule, "function", schedule), "__module__", None)
-    return made_by == __name__ or is_of_mlx(schedule)
-
-
 def described(schedule: Callable[[mx.array], Any]) -> str:
     """What a schedule prints as: how it was made, where that is known, or its name."""
     if isinstance(schedule, Schedule):
         return repr(schedule)
-    name = getattr(schedule, "__name__", repr(schedule))
+    name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
     if not is_of_mlx(schedule):
-        return name
-    made = schedule.__qualname__.partition(".")[0]
-    arguments = getclosurevars(schedule).nonlocals
-    if parts := arguments.get("schedules"):
-        return f"{made}([{', '.join(map(described, parts))}], {arguments['boundaries']})"
-    return f"{made}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
+        return name.rpartition(".")[2]
+    arguments = dict(getclosurevars(schedule).nonlocals)
+    parts = [described(x) for x in arguments.pop("schedules", ())]
+    shown = [*parts, *(f"{key}={value}" for key, value in arguments.items())]
+    return f"{name.partition('.')[0]}({', '.join(shown)})"
 
 
 def warmup_cosine(

@@ -348,8 +348,11 @@ def two_members(rate):
 
 
 RATE_DIFFERENCES = [
-    (lambda rate: table_run(learning_rate=rate), ["orthomaxfactor", "adamw", "adamw, no decay"]),
-    (lambda rate: lora_run(learning_rate=rate), ["orthomaxfactor"]),
+    (
+        lambda rate: table_run(learning_rate=rate),
+        ["optimizer 0, OrthoMaxFactor", "optimizer 1, AdamW", "optimizer 2, AdamW"],
+    ),
+    (lambda rate: lora_run(learning_rate=rate), ["optimizer 0, OrthoMaxFactor"]),
     (lambda rate: lora_run(learning_rate=warmup_cosine(rate, 9)), ["optimizer 0, OrthoMaxFactor"]),
     (two_members, ["optimizer 0, AdamW", "optimizer 1, AdamW"]),
 ]
@@ -367,21 +370,16 @@ def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
     first, second = (warmup_cosine(rate, 10, 1) for rate in (0.1, 0.2))
     saved(path, *table_run(learning_rate=first))
     run = table_run(learning_rate=second)
-    message = str(refused(path, *run, rates=rates))
-    assert message.endswith('rates="here"')
-    assert "strict=False" not in message
+    assert 'rates="here"' in str(refused(path, *run, rates=rates))
     load_checkpoint(path, *run, rates="here")
-    run = table_run(learning_rate=second, weight_decay=0.5)
-    assert str(refused(path, *run)).endswith("strict=False")
 
 
-def test_new_rate_of_an_mlx_optimizer_needs_the_rates_argument(path):
-    model, optimizer = saved(path, Table(), mlx_optimizers.AdamW(0.01))
-    optimizer.learning_rate = 0.5
-    load_checkpoint(path, model, optimizer)  # it has made steps, so the file's rate is used
-    assert rate_of(optimizer) == 0.01
-    with pytest.raises(CheckpointError, match="say rates='file' or rates='here'"):
-        load_checkpoint(path, model, mlx_optimizers.AdamW(0.02))
+def test_mlx_optimizer_uses_the_rate_in_the_file_unless_told_otherwise(path):
+    model, _ = saved(path, Table(), mlx_optimizers.AdamW(0.01))
+    for rates, expected in (("built", 0.01), ("here", 0.02), ("file", 0.01)):
+        optimizer = mlx_optimizers.AdamW(0.02)
+        load_checkpoint(path, model, optimizer, rates=rates)
+        assert rate_of(optimizer) == expected
 
 
 class Halving:
@@ -403,43 +401,24 @@ SCHEDULES = {
     "object": lambda rate=0.1: Halving(rate),
     "number": lambda rate=0.1: lambda _: rate,
     "cosine": lambda rate=0.1: mlx_optimizers.cosine_decay(rate, 100),
-    "table": lambda rate=0.1: lambda step: [rate, 2 * rate, rate][int(step)],
     "ours": lambda rate=0.1: warmup_cosine(rate, 100, 10),
 }
 
 
 @pytest.mark.parametrize("kind", [AdamW, mlx_optimizers.AdamW])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_compared_by_their_values(name, kind, path):
+def test_schedules_are_compared_by_how_they_were_made(name, kind, path):
     make = SCHEDULES[name]
     # MLX's optimizers cannot make a step with a schedule that returns a Python number.
     model, optimizer = saved(path, Table(), kind(make()), steps=int(kind is AdamW))
     load_checkpoint(path, model, kind(make()))
-    with pytest.raises(CheckpointError, match=r"AdamW: learning_rate schedule gives 0.* at step "):
-        load_checkpoint(path, model, kind(make(0.101)))
-    if kind is AdamW:
-        optimizer = kind(make(0.101))
-        load_checkpoint(path, model, optimizer, rates="here")
-        assert rate_of(optimizer) == float(make(0.101)(mx.array(0)))
-
-
-def test_custom_schedule_is_never_called_beyond_the_steps_made(path):
-    asked = []
-
-    def schedule(step):
-        asked.append(int(step))
-        return 0.1
-
-    model, _ = saved(path, Table(), AdamW(schedule), steps=3)
-    load_checkpoint(path, model, AdamW(schedule))
-    assert max(asked) == 3  # reading past the end of an array can crash the process
-
-
-def test_schedules_are_compared_beyond_their_first_step(path):
-    first, second = (mlx_optimizers.cosine_decay(1e-2, steps) for steps in (100, 101))
-    saved(path, Table(), AdamW(first))
-    with pytest.raises(CheckpointError, match=r".* at step [23] in the file"):
-        load_checkpoint(path, Table(), AdamW(second))
+    other = warmup_cosine(0.1, 101, 10)
+    for schedule in [other] + [make(0.101)] * (name in ("cosine", "ours")):
+        with pytest.raises(CheckpointError, match=r"AdamW: learning_rate schedule is .* in the fi"):
+            load_checkpoint(path, model, kind(schedule))
+    optimizer = kind(other)
+    load_checkpoint(path, model, optimizer, rates="here")
+    assert rate_of(optimizer) == float(other(mx.array(0)))
 
 
 @pytest.mark.parametrize("name", ["mlx Adam", "mlx SGD", "mlx Multi", "guarded"])
@@ -492,12 +471,12 @@ MISFITS = [
     (
         table_run,
         lambda: table_run(rules={"head": "maxfactor"}),
-        r"plan, output.weight: adamw \(10, 64\) in the file, maxfactor \(10, 64\) here",
+        r"plan, output.weight: adamw \(10, 64\), head, b.* in the file, maxfactor \(10, 64\), head",
     ),
     (
         adamw_twice,
         lambda: adamw_twice(rules={"output.weight": "hidden"}),
-        r"output.weight: AdamW 2 \(10, 64\), head in the file, AdamW \(10, 64\), hidden here$",
+        r"output.weight: AdamW 2 \(10, 64\), head, batched in .* AdamW \(10, 64\), hidden, batched",
     ),
     (
         table_run,
@@ -530,8 +509,7 @@ def test_mismatch_is_named_and_nothing_changes(there, here, message, path):
     saved(path, *there())
     error = refused(path, *here())
     assert re.search(message, "\n".join(error.differences), re.MULTILINE)
-    remedy = 'rates="here"' if message == "learning_rate schedule" else "strict=False"
-    assert remedy in str(error)
+    assert 'rates="here", or load what fits with strict=False' in str(error)
 
 
 def test_message_shows_ten_differences_and_the_error_holds_all(path):
@@ -554,19 +532,14 @@ def test_message_shows_ten_differences_and_the_error_holds_all(path):
     assert at == sorted(at)
 
 
-def test_another_dtype_is_cast_only_with_cast_true(path):
-    model, _ = saved(path, Table(), AdamW(0.01))
+def test_another_dtype_is_a_difference(path):
+    saved(path, Table(), AdamW(0.01))
     narrow, restored = Table(), AdamW(0.01)
     narrow.set_dtype(mx.bfloat16)
     message = str(refused(path, narrow, restored))
     assert "output.bias: float32 (10,) in the file, bfloat16 (10,) here" in message
-    assert "cast=True casts floating-point arrays" in message
     message = str(refused(path, narrow, restored, strict=False))
     assert "holds no weight that fits this model" in message
-    assert load_checkpoint(path, narrow, restored, cast=True).differences == ()
-    assert narrow.output.weight.dtype == mx.bfloat16
-    assert mx.array_equal(narrow.output.weight, model.output.weight.astype(mx.bfloat16))
-    assert restored.step == 2
 
 
 def test_state_of_another_optimizer_class_is_not_loaded(path):
@@ -590,13 +563,12 @@ def test_strict_false_loads_matching_arrays_and_returns_the_differences(path):
 
 
 MISTAKES = {
-    "swapped": (lambda p, m, o: (p, o, m), "are swapped: the model comes first"),
-    "a state": (lambda p, m, o: (p, m, o.state), "must be the optimizer itself, not its state"),
-    "parameters": (lambda p, m, o: (p, m.parameters(), o), "must be a mlx.nn.Module, got dict"),
-    "a class": (lambda p, m, o: (p, m, AdamW), "must be an MLX optimizer, got type"),
-    "two models": (lambda p, m, o: (p, m, m), "must be an MLX optimizer, got Table"),
-    "path last": (lambda p, m, o: (m, o, p), "the path comes first"),
-    "a number": (lambda p, m, o: (3, m, o), "path must be a str or a path, got int"),
+    "swapped": (lambda p, m, o: (p, o, m), "a model and an MLX optimizer: model is a Routed"),
+    "a state": (lambda p, m, o: (p, m, o.state), "an MLX optimizer: optimizer is a _State"),
+    "parameters": (lambda p, m, o: (p, m.parameters(), o), "model is a dict"),
+    "a class": (lambda p, m, o: (p, m, AdamW), "optimizer is a type"),
+    "path last": (lambda p, m, o: (m, o, p), "the arguments are a path, a model and .* is a Table"),
+    "a number": (lambda p, m, o: (3, m, o), "path is a int"),
 }
 
 
@@ -625,12 +597,11 @@ def test_numpy_and_mlx_scalars_are_saved_as_numbers(path):
 
 def test_extra_that_json_cannot_hold_is_refused_and_the_old_file_is_kept(path):
     kept = {"model": "small", "path": "here", "optimizer": "ours", "a": {"1": "x", "2": "y"}}
-    save_checkpoint(path, *tiny(), **kept | {"a": {1: "x", 2: "y"}})
+    save_checkpoint(path, *tiny(), **kept)
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
-    wrong = (object(), np.zeros(2), mx.zeros(2), {1, 2}, nested, 10**5000, np.longdouble(1))
-    for value in (*wrong, {1: "x", "1": "y"}):
+    for value in (object(), np.zeros(2), mx.zeros(2), {1, 2}, nested, 10**5000, np.longdouble(1)):
         with pytest.raises(CheckpointError, match="extra must be JSON values, and 'a' is not: "):
             save_checkpoint(path, *tiny(), a=value)
     assert load_checkpoint(path, *tiny()) == kept
@@ -667,7 +638,6 @@ def test_loading_needs_extra_memory_for_one_array(path):
 
 def test_file_truncated_during_load_is_an_error(path, monkeypatch):
     model, optimizer = trained(Table(), AdamW(0.01))
-    before = snapshot(model, optimizer)
 
     def failing(call):
         def call_and_fail(*args):
@@ -677,16 +647,10 @@ def test_file_truncated_during_load_is_an_error(path, monkeypatch):
 
         return call_and_fail
 
-    for place, name, problem in (
-        (sealed_files, "read", "was not loaded"),
-        (_Loading, "check", "half loaded, so load it again"),
-    ):
-        save_checkpoint(path, model, optimizer)
-        assert same(snapshot(model, optimizer), before)
-        monkeypatch.setattr(place, name, failing(getattr(place, name)))
-        with pytest.raises(CheckpointError, match=problem):
-            load_checkpoint(path, model, optimizer)
-        monkeypatch.undo()
+    save_checkpoint(path, model, optimizer)
+    monkeypatch.setattr(_Loading, "check", failing(_Loading.check))
+    with pytest.raises(CheckpointError, match="half loaded, so load it again"):
+        load_checkpoint(path, model, optimizer)
 
 
 def test_two_arrays_with_the_same_name_are_refused(path):
@@ -759,8 +723,8 @@ def test_files_that_are_not_checkpoints_are_refused(header, path):
 
 def test_missing_files_plain_weights_and_other_formats_have_their_own_errors(path):
     model, optimizer = table_run()
-    assert "does not exist" in str(refused(path, model, optimizer))
-    assert str(refused(path.parent, model, optimizer)).endswith("is a folder")
+    assert "cannot be read: No such file" in str(refused(path, model, optimizer))
+    assert "cannot be read: Is a directory" in str(refused(path.parent, model, optimizer))
     weights = dict(tree_flatten(model.parameters()))
     for metadata in (None, {"format": "mlx"}, {"format": "pt"}):
         mx.save_safetensors(str(path), weights, metadata)
@@ -989,25 +953,6 @@ def test_new_optimizer_works_in_another_thread(path):
 
     assert in_a_thread(lambda: step(optimizer)) == 1
     assert in_a_thread(lambda: step(hrm)) == 1
-
-
-def test_saving_in_a_thread_stores_the_given_random_key(path):
-    model, optimizer = trained(*tiny())
-    mx.random.seed(7)
-    mx.eval(model.state, optimizer.state, mx.random.state)
-    key = mx.array(mx.random.state[0])
-    mx.eval(key)
-    in_a_thread(lambda: save_checkpoint(path, model, optimizer, random_key=key))
-    drawn = mx.random.normal((3,)).tolist()
-    mx.random.seed(1)
-    load_checkpoint(path, model, optimizer)
-    assert mx.random.normal((3,)).tolist() == drawn
-    in_a_thread(lambda: save_checkpoint(path, model, optimizer))  # saves the thread's own key
-    load_checkpoint(path, model, optimizer)
-    assert mx.random.normal((3,)).tolist() != drawn
-    for odd in (7, mx.zeros(3), "key"):
-        with pytest.raises(ValueError, match=r"random_key must be a key of mx\.random, got"):
-            save_checkpoint(path, model, optimizer, random_key=odd)
 
 
 # What users do

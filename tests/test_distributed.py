@@ -31,7 +31,7 @@ from mlx_maxfactor import (
     save_checkpoint,
 )
 from mlx_maxfactor.checkpoint.save_and_load import _own_key
-from mlx_maxfactor.distributed.assignment import Assignment, ParameterCost
+from mlx_maxfactor.distributed.assignment import Assignment
 from mlx_maxfactor.distributed.collectives import STALLED
 
 pytestmark = [
@@ -128,7 +128,7 @@ def test_new_ranks_get_their_own_random_keys(saved):
 
 
 def costs(sizes):
-    return [ParameterCost(f"{size}.{i}", (size, size, size)) for i, size in enumerate(sizes)]
+    return {f"{size}.{i}": (size, size, size) for i, size in enumerate(sizes)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from trajectories import hard_gradients, parameter
+from twins import PRESETS
 
 from mlx_maxfactor import MaxFactor, reference
 
@@ -101,7 +102,7 @@ def test_effective_learning_rate_is_the_size_of_the_next_update():
 
 @pytest.mark.parametrize("name", ["early", "hub", "speech"])
 def test_presets_have_the_published_options(name):
-    ours, twin = vars(MaxFactor.preset(name)), vars(reference.MaxFactor.preset(name))
+    ours, twin = vars(MaxFactor.preset(name)), vars(reference.MaxFactor(**PRESETS[name]))
     assert {k: ours[k] for k in twin if k in ours} == {k: twin[k] for k in twin if k in ours}
     assert set(twin) - set(ours) <= {"learning_rate", "step", "t"}
 

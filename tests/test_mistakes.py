@@ -77,7 +77,7 @@ CHOICES = (
 )
 NUMBER = "must be a function that returns one number a step, got"
 NEGATIVE = r"must be in \[0, inf\), got -"
-MODEL = r"^model must be an mlx\.nn\.Module, got"
+MODEL = r"^model must be an mlx\.nn\.Module, got a %s: pass the model itself first, then"
 FROZEN = (
     "^model has no trainable parameters: unfreeze the layers to train, or add LoRA layers, before"
 )
@@ -88,7 +88,6 @@ UNKNOWN_PEAK = (
 WARM = mlx_optimizers.join_schedules(
     [mlx_optimizers.linear_schedule(0.0, 0.02, 30), mlx_optimizers.cosine_decay(0.02, 100)], [30]
 )
-FALLING = mlx_optimizers.linear_schedule(1e-2, -1e-2, 50)
 GROWING = mlx_optimizers.exponential_decay(1e-5, 1.01)
 MISTAKES = [
     # Names
@@ -114,12 +113,11 @@ MISTAKES = [
     (lambda: Muon(scale="frobenius"), "scale must be one of None, 'spec.* 'frobenius'"),
     (lambda: WeightAverage(nn.Linear(2, 2), dtype=mx.int8), "dtype must be mx.float32 or mx"),
     # Options
-    (lambda: create(step="row_max"), "maxfactor has no option 'step': the orthogonal"),
-    (lambda: create(lr=0.1), "has no option 'lr': its rate is learning_rate$"),
-    (lambda: create(rest_options={"lr": 0.1}), "'lr': its rate is rest_learning_rate$"),
+    (lambda: create(lr=0.1), "has no option 'lr': it has .*; its rate is learning_rate,"),
+    (lambda: create(rest_options={"lr": 0.1}), "'lr': it has .*; its rate is rest_learning_rate,"),
     (
         lambda: create("muon", betas=(0.9, 0.99)),
-        r"^muon has no option 'betas'; adamw has: give rest_options={'betas': ...} to create_opt",
+        "^muon has no option 'betas': it has .* options of the other optimizer go to rest_options,",
     ),
     (lambda: create(Momentum=0.9), "'Momentum' .did you mean 'momentum'"),
     (lambda: create(momentm=0.9), "no option 'momentm' .did you mean 'momentum'"),
@@ -152,7 +150,6 @@ MISTAKES = [
         f"^learning_rate, at step 0, {NEGATIVE}0.1",
     ),
     (lambda: set_rate(ascending), f"at step 0, {NEGATIVE}0.1"),
-    (lambda: Muon(FALLING), f"^learning_rate, at step 100, {NEGATIVE}0.01"),
     (lambda: create(learning_rate=lambda s: None), f"^learning_rate {NUMBER} None$"),
     (
         lambda: create(rest_learning_rate=lambda s: mx.array([0.1, 0.2])),
@@ -163,7 +160,7 @@ MISTAKES = [
     (lambda: create(learning_rate=GROWING, rest_learning_rate=0.01), UNKNOWN_PEAK),
     (
         lambda: create(learning_rate=mlx_optimizers.cosine_decay(0, 100), rest_learning_rate=1e-3),
-        "rest_learning_rate is a number beside a learning_rate that is always 0",
+        "rest_learning_rate is a number beside a learning_rate whose peak is not known, or 0",
     ),
     (lambda: create(total_steps=9, learning_rate=WARM), "total_steps makes one: give .*, its peak"),
     (lambda: create(total_steps=9, rest_learning_rate=WARM), "rest_learning_rate is a schedule"),
@@ -177,13 +174,10 @@ MISTAKES = [
     (lambda: AdamW(warmup_cosine), "function of the step alone"),
     (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
     # The model
-    (
-        lambda: create_optimizer(Table().parameters()),
-        f"{MODEL} dict: pass the model itself, not its parameters$",
-    ),
-    (lambda: create_optimizer(Table), rf"{MODEL} the class Table: pass an inst.*\)$"),
-    (lambda: create_optimizer("muon", Table()), f"{MODEL} 'muon': the model comes"),
-    (lambda: create_optimizer_for_hrm(Table().parameters()), f"{MODEL} dict: pass the mod"),
+    (lambda: create_optimizer(Table().parameters()), MODEL % "dict"),
+    (lambda: create_optimizer(Table), MODEL % "type"),
+    (lambda: create_optimizer("muon", Table()), MODEL % "str"),
+    (lambda: create_optimizer_for_hrm(Table().parameters()), MODEL % "dict"),
     (lambda: create(Table()), f"^{CHOICES}, got Table.*$"),
     (lambda: create_optimizer(frozen_model()), FROZEN),
     (lambda: create_optimizer(quantized_model()), FROZEN),
@@ -399,8 +393,8 @@ REPRS = [
     (lambda: Adafactor(0.1, layout="conv"), "Adafactor(learning_rate=0.1, layout='conv')"),
     (
         lambda: AdamW(WARM, betas=[0.9, 0.99]),
-        "AdamW(learning_rate=join_schedules([linear_schedule(end=0.02, init=0.0, steps=30), "
-        "cosine_decay(decay_steps=100, end=0.0, init=0.02)], [30]), betas=(0.9, 0.99))",
+        "AdamW(learning_rate=join_schedules(linear_schedule(end=0.02, init=0.0, steps=30), "
+        "cosine_decay(decay_steps=100, end=0.0, init=0.02), boundaries=[30]), betas=(0.9, 0.99))",
     ),
     (lambda: SignSGD(ascending_later), "SignSGD(learning_rate=ascending_later)"),
     (

@@ -3,9 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import twins
 from trajectories import BOUND, distance, hard_gradients, parameter, trajectory, twin_trajectory
 
-from mlx_maxfactor import FrequencyAdaptiveMomentum, MaxFactor, reference
+from mlx_maxfactor import FrequencyAdaptiveMomentum, MaxFactor
 from mlx_maxfactor import functional as f
 
 ARRAYS = [
@@ -48,7 +49,7 @@ def coloured_gradients(shape, steps=30, seed=8):
 @pytest.mark.parametrize(("shape", "layout"), ARRAYS, ids=str)
 @pytest.mark.parametrize(("fam", "options"), VARIANTS, ids=str)
 def test_optimizer_follows_the_twin(fam, options, shape, layout):
-    twin = reference.MaxFactor(momentum=reference.FrequencyAdaptiveMomentum(**fam), **options)
+    twin = twins.BandMaxFactor(momentum=twins.FrequencyAdaptiveMomentum(**fam), **options)
     ours = MaxFactor(momentum=FrequencyAdaptiveMomentum(**fam), **options)
     start, gradients = parameter(shape), coloured_gradients(shape)
     exact = twin_trajectory(twin, start, gradients, layout)
@@ -74,7 +75,7 @@ def spectra(n, scale=1.0):
 @pytest.mark.parametrize("bands", [1, 3, 10, 40])
 @pytest.mark.parametrize("n", [5, 8, 16, 33])
 def test_formulas_equal_their_twins(n, bands):
-    fam = reference.FrequencyAdaptiveMomentum(alpha=0.8, beta=0.7, bands=bands)
+    fam = twins.FrequencyAdaptiveMomentum(alpha=0.8, beta=0.7, bands=bands)
     g, F = spectra(n)
     band, rfft, _ = fam.bins(n)
     shares = f.band_shares(F, bands)

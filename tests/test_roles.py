@@ -90,7 +90,7 @@ def test_plan_is_a_table_with_a_total():
         if key in ("step", "learning_rate")
     )
     lines = str(plan).splitlines()
-    assert len(lines) == len(plan) + 4
+    assert len(lines) == len(plan) + 3
     assert len({len(line) for line in lines}) == 1
     assert lines[-1].endswith(f"{plan.state_bytes:,}")
     marked = [line for line in lines if "(unexplained)" in line]

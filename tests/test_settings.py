@@ -51,7 +51,6 @@ WRONG_VALUES = [
     ("lr_schedule: {name: cosine_decay, arguments: [1, 9], wramup: 3}", "'warmup'?"),
     ("lr_schedule: {name: cosine_decay, arguments: [1, x]}", "arguments[1] must be a number"),
     ("lr_schedule: {name: cosine_decay, arguments: [1]}", "it takes (init"),
-    ("lr_schedule: {name: linear_schedule, arguments: [1, -1, 9]}", "lr_schedule, at step"),
     ("lr_schedule: {name: join_schedules, arguments: [1]}", "lr_schedule: name must be one"),
     ("hf_dataset: {name: x}", "hf_dataset: path must be a string, got None"),
     ("option: momentum=0", "option must be a list of strings, got 'momentum=0'"),

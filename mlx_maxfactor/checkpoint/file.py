@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
@@ -43,31 +43,9 @@ class CheckpointError(ValueError):
         self.problem, self.differences, self.remedy = problem, tuple(differences), remedy
 
 
-class Kind(NamedTuple):
+def kind_of(array: mx.array) -> str:
     """Dtype and shape of an array."""
-
-    dtype: mx.Dtype
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).rpartition('.')[2]} {self.shape}"
-
-
-def kind_of(array: mx.array) -> Kind:
-    """Dtype and shape of an array."""
-    return Kind(array.dtype, tuple(array.shape))
-
-
-class File(NamedTuple):
-    """A file whose checksum was verified.
-
-    Attributes:
-        metadata: Text by name.
-        arrays: The arrays, not yet read from the disk.
-    """
-
-    metadata: Mapping[str, str]
-    arrays: dict[str, mx.array]
+    return f"{str(array.dtype).rpartition('.')[2]} {tuple(array.shape)}"
 
 
 def write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> None:
@@ -121,8 +99,11 @@ def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str])
     _sync_folder(path.parent)
 
 
-def read(path: Path, formats: tuple[str, ...]) -> File:
+def read(path: Path, formats: tuple[str, ...]) -> tuple[dict[str, str], dict[str, mx.array]]:
     """Open a file, after checking its bytes against the checksum.
+
+    Returns:
+        The metadata, and the arrays, which are not yet read from the disk.
 
     Raises:
         CheckpointError: The file is damaged, has another format, or is not a checkpoint.
@@ -136,10 +117,6 @@ def read(path: Path, formats: tuple[str, ...]) -> File:
             arrays = cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return read(path, formats)  # a save has replaced the file meanwhile
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder") from None
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
     except CheckpointError:
         raise
     except OSError as problem:
@@ -148,7 +125,7 @@ def read(path: Path, formats: tuple[str, ...]) -> File:
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({problem}): load an older one"
         ) from problem
-    return File(metadata, arrays)
+    return metadata, arrays
 
 
 def _metadata(path: Path, metadata: Any, formats: tuple[str, ...]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -13,13 +13,13 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
-from .._validate import check_choice, check_flags, find_repeated, got
+from .._validate import check_choice, check_flags
 from ..routing.roles import find_aliases
 from ..routing.strategy import UpdateStrategy
 from ..trees import at_path, flatten
 from ..weight_average import WeightAverage
 from . import description, file
-from .file import CheckpointError, File, Kind, kind_of
+from .file import CheckpointError, kind_of
 
 FORMATS = ("4",)
 """Format versions that can be read. The last one is written."""
@@ -33,6 +33,11 @@ that begins with _. ``KEY`` holds one random key, or one row per rank.
 
 SHOWN = 10
 """The most differences that a message lists."""
+
+REMEDY = (
+    "build both as they were when it was saved, or keep the rates of this optimizer with "
+    'rates="here", or load what fits with strict=False'
+)
 
 
 class Place(NamedTuple):
@@ -66,7 +71,6 @@ def save_checkpoint(
     /,
     *,
     weights: Literal["all", "trainable"] = "all",
-    random_key: mx.array | None = None,
     average: WeightAverage | None = None,
     **extra: Any,
 ) -> None:
@@ -86,16 +90,11 @@ def save_checkpoint(
             trained weights, the running statistics of BatchNorm, and a hash of about 1,000 elements
             of each frozen array, so that a load detects a different base model. Use "all" if your
             model changes other frozen arrays.
-        random_key: The random state to save. MLX has one for each thread. If the thread that saves
-            is not the one that trains, evaluate ``mx.array(mx.random.state[0])`` in the training
-            thread and pass it here; no step may run during the save. None: the state of this
-            thread.
         average: A ``WeightAverage`` to save as well.
         **extra: JSON values to save: an epoch, the state of a data loader. Scalars of NumPy and MLX
             count as numbers.
 
     Raises:
-        ValueError: ``random_key`` is not a key of ``mx.random``.
         CheckpointError: ``extra`` is not JSON, or the file cannot be written. An existing
             file is kept.
 
@@ -112,22 +111,18 @@ def save_checkpoint(
     """
     _check_arguments(path, model, optimizer)
     check_choice("weights", weights, ("all", "trainable"))
-    if random_key is not None and not _is_random_key(random_key):
-        raise ValueError(f"random_key must be a key of mx.random, {got(random_key, ())}")
     for name, value in extra.items():
-        try:  # refuse what cannot be read back: too deep, or with keys 1 and "1"
-            text = json.dumps({name: value}, default=_scalar)
-            json.loads(text, object_pairs_hook=_table)
+        try:  # refuse what cannot be read back
+            json.loads(json.dumps({name: value}, default=_scalar))
         except (TypeError, ValueError, RecursionError) as problem:
             message = f"extra must be JSON values, and {name!r} is not: {problem}"
             raise CheckpointError(message) from problem
     optimizer.init(model.trainable_parameters())  # of layers that were just unfrozen, too
     kept, frozen = _find_weights(model, optimizer, weights)
-    run = description.describe(optimizer, weights, _arrays_at(frozen), average=average)
+    run = description.describe(optimizer, weights, _arrays_at(frozen), average)
     arrays = _arrays_at(kept | _find_state(optimizer, average))
-    key = mx.array(cast(Any, mx.random.state)[0]) if random_key is None else random_key
     strategy = _strategy_of(optimizer)
-    arrays[KEY] = strategy.gather(key)
+    arrays[KEY] = strategy.gather(mx.array(cast(Any, mx.random.state)[0]))
     metadata = {"format": FORMATS[-1], "run": json.dumps(run)}
     metadata["extra"] = json.dumps(extra, default=_scalar)
 
@@ -144,7 +139,6 @@ def load_checkpoint(
     optimizer: Optimizer,
     *,
     strict: bool = True,
-    cast: bool = False,
     rates: Literal["built", "file", "here"] = "built",
     average: WeightAverage | None = None,
 ) -> Extra:
@@ -163,13 +157,11 @@ def load_checkpoint(
         optimizer: The optimizer, built as when it was saved.
         strict: False loads what fits and lists the rest in ``.differences``. A damaged file, or one
             in which no weight fits, is still an error.
-        cast: Whether to cast floating-point arrays to the dtypes of this model and optimizer.
         rates: "built" uses the file's rates, even if they were set by hand, as long as both
             optimizers were built with the same rate. If this optimizer was built with another
             constant rate, its new rate is used. "file" uses the file's rates. "here" uses the rates
             and schedules of this optimizer and does not compare schedules. MLX's own optimizers do
-            not remember the rate they were built with. If such an optimizer has made no step and
-            its rate differs from the file's, pass "file" or "here".
+            not remember the rate they were built with, and use the file's.
         average: The ``WeightAverage`` that was saved. If the file holds one, it must be passed,
             except with ``strict=False``.
 
@@ -182,13 +174,13 @@ def load_checkpoint(
             state are unchanged.
     """
     _check_arguments(path, model, optimizer)
-    check_flags(strict=strict, cast=cast)
+    check_flags(strict=strict)
     check_choice("rates", rates, ("built", "file", "here"))
     path = Path(path)
     saved = file.read(path, FORMATS)
     try:
         with _undone_on_error(optimizer):
-            loading = _Loading(saved, model, optimizer, average, cast=cast, rates=rates)
+            loading = _Loading(saved, model, optimizer, average, rates)
             loading.check(strict)
     except CheckpointError as problem:
         known = problem.differences, problem.remedy
@@ -210,20 +202,17 @@ class _Loading:
 
     def __init__(
         self,
-        saved: File,
+        saved: tuple[dict[str, str], dict[str, mx.array]],
         model: nn.Module,
         optimizer: Optimizer,
         average: WeightAverage | None,
-        *,
-        cast: bool,
         rates: str,
     ):
-        self.cast, self.rates = cast, rates
-        self.saved = json.loads(saved.metadata["run"])
-        self.extra = Extra(json.loads(saved.metadata["extra"]))
-        self.arrays = dict(saved.arrays)
+        metadata, self.arrays = saved
+        self.saved, self.rates = json.loads(metadata["run"]), rates
+        self.extra = Extra(json.loads(metadata["extra"]))
         key, strategy = self.arrays.pop(KEY, None), _strategy_of(optimizer)
-        if key is None or not _is_random_key(key):
+        if key is None or key.dtype != mx.uint32 or key.shape[-1:] != (2,) or key.ndim > 2:
             raise CheckpointError("is damaged: its random key is missing")
         self.key = _own_key(key, strategy.rank, strategy.ranks)
         self.kinds = {name: kind_of(array) for name, array in self.arrays.items()}
@@ -231,44 +220,34 @@ class _Loading:
         kept, frozen = _find_weights(model, optimizer, self.saved["weights"])
         self.weights = kept | frozen
         self.members = description.find_members(optimizer)
-        made = self._steps_made()
+        self.used = description.find_used(optimizer)
         self.live = description.describe(
-            optimizer, self.saved["weights"], _arrays_at(frozen), made, average
+            optimizer, self.saved["weights"], _arrays_at(frozen), average
         )
         state = _find_state(optimizer, average)
-        self.spread = {STATE + name: x for name, x in strategy.spread_state().items()}
+        spread = {STATE + name: x for name, x in strategy.spread_state().items()}
         self.places = {**self.weights, **state}
-        self.here = {name: kind_of(place.array) for name, place in self.places.items()}
-        self.here |= {name: kind_of(template) for name, template in self.spread.items()}
-        self.expected = {**kept, **state, **self.spread}.keys()
-        self.used = description.find_used(optimizer)
+        self.here = {name: kind_of(x) for name, x in (_arrays_at(self.places) | spread).items()}
+        self.expected = {**kept, **state, **spread}.keys()
         self.kept_here: set[str] = set()
         """Names of state arrays that keep their live values, whatever the file holds."""
 
     def check(self, strict: bool) -> None:
         """Find the differences, and raise if they are not allowed."""
-        notes, problems = self._settle_rates()
+        notes = self._settle_rates()
+        compared = self.used if self.rates != "here" else ()
         differences = [
-            *problems,
-            *description.find_differences(
-                self.saved, self.live, schedules=self.used if self.rates != "here" else ()
-            ),
+            *description.find_differences(self.saved, self.live, schedules=compared),
             *self._different_arrays(),
         ]
-        listed = _listed(differences)
+        lines = [line[:500] for line in differences[:SHOWN]]
+        lines += [f"and {len(differences) - SHOWN} more"] * (len(differences) > SHOWN)
+        listed = "\n  ".join(["", *lines])
         if differences and strict:
-            say = "say rates='file' or rates='here', or " if problems else ""
-            remedy = f"{say}build both as they were when it was saved, or {self._remedy()}"
-            raise CheckpointError(
-                f"does not fit this model and optimizer:{listed}",
-                differences,
-                "\n".join(filter(None, (remedy, self._hint()))),
-            )
-        others = {name for name in self.kinds if not name.startswith((STATE, AVERAGE))}
-        weights = others | (self.expected & self.weights.keys())
-        if weights and not self._fitting() & self.weights.keys():
-            problem = f"holds no weight that fits this model:{listed}"
-            raise CheckpointError(problem, differences, self._hint())
+            problem = f"does not fit this model and optimizer:{listed}"
+            raise CheckpointError(problem, differences, REMEDY)
+        if self.weights and not self._fitting() & self.weights.keys():
+            raise CheckpointError(f"holds no weight that fits this model:{listed}", differences)
         self.extra.differences = (*notes, *differences)
 
     def apply(self) -> None:
@@ -276,7 +255,7 @@ class _Loading:
         high, low = self.key
         for name in self._fitting():
             # One at a time: the old array is released before the next one is read.
-            array = self.arrays.pop(name).astype(self.here[name].dtype)
+            array = self.arrays.pop(name)
             if name not in self.places:  # another rank has it
                 continue
             mx.eval(array)
@@ -285,82 +264,37 @@ class _Loading:
             container[key] = type(container[key])(array.item()) if number else array
         mx.random.seed(high << 32 | low)  # a key is the two halves of its seed
 
-    def _steps_made(self) -> int:
-        """The largest step count of any member in the file."""
-        steps = [self.arrays.get(f"{STATE}{prefix}step") for prefix in self.members]
-        counts = [s for s in steps if s is not None and kind_of(s) == Kind(mx.uint64, ())]
-        return max((int(cast(Any, count)) for count in counts), default=0)
-
-    def _fits(self, name: str) -> bool:
-        old, new = self.kinds.get(name), self.here.get(name)
-        return old == new or (self.cast and _differ_in_dtype(old, new))
-
     def _fitting(self) -> set[str]:
-        names = (self.kinds.keys() & self.here.keys()) - self.kept_here
-        return {name for name in names if self._fits(name)}
-
-    def _hint(self) -> str:
-        kinds = [(kind, self.here.get(name)) for name, kind in self.kinds.items()]
-        if self.cast or not any(_differ_in_dtype(*pair) for pair in kinds):
-            return ""
-        return "cast=True casts floating-point arrays of another dtype"
-
-    def _remedy(self) -> str:
-        """The alternative to rebuilding the run: keep the rates here, if nothing else differs."""
-        others = description.find_differences(self.saved, self.live, schedules=())
-        rates = {name for prefix in self.members for name in _rate_names(prefix)}
-        if any(others) or any(name not in rates for name in self._misfits()):
-            return "load what fits with strict=False"
-        return 'keep the rates and schedules of this optimizer with rates="here"'
-
-    def _misfits(self) -> list[str]:
-        """The names of arrays that differ, weights first."""
-        names = {**self.kinds, **dict.fromkeys(self.expected)}
-        found = [name for name in names if name not in self.kept_here and not self._fits(name)]
-        return sorted(found, key=lambda name: name.startswith(STATE))
+        return {name for name, _ in self.kinds.items() & self.here.items()} - self.kept_here
 
     def _different_arrays(self) -> Iterator[str]:
-        for name in self._misfits():
+        """A line for each array that does not fit, weights first."""
+        names = {**self.kinds, **dict.fromkeys(self.expected)}
+        for name in sorted(names, key=lambda name: name.startswith(STATE)):
             old, new = self.kinds.get(name, "missing"), self.here.get(name, "missing")
-            yield f"{name.removeprefix('_run.')}: {old} in the file, {new} here"
+            if name not in self.kept_here and old != new:
+                yield f"{name.removeprefix('_run.')}: {old} in the file, {new} here"
 
-    def _settle_rates(self) -> tuple[list[str], list[str]]:
-        """Decide whose rates to use. Return notes, and conflicts that the user must resolve."""
+    def _settle_rates(self) -> list[str]:
+        """Decide whose rates and states to use. Return what the user should know of it."""
         notes: list[str] = []
-        conflicts: list[str] = []
-        runs = self.saved["optimizers"], self.live["optimizers"]
-        members = zip(self.members.items(), *runs, strict=False)
-        for i, ((prefix, member), old, new) in enumerate(members):
-            names = _rate_names(prefix)
+        pairs = zip(self.saved["optimizers"], self.live["optimizers"], strict=False)
+        for i, (prefix, (old, new)) in enumerate(zip(self.members, pairs, strict=False)):
+            built = old["built rate"], new["built rate"]
+            rate = {f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled")}
             if not description.same_class(old, new):  # then its state is useless too
                 self.kept_here |= {name for name in self.here if name.startswith(STATE + prefix)}
-            elif self.rates == "here" or (
-                self.rates == "built" and description.schedules_differ(old, new)
-            ):
-                self.kept_here |= names
-            elif self.rates == "built":
-                there, here, built = self._constant_rates(prefix, member, old, new)
-                if there == here:
-                    continue
-                self.kept_here |= names
-                line = f"learning_rate is {there:.6g} in the file, {here:.6g} here"
-                if i in self.used and built:
-                    notes.append(f"{self.used[i]}: {line}, which is used")
-                elif i in self.used:
-                    conflicts.append(f"{self.used[i]}: {line}")
-        return notes, conflicts
-
-    def _constant_rates(
-        self, prefix: str, member: Optimizer, old: Mapping[str, Any], new: Mapping[str, Any]
-    ) -> tuple[float, float, bool]:
-        """The rates to compare, in the file and here, and whether members were built with them."""
-        if None not in (built := (old["built rate"], new["built rate"])):
-            return *built, True
-        name = f"{STATE}{prefix}learning_rate"
-        begun = int(cast(Any, member.step)) > 0
-        if begun or "learning_rate" in new["schedules"] or name not in self._fitting():
-            return 0.0, 0.0, False
-        return float(self.arrays[name]), float(self.places[name].array), False
+            elif self.rates == "here":
+                self.kept_here |= rate
+            elif self.rates == "built" and None in built:
+                schedules = (x["schedules"].get("learning_rate") for x in (old, new))
+                self.kept_here |= rate if len({*schedules}) > 1 else set()
+            elif self.rates == "built" and built[0] != built[1]:
+                self.kept_here |= rate
+                if i in self.used:
+                    line = f"learning_rate is {built[0]:.6g} in the file, {built[1]:.6g} here"
+                    notes.append(f"{description.name_of(i, new)}: {line}, which is used")
+        return notes
 
 
 @contextmanager
@@ -453,12 +387,6 @@ def _arrays_at(places: Mapping[str, Place]) -> dict[str, mx.array]:
     return {name: place.array for name, place in places.items()}
 
 
-def _is_random_key(key: Any) -> bool:
-    """Whether a value is a key of ``mx.random``, or one row per rank."""
-    is_array = isinstance(key, mx.array)
-    return is_array and key.dtype == mx.uint32 and key.shape[-1:] == (2,) and key.ndim < 3
-
-
 def _own_key(keys: mx.array, rank: int, ranks: int) -> list[int]:
     """The random key of a rank: the saved one, or a new one for an additional rank."""
     known = cast(list[list[int]], keys.reshape(-1, 2).tolist())
@@ -469,24 +397,6 @@ def _own_key(keys: mx.array, rank: int, ranks: int) -> list[int]:
     return cast(Any, mx.random.split(mx.array(known[0], mx.uint32), ranks)[rank]).tolist()
 
 
-def _rate_names(prefix: str) -> set[str]:
-    """The names of the state arrays that hold a member's rate."""
-    return {f"{STATE}{prefix}{key}" for key in ("learning_rate", "scheduled")}
-
-
-def _listed(differences: Sequence[str]) -> str:
-    """The first differences, one line each, and the number of the others."""
-    more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
-    return "\n  ".join(["", *(line[:500] for line in differences[:SHOWN]), *more])
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict from a JSON object. A repeated key is an error."""
-    if (name := find_repeated([name for name, _ in pairs])) is not None:
-        raise ValueError(f"duplicate key {name!r:.100}")
-    return dict(pairs)
-
-
 def _scalar(value: Any) -> Any:
     """The number in a zero-dimensional array of any library."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -494,24 +404,11 @@ def _scalar(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _differ_in_dtype(old: Kind | None, new: Kind | None) -> bool:
-    """Whether two arrays differ only in their floating-point dtype."""
-    if old is None or new is None or old.shape != new.shape or old.dtype == new.dtype:
-        return False
-    return all(mx.issubdtype(kind.dtype, mx.floating) for kind in (old, new))
-
-
 def _check_arguments(path: Any, model: Any, optimizer: Any) -> None:
-    if not isinstance(path, (str, os.PathLike)):
-        raise CheckpointError(
-            f"path must be a str or a path, got {type(path).__name__}: the path comes first, then "
-            "model and optimizer"
-        )
-    if isinstance(model, Optimizer):
-        raise CheckpointError("model and optimizer are swapped: the model comes first")
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(f"model must be a mlx.nn.Module, got {type(model).__name__}")
-    if isinstance(optimizer, dict) and not isinstance(optimizer, nn.Module):
-        raise CheckpointError("optimizer must be the optimizer itself, not its state or a dict")
-    if not isinstance(optimizer, Optimizer):
-        raise CheckpointError(f"optimizer must be an MLX optimizer, got {type(optimizer).__name__}")
+    kinds = {"path": (str, os.PathLike), "model": nn.Module, "optimizer": Optimizer}
+    for (name, kind), value in zip(kinds.items(), (path, model, optimizer), strict=True):
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"the arguments are a path, a model and an MLX optimizer: {name} is a "
+                f"{type(value).__name__}"
+            )

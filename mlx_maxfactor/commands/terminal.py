@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
+
+from ..tables import table as table
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -34,19 +36,6 @@ def integer(argument: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {argument}")
     return value
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first one to the left and the others to the right. The first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        cells = [cell.strip().rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        return "  ".join([first, *cells]).rstrip()
-
-    head, *body = map(line, rows)
-    return "\n".join([head, "  ".join("-" * width for width in widths), *body])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ..routing.combined import CombinedOptimizer
 from ..routing.strategy import UpdateStrategy
 from ..step import ParameterSlot
 from ..trees import at_path, flatten
-from .assignment import Assignment, ParameterCost
+from .assignment import Assignment
 from .collectives import MESSAGE_BYTES, OrderedCollectives, OwnedArray
 
 
@@ -71,7 +71,7 @@ class Sharding(UpdateStrategy):
         new = [path for path, x in arrays.items() if path not in self._shapes and x.size]
         for path in new:
             self._shapes[path] = {k: mx.zeros(x.shape, x.dtype) for k, x in states[path].items()}
-        self.assignment.add([self._cost(path, arrays[path]) for path in new])
+        self.assignment.add({path: self._loads(path, arrays[path]) for path in new})
         for path, state in states.items():
             if self.assignment.owners.get(path) != self.rank:
                 state.clear()
@@ -112,12 +112,11 @@ class Sharding(UpdateStrategy):
     def _member_of(self, path: str) -> Any:
         return as_member(self._optimizer().optimizers[self._optimizer().index_of(path)])
 
-    def _cost(self, path: str, parameter: mx.array) -> ParameterCost:
-        """What it costs to own a parameter."""
+    def _loads(self, path: str, parameter: mx.array) -> tuple[float, int, int]:
+        """What it costs to own a parameter: operations, bytes of state, its own bytes."""
         member = self._member_of(path)
         flops = member.flops(parameter.shape, member.layout_of(path))
-        loads = (flops, float(_nbytes(self._shapes[path])), float(parameter.nbytes))
-        return ParameterCost(path, loads)
+        return flops, _nbytes(self._shapes[path]), parameter.nbytes
 
     # Checkpoints
 

@@ -85,15 +85,12 @@ class BatchOrder:
     def description(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
         states = {name: getattr(self, name) for name in ("epoch", "state", "first")}
-        kept = {name: [key, x.tolist(), *rest] for name, (key, x, *rest) in states.items()}
+        kept = {name: [key, [*map(int, x)], *rest] for name, (key, x, *rest) in states.items()}
         return {**kept, "position": self.position}
 
     def restore(self, description: dict[str, Any]) -> None:
         """Go back to what :meth:`description` returned."""
-        self.position = description["position"]
-        for name in ("epoch", "state", "first"):
-            key, x, *rest = description[name]
-            setattr(self, name, (key, np.array(x, np.uint32), *rest))
+        vars(self).update(description)
 
 
 class Tuning(TrainingCallback):
@@ -179,10 +176,9 @@ class Tuning(TrainingCallback):
             CheckpointError: It belongs to another run.
         """
         a = self.arguments
-        rates = "built"
-        if a.optimizer in MLX_OPTIMIZERS and not a.lr_schedule:
-            # They do not know how they were built: a rate given here is used, else the file's.
-            rates = "file" if a.learning_rate is None else "here"
+        # MLX's optimizers do not know how they were built: a rate given here is used.
+        given = a.optimizer in MLX_OPTIMIZERS and not a.lr_schedule and a.learning_rate is not None
+        rates = "here" if given else "built"
         try:
             extra = load_checkpoint(self.path, self.model, self.optimizer, rates=rates)
         except CheckpointError as problem:

@@ -99,7 +99,11 @@ class FrequencyAdaptiveMomentum:
         """What replaces the gradient, and the updated buffer."""
         m = self.update(gradient, momentum, state)
         ahead = gradient + self.alpha * (m - gradient) if nesterov else m
-        return self.blended(gradient, ahead, state), m
+        if "count" not in state or (self.blend == 1 and self.blend_steps == 1):
+            return ahead, m
+        share = self.blend * mx.minimum(1.0, state["count"] / self.blend_steps)
+        share = f.fusion_barrier(share)  # of the momentum
+        return (1 - share) * gradient + share * ahead, m
 
     def response(self, state: dict) -> tuple[mx.array, mx.array, mx.array]:
         """Each band's share ``h_b``, decay ``μ_b`` and gain, read from the state.
@@ -123,11 +127,3 @@ class FrequencyAdaptiveMomentum:
     def damping(self, share: mx.array) -> mx.array:
         """``δ_b`` of each band, computed from its share."""
         return f.band_damping(share)
-
-    def blended(self, gradient: mx.array, momentum: mx.array, state: dict) -> mx.array:
-        """The replacement for the gradient: a mixture that shifts from it to the momentum."""
-        if "count" not in state or (self.blend == 1 and self.blend_steps == 1):
-            return momentum
-        t = state["count"]
-        weight = f.fusion_barrier(self.blend * mx.minimum(1.0, t / self.blend_steps))
-        return (1 - weight) * gradient + weight * momentum

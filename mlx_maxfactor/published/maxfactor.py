@@ -9,7 +9,6 @@ from .. import functional as f
 from .._validate import (
     Rate,
     check_choice,
-    check_flag,
     check_flags,
     check_not_negative,
     check_number,
@@ -19,8 +18,6 @@ from .._validate import (
 from ..optimizers import moment_state as moments
 from ..optimizers.base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
-
-STEP_MOVED = "the orthogonal step is OrthoMaxFactor(...), and MaxFactor takes the row-max step"
 
 Preset = Literal["early", "hub", "speech"]
 
@@ -160,35 +157,24 @@ class MaxFactor(Float32Optimizer):
         self.eps = check_pair("eps", eps, 0.0)
         check_number("eps[0]", self.eps[0], 1e-15)
         self.d = check_number("d", d, 0.0, ends="()")
-        self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.gamma = check_number("gamma", gamma, 0.0, 1.0)
         self.max_norm, self.full_matrix = check_flags(max_norm=max_norm, full_matrix=full_matrix)
-        self.min_lr = check_number("min_lr", min_lr, 0.0)
         self.scalar_boost = check_optional("scalar_boost", scalar_boost)
         self.clip_threshold = check_optional("clip_threshold", clip_threshold)
-        self.relative_step = check_flag("relative_step", relative_step)
+        (self.relative_step,) = check_flags(relative_step=relative_step)
         self.vector_sign, self.maximize = check_flags(vector_sign=vector_sign, maximize=maximize)
+        self.weight_decay, self.min_lr, self.eps_rms, self.min_rms = check_not_negative(
+            weight_decay=weight_decay, min_lr=min_lr, eps_rms=eps_rms, min_rms=min_rms
+        )
         self._set_momentum(momentum, nesterov, cautious)
-        self.eps_rms, self.min_rms = check_not_negative(eps_rms=eps_rms, min_rms=min_rms)
 
-    def _set_momentum(
-        self,
-        momentum: float | FrequencyAdaptiveMomentum,
-        nesterov: bool,
-        cautious: bool,
-    ) -> None:
+    def _set_momentum(self, momentum: Any, nesterov: bool, cautious: bool) -> None:
         adaptive = isinstance(momentum, FrequencyAdaptiveMomentum)
         self.momentum = momentum if adaptive else check_number("momentum", momentum, 0.0, 1.0)
         self.nesterov, self.cautious = check_flags(nesterov=nesterov, cautious=cautious)
-        for name, flag in (("nesterov", nesterov), ("cautious", cautious)):
-            if flag and not momentum:
-                raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum}")
-
-    def __new__(cls, *_: Any, **options: Any) -> "MaxFactor":
-        """Refuse the option ``step`` of version 0.1.0, and name its replacement."""
-        if "step" in options:
-            raise ValueError(f"MaxFactor has no option 'step': {STEP_MOVED}")
-        return super().__new__(cls)
+        if (nesterov or cautious) and not momentum:
+            name = "nesterov" if nesterov else "cautious"
+            raise ValueError(f"{name}=True needs momentum in (0, 1), got momentum={momentum}")
 
     @classmethod
     def preset(cls, name: Preset, **overrides: Any) -> "MaxFactor":
@@ -205,7 +191,8 @@ class MaxFactor(Float32Optimizer):
 
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Row and column statistics, or a second moment, and the momentum, if there is any."""
-        second = moments.statistics(shape) if self._is_factored(shape) else {"v": mx.zeros(shape)}
+        full = self.full_matrix or len(shape) < 3 or self._is_scalar(shape)
+        second = {"v": mx.zeros(shape)} if full else moments.statistics(shape)
         return second | ({"m": mx.zeros(shape)} if self.momentum else {})
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
@@ -280,18 +267,12 @@ class MaxFactor(Float32Optimizer):
             scale = scale * mx.minimum(1.0, self.clip_threshold / mx.maximum(norm, f.ROOT_FLOOR))
         if self.d < 1:  # an update whose largest element is at most 1 has RMS at most 1
             scale = scale / mx.maximum(1.0, f.rms(u * scale, axes) / self.d)
-        if self._steps_by_row_max(u.shape):
+        if self.max_norm if u.ndim > 2 else self.vector_sign:
             return mx.sign(u) * f.fusion_barrier(scale * peaks)
         return u * f.fusion_barrier(scale)
 
     def _is_scalar(self, shape: tuple[int, ...]) -> bool:
         return self.scalar_boost is not None and all(n == 1 for n in shape[1:])
-
-    def _is_factored(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) > 2 and not self.full_matrix and not self._is_scalar(shape)
-
-    def _steps_by_row_max(self, shape: tuple[int, ...]) -> bool:
-        return self.max_norm if len(shape) > 2 else self.vector_sign
 
     def _momentum(
         self, g: mx.array, state: dict[str, mx.array]

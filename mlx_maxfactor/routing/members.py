@@ -7,20 +7,13 @@ from typing import Any, cast
 
 from mlx.optimizers import MultiOptimizer, Optimizer
 
-from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, warn
+from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, shown, warn
 from ..optimizers.adafactor import Adafactor, relative_step_of
 from ..optimizers.base import options_of
 from ..optimizers.foreign import as_member
-from ..published.maxfactor import STEP_MOVED
 from ..schedules import Schedule, scaled, with_peak
 from .rates import OPTIMIZERS, RateInputs, RatePreset, default_rate, schedule_of
 from .routed import Member
-
-HIDDEN_WORDS = ("optimizer", "name", "optimizer_name")
-"""Wrong option names under which a user may pass an optimizer's name."""
-
-RATE_WORDS = ("lr", "rest_lr", "rate", "eta", "learning_rate", "rest_learning_rate")
-"""Wrong option names under which a user may pass a rate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +26,7 @@ class MemberSpec:
     argument: str
     choice: str | Optimizer
     rate: Rate | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rate_name(self) -> str:
@@ -41,6 +34,8 @@ class MemberSpec:
         return "learning_rate" if self.argument == "hidden" else f"{self.argument}_learning_rate"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"rest_options must map names to values, got {shown(self.options)}")
         if isinstance(self.choice, MultiOptimizer):
             raise ValueError(
                 f"{self.argument} must be a single optimizer, got {type(self.choice).__name__}: "
@@ -62,33 +57,17 @@ class MemberSpec:
             rate = check_rate(self.rate_name, self.rate)
             object.__setattr__(self, "rate", with_peak(rate) if callable(rate) else rate)
 
-    def check_options(self, also_valid: Iterable[str], other: "MemberSpec") -> None:
+    def check_options(self, also_valid: Iterable[str]) -> None:
         """Raise for an unknown option. The message may also suggest the names in ``also_valid``."""
         if isinstance(self.choice, Optimizer):
             return
         known = options_for(self.choice)
-        for option in self.options:
-            if option in known:
-                continue
-            problem = f"{self.choice} has no option {option!r}"
-            if option == "step":
-                raise ValueError(f"{problem}: {STEP_MOVED}")
-            if option in RATE_WORDS:
-                raise ValueError(f"{problem}: its rate is {self.rate_name}")
-            if option in HIDDEN_WORDS:
-                raise ValueError(f"{problem}: an optimizer's name goes to hidden, or to rest")
-            if isinstance(other.choice, str) and option in options_for(other.choice):
-                remedy = (
-                    f"{option}=..."
-                    if self.argument == "rest"
-                    else f"rest_options={{{option!r}: ...}}"
-                )
-                raise ValueError(
-                    f"{problem}; {other.choice} has: give {remedy} to create_optimizer"
-                )
+        if odd := [option for option in self.options if option not in known]:
+            near = hint(str(odd[0]), [*known, *also_valid])
             raise ValueError(
-                f"{problem}{hint(option, [*known, *also_valid])}; it has {', '.join(known)}, and "
-                f"its rate is {self.rate_name}"
+                f"{self.choice} has no option {odd[0]!r}{near}: it has {', '.join(known)}; its "
+                f"rate is {self.rate_name}, and options of the other optimizer go to rest_options, "
+                "or to create_optimizer"
             )
 
 
@@ -274,13 +253,11 @@ def peak_rate_of(optimizer: Optimizer) -> float:
 
 
 def _known_peak(schedule: Any, beside: str) -> float:
-    if isinstance(schedule, Schedule) and schedule.peak is not None:
-        if schedule.peak == 0:
-            raise ValueError(f"{beside} is a number beside a learning_rate that is always 0")
-        return schedule.peak
+    if peak := getattr(schedule, "peak", None):
+        return peak
     raise ValueError(
-        f"{beside} is a number beside a learning_rate whose peak is not known: make it a schedule "
-        'too, or give learning_rate=Schedule(function, "its name", peak=...)'
+        f"{beside} is a number beside a learning_rate whose peak is not known, or 0: make it a "
+        'schedule too, or give learning_rate=Schedule(function, "its name", peak=...)'
     )
 
 

@@ -1,8 +1,8 @@
 """The plan: which parameter goes to which optimizer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from ..tables import table
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,8 @@ class PlanEntry:
     note: str
 
 
-class Plan(Sequence[PlanEntry]):
+class Plan(tuple[PlanEntry, ...]):
     """The trainable parameters, in order of definition. ``print(plan)`` shows them as a table."""
-
-    def __init__(self, entries: Sequence[PlanEntry]):
-        self.entries = tuple(entries)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.entries[index]
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     @property
     def state_bytes(self) -> int:
@@ -62,11 +53,4 @@ class Plan(Sequence[PlanEntry]):
             for e in self
         ]
         total = (f"{len(self)} parameters", "", "", "total", "", f"{self.state_bytes:,}")
-        widths = [max(map(len, column)) for column in zip(header, *rows, total, strict=True)]
-        rule = tuple("-" * width for width in widths)
-
-        def line(row: tuple[str, ...]) -> str:
-            *left, number = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            return "  ".join([*left, number.strip().rjust(widths[-1])])
-
-        return "\n".join(map(line, [header, rule, *rows, rule, total]))
+        return table([header, *rows, total], left=4)
