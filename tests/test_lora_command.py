@@ -40,6 +40,7 @@ from mlx_maxfactor.finetuning import data as data_module
 from mlx_maxfactor.finetuning import tuning
 from mlx_maxfactor.finetuning.data import describe_lengths, load_data, name_of_data
 from mlx_maxfactor.finetuning.models import add_adapters
+from mlx_maxfactor.finetuning.optimizer_names import make_mlx_optimizer
 
 KILLS = int(os.environ.get("KILLS", "6"))
 SHAPE = small_llama.SHAPE | {"num_hidden_layers": 2, "intermediate_size": 64}
@@ -402,7 +403,7 @@ BAD_ARGUMENTS = [
     (["--data", "nowhere/at/all"], "data nowhere/at/all: there is no such folder"),
     (["--data", "{home}/broken"], "line 1: each line must be a JSON object; column 2"),
     (["--data", "{home}/empty"], "the training set, train.jsonl, is missing or empty"),
-    (["--data", "{home}/keys"], "Unsupported data format"),
+    (["--data", "{home}/keys"], "line 1, with the names ['question']: Unsupported data format"),
     (["--data", "{home}/numbers"], "train.jsonl, line 1: text must be a string, got nan"),
     (["--model", "{home}/unknown"], "Model type nonesuch not supported"),
     (["--resume-adapter-file", "{home}/old.safetensors"], "lora_a is (64, 3) in the file and"),
@@ -412,6 +413,14 @@ BAD_ARGUMENTS = [
     (["--option", "momentum=fast"], "momentum=fast"),
     (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
     (["--resume-adapter-file", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--resume-adapter-file", ""], "resume_adapter_file is empty: name a file"),
+    (["--resume-adapter-file", "{home}/data"], "data: there is no such file: give an adapters"),
+    (["--adapter-path", "{home}/keys.yaml"], "keys.yaml: no folder can be made there"),
+    (["--max-seq-length", "1"], "max_seq_length must be a whole number of at least 2, got 1"),
+    (["--model", "{home}/cut model"], "cut model: model.safetensors is damaged: download it"),
+    (["--model", "{home}/cut tokenizer"], "tokenizer_config.json is damaged: download it"),
+    (["--model", "{home}/bits"], "bits/config.json: quantization: bits must be one of"),
+    (["-c", "{home}/rank.yaml"], "lora_parameters: rank must be at most 64 here, got 65"),
     (["--adapter-path", "/dev/null"], "/dev/null"),
     (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
     (["--train", "--test", "--data", "{home}/untested"], "test.jsonl, is missing"),
@@ -434,6 +443,13 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     ours = "{name: warmup_cosine, arguments: [0.1, 9], warmup: 3}"
     (home / "keys.yaml").write_text(f"lr_schedule: {ours}")
     (folder_of(home, "untested", *[PAIR] * 8) / "test.jsonl").unlink()
+    (home / "rank.yaml").write_text("lora_parameters: {rank: 65}")
+    for name, size in (("model.safetensors", 2000), ("tokenizer_config.json", 50)):
+        folder = home / f"cut {name.partition('_')[0].partition('.')[0]}"
+        shutil.copytree(home / "model", folder, dirs_exist_ok=True)
+        (folder / name).write_bytes((home / "model" / name).read_bytes()[:size])
+    (home / "bits").mkdir(exist_ok=True)
+    small_llama.write_json(home / "bits" / "config.json", {**SHAPE, "quantization": {}})
     arguments = [argument.format(home=home) for argument in arguments]
     few = ["--model", str(home / "model"), "--data", str(home / "data"), "--batch-size", "2"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -713,13 +729,15 @@ WRONG_LINES = {
     "cut": (TEXT, b'{"text": "a', "column 10: Unterminated string"),
     "two": (TEXT, b'{"text": "a"}{"text": "b"}', "Extra data"),
     "deep": (TEXT, b'{"text": ' + b"[" * 100_000, "maximum recursion depth"),
-    "surrogate": (TEXT, {"text": "\ud800"}, "line 9: "),
+    "surrogate": (TEXT, {"text": "\ud800"}, r"'\ud800' is half of a character: remove it"),
+    "role": (CHAT, {"messages": [{"role": "\udfff", "content": ""}]}, "is half of a character"),
+    "name": (TEXT, {"text": "x", "\ud800": 1}, "is half of a character"),
     "null completion": (PAIR, {**PAIR, "completion": None}, "completion is null"),
     "no completion": (PAIR, {"prompt": "x"}, "completion is missing"),
     "no messages": (CHAT, {"messages": []}, "messages must be a list of messages, got []"),
     "message": (CHAT, {"messages": ["x"]}, "messages[0] must have a role, got 'x'"),
     "no content": (CHAT, {"messages": [{"role": "user"}]}, "messages[0] has no content"),
-    "role": (CHAT, {"messages": [{"role": None, "content": ""}]}, "must have a role"),
+    "no role": (CHAT, {"messages": [{"role": None, "content": ""}]}, "must have a role"),
 }
 
 
@@ -768,7 +786,14 @@ def test_line_that_the_chat_template_refuses_is_named(home, capsys):
     odd = {"messages": [{"role": "tool", "content": "x"}, ANSWER]}
     data = folder_of(home, "tools", *[CHAT] * 5, odd)
     error = error_of(home, "tools", "--model", model, "--data", data, capsys=capsys)
-    assert "train.jsonl, line 6: no tools" in error
+    assert "train.jsonl, line 6: the chat template of the model: no tools" in error
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ 1 / 0 }}", "{{ messages.x.y }}"])
+def test_chat_template_that_is_wrong_is_named(template, home, capsys):
+    model = with_template(home, f"wrong {len(template)}", template)
+    error = error_of(home, "wrong", "--model", model, capsys=capsys)
+    assert "train.jsonl, line 1: the chat template of the model: " in error
 
 
 def test_chats_of_one_message_are_trained_as_by_mlx_lm(home, capsys):
@@ -845,6 +870,8 @@ def test_keys_that_match_nothing_are_one_error_that_lists_the_layers(name, home,
 
 
 WRONG_OPTIONS = [
+    ("eps=-1", "adam: eps must be in [0, inf), got -1"),
+    ("betas=[0.9, 1]", "adam: betas[1] must be in [0, 1), got 1"),
     ('betas="0.9"', "adam: betas must be a pair of numbers, got '0.9'"),
     ("betas=[0.9]", "adam: betas must be a pair of numbers, got [0.9]"),
     ("epsilon=1", "an option of adam must be one of 'betas', 'eps', 'bias_correction'"),
@@ -855,6 +882,22 @@ WRONG_OPTIONS = [
 def test_options_of_mlx_optimizers_are_checked(option, message, home, capsys):
     adam = ("--optimizer", "adam", "--option", option)
     assert message in error_of(home, "options", *adam, capsys=capsys)
+
+
+WRONG_RANGES = {
+    "sgd": ({"momentum": 5}, {"momentum": -1}, {"dampening": 7}, {"weight_decay": -3}),
+    "mlx_muon": ({"momentum": 1},),
+    "mlx_adafactor": ({"decay_rate": 9}, {"beta_1": 5}, {"clip_threshold": 0}, {"eps": [-1, 2]}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RANGES)
+def test_options_of_mlx_optimizers_have_ranges(name):
+    for options in WRONG_RANGES[name]:
+        with pytest.raises(ValueError, match=rf"^{name}: {next(iter(options))}.* must be in "):
+            make_mlx_optimizer(name, 1e-3, options)
+    with pytest.raises(ValueError, match=r"^sgd: Nesterov momentum requires"):
+        make_mlx_optimizer("sgd", 1e-3, {"nesterov": True})
 
 
 def test_small_rate_is_named_as_it_was_given(home):
@@ -951,6 +994,14 @@ def test_progress_that_cannot_be_written_does_not_end_the_run(home, monkeypatch)
     assert main(given(home, "unseen", "--iters", "4")) == 0
 
 
+@pytest.mark.parametrize("kind", ["full", "folder"])
+def test_log_that_cannot_be_written_does_not_end_the_run(kind, home):
+    log = home / f"log {kind}" / "mlx_lm.log"
+    log.parent.mkdir()
+    log.mkdir() if kind == "folder" else log.symlink_to("/dev/full")
+    assert main(given(home, f"log {kind}", "--iters", "2")) == 0
+
+
 def test_warnings_are_one_line_without_source():
     with plain_output():
         text = warnings.formatwarning("rates differ", UserWarning, "bin/mlx-maxfactor", 8)
@@ -1044,12 +1095,10 @@ def test_settings_that_would_be_lost_are_refused(text, message, home, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_in_the_place_of_the_checkpoint_is_found_before_training(home, capsys):
-    (home / "taken" / "checkpoint.safetensors").mkdir(parents=True)
-    with pytest.raises(SystemExit) as end:
-        main(["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(home / "taken")])
-    assert end.value.code == 2
-    assert "checkpoint.safetensors is a folder" in capsys.readouterr().err
+@pytest.mark.parametrize("name", tuning.WRITTEN)
+def test_a_folder_in_the_place_of_a_file_is_found_before_training(name, home, capsys):
+    (home / f"taken {name}" / name).mkdir(parents=True)
+    assert f"{name} is a folder" in error_of(home, f"taken {name}", capsys=capsys)
 
 
 def test_closed_streams_are_no_traceback(monkeypatch):
@@ -1121,10 +1170,7 @@ def test_a_full_disk_names_the_file(name, home, capsys):
     folder = home / f"full {name}"
     folder.mkdir()
     (folder / name).symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as end:
-        main(["lora", "-c", str(home / "short.yaml"), "--adapter-path", str(folder)])
-    assert end.value.code == 1
-    assert name in capsys.readouterr().err
+    assert name in error_of(home, f"full {name}", "--iters", "2", capsys=capsys, code=1)
 
 
 def test_sets_of_the_hub_that_are_not_used_are_left_out(home, monkeypatch):
