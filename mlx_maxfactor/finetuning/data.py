@@ -65,7 +65,7 @@ def load_data(arguments: Namespace, tokenizer: Any) -> dict[str, Any]:
         with prefixing_errors(name):
             lines = {key: list(read_lines(folder / FILES[key])) for key in used}
         places = {key: [place for place, _ in lines[key]] for key in used}
-        found = dict.fromkeys(used, cast(Any, []))
+        found: dict[str, Any] = {key: [] for key in used}
         for key in (key for key in used if lines[key]):
             samples = [sample for _, sample in lines[key]]
             with prefixing_errors(f"{places[key][0]}, with the names {shown([*samples[0]])}"):
@@ -77,8 +77,7 @@ def load_data(arguments: Namespace, tokenizer: Any) -> dict[str, Any]:
             lines = f"the {key} set has {len(found[key])} lines"
             raise ValueError(f"{name}: batch_size is {a.batch_size}, but {lines}")
     # An empty list, because an empty dataset of mlx-lm cannot be described in a checkpoint.
-    filled = [key for key in used if len(found[key])]
-    return {k: TokenizedDataset(found[k], places[k]) if k in filled else [] for k in FILES}
+    return {k: TokenizedDataset(found[k], places[k]) if places.get(k) else [] for k in FILES}
 
 
 def _load_from_hub(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:

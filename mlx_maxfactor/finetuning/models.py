@@ -20,11 +20,9 @@ FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 @contextmanager
 def prefixing_errors(what: str, folder: str | Path | None = None) -> Iterator[None]:
-    """Put what was read in front of an error message. Other people's code may raise anything.
+    """Put what was read in front of an error message, and name a damaged file of its folder.
 
-    Args:
-        what: What was read.
-        folder: Where it lies. A file in it that is damaged is named.
+    Other people's code may raise anything.
     """
     try:
         yield

@@ -51,11 +51,7 @@ class Finished(Exception):  # noqa: N818
 
 
 class Progress:
-    """A stream for progress, which may be lost: a run does not end where it cannot be written.
-
-    Args:
-        path: A file to append to. None: the standard error.
-    """
+    """A file, or the standard error, for progress. A run goes on where it cannot be written."""
 
     def __init__(self, path: Path | None = None):
         self.path = path

@@ -4,7 +4,6 @@ An array alone does not show whether it is an embedding or a hidden matrix, a co
 of experts. The module that holds it, and its place in the model, do.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -157,13 +156,6 @@ class Node:
         return self.groups in (weight.shape[0], weight.shape[-1] * self.groups)
 
     @property
-    def is_pointwise(self) -> bool:
-        """Whether the layer is a convolution that mixes channels alone, as a Linear."""
-        if not self.is_a(*PLAIN_CONVOLUTION) or self.groups > 1:
-            return False
-        return math.prod(self.module["weight"].shape[1:-1]) == 1
-
-    @property
     def input_width(self) -> int | None:
         """Width of the layer's input features."""
         m: Any = self.module
@@ -307,8 +299,8 @@ def _role(node: Node, key: str, axes: int) -> str:
 
 def _layout(role: str, node: Node) -> str:
     """How an array of that role holds matrices."""
-    kernel = role in ("head", "lora_a", "lora_b") and node.is_a(*CONVOLUTION)
-    if kernel or role in ("conv", "conv_input", "depthwise"):
+    roles = ("conv", "conv_input", "depthwise")
+    if role in roles or (role in ("head", "lora_a", "lora_b") and node.is_a(*CONVOLUTION)):
         return "conv" if node.groups == 1 or node.is_depthwise else f"conv/{node.groups}"
     return "experts" if role == "experts" else "batched"
 
@@ -423,7 +415,9 @@ def _find_heads(
     if not heads and unread:
         heads = {unread[-1]: ""}
     heads |= dict.fromkeys(later, "")
-    outlets = [n for n in nodes if n in linears or n.is_pointwise]
+    kernels = [(n, n.module["weight"].shape) for n in nodes if n.is_a(*PLAIN_CONVOLUTION)]
+    pointwise = {n for n, shape in kernels if {n.groups, *shape[1:-1]} == {1}}  # as a Linear
+    outlets = [n for n in nodes if n in linears or n in pointwise]
     if not heads and outlets and not is_read(outlets[-1]) and not _ties_embedding(nodes):
         heads = dict.fromkeys(_twins(outlets[-1], outlets), "guessed")
     if not heads and (square := [n for n in of_tokens if not n.in_list]):
