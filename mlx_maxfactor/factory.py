@@ -331,9 +331,8 @@ def _rate_inputs(
     """What the default rates depend on."""
     block, momentum = options.get("block", 128), options.get("momentum", True)
     lora = [p for p in parameters if p.role in LORA_ROLES]
-    sides = [max(p.shape[-2:]) for p in lora] or [
-        min(f.matrices_shape(p.shape, p.layout)[-2:]) for p in parameters if len(p.shape) > 1
-    ]
+    side, held = (max, lora) if lora else (min, [p for p in parameters if len(p.shape) > 1])
+    sides = [side(f.matrices_shape(p.shape, p.layout)[-2:]) for p in held]
     return RateInputs(
         total_steps,
         median(sides) if sides else WIDTH,
@@ -349,7 +348,10 @@ def _lora_scale(model: nn.Module) -> float:
     scales = []
     for module in model.modules():
         if any(a in module and b in module for a, b in LORA):
-            found = (value_if_evaluated(getattr(module, name, None)) for name in names)
+            values = [getattr(module, name, None) for name in names]
+            # PEFT keeps a dictionary by the adapter's name.
+            values = [next(iter(x.values()), None) if isinstance(x, dict) else x for x in values]
+            found = map(value_if_evaluated, values)
             scales += [x for x in found if isinstance(x, (int, float)) and 1e-3 <= x <= 1e4][:1]
     return float(median(scales)) if scales else LORA_SCALE
 

@@ -321,7 +321,7 @@ def test_default_rates_of_wide_models_give_no_warning():
 
 @pytest.mark.parametrize(
     ("scale", "read"),
-    [(mx.array(2.0), 2.0), (5, 5.0), (float("inf"), 20.0), (1e-12, 20.0), ("large", 20.0)],
+    [(mx.array(2.0), 2.0), ({"x": 5}, 5.0), (float("inf"), 20.0), (1e-12, 20.0), ("large", 20.0)],
     ids=str,
 )
 def test_the_scale_of_lora_is_read_if_it_is_a_number(scale, read):

@@ -203,7 +203,7 @@ OTHERS = "model.layers.*.self_attn", "model.layers.*.mlp.router"
 OTHER_PROGRAMS = [
     (GPT_OSS, {"quant_method": "mxfp4", "modules_to_not_convert": OTHERS}, ".experts."),
     (CONFIG, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "nothing"),
-    (CONFIG, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nothing"),
+    (GPT_OSS, {"quant_method": "mxfp8"}, "layers"),
 ]
 
 
@@ -413,6 +413,10 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
     assert message in error_of(["fits", *arguments], capsys)
 
 
+def quantized(**changes):
+    return {"quantization": {"group_size": 32, "bits": 8} | changes}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -421,6 +425,16 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
         ({"quantization": True}, "quantization must map names to values"),
         ({"quantization": {"bits": "4"}}, "quantization: bits must be one of"),
         ({"quantization": {"bits": 4, "group_size": 7}}, "group_size must be one of"),
+        ({"quantization": {"bits": 4, "group_size": 16}}, "must be one of 32, 64, 128, got 16"),
+        (quantized(mode="mxfp4"), "quantization: bits must be one of 4, got 8"),
+        (quantized(mode="nvfp4", bits=4), "quantization: group_size must be one of 16, got 32"),
+        (quantized(mode="int8"), "quantization: mode must be one of"),
+        ({"quantization": {"bits": 4}}, "group_size must be one of 32, 64, 128, got None"),
+        (quantized(**{"a.b": {"group_size": 7}}), "a.b: group_size must be one of"),
+        (quantized(**{"a.b": 3}), "quantization: a.b must map names to values, got 3"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config needs quant_method"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "not read weights of bitsand"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, "with bitnet: download the weights"),
     ],
 )
 def test_a_wrong_size_in_a_config_is_named(changes, message, tmp_path, capsys):

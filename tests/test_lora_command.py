@@ -41,6 +41,7 @@ from mlx_maxfactor.finetuning import data as data_module
 from mlx_maxfactor.finetuning import tuning
 from mlx_maxfactor.finetuning.data import describe_lengths, load_data, name_of_data
 from mlx_maxfactor.finetuning.models import add_adapters
+from mlx_maxfactor.finetuning.optimizer_names import make_mlx_optimizer
 
 KILLS = int(os.environ.get("KILLS", "6"))
 QUICK = {
@@ -389,7 +390,7 @@ BAD_ARGUMENTS = [
     (["--data", "nowhere/at/all"], "data nowhere/at/all: there is no such folder"),
     (["--data", "{home}/broken"], "line 1: each line must be a JSON object; column 2"),
     (["--data", "{home}/empty"], "the training set, train.jsonl, is missing or empty"),
-    (["--data", "{home}/keys"], "Unsupported data format"),
+    (["--data", "{home}/keys"], "line 1, with the names ['question']: Unsupported data format"),
     (["--data", "{home}/numbers"], "train.jsonl, line 1: text must be a string, got nan"),
     (["--model", "{home}/unknown"], "Model type nonesuch not supported"),
     (["--resume-adapter-file", "{home}/old.safetensors"], "lora_a is (64, 3) in the file and"),
@@ -402,6 +403,14 @@ BAD_ARGUMENTS = [
     ([*ADAM, "betas=[0.9]"], "adam: betas must be a pair of numbers, got [0.9]"),
     ([*ADAM, "epsilon=1"], "an option of adam must be one of 'betas', 'eps', 'bias_correction'"),
     (["--resume-adapter-file", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--resume-adapter-file", ""], "resume_adapter_file is empty: name a file"),
+    (["--resume-adapter-file", "{home}/data"], "data: there is no such file: give an adapters"),
+    (["--adapter-path", "{home}/keys.yaml"], "keys.yaml: no folder can be made there"),
+    (["--max-seq-length", "1"], "max_seq_length must be a whole number of at least 2, got 1"),
+    (["--model", "{home}/cut model"], "cut model: model.safetensors is damaged: download it"),
+    (["--model", "{home}/cut tokenizer"], "tokenizer_config.json is damaged: download it"),
+    (["--model", "{home}/bits"], "bits/config.json: quantization: bits must be one of"),
+    (["-c", "{home}/rank.yaml"], "lora_parameters: rank must be at most 64 here, got 65"),
     (["--adapter-path", "/dev/null"], "/dev/null"),
     (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
     (["--train", "--test", "--data", "{home}/untested"], "test.jsonl, is missing"),
@@ -426,6 +435,13 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     ours = "{name: warmup_cosine, arguments: [0.1, 9], warmup: 3}"
     (home / "keys.yaml").write_text(f"lr_schedule: {ours}")
     (folder_of(home, "untested", *[PAIR] * 8) / "test.jsonl").unlink()
+    (home / "rank.yaml").write_text("lora_parameters: {rank: 65}")
+    for name, size in (("model.safetensors", 2000), ("tokenizer_config.json", 50)):
+        folder = home / f"cut {name.partition('_')[0].partition('.')[0]}"
+        shutil.copytree(home / "model", folder, dirs_exist_ok=True)
+        (folder / name).write_bytes((home / "model" / name).read_bytes()[:size])
+    (home / "bits").mkdir(exist_ok=True)
+    small_llama.write_json(home / "bits" / "config.json", {**tiny_model.SHAPE, "quantization": {}})
     arguments = [argument.format(home=home) for argument in arguments]
     few = ["--model", str(home / "model"), "--data", str(home / "data"), "--batch-size", "2"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -699,7 +715,9 @@ WRONG_LINES = {
     "cut": (TEXT, b'{"text": "a', "column 10: Unterminated string"),
     "two": (TEXT, b'{"text": "a"}{"text": "b"}', "Extra data"),
     "deep": (TEXT, b'{"text": ' + b"[" * 100_000, "maximum recursion depth"),
-    "surrogate": (TEXT, {"text": "\ud800"}, "line 9: "),
+    "surrogate": (TEXT, {"text": "\ud800"}, r"'\ud800' is half of a character: remove it"),
+    "role": (CHAT, {"messages": [{"role": "\udfff", "content": ""}]}, "is half of a character"),
+    "name": (TEXT, {"text": "x", "\ud800": 1}, "is half of a character"),
     "null completion": (PAIR, {**PAIR, "completion": None}, "completion is null"),
     "no completion": (PAIR, {"prompt": "x"}, "completion is missing"),
     "prompts": (PAIR, {**PAIR, "prompt": ["a"]}, "prompt must be a string"),
@@ -708,7 +726,7 @@ WRONG_LINES = {
     "no messages": (CHAT, {"messages": []}, "messages must be a list of messages, got []"),
     "message": (CHAT, {"messages": ["x"]}, "messages[0] must have a role, got 'x'"),
     "no content": (CHAT, {"messages": [{"role": "user"}]}, "messages[0] has no content"),
-    "role": (CHAT, {"messages": [{"role": None, "content": ""}]}, "must have a role"),
+    "no role": (CHAT, {"messages": [{"role": None, "content": ""}]}, "must have a role"),
 }
 
 
@@ -757,7 +775,14 @@ def test_line_that_the_chat_template_refuses_is_named(home, capsys):
     odd = {"messages": [{"role": "tool", "content": "x"}, ANSWER]}
     data = folder_of(home, "tools", *[CHAT] * 5, odd)
     error = error_of(home, "tools", "--model", model, "--data", data, capsys=capsys)
-    assert "train.jsonl, line 6: no tools" in error
+    assert "train.jsonl, line 6: the chat template of the model: no tools" in error
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ 1 / 0 }}", "{{ messages.x.y }}"])
+def test_chat_template_that_is_wrong_is_named(template, home, capsys):
+    model = with_template(home, f"wrong {len(template)}", template)
+    error = error_of(home, "wrong", "--model", model, capsys=capsys)
+    assert "train.jsonl, line 1: the chat template of the model: " in error
 
 
 def test_chats_of_one_message_are_trained_as_by_mlx_lm(home, capsys):
@@ -831,6 +856,23 @@ def test_keys_that_match_nothing_are_one_error_that_lists_the_layers(name, home,
     error = error_of(home, "keyed", "-c", path, "--optimizer", name, capsys=capsys)
     assert "keys ['q_proj'] match no layer" in error
     assert "self_attn.q_proj" in error
+
+
+WRONG_RANGES = {
+    "adam": ({"eps": -1}, {"betas": [0.9, 1]}),
+    "sgd": ({"momentum": 5}, {"momentum": -1}, {"dampening": 7}, {"weight_decay": -3}),
+    "mlx_muon": ({"momentum": 1},),
+    "mlx_adafactor": ({"decay_rate": 9}, {"beta_1": 5}, {"clip_threshold": 0}, {"eps": [-1, 2]}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RANGES)
+def test_options_of_mlx_optimizers_have_ranges(name):
+    for options in WRONG_RANGES[name]:
+        with pytest.raises(ValueError, match=rf"^{name}: {next(iter(options))}.* must be in "):
+            make_mlx_optimizer(name, 1e-3, options)
+    with pytest.raises(ValueError, match=r"^sgd: Nesterov momentum requires"):
+        make_mlx_optimizer("sgd", 1e-3, {"nesterov": True})
 
 
 def test_small_rate_is_named_as_it_was_given(home):
@@ -927,6 +969,14 @@ def test_progress_that_cannot_be_written_does_not_end_the_run(home, monkeypatch)
     assert main(given(home, "unseen", "--iters", "4")) == 0
 
 
+@pytest.mark.parametrize("kind", ["full", "folder"])
+def test_log_that_cannot_be_written_does_not_end_the_run(kind, home):
+    log = home / f"log {kind}" / "mlx_lm.log"
+    log.parent.mkdir()
+    log.mkdir() if kind == "folder" else log.symlink_to("/dev/full")
+    assert main(given(home, f"log {kind}", "--iters", "2")) == 0
+
+
 def test_warnings_are_one_line_without_source():
     with plain_output():
         text = warnings.formatwarning("rates differ", UserWarning, "bin/mlx-maxfactor", 8)
@@ -1012,9 +1062,10 @@ def test_settings_that_would_be_lost_are_refused(text, message, home, capsys):
     assert message in error_of(home, "lost", "-c", path, capsys=capsys)
 
 
-def test_a_folder_in_the_place_of_the_checkpoint_is_found_before_training(home, capsys):
-    (home / "taken" / "checkpoint.safetensors").mkdir(parents=True)
-    assert "checkpoint.safetensors is a folder" in error_of(home, "taken", capsys=capsys)
+@pytest.mark.parametrize("name", tuning.WRITTEN)
+def test_a_folder_in_the_place_of_a_file_is_found_before_training(name, home, capsys):
+    (home / f"taken {name}" / name).mkdir(parents=True)
+    assert f"{name} is a folder" in error_of(home, f"taken {name}", capsys=capsys)
 
 
 def test_closed_streams_are_no_traceback(monkeypatch):
@@ -1037,7 +1088,7 @@ def test_a_full_disk_names_the_file(name, home, capsys):
     folder = home / f"full {name}"
     folder.mkdir()
     (folder / name).symlink_to("/dev/full")
-    assert name in error_of(home, folder.name, capsys=capsys, code=1)
+    assert name in error_of(home, folder.name, "--iters", "2", capsys=capsys, code=1)
 
 
 def test_sets_of_the_hub_that_are_not_used_are_left_out(home, monkeypatch):

@@ -203,6 +203,41 @@ def test_low_rank_linears_are_not_heads():
     assert found["part.lora_up.weight"] == "lora_b"
 
 
+LINEARS = nn.Linear(24, 4), nn.Linear(4, 32)
+KERNELS = nn.Conv2d(24, 4, 3), nn.Conv2d(4, 32, 1)
+LOW_RANK = {  # how each of A and B is held, and in which layout
+    "default.weight": (lambda layer: {"default": layer}, LINEARS, "batched"),  # PEFT
+    "own.weight": (lambda layer: model_of(own=layer), LINEARS, "batched"),
+    "0.weight": (lambda layer: [layer], LINEARS, "batched"),
+    "array": (lambda layer: {"array": layer.weight}, LINEARS, "batched"),
+    "weight": (lambda layer: layer, KERNELS, "conv"),
+    "x.weight": (lambda layer: {"x": layer}, KERNELS, "conv"),
+    "": (lambda layer: layer.weight, KERNELS, "conv"),
+}
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("base", [nn.Linear(24, 32), nn.Conv2d(24, 32, 3)], ids=["Linear", "conv"])
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora_down", "lora_up")], ids=str)
+def test_low_rank_parts_may_lie_in_containers_and_be_convolutions(names, base, name):
+    hold, layers, layout = LOW_RANK[name]
+    part = model_of(base_layer=base, **{n: hold(x) for n, x in zip(names, layers, strict=True)})
+    model = model_of(first=nn.Linear(8, 24), q_proj=part, head=nn.Linear(32, 5))
+    found = {p.path: (p.role, p.layout) for p in find_roles(model)}
+    for part_name, role in zip(names, ("lora_a", "lora_b"), strict=True):
+        assert found[f"q_proj.{part_name}.{name}".strip(".")] == (role, layout)
+    assert found["q_proj.base_layer.weight"][0] in ("hidden", "conv")
+
+
+def test_table_of_an_adapter_is_an_embedding():
+    parts = {"lora_embedding_A": mx.zeros((4, 50)), "lora_embedding_B": mx.zeros((32, 4))}
+    held = model_of(base_layer=nn.Embedding(50, 32), **{n: {"x": a} for n, a in parts.items()})
+    layers = model_of(lora_A=nn.Embedding(50, 4), lora_B=nn.Linear(4, 32))
+    roles = roles_of(first=nn.Linear(8, 24), held=held, layers=layers)
+    assert roles["held.lora_embedding_A.x"] == roles["layers.lora_A.weight"] == "embedding"
+    assert roles["held.lora_embedding_B.x"] == roles["layers.lora_B.weight"] == "lora_b"
+
+
 def mlp_of(dims):
     up = nn.Linear(dims, 4 * dims)
     return model_of(up_proj=up, down_proj=nn.Linear(4 * dims, dims))
@@ -309,11 +344,23 @@ def norms_of_heads(width):
     return model_of(layers=[block], **ends)
 
 
+def medusa(**parts):
+    """Heads for later tokens: each is a list of a hidden layer and an output layer."""
+    heads = [[nn.Linear(32, 32), nn.Linear(32, 50)] for _ in range(2)]
+    return model_of(**parts, medusa=heads)
+
+
+def convolutions(last, **parts):
+    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3)
+    return model_of(**parts, conv1=first, bn1=nn.BatchNorm(16), conv2=second, **last)
+
+
 def two_outputs(kind):
     outputs = kind((("a", nn.Linear(16, 3)), ("b", nn.Linear(16, 4))))
     return model_of(trunk=nn.Linear(8, 16), heads=outputs)
 
 
+MEDUSA = ["head.weight", "medusa.0.1.weight", "medusa.1.1.weight"]
 HEADS = {
     "Linears called output": (
         lambda: model_of(layer1=Part(), layer2=Part(), fc=nn.Linear(16, 3)),
@@ -347,6 +394,30 @@ HEADS = {
     "seedvr": (seedvr, ["vid_out.proj.weight"]),
     "z_image": (z_image, ["all_final_layer.2-1.linear.weight"]),
     "towers": (two_towers, ["queries.proj.weight", "answers.proj.weight"]),
+    "medusa": (lambda: medusa(**attention_and_mlp().children()), MEDUSA),
+    "medusa alone": (medusa, MEDUSA[1:]),
+    "tied medusa": (lambda: medusa(model=Tied()), MEDUSA[1:]),
+    "nested heads": (
+        lambda: model_of(trunk=nn.Linear(8, 32), heads=medusa().medusa, up=nn.Linear(9, 8)),
+        ["heads.0.1.weight", "heads.1.1.weight"],
+    ),
+    "list called head": (
+        lambda: model_of(head=[nn.Linear(8, 32), nn.Linear(32, 8)], up=nn.Linear(9, 8)),
+        ["head.1.weight"],
+    ),
+    "convolution": (lambda: convolutions({"fc": nn.Conv2d(32, 10, 1)}), ["fc.weight"]),
+    "convolution after a Linear": (
+        lambda: convolutions({"fc": nn.Conv2d(32, 10, 1)}, time=mlp_of(16)),
+        ["fc.weight"],
+    ),
+    "Linear after a convolution": (
+        lambda: convolutions({"conv3": nn.Conv2d(32, 20, 1), "fc": nn.Linear(20, 10)}),
+        ["fc.weight"],
+    ),
+    "convolution with a norm": (
+        lambda: convolutions({"fc": nn.Conv2d(32, 10, 1), "norm": nn.BatchNorm(10)}),
+        [],
+    ),
     "several heads": (
         lambda: gated_experts(lm_heads=[nn.Linear(32, 50), nn.Linear(32, 50)]),
         ["lm_heads.0.weight", "lm_heads.1.weight"],

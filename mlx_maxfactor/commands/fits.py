@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .._validate import check_integer
 from ..finetuning.memory_estimate import (
     MemoryEstimate,
     Request,
@@ -105,7 +104,7 @@ def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
         arguments.num_layers,
         parameters,
         arguments.batch_size,
-        check_integer("max_seq_length", arguments.max_seq_length, 2),
+        arguments.max_seq_length,
         arguments.grad_checkpoint,
         arguments.grad_accumulation_steps,
         getattr(arguments, "dtype", None),

@@ -8,6 +8,7 @@ import shlex
 import signal
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -18,20 +19,22 @@ from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
 from tqdm import tqdm
 
 from ..finetuning.data import describe_lengths, load_data
+from ..finetuning.model_config import read_config
 from ..finetuning.models import (
     add_adapters,
     bits_of,
     bytes_of,
+    check_rank,
     load_adapters_into,
     load_model,
     number_of_layers,
     prefixing_errors,
 )
 from ..finetuning.optimizer_names import make_optimizer
-from ..finetuning.tuning import Tuning
+from ..finetuning.tuning import Progress, Tuning
 from ..trees import flatten
 from .lora_arguments import BAD_INPUT, one_line, parse_arguments
-from .terminal import OneLineParser, Progress, catching_interrupts
+from .terminal import OneLineParser, catching_interrupts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,10 +73,12 @@ def prepare(arguments: Namespace) -> Tuning:
     arguments.train = not tests_only
     if arguments.cache_limit is not None:
         mx.set_cache_limit(arguments.cache_limit)
+    if (Path(arguments.model) / "config.json").is_file():
+        read_config(arguments.model)
     model, tokenizer = load_model(arguments.model, bool(arguments.trust_remote_code))
     datasets = load_data(arguments, tokenizer)
     if tests_only:
-        with prefixing_errors(f"adapters {arguments.adapter_path}"):
+        with prefixing_errors(f"adapters {arguments.adapter_path}", arguments.adapter_path):
             if arguments.adapter_path:  # an empty path tests the base model, as in mlx-lm
                 load_adapters(model, arguments.adapter_path)
         return Tuning(model, None, datasets, arguments)
@@ -83,6 +88,7 @@ def prepare(arguments: Namespace) -> Tuning:
     kind = arguments.fine_tune_type
     arguments.num_layers = number_of_layers(arguments.num_layers, len(cast(Any, model).layers))
     add_adapters(model, kind, arguments.num_layers, arguments.lora_parameters)
+    check_rank(model)
     if kind == "full":
         arguments.lora_parameters = None
     if arguments.resume_adapter_file is not None:

@@ -54,12 +54,14 @@ def batches(name: str, value: Any) -> int:
     return whole(-1)(name, value)
 
 
-def text(name: str, value: Any) -> str:
+def text(name: str, value: Any, least: int = 0) -> str:
     """A string. A path cannot hold a null character."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, got {shown(value)}: put it in quotes")
     if "\0" in value:
         raise ValueError(f"{name} must not hold a null character, got {shown(value)}")
+    if len(value) < least:
+        raise ValueError(f"{name} is empty: name a file or a folder, or leave it out")
     return value
 
 
@@ -103,9 +105,11 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
 def lora_parameters(name: str, value: Any) -> dict[str, Any]:
     """mlx-lm's parameters of LoRA, those that are missing with its defaults."""
     given = mapping(name, value)
-    if "alpha" in given:
-        raise ValueError(f"{name} takes scale, which is alpha / rank, in place of alpha")
-    for key in given:
+    for key, x in given.items():
+        if key in ("alpha", "lora_alpha"):  # mlx-lm multiplies by scale alone
+            rank = given.get("rank", CONFIG_DEFAULTS["lora_parameters"]["rank"])
+            scale = f"scale: {shown(x)} / {shown(rank)}"
+            raise ValueError(f"{name} takes scale, which is alpha / rank: give {scale} for {key}")
         check_choice(f"a key of {name}", key, tuple(LORA))
     checked = {key: LORA[key](f"{name}: {key}", x) for key, x in given.items()}
     return {**CONFIG_DEFAULTS["lora_parameters"], **checked}
@@ -151,13 +155,14 @@ LORA: dict[str, Check] = {
     "keys": texts,
 }
 SETTINGS: dict[str, Check] = {
-    **dict.fromkeys(("model", "data", "adapter_path", "resume_adapter_file", "config"), text),
-    **dict.fromkeys(("report_to", "project_name"), text),
+    **dict.fromkeys(("model", "data", "resume_adapter_file", "config"), partial(text, least=1)),
+    **dict.fromkeys(("adapter_path", "report_to", "project_name"), text),
     **dict.fromkeys(("prompt_feature", "completion_feature"), text),
     **dict.fromkeys(("text_feature", "chat_feature"), text),
     **dict.fromkeys(("train", "test", "mask_prompt", "grad_checkpoint"), check_flag),
     **dict.fromkeys(("resume", "allow_changed_data", "keep_best", "trust_remote_code"), check_flag),
-    **dict.fromkeys(("batch_size", "iters", "max_seq_length", "grad_accumulation_steps"), whole(1)),
+    **dict.fromkeys(("batch_size", "iters", "grad_accumulation_steps"), whole(1)),
+    "max_seq_length": whole(2),  # a token, and the next one to learn
     **dict.fromkeys(("steps_per_report", "steps_per_eval", "save_every", "patience"), whole(1)),
     **dict.fromkeys(("val_batches", "test_batches"), batches),
     **dict.fromkeys(("cache_limit", "clear_cache_threshold"), size),

@@ -60,22 +60,6 @@ def plain_output() -> Iterator[None]:
             raise
 
 
-class Progress:
-    """A stream for progress, which may be lost: a run does not end where it cannot be written."""
-
-    def write(self, text: str) -> None:
-        """Write to the standard error, if that is possible."""
-        with suppress(OSError, ValueError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def flush(self) -> None:
-        """Nothing is left to write."""
-
-
 def silence(stream: Any) -> None:
     """Send what is written to a stream from now on to nowhere."""
     with suppress(OSError), open(os.devnull, "w") as nowhere:

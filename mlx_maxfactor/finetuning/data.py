@@ -28,10 +28,13 @@ class TokenizedDataset(CacheDataset):
     def __init__(self, data: Any, places: Sequence[str]):
         super().__init__(data)
         self.data = data
+        reader = "the tokenizer" if hasattr(data, "text_key") else "the chat template"
         for i, place in enumerate(tqdm(places, desc="reading data", delay=3, leave=False)):
             with prefixing_errors(place):
                 check_sample(data, data[i])
-                if not cast(Any, self[i])[0]:
+                with prefixing_errors(f"{reader} of the model"):
+                    tokens = cast(Any, self[i])[0]
+                if not tokens:
                     raise ValueError("there is no token in it: remove it")
 
     def digest(self) -> str:
@@ -61,11 +64,12 @@ def load_data(arguments: Namespace, tokenizer: Any) -> dict[str, Any]:
     else:
         with prefixing_errors(name):
             lines = {key: list(read_lines(folder / FILES[key])) for key in used}
-        found, places = {}, {key: [place for place, _ in lines[key]] for key in used}
-        for key in used:
-            with prefixing_errors(f"{folder / FILES[key]}"):
-                samples = [sample for _, sample in lines[key]]
-                found[key] = create_dataset(samples, tokenizer, a) if samples else []
+        places = {key: [place for place, _ in lines[key]] for key in used}
+        found: dict[str, Any] = {key: [] for key in used}
+        for key in (key for key in used if lines[key]):
+            samples = [sample for _, sample in lines[key]]
+            with prefixing_errors(f"{places[key][0]}, with the names {shown([*samples[0]])}"):
+                found[key] = create_dataset(samples, tokenizer, a)
     for key in used:
         if not len(found[key]) and key != "validation":
             raise ValueError(f"{name}: the {key} set, {FILES[key]}, is missing or empty")
@@ -73,8 +77,7 @@ def load_data(arguments: Namespace, tokenizer: Any) -> dict[str, Any]:
             lines = f"the {key} set has {len(found[key])} lines"
             raise ValueError(f"{name}: batch_size is {a.batch_size}, but {lines}")
     # An empty list, because an empty dataset of mlx-lm cannot be described in a checkpoint.
-    filled = [key for key in used if len(found[key])]
-    return {k: TokenizedDataset(found[k], places[k]) if k in filled else [] for k in FILES}
+    return {k: TokenizedDataset(found[k], places[k]) if places.get(k) else [] for k in FILES}
 
 
 def _load_from_hub(arguments: Namespace, tokenizer: Any) -> Sequence[Any]:
@@ -106,6 +109,11 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 text = line.decode("utf-8-sig").strip()
                 sample = json.loads(text) if text else None
+                if "\\u" in text:
+                    json.dumps(sample, ensure_ascii=False).encode()
+            except UnicodeEncodeError as problem:
+                half = problem.object[problem.start]
+                raise ValueError(f"{half!r} is half of a character: remove it") from None
             except UnicodeDecodeError:
                 raise ValueError("it is not UTF-8: save the file in this encoding") from None
             except json.JSONDecodeError as problem:

@@ -70,7 +70,7 @@ def estimate_training_memory(
     """
     try:
         from .memory_estimate import Request, estimate
-        from .model_config import DTYPES, read_config
+        from .model_config import BITS, DTYPES, read_config
         from .models import FINE_TUNE_TYPES
         from .optimizer_names import optimizer_name
     except ModuleNotFoundError as missing:
@@ -91,7 +91,7 @@ def estimate_training_memory(
         grad_checkpoint,
         check_integer("grad_accumulation_steps", grad_accumulation_steps, 1),
         None if dtype is None else check_choice("dtype", dtype, tuple(DTYPES)),
-        None if bits is None else check_integer("bits", bits, 2, 8),
+        None if bits is None else check_choice("bits", bits, BITS),
         folder,
     )
     return estimate(request)

@@ -39,7 +39,7 @@ from .model_config import (
     quantize_as_config_says,
     value_of,
 )
-from .models import add_adapters, bits_of, bytes_of, number_of_layers, prefixing_errors
+from .models import add_adapters, bits_of, bytes_of, check_rank, number_of_layers, prefixing_errors
 from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
 
 BATCHES = 3
@@ -123,7 +123,7 @@ class Request:
         source = "config" if self.folder is None else str(self.folder / "config.json")
         if self._reads_weights and not halvings:
             source = f"model {self.folder}"
-            with prefixing_errors(source):
+            with prefixing_errors(source, self.folder):
                 model = load_model(cast(Path, self.folder), lazy=True)[0]
             if dtype := self.dtype or (self.bits and converted_dtype(self.config)):
                 model.set_dtype(DTYPES[dtype])
@@ -172,6 +172,8 @@ class Request:
         parameters = self.lora_parameters or CONFIG_DEFAULTS["lora_parameters"]
         trained = -1 if every_layer else self.trained_layers
         add_adapters(model, self.fine_tune_type, trained, parameters)
+        if not halvings:
+            check_rank(model)
         return model
 
     def state_bytes(self, model: nn.Module, optimizer: str | None = None) -> int:

@@ -31,7 +31,7 @@ WIDTHS = (
 )
 """What is halved in a model that does not fit on this device, or takes too long to measure."""
 
-PACKED = ("awq", "compressed-tensors", "gptq", "modelopt")
+PACKED = ("awq", "bitnet", "compressed-tensors", "gptq", "modelopt")
 """Methods of other programs whose weights mlx-lm keeps quantized. Only the weights say how."""
 
 
@@ -70,7 +70,10 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("intermediate_size",)
-BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+BITS = (2, 3, 4, 5, 6, 8)
+MODES = {"affine": (BITS, (32, 64, 128)), "mxfp4": ((4,), (32,)), "mxfp8": ((8,), (32,))}
+MODES |= {"nvfp4": ((4,), (16,))}
+"""MLX's modes of quantization, with the bits and group sizes of each."""
 
 
 def _checked(config: Any, name: str) -> dict[str, Any]:
@@ -80,12 +83,25 @@ def _checked(config: Any, name: str) -> dict[str, Any]:
         if (size := value_of(config, key)) is not None and not isinstance(size, list):
             check_integer(f"{name}: {key}", size, 1)
     if (ours := config.get("quantization")) is not None:
-        if not isinstance(ours, dict):
-            raise ValueError(f"{name}: quantization must map names to values, got {shown(ours)}")
-        for key, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
-            if key in ours:
-                check_choice(f"{name}: quantization: {key}", ours[key], choices)
+        _check_quantization(f"{name}: quantization", ours, ("bits", "group_size"))
+    elif (theirs := value_of(config, "quantization_config")) and not (
+        isinstance(theirs, dict) and isinstance(theirs.get("quant_method"), str)
+    ):
+        raise ValueError(f"{name}: quantization_config needs quant_method, got {shown(theirs)}")
     return config
+
+
+def _check_quantization(name: str, given: Any, needed: tuple[str, ...] = ()) -> None:
+    """Check what is said of a model, or of one of its modules."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must map names to values, got {shown(given)}")
+    mode = check_choice(f"{name}: mode", given.get("mode", "affine"), tuple(MODES))
+    for key, choices in zip(("bits", "group_size"), MODES[mode], strict=True):
+        if key in given or key in needed:
+            check_choice(f"{name}: {key}", given.get(key), choices)
+    for path, x in given.items():
+        if "." in path and not isinstance(x, bool):
+            _check_quantization(f"{name}: {path}", x)
 
 
 def has_weights(folder: Path) -> bool:
@@ -151,20 +167,22 @@ def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None
         quantize(model, as_said, **{"group_size": 64, **ours})
         return
     theirs = value_of(config, "quantization_config")
-    method = theirs.get("quant_method") if isinstance(theirs, Mapping) else None
+    method = theirs.get("quant_method") if theirs else None
+    if method not in (None, *PACKED, "fp8", "mxfp4", "mxfp8"):
+        raise ValueError(f"mlx-lm does not read weights of {method}: take those before quantizing")
     if method in PACKED:
         raise ValueError(
             f"it is quantized with {method}: download the weights beside it, which say what is "
             "quantized, or leave out quantization_config"
         )
-    if method == "mxfp4":
+    if method in ("mxfp4", "mxfp8"):
         left_out = [*(theirs.get("modules_to_not_convert") or ()), "*lm_head"]
 
         def chosen(path: str, module: nn.Module) -> bool:
             named = any(fnmatchcase(f"{path}.", f"{name}.*") for name in left_out)
             return not (named or isinstance(module, nn.Embedding))
 
-        quantize(model, chosen, bits=4, group_size=32, mode="mxfp4")
+        quantize(model, chosen, bits=int(method[-1]), group_size=32, mode=method)
 
 
 def convert_predicate(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Load models and adapters as ``mlx_lm.lora`` does, with errors that name what is wrong."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -17,11 +19,20 @@ FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 
 @contextmanager
-def prefixing_errors(what: str) -> Iterator[None]:
-    """Put what was read in front of an error message. Other people's code may raise anything."""
+def prefixing_errors(what: str, folder: str | Path | None = None) -> Iterator[None]:
+    """Put what was read in front of an error message, and name a damaged file of its folder.
+
+    Other people's code may raise anything.
+    """
     try:
         yield
     except Exception as problem:
+        for file in sorted(Path(folder).glob("*")) if folder else ():
+            with prefixing_errors(f"{what}: {file.name} is damaged: download it again"):
+                if file.suffix == ".json":
+                    json.loads(file.read_text(encoding="utf-8"))
+                elif file.suffix == ".safetensors":
+                    mx.load(str(file))
         raise ValueError(f"{what}: {str(problem) or type(problem).__name__}") from problem
 
 
@@ -37,7 +48,7 @@ def load_model(model: str, trust_remote_code: bool = False) -> tuple[nn.Module, 
     """
     # mlx-lm 0.31, the last for Python 3.10, does not have this argument.
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    with prefixing_errors(f"model {model}"):
+    with prefixing_errors(f"model {model}", model):
         network, tokenizer = load(model, tokenizer_config=trust, **trust)[:2]
         if not getattr(network, "layers", None):
             raise ValueError("it has no list of layers, and mlx-lm trains the last layers")
@@ -99,13 +110,28 @@ def add_adapters(
         raise ValueError(f"lora_parameters: keys {', '.join(map(shown, unmatched))} match no layer")
 
 
+def check_rank(model: nn.Module) -> None:
+    """Raise ValueError if the rank is above the shorter side of every matrix that is adapted."""
+    rank, sides = 0, [0]
+    for module in model.modules():
+        if isinstance(a := module.get("lora_a"), mx.array):
+            b = module["lora_b"].shape
+            # (in, r) and (r, out), or of experts (n, r, in) and (n, out, r)
+            (rows, rank), (_, columns) = (a.shape, b) if a.ndim == 2 else (a.shape[:0:-1], b[:0:-1])
+            sides.append(min(rows, columns))
+    if rank > max(sides):
+        raise ValueError(f"lora_parameters: rank must be at most {max(sides)} here, got {rank}")
+
+
 def load_adapters_into(model: nn.Module, path: str) -> None:
     """Start from trained adapters. Every array of the file must fit the model.
 
     Raises:
         ValueError: The file cannot be read, or belongs to another model, rank or set of layers.
     """
-    with prefixing_errors(path):
+    with prefixing_errors(f"resume_adapter_file {path}"):
+        if not Path(path).is_file():
+            raise ValueError("there is no such file: give an adapters.safetensors")
         arrays = cast(dict[str, mx.array], mx.load(path))
     here = flatten(model.parameters())
     odd = [

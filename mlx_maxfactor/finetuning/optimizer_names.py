@@ -22,6 +22,7 @@ from ..factory import create_optimizer
 from ..routing import OPTIMIZERS
 from ..routing.combined import GuardedOptimizer
 from ..schedules import Schedule, adaptive_schedule, warmup_cosine, with_peak
+from .models import prefixing_errors
 
 MLX_OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": mlx_optimizers.Adam,
@@ -36,6 +37,14 @@ GUARD: dict[str, Any] = {"skip_nonfinite": True, "max_skipped": 20}
 """Options of every optimizer: steps that are not finite are skipped, but not 20 in a row."""
 
 GUARD_OPTIONS = ("max_grad_norm", "skip_nonfinite", "max_skipped")
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("momentum", "betas", "beta_1"), (0.0, 1.0, "[)")),
+    "dampening": (0.0, 1.0, "[]"),
+    "decay_rate": (-1.0, 0.0, "[)"),
+    "clip_threshold": (0.0, math.inf, "()"),
+}
+"""Ranges of the options of mlx's optimizers, which mlx does not check. Others are at least 0."""
+
 MLX_SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 SCHEDULES = {"warmup_cosine": warmup_cosine, "adaptive_schedule": adaptive_schedule}
 WARMUP = ("warmup", "warmup_init")
@@ -70,22 +79,24 @@ def make_mlx_optimizer(name: str, rate: Any, options: Mapping[str, Any]) -> Opti
     takes = {key: x.default for key, x in [*signature(kind).parameters.items()][1:]}
     for key, value in rest.items():
         check_choice(f"an option of {name}", key, tuple(takes))
-        _check_like(f"{name}: {key}", value, takes[key])
-    optimizer: Optimizer = kind(rate, **rest)
+        limits = RANGES.get(key, (0.0, math.inf, "[)"))
+        _check_like(f"{name}: {key}", value, takes[key], limits)
+    with prefixing_errors(name):
+        optimizer: Optimizer = kind(rate, **rest)
     needed = guard.get("skip_nonfinite") or guard.get("max_grad_norm") is not None
     return GuardedOptimizer(optimizer, **guard) if needed else optimizer
 
 
-def _check_like(name: str, value: Any, default: Any) -> None:
+def _check_like(name: str, value: Any, default: Any, limits: tuple[float, float, str]) -> None:
     """Raise ValueError unless a value is of the kind of the default. mlx does not check it."""
     if isinstance(default, bool):
         check_flag(name, value)
     elif isinstance(default, int):
         check_integer(name, value, 1)
     elif isinstance(default, tuple | list):
-        check_pair(name, value, -math.inf, ends="()")
+        check_pair(name, value, *limits)
     elif default is not None or value is not None:
-        check_number(name, value, -math.inf, ends="()")
+        check_number(name, value, *limits)
 
 
 def make_optimizer(

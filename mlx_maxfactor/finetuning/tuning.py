@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +36,9 @@ from .optimizer_names import MLX_OPTIMIZERS
 KEPT = ("batch_size", "grad_accumulation_steps", "mask_prompt", "max_seq_length", "seed")
 KEPT += ("fine_tune_type", "lora_parameters", "num_layers", "steps_per_eval")
 
+WRITTEN = ("checkpoint.safetensors", "adapters.safetensors", "adapter_config.json", "losses.json")
+"""What a run writes to its folder, beside the log."""
+
 DATA = ("training set", "validation set")
 """What may differ on purpose: a repaired line changes it."""
 
@@ -45,6 +48,28 @@ REMEDY = f"give the options of the interrupted run, or {NEW_RUN}"
 
 class Finished(Exception):  # noqa: N818
     """Raised in mlx-lm's trainer to end it where all is saved: it would save once more itself."""
+
+
+class Progress:
+    """A file, or the standard error, for progress. A run goes on where it cannot be written."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+
+    def write(self, text: str) -> int:
+        """Write, if that is possible."""
+        with suppress(OSError, ValueError):
+            settings: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+            place = self.path.open("a", **settings) if self.path else nullcontext(sys.stderr)
+            with place as file:
+                print(text, end="", file=file, flush=True)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def flush(self) -> None:
+        """Nothing is left to write."""
 
 
 class BatchOrder:
@@ -132,12 +157,15 @@ class Tuning(TrainingCallback):
         self.folder = Path(arguments.adapter_path)
         self.path = self.folder / "checkpoint.safetensors"
         if optimizer is not None:
+            for name in WRITTEN:
+                if (self.folder / name).is_dir():
+                    raise ValueError(f"{self.folder / name} is a folder: remove it")
             check_target(self.path)
             sets = (datasets["training"], datasets["validation"])
             self.identity |= {k: x and x.digest() for k, x in zip(DATA, sets, strict=True)}
-            (self.folder / "best" if arguments.keep_best else self.folder).mkdir(
-                parents=True, exist_ok=True
-            )
+            folder = self.folder / "best" if arguments.keep_best else self.folder
+            with prefixing_errors(f"adapter_path {folder}: no folder can be made there"):
+                folder.mkdir(parents=True, exist_ok=True)
         with prefixing_errors(f"report_to {arguments.report_to}"):
             self.reporter = get_reporting_callbacks(
                 arguments.report_to,
@@ -248,12 +276,7 @@ class Tuning(TrainingCallback):
             clear_cache_threshold=a.clear_cache_threshold,
         )
         mx.reset_peak_memory()
-        log = self.folder / "mlx_lm.log"
-        with (
-            log.open("a", encoding="utf-8", errors="backslashreplace") as file,
-            redirect_stdout(file),
-            suppress(Finished),
-        ):
+        with redirect_stdout(Progress(self.folder / "mlx_lm.log")), suppress(Finished):
             train(
                 self.model,
                 self.optimizer,

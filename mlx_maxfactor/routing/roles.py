@@ -7,7 +7,7 @@ of experts. The module that holds it, and its place in the model, do.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 from weakref import ref
 
@@ -46,6 +46,7 @@ RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 STACKED = ("SwitchLinear", "QuantizedSwitchLinear", "MultiLinear")
 
 LORA = (("lora_a", "lora_b"), ("lora_A", "lora_B"), ("A", "B"), ("lora_down", "lora_up"))
+LORA += (("lora_embedding_A", "lora_embedding_B"),)  # of PEFT
 
 BIASES = ("bias", "b", "bhn")
 WEIGHTS = ("weight", "Wx", "Wh", "Wxh", "Whh")
@@ -298,33 +299,41 @@ def _role(node: Node, key: str, axes: int) -> str:
 
 def _layout(role: str, node: Node) -> str:
     """How an array of that role holds matrices."""
-    if role in ("conv", "conv_input", "depthwise") or (role == "head" and node.is_a(*CONVOLUTION)):
+    roles = ("conv", "conv_input", "depthwise")
+    if role in roles or (role in ("head", "lora_a", "lora_b") and node.is_a(*CONVOLUTION)):
         return "conv" if node.groups == 1 or node.is_depthwise else f"conv/{node.groups}"
     return "experts" if role == "experts" else "batched"
 
 
 def _find_lora(nodes: list[Node]) -> dict[str, tuple[str, str]]:
-    """Role and layout of the LoRA matrices, by path. They are arrays or Linears of a module."""
+    """Role and layout of the LoRA matrices, by path. Empty: the layout of the layer.
+
+    They are arrays or layers of a module, or of a dictionary in it by the adapter's name (PEFT).
+    """
+    at = {node.path: node for node in nodes}
+    layers = {f"{n.path}.weight": n for n in nodes if n.is_a(*EMBEDDING, *LINEAR, *CONVOLUTION)}
+    shapes: dict[str, tuple[Any, ...]] = {path: x for n in nodes for path, x in n.shapes}
+    shapes |= {p: (n.output_width, n.input_width) for p, n in layers.items() if n.input_width}
     found = {}
-    for node in nodes:
-        own = {path.removeprefix(f"{node.path}."): (path, shape) for path, shape in node.shapes}
-        linears = {
-            child.name: (f"{child.path}.weight", (child.output_width, child.input_width))
-            for child in node.children
-            if child.is_a(*LINEAR)
-        }
-        for a, b in LORA:
-            held = linears if a in linears and b in linears else own
-            if a not in held or b not in held:
-                continue
-            (path_a, shape_a), (path_b, shape_b) = held[a], held[b]
-            layout = "batched" if held is linears else _lora_layout(shape_a, shape_b)
-            is_named = a != "A" or (linears and _is_low_rank(shape_a, shape_b))
-            if layout and is_named:
-                # An embedding's A is looked up by token, not multiplied.
-                of_table = held is own and "embedding" in node.module
-                found[path_a] = ("embedding", "batched") if of_table else ("lora_a", layout)
-                found[path_b] = ("lora_b", layout)
+    for (path_a, shape_a), (a, b) in product(shapes.items(), LORA):
+        before, _, after = f".{path_a}.".rpartition(f".{a}.")
+        path_b = f"{before}.{b}.{after}".strip(".")
+        if path_b not in shapes or path_a.endswith(("scales", "biases")):
+            continue
+        above, layer, shape_b = at.get(before[1:]), layers.get(path_a), shapes[path_b]
+        layout = "" if path_b in layers else _lora_layout(shape_a, shape_b)
+        is_named = a != "A" or (
+            above is not None
+            and after in ("", "weight.")
+            and any(n.is_a(*LINEAR, *CONVOLUTION) for n in above.children)
+            and _is_low_rank(shape_a, shape_b)
+        )
+        if (layer or layout) and is_named:
+            # An embedding's A is looked up by token, not multiplied.
+            of_table = layer.is_a(*EMBEDDING) if layer else above and "embedding" in above.module
+            is_table = of_table or "embedding" in a
+            found[path_a] = ("embedding", "batched") if is_table else ("lora_a", layout)
+            found[path_b] = ("lora_b", layout)
     return found
 
 
@@ -336,11 +345,11 @@ def _lora_layout(a: tuple[Any, ...], b: tuple[Any, ...]) -> str:
     """
     if len(a) != len(b) or len(a) < 2:
         return ""
-    if len(a) > 2:
+    if len(a) > 2 and a[:-2] == b[:-2]:
         return "experts"
-    if a[1] == b[0] and (a[0] != b[1] or a[1] <= a[0]):
+    if len(a) == 2 and a[1] == b[0] and (a[0] != b[1] or a[1] <= a[0]):
         return "transposed"
-    return "batched" if a[0] == b[1] else ""
+    return ("batched" if len(a) == 2 else "conv") if a[0] == b[-1] else ""
 
 
 def _is_low_rank(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -397,14 +406,21 @@ def _find_heads(
 
     heads = _named_heads(tops, [*linears, *(n for n in nodes if n.is_a(*CONVOLUTION))], is_read)
     tables = [n.module["weight"].shape for n in nodes if n.is_a(nn.Embedding)]
-    shaped = [n for n in linears if not n.in_list and n.module["weight"].shape in tables]
-    unread = [n for n in shaped if not is_read(n)]
+    shaped = [n for n in linears if n.module["weight"].shape in tables]
+    unread = [n for n in shaped if not n.in_list and not is_read(n)]
+    # A layer may have the shape of a table of positions; tokens have the first table.
+    of_tokens = [n for n in shaped if n.module["weight"].shape == tables[0]]
+    later = [n for n in of_tokens if n.in_list and not is_read(n)]  # heads for later tokens
+    later = [n for n in later if n.input_width != n.output_width]
     if not heads and unread:
         heads = {unread[-1]: ""}
-    if not heads and linears and not is_read(linears[-1]) and not _ties_embedding(nodes):
-        heads = dict.fromkeys(_twins(linears[-1], linears), "guessed")
-    # A square layer may have the shape of a table of positions; tokens have the first table.
-    if not heads and (square := [n for n in shaped if n.module["weight"].shape == tables[0]]):
+    heads |= dict.fromkeys(later, "")
+    kernels = [(n, n.module["weight"].shape) for n in nodes if n.is_a(*PLAIN_CONVOLUTION)]
+    pointwise = {n for n, shape in kernels if {n.groups, *shape[1:-1]} == {1}}  # as a Linear
+    outlets = [n for n in nodes if n in linears or n in pointwise]
+    if not heads and outlets and not is_read(outlets[-1]) and not _ties_embedding(nodes):
+        heads = dict.fromkeys(_twins(outlets[-1], outlets), "guessed")
+    if not heads and (square := [n for n in of_tokens if not n.in_list]):
         heads = {square[-1]: "guessed"}
     for head, note in list(heads.items()):
         heads |= {n: note for n in _beside(head, linears, is_read) if n not in heads}
@@ -422,14 +438,14 @@ def _named_heads(
     tops: list[Node], layers: list[Node], is_read: Callable[[Node], bool]
 ) -> dict[Node, str]:
     """The last layer of each module named like a head, and the projections of two towers."""
-    named = [n for top in tops for n in top.children if _is_named_head(n)]
-    inside = [(n, [m for m in n.walk() if m in layers]) for n in named]
-    last = {n: found[-1] for n, found in inside if found}
+    named = {n: path for top in tops for n in top.children if (path := _named_head(n))}
+    inside = [(n, path, [m for m in n.walk() if m in layers]) for n, path in named.items()]
+    last = {path: (n, found[-1]) for n, path, found in inside if found}.values()
     # A part may use such a name for an inner projection. Then another layer reads its output.
-    at_top = {head: "" for n, head in last.items() if n.parent and not n.parent.is_part}
+    at_top = {head: "" for n, head in last if n.parent and not n.parent.is_part}
     in_parts = {
         head: ""
-        for n, head in last.items()
+        for n, head in last
         if not is_read(head) and not (n.parent and INPUT_NAME.fullmatch(n.parent.name))
     }
     towers = [n for n in layers if n.parent in tops and TOWER_NAME.fullmatch(n.name)]
@@ -471,8 +487,13 @@ def _beside(head: Node, linears: list[Node], is_read: Callable[[Node], bool]) ->
 def _twins(node: Node, linears: list[Node]) -> list[Node]:
     """The layers at the same place in all items of the node's list, such as several critics.
 
-    There are none in a block: some layer of it makes the width that it reads.
+    There are none in a block: some layer of it makes the width that it reads. Lists in a list are
+    called one layer after the other, so that their last layers are outputs.
     """
+    if node.listed and (lists := re.fullmatch(r"(.*)\.\d+(\.\d+)", f".{node.path}")):
+        items, place = map(re.escape, lists.groups())
+        found = [n for n in linears if re.fullmatch(rf"{items}\.\d+{place}", f".{n.path}")]
+        return [n for n in found if n.output_width == node.output_width]
     block = node.parent and node.parent.item
     if block is None:
         return [node]
@@ -509,10 +530,14 @@ def _is_modulation(node: Node) -> bool:
     return any(MODULATION_NAME.fullmatch(part) for part in node.path.split("."))
 
 
-def _is_named_head(node: Node) -> bool:
-    container, _, name = f".{node.path}".rpartition(".")
-    named = not node.listed and HEAD_NAME.fullmatch(name) is not None
-    return named or HEADS_NAME.fullmatch(container.rpartition(".")[2]) is not None
+def _named_head(node: Node) -> str:
+    """The path of the head that the node is, or a layer of. Empty: its name is not a head's."""
+    path = re.sub(r"(\.\d+)+$", "", node.path) if node.listed else node.path
+    names = path.split(".")
+    if path != node.path and HEADS_NAME.fullmatch(names[-1]):  # a list of heads, perhaps of lists
+        return ".".join(node.path.split(".")[: len(names) + 1])
+    is_head = HEAD_NAME.fullmatch(names[-1]) or HEADS_NAME.fullmatch("".join(names[-2:-1]))
+    return path if is_head else ""
 
 
 def _find_gates(nodes: list[Node]) -> set[Node]:
