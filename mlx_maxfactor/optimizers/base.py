@@ -475,15 +475,13 @@ def is_complex(x: mx.array) -> bool:
     return mx.issubdtype(x.dtype, mx.complexfloating)
 
 
-def _items(
-    arrays: Sequence[mx.array], layout: str, flat: bool, in_rows: bool
-) -> Sequence[mx.array]:
+def _items(arrays: Sequence[mx.array], layout: str, flat: bool, in_rows: bool) -> list[mx.array]:
     """Arrays as a rule takes them: k arrays of one shape along the first axis.
 
     Views come before any cast: MLX fuses a cast with the formula, but nothing through a view.
     """
     if flat:
-        return arrays
+        return list(arrays)
     # A Linear's gradient is a transposed view, over which every pass is slow.
     return [f.as_items(mx.contiguous(x) if in_rows else x, layout) for x in arrays]
 
