@@ -312,7 +312,7 @@ def test_rate_set_by_hand_is_restored_unless_another_is_asked_for(kind, rate, ra
         optimizer = kind(rate)
         notes = load_checkpoint(path, model, optimizer, rates=rates).differences
         assert (rate_of(optimizer), optimizer.step) == (used, 2)
-        replaced = "AdamW: learning_rate is 0.01 in the file, 0.02 here, which is used"
+        replaced = "optimizer 0, AdamW: learning_rate is 0.01 in the file, 0.02 here, which is used"
         assert notes == ((replaced,) if (rates, used, again) == ("built", 0.02, False) else ())
 
 
