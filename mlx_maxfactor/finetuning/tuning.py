@@ -65,6 +65,10 @@ class Progress:
                 print(text, end="", file=file, flush=True)
         return len(text)
 
+    def isatty(self) -> bool:
+        """A log is no terminal: mlx-lm's trainer would draw in it, and take over standard error."""
+        return self.path is None and sys.stderr.isatty()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
