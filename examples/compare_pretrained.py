@@ -437,7 +437,7 @@ def read() -> list[Record]:
 
 
 def report(records: Sequence[Record]) -> str:
-    """A table for each mode, and what every rate gave on the first seed."""
+    """A table of optimizers that have all seeds for each mode, and every rate on the first seed."""
     parts = []
     for mode in MODES:
         chosen: dict[str, list[Record]] = {}
@@ -446,7 +446,9 @@ def report(records: Sequence[Record]) -> str:
             if r.run.mode == mode and r.run.rate == best_rate(mode, name, records):
                 chosen.setdefault(name, []).append(r)
         if chosen:
-            parts.append(f"### {TITLES[mode]}\n\n{markdown(table_of(chosen))}")
+            seeds = max(map(len, chosen.values()))
+            whole = {name: found for name, found in chosen.items() if len(found) == seeds}
+            parts.append(f"### {TITLES[mode]}\n\n{markdown(table_of(whole))}")
             parts.append(markdown(rates_of(mode, list(chosen), records)))
     return "\n\n".join(parts)
 

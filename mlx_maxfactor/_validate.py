@@ -71,8 +71,9 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> i
 
 def check_steps(name: str, value: Any, low: int) -> int:
     """As check_integer, but a division may have made the number: 3.0 is 3."""
-    whole = isinstance(value, float) and value.is_integer()
-    return check_integer(name, int(value) if whole else value, low)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    whole = is_number and float(value).is_integer()
+    return check_integer(name, int(float(value)) if whole else value, low)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
