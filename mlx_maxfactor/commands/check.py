@@ -31,8 +31,9 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..factory import create_optimizer
 from ..optimizers import Muon, OrthoMaxFactor, SignSGD
 from ..routing import OPTIMIZERS
+from ..tables import table
 from ..trees import flatten
-from .terminal import OneLineParser, integer, table
+from .terminal import OneLineParser, integer
 
 STEPS = 20
 SEED = 1

@@ -23,10 +23,11 @@ from ..finetuning.memory_estimate import (
 from ..finetuning.model_config import DTYPES, read_config
 from ..finetuning.models import FINE_TUNE_TYPES, bits_of
 from ..routing import OPTIMIZERS
+from ..tables import table
 from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
 from .settings import check_settings
 from .settings import read_config as read_yaml
-from .terminal import OneLineParser, integer, table
+from .terminal import OneLineParser, integer
 
 GB = 1e9
 KINDS = {"lora": "LoRA", "dora": "DoRA", "full": "full"}

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from ..tables import table as table
-
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage.

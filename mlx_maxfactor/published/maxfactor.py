@@ -161,8 +161,9 @@ class MaxFactor(Float32Optimizer):
         self.max_norm, self.full_matrix = check_flags(max_norm=max_norm, full_matrix=full_matrix)
         self.scalar_boost = check_optional("scalar_boost", scalar_boost)
         self.clip_threshold = check_optional("clip_threshold", clip_threshold)
-        (self.relative_step,) = check_flags(relative_step=relative_step)
-        self.vector_sign, self.maximize = check_flags(vector_sign=vector_sign, maximize=maximize)
+        self.relative_step, self.vector_sign, self.maximize = check_flags(
+            relative_step=relative_step, vector_sign=vector_sign, maximize=maximize
+        )
         self.weight_decay, self.min_lr, self.eps_rms, self.min_rms = check_not_negative(
             weight_decay=weight_decay, min_lr=min_lr, eps_rms=eps_rms, min_rms=min_rms
         )
@@ -222,7 +223,7 @@ class MaxFactor(Float32Optimizer):
         self, momentum: FrequencyAdaptiveMomentum, gradient: mx.array, state: dict, layout: str
     ) -> None:
         """Put the filtered gradient ``h`` into the state, along the axis of the inputs."""
-        g = f.clamp(f.as_items(gradient, layout).astype(mx.float32))
+        g = f.as_gradient(f.as_items(gradient, layout))
         stack = f.is_stack(gradient.shape, layout)
         kept = {k: x if stack else x[None] for k, x in state.items() if k.startswith("m")}
         m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(gradient.shape, layout)
