@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_maxfactor import RoutedOptimizer
-from mlx_maxfactor.commands.terminal import table
+from mlx_maxfactor.tables import table
 
 WHOLE, FORWARD, GUARD = "whole step", "forward and backward", "guard"
 
