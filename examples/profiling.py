@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_maxfactor import RoutedOptimizer
-from mlx_maxfactor.tables import table
+from mlx_maxfactor.routing.plan import table
 
 WHOLE, FORWARD, GUARD = "whole step", "forward and backward", "guard"
 
@@ -198,7 +198,7 @@ class _Step:
         """Run the same step one part after the other."""
         costs, optimizer = {}, self.optimizer
         (_, gradients), costs[FORWARD] = measured(lambda: self.forward(*batch), self.state)
-        if optimizer.guard.is_active:
+        if optimizer.guard.shown:
             _, costs[GUARD] = measured(lambda: self.decide(gradients), [])
         for i, (member, update) in enumerate(zip(optimizer.members, self.updates, strict=True)):
             share = optimizer.split(gradients, i)

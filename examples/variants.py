@@ -10,7 +10,6 @@ import mlx.core as mx
 
 from mlx_maxfactor import FrequencyAdaptiveMomentum, Muon, Schedule
 from mlx_maxfactor import functional as f
-from mlx_maxfactor.optimizers import moment_state as moments
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class NorMuon(Muon):
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Muon's update with normalized rows."""
-        u, kept = moments.momentum(g, state, self.momentum, 1.0, self.nesterov)
+        u, kept = f.momentum(g, state, self.momentum, 1.0, self.nesterov)
         step, _ = f.orthogonalize(f.clamp(u), self.method, self.steps, self.block)
         mean = mx.mean(mx.square(step), axis=-1, keepdims=True)
         v = self.beta2 * state["v"] + (1 - self.beta2) * mean

@@ -1,9 +1,12 @@
 """Optimizers for MLX, and a router that gives each parameter to the right one."""
 
-from ._version import __version__
-from .accumulation import accumulate_gradients, averaged_gradients
+from importlib.metadata import version as _version
+
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .distributed import LostRankError, bounded_wait
+from .engine.accumulation import accumulate_gradients, averaged_gradients
+from .engine.schedules import Schedule, adaptive_schedule, warmup_cosine
+from .engine.weight_average import WeightAverage
 from .factory import create_optimizer, create_optimizer_for_hrm, estimate_state_bytes
 from .finetuning.memory import estimate_training_memory
 from .functional import newton_schulz, polar_express
@@ -26,9 +29,8 @@ from .routing import (
     register_optimizer,
 )
 from .routing.combined import GuardedOptimizer
-from .schedules import Schedule, adaptive_schedule, warmup_cosine
-from .weight_average import WeightAverage
 
+__version__ = _version("mlx_maxfactor")
 __docformat__ = "google"  # for pdoc
 
 __all__ = [

@@ -169,20 +169,6 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def check_update(model: Any, gradients: Any) -> None:
-    """Raise unless these are what ``optimizer.update`` takes."""
-    if model == {} == gradients:  # moves a schedule, and nothing else
-        return
-    if not isinstance(model, nn.Module):
-        name = type(model).__name__
-        raise ValueError(f"update takes the model, then its gradients; the model is a {name}")
-    if not isinstance(gradients, dict):
-        raise ValueError(
-            "gradients must be a tree like the model's parameters, as nn.value_and_grad gives "
-            f"beside the loss, got a {type(gradients).__name__}"
-        )
-
-
 # What a message says of a value
 
 

@@ -24,7 +24,8 @@ from ._validate import (
     warn,
 )
 from .distributed.sharding import Sharding
-from .guard import Guard
+from .engine.guard import Guard
+from .engine.trees import flatten
 from .optimizers import AdamW, SignSGD
 from .optimizers.base import Float32Optimizer, Rounding, refuse_complex
 from .routing.members import MemberFactory, MemberSpec
@@ -32,7 +33,6 @@ from .routing.rates import LORA_SCALE, WIDTH, OptimizerName, RateInputs
 from .routing.roles import LORA, Parameter
 from .routing.routed import RoutedOptimizer
 from .routing.rules import apply_rules
-from .trees import flatten
 
 LORA_ROLES = frozenset({"lora_a", "lora_b"})
 HIDDEN_ROLES = frozenset({"hidden", "first", "conv", "experts"}) | LORA_ROLES

@@ -9,7 +9,7 @@ from command_line import error_of
 from mlx_maxfactor import SignSGD
 from mlx_maxfactor import functional as f
 from mlx_maxfactor.commands import check, main
-from mlx_maxfactor.functional import orthogonalization, quantization
+from mlx_maxfactor.functional import first_moment, orthogonalization
 
 
 @pytest.mark.compiled
@@ -48,7 +48,7 @@ DEFECTS = {
     "a coefficient": (orthogonalization, "NEWTON_SCHULZ", (3.4445, -4.6750, 2.0315)),
     "an axis": (f, "factored_second_moment", statistics_over_the_wrong_axis),
     "a step": (f, "second_moment_weight", lambda t, *others: second_moment_weight(t + 1, *others)),
-    "levels": (quantization, "LEVELS", tuple(1.02 * level for level in quantization.LEVELS)),
+    "levels": (first_moment, "LEVELS", tuple(1.02 * level for level in first_moment.LEVELS)),
     "a scale": (f, "muon_scale", lambda *_: 1.0),
 }
 

@@ -217,10 +217,16 @@ def test_other_programs_leave_embeddings_and_named_modules_alone(config, theirs,
     assert not any("embed" in path or "lm_head" in path for path in found)
 
 
-def test_config_of_another_program_asks_for_the_weights():
-    config = CONFIG | {"quantization_config": {"quant_method": "awq", "bits": 4}}
-    with pytest.raises(ValueError, match="quantized with awq: download the weights beside it"):
-        memory_estimate.Request(config).base()
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quantized with awq: download the weights beside it"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": 3}, "a list of names, got 3"),
+    ],
+)
+def test_config_of_another_program_that_says_too_little_is_refused(theirs, message):
+    with pytest.raises(ValueError, match=message):
+        memory_estimate.Request(CONFIG | {"quantization_config": theirs}).base()
 
 
 def test_guard_and_accumulated_gradients_need_memory():

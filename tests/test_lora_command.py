@@ -44,6 +44,11 @@ from mlx_maxfactor.finetuning.models import add_adapters
 from mlx_maxfactor.finetuning.optimizer_names import make_mlx_optimizer
 
 KILLS = int(os.environ.get("KILLS", "6"))
+COMMAND = (
+    sys.executable,
+    "-c",
+    "from mlx_maxfactor.commands import main; raise SystemExit(main())",
+)
 QUICK = {
     "batch_size": 2,
     "num_layers": -1,
@@ -202,7 +207,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(home):
     terminal, side = os.openpty()
     checkpoint = home / "closed" / "checkpoint.safetensors"
     child = subprocess.Popen(
-        [sys.executable, "-m", "mlx_maxfactor", *given(home, "closed", "--iters", "100000")],
+        [*COMMAND, *given(home, "closed", "--iters", "100000")],
         stdin=side,
         stdout=side,
         stderr=side,
@@ -595,7 +600,7 @@ def test_guard_is_turned_off_by_an_option(home, name):
     few = ("--model", "x", "--data", "y", "--num-layers", "-1", "--optimizer", name)
     assert hasattr(adapted(home, parsed(*few)), "skipped")
     optimizer = adapted(home, parsed(*few, "--option", "skip_nonfinite=false"))
-    assert not (hasattr(optimizer, "guard") and optimizer.guard.is_active)
+    assert not (hasattr(optimizer, "guard") and optimizer.guard.shown)
     clipped = ("--option", "skip_nonfinite=false", "--option", "max_grad_norm=1.0")
     assert adapted(home, parsed(*few, *clipped)).guard.max_grad_norm == 1.0
 
@@ -952,7 +957,7 @@ def test_terminal_that_lacks_a_character_does_not_end_the_run(home, monkeypatch)
 
 @pytest.mark.processes
 def test_output_that_cannot_be_written_is_one_line(home):
-    command = [sys.executable, "-m", "mlx_maxfactor", *given(home, "", "--test")]
+    command = [*COMMAND, *given(home, "", "--test")]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1

@@ -6,7 +6,7 @@ import pytest
 import twins
 
 from mlx_maxfactor import SignSGD, adaptive_schedule, warmup_cosine
-from mlx_maxfactor.schedules import scaled
+from mlx_maxfactor.engine.schedules import scaled
 
 STEPS = [0, 1, 5, 10, 11, 50, 99, 100, 101, 10_000]
 

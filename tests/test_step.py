@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_maxfactor import OPTIMIZERS, AdamW, GuardedOptimizer, MaxFactor, create_optimizer
-from mlx_maxfactor.step import find_slots
+from mlx_maxfactor.engine.step import find_slots
 
 COUNT, SIDE = 64, 400  # too large for groups
 MATRIX = 4 * SIDE * SIDE  # bytes of one in float32

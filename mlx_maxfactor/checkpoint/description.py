@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import is_dataclass
+from importlib.metadata import version
 from inspect import isfunction
 from itertools import zip_longest
 from typing import Any, cast
@@ -11,8 +12,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 
-from .._version import __version__
-from ..schedules import described
+from ..engine.schedules import described
 from .file import kind_of
 
 SAMPLE = 1024
@@ -27,7 +27,7 @@ def describe(
 ) -> dict[str, Any]:
     """Describe a run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays."""
     description = {
-        "library": __version__,
+        "library": version("mlx_maxfactor"),
         "weights": weights,
         "optimizers": [
             {

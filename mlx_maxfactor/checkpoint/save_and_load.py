@@ -14,10 +14,10 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
 from .._validate import check_choice, check_flags
+from ..engine.trees import at_path, flatten
+from ..engine.weight_average import WeightAverage
+from ..routing.combined import UpdateStrategy
 from ..routing.roles import find_aliases
-from ..routing.strategy import UpdateStrategy
-from ..trees import at_path, flatten
-from ..weight_average import WeightAverage
 from . import description, file
 from .file import CheckpointError, kind_of
 

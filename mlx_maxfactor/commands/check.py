@@ -26,13 +26,12 @@ from mlx.optimizers import Optimizer
 
 from .. import functional as f
 from .. import reference
-from .._version import __version__
 from ..checkpoint import load_checkpoint, save_checkpoint
+from ..engine.trees import flatten
 from ..factory import create_optimizer
 from ..optimizers import Muon, OrthoMaxFactor, SignSGD
 from ..routing import OPTIMIZERS
-from ..tables import table
-from ..trees import flatten
+from ..routing.plan import table
 from .terminal import OneLineParser, integer
 
 STEPS = 20
@@ -120,7 +119,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "mlx": f"MLX {version('mlx')}",
-        "mlx_maxfactor": f"mlx_maxfactor {__version__}",
+        "mlx_maxfactor": f"mlx_maxfactor {version('mlx_maxfactor')}",
     }
 
 

@@ -23,7 +23,7 @@ from ..finetuning.memory_estimate import (
 from ..finetuning.model_config import DTYPES, read_config
 from ..finetuning.models import FINE_TUNE_TYPES, bits_of
 from ..routing import OPTIMIZERS
-from ..tables import table
+from ..routing.plan import table
 from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
 from .settings import check_settings
 from .settings import read_config as read_yaml

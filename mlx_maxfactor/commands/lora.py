@@ -18,6 +18,7 @@ from mlx.optimizers import Optimizer
 from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
 from tqdm import tqdm
 
+from ..engine.trees import flatten
 from ..finetuning.data import describe_lengths, load_data
 from ..finetuning.model_config import read_config
 from ..finetuning.models import (
@@ -32,7 +33,6 @@ from ..finetuning.models import (
 )
 from ..finetuning.optimizer_names import make_optimizer
 from ..finetuning.tuning import Progress, Tuning
-from ..trees import flatten
 from .lora_arguments import BAD_INPUT, one_line, parse_arguments
 from .terminal import OneLineParser, catching_interrupts
 

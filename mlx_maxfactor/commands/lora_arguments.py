@@ -139,6 +139,8 @@ def option(argument: str) -> tuple[str, Any]:
 
 
 def one_line(problem: BaseException) -> str:
-    """The message of an exception, in one line."""
+    """The message of an exception, in one line. A list of thousands of names is cut."""
     text = str(problem.args[0] if isinstance(problem, KeyError) else problem)
-    return " ".join(text.split())
+    text, most = " ".join(text.split()), 800
+    cut = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return text if len(text) <= most else cut

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
-from .._version import __version__
 from .terminal import OneLineParser, plain_output
 
 COMMANDS = {
@@ -51,7 +51,7 @@ def make_parser() -> OneLineParser:
         raw=True,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=version("mlx_maxfactor"))
     return parser
 
 

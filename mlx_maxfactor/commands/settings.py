@@ -8,7 +8,6 @@ The same table checks the command line and the YAML files of mlx_lm.lora:
     ValueError: lora.yaml: iters must be a whole number of at least 1, got 0
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -63,13 +62,6 @@ def text(name: str, value: Any, least: int = 0) -> str:
     if len(value) < least:
         raise ValueError(f"{name} is empty: name a file or a folder, or leave it out")
     return value
-
-
-def number(name: str, value: Any) -> float:
-    """A finite number."""
-    if isinstance(value, str | None):
-        raise ValueError(f"{name} must be a number, got {shown(value)}")
-    return check_number(name, value, -math.inf, ends="()")
 
 
 def texts(name: str, value: Any) -> list[str]:
@@ -131,9 +123,11 @@ def lr_schedule(name: str, value: Any) -> dict[str, Any]:
     arguments = given["arguments"]
     if not isinstance(arguments, list) or not arguments:
         raise ValueError(f"{name}: arguments must be a list of numbers, as in {EXAMPLE}")
-    checked = {key: number(f"{name}: {key}", x) for key, x in given.items() if key in WARMUP}
-    for i, x in enumerate(arguments):
-        number(f"{name}: arguments[{i}]", x)
+    checked = {
+        key: check_number(f"{name}: {key}", x, 0.0) for key, x in given.items() if key in WARMUP
+    }
+    for i, x in enumerate(arguments):  # a rate below 0 would ascend
+        check_number(f"{name}: arguments[{i}]", x, 0.0)
     if "warmup" in given:
         checked["warmup"] = whole(0)(f"{name}: warmup", given["warmup"])
     checked = {**given, **checked, "name": text(f"{name}: name", given["name"])}

@@ -7,11 +7,10 @@ from weakref import ref
 import mlx.core as mx
 
 from ..checkpoint.file import CheckpointError
+from ..engine.step import ParameterSlot
+from ..engine.trees import at_path, flatten
 from ..optimizers.foreign import as_member
-from ..routing.combined import CombinedOptimizer
-from ..routing.strategy import UpdateStrategy
-from ..step import ParameterSlot
-from ..trees import at_path, flatten
+from ..routing.combined import CombinedOptimizer, UpdateStrategy
 from .assignment import Assignment
 from .collectives import MESSAGE_BYTES, OrderedCollectives, OwnedArray
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..trees import flatten
+from ..engine.trees import flatten
 
 MOST = 4
 """More kinds than these are merged: layers that differ in nothing but their sizes are one kind."""

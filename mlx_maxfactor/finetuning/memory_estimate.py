@@ -24,9 +24,9 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from mlx_lm.utils import _get_classes, load_model
 
+from ..engine.trees import flatten
 from ..factory import estimate_state_bytes
 from ..routing import OPTIMIZERS
-from ..trees import flatten
 from .layer_kinds import Plan, keep_layers, plan_of, whole
 from .model_config import (
     DTYPES,

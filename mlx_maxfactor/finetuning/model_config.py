@@ -34,6 +34,9 @@ WIDTHS = (
 PACKED = ("awq", "bitnet", "compressed-tensors", "gptq", "modelopt")
 """Methods of other programs whose weights mlx-lm keeps quantized. Only the weights say how."""
 
+READABLE = (*PACKED, "fp8", "mxfp4", "mxfp8")
+"""Methods of other programs that mlx-lm reads."""
+
 
 def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
     """A model's config, and its folder.
@@ -84,10 +87,14 @@ def _checked(config: Any, name: str) -> dict[str, Any]:
             check_integer(f"{name}: {key}", size, 1)
     if (ours := config.get("quantization")) is not None:
         _check_quantization(f"{name}: quantization", ours, ("bits", "group_size"))
-    elif (theirs := value_of(config, "quantization_config")) and not (
-        isinstance(theirs, dict) and isinstance(theirs.get("quant_method"), str)
-    ):
-        raise ValueError(f"{name}: quantization_config needs quant_method, got {shown(theirs)}")
+    elif theirs := value_of(config, "quantization_config"):
+        method = theirs.get("quant_method") if isinstance(theirs, dict) else None
+        if not isinstance(method, str):
+            raise ValueError(f"{name}: quantization_config needs quant_method, got {shown(theirs)}")
+        if method not in READABLE:
+            raise ValueError(
+                f"{name}: mlx-lm does not read weights of {method}: take those before quantizing"
+            )
     return config
 
 
@@ -168,19 +175,20 @@ def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None
         return
     theirs = value_of(config, "quantization_config")
     method = theirs.get("quant_method") if theirs else None
-    if method not in (None, *PACKED, "fp8", "mxfp4", "mxfp8"):
-        raise ValueError(f"mlx-lm does not read weights of {method}: take those before quantizing")
     if method in PACKED:
         raise ValueError(
             f"it is quantized with {method}: download the weights beside it, which say what is "
             "quantized, or leave out quantization_config"
         )
     if method in ("mxfp4", "mxfp8"):
-        left_out = [*(theirs.get("modules_to_not_convert") or ()), "*lm_head"]
+        named = theirs.get("modules_to_not_convert") or []
+        if not isinstance(named, list | tuple) or not all(isinstance(name, str) for name in named):
+            raise ValueError(f"modules_to_not_convert must be a list of names, got {shown(named)}")
+        left_out = [*named, "*lm_head"]
 
         def chosen(path: str, module: nn.Module) -> bool:
-            named = any(fnmatchcase(f"{path}.", f"{name}.*") for name in left_out)
-            return not (named or isinstance(module, nn.Embedding))
+            is_named = any(fnmatchcase(f"{path}.", f"{name}.*") for name in left_out)
+            return not (is_named or isinstance(module, nn.Embedding))
 
         quantize(model, chosen, bits=int(method[-1]), group_size=32, mode=method)
 

@@ -13,7 +13,7 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from .._validate import shown
-from ..trees import flatten
+from ..engine.trees import flatten
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 

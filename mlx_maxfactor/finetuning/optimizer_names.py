@@ -18,10 +18,10 @@ from .._validate import (
     check_number,
     check_pair,
 )
+from ..engine.schedules import Schedule, adaptive_schedule, warmup_cosine, with_peak
 from ..factory import create_optimizer
 from ..routing import OPTIMIZERS
 from ..routing.combined import GuardedOptimizer
-from ..schedules import Schedule, adaptive_schedule, warmup_cosine, with_peak
 from .models import prefixing_errors
 
 MLX_OPTIMIZERS: dict[str, type[Optimizer]] = {

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ..checkpoint.file import check_target, write
-from ..trees import flatten
+from ..engine.trees import flatten
 from .data import name_of_data
 from .models import prefixing_errors
 from .optimizer_names import MLX_OPTIMIZERS

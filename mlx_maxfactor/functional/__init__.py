@@ -5,6 +5,19 @@ moment, ``u`` update, ``m`` momentum. Nothing here changes an array it was given
 knows a class.
 """
 
+from .first_moment import (
+    BITS,
+    GROUPS,
+    STATE_DTYPES,
+    Bits,
+    StateDtype,
+    averaging_momentum,
+    dequantize,
+    momentum,
+    packed,
+    quantize,
+    unpacked,
+)
 from .frequency_bands import band_damping, band_momentum, band_shares
 from .layouts import (
     LAYOUTS,
@@ -16,25 +29,7 @@ from .layouts import (
     is_stack,
     items_shape,
     matrices_shape,
-)
-from .moments import (
-    ROOT_FLOOR,
-    averaging_momentum,
-    bias_correction,
-    factored_root,
-    factored_second_moment,
-    largest_moment,
-    second_moment_weight,
-)
-from .norms import (
-    as_gradient,
-    clamp,
-    each,
-    fusion_barrier,
-    on_cpu,
-    rms,
-    row_squares,
-    scaled_global_norm,
+    of_one,
 )
 from .orthogonalization import (
     METHODS,
@@ -46,19 +41,38 @@ from .orthogonalization import (
     orthogonalize,
     polar_express,
 )
-from .quantization import FORGOTTEN, GROUPS, Bits, dequantize, quantize
 from .rounding import stochastic_round
+from .statistics import (
+    ROOT_FLOOR,
+    as_gradient,
+    bias_correction,
+    clamp,
+    each,
+    factored_root,
+    factored_second_moment,
+    fusion_barrier,
+    largest_moment,
+    on_cpu,
+    rms,
+    row_squares,
+    scaled_global_norm,
+    second_moment_weight,
+    zero_count,
+    zero_statistics,
+)
 
 __all__ = [
-    "FORGOTTEN",
+    "BITS",
     "GROUPS",
     "LAYOUTS",
     "METHODS",
     "POLAR_EXPRESS",
     "ROOT_FLOOR",
+    "STATE_DTYPES",
     "Bits",
     "Layout",
     "Method",
+    "StateDtype",
     "as_gradient",
     "as_items",
     "as_matrices",
@@ -79,11 +93,14 @@ __all__ = [
     "items_shape",
     "largest_moment",
     "matrices_shape",
+    "momentum",
     "muon_scale",
     "newton_schulz",
+    "of_one",
     "on_cpu",
     "orthogonalization_flops",
     "orthogonalize",
+    "packed",
     "polar_express",
     "quantize",
     "rms",
@@ -91,4 +108,7 @@ __all__ = [
     "scaled_global_norm",
     "second_moment_weight",
     "stochastic_round",
+    "unpacked",
+    "zero_count",
+    "zero_statistics",
 ]

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .norms import fusion_barrier
+from .statistics import fusion_barrier
 
 
 def bands_of_bins(bins: int, bands: int) -> mx.array:

@@ -1,6 +1,7 @@
 """View arrays as the matrices they hold."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import mlx.core as mx
@@ -51,6 +52,11 @@ def from_items(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
         # In rows, as a checkpoint loads them: with a view, products would round differently.
         x = mx.contiguous(x.swapaxes(-1, -2))
     return x.reshape(-1, *shape)
+
+
+def of_one(state: Mapping[str, mx.array], stack: bool) -> Mapping[str, mx.array]:
+    """The state of one parameter: without the first axis, unless this counts its own matrices."""
+    return state if stack else {key: x.squeeze(0) for key, x in state.items()}
 
 
 def items_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:

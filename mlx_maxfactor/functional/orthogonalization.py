@@ -8,8 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from .layouts import crop, pad
-from .moments import SMALLEST_NORMAL
-from .norms import fusion_barrier, rms, unit_frobenius
+from .statistics import SMALLEST_NORMAL, fusion_barrier, rms, unit_frobenius
 
 Quintic = tuple[float, float, float]
 

@@ -4,7 +4,6 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_number, check_pair
-from . import moment_state as moments
 from .base import Float32Optimizer, Rounding
 
 
@@ -80,8 +79,8 @@ class Adafactor(Float32Optimizer):
 
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Row and column statistics, or a vector's second moment, and a count of updates."""
-        second = moments.statistics(shape) if len(shape) > 2 else {"v": mx.zeros(shape)}
-        return second | moments.count(shape)
+        second = f.zero_statistics(shape) if len(shape) > 2 else {"v": mx.zeros(shape)}
+        return second | f.zero_count(shape)
 
     def rule(
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]

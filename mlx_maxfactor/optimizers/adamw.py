@@ -4,7 +4,6 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_flag, check_number, check_pair
-from . import moment_state as moments
 from .base import Float32Optimizer, Rounding
 
 
@@ -59,7 +58,7 @@ class AdamW(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: moments.StateDtype = "float32",
+        state_dtype: f.StateDtype = "float32",
     ):
         super().__init__(learning_rate, layout, rounding, seed, state_dtype)
         self.betas = check_pair("betas", betas, 0.0, 1.0)
@@ -76,9 +75,9 @@ class AdamW(Float32Optimizer):
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Both moments, and a count of updates. Without β₁ there is no first moment."""
         factored = self.factored and len(shape) > 2
-        second = moments.statistics(shape) if factored else {"v": mx.zeros(shape)}
+        second = f.zero_statistics(shape) if factored else {"v": mx.zeros(shape)}
         first = {"m": mx.zeros(shape)} if self.betas[0] else {}
-        return first | second | moments.count(shape)
+        return first | second | f.zero_count(shape)
 
     def rule(
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
@@ -87,7 +86,7 @@ class AdamW(Float32Optimizer):
         eta, (beta1, beta2), t = self.learning_rate, self.betas, state["count"] + 1
         root, second = self._second_moment_root(g, state)
         m, first = f.averaging_momentum(g, state, beta1, nesterov=False)
-        if first and self.state_dtype in moments.BITS:
+        if first and self.state_dtype in f.BITS:
             # Elements far below their group's largest are rounded coarsely: limit their step.
             bound = f.fusion_barrier(f.largest_moment(beta1, beta2, t)) * root
             m = first["m"] = mx.maximum(-bound, mx.minimum(bound, m))

@@ -18,15 +18,13 @@ from .._validate import (
     check_choice,
     check_integer,
     check_rate,
-    check_update,
     shown,
     value_if_evaluated,
     warn,
 )
-from ..schedules import described
-from ..step import StepDecision, find_slots, in_order, take_step
-from ..trees import child_at, children, flatten, trainable
-from . import moment_state as moments
+from ..engine.schedules import described
+from ..engine.step import StepDecision, check_update, find_slots, in_order, take_step
+from ..engine.trees import child_at, children, flatten, trainable
 
 COMPLEX = (
     "complex parameters are not supported: store the real and imaginary parts as two arrays, or "
@@ -105,10 +103,10 @@ class Float32Optimizer(Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: moments.StateDtype = "float32",
+        state_dtype: f.StateDtype = "float32",
     ):
         super().__init__()
-        self.state_dtype = moments.check_state_dtype(state_dtype)
+        self.state_dtype = _check_state_dtype(state_dtype)
         self.rounding: str = check_choice("rounding", rounding, get_args(Rounding))
         self.seed = check_integer("seed", seed, 0, LARGEST_SEED)
         self._keys_made = 0
@@ -250,8 +248,8 @@ class Float32Optimizer(Optimizer):
         """Make the state of one parameter, from its shape alone."""
         layout = self._own_layout(layout)
         new = self.new_state(f.items_shape(parameter.shape, layout))
-        kept = moments.packed(new, self.state_dtype)
-        state.update(moments.of_one(kept, f.is_stack(parameter.shape, layout)))
+        kept = f.packed(new, self.state_dtype)
+        state.update(f.of_one(kept, f.is_stack(parameter.shape, layout)))
         if self.rounding == "stochastic" and "key" not in state:
             state["key"] = mx.random.key(self.seed << 32 | self._keys_made)
             self._keys_made += 1
@@ -271,7 +269,7 @@ class Float32Optimizer(Optimizer):
     ) -> list[mx.array]:
         """Return updated parameters of one shape. Their states change in place."""
         layout, count, first = self._own_layout(layout), len(gradients), parameters[0]
-        flat = self.elementwise and count == 1 and self.state_dtype not in moments.BITS
+        flat = self.elementwise and count == 1 and self.state_dtype not in f.BITS
         stack = flat or f.is_stack(first.shape, layout)
         join = itemgetter(0) if count == 1 else mx.concatenate
         in_rows = count == 1 and not self.casts
@@ -280,12 +278,12 @@ class Float32Optimizer(Optimizer):
         old = {k: join([s[k] if stack else s[k][None] for s in states]) for k in keys}
         if not self.casts:
             p, g = p.astype(mx.float32), f.as_gradient(g)
-            old = moments.unpacked(old, g)
+            old = f.unpacked(old, g)
         new, state = self.rule(g, p, old)
-        state = moments.packed(state, self.state_dtype)
+        state = f.packed(state, self.state_dtype)
         parts = {key: _parts(x, count) for key, x in state.items()}
         for i, own in enumerate(states):
-            own.update(moments.of_one({k: xs[i] for k, xs in parts.items()}, stack))
+            own.update(f.of_one({k: xs[i] for k, xs in parts.items()}, stack))
         new = self._rounded(new, first.dtype, states[0])
         if flat:
             return [new]
@@ -473,6 +471,13 @@ def refuse_complex(arrays: Mapping[str, mx.array]) -> None:
 def is_complex(x: mx.array) -> bool:
     """Whether an array is complex."""
     return mx.issubdtype(x.dtype, mx.complexfloating)
+
+
+def _check_state_dtype(state_dtype: Any) -> str:
+    """Return the dtype's name. Raise if a buffer cannot have it."""
+    if isinstance(state_dtype, mx.Dtype):
+        state_dtype = str(state_dtype).rpartition(".")[2]
+    return check_choice("state_dtype", state_dtype, f.STATE_DTYPES)
 
 
 def _items(arrays: Sequence[mx.array], layout: str, flat: bool, in_rows: bool) -> list[mx.array]:

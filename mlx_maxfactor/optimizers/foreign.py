@@ -9,7 +9,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map, tree_unflatten
 
 from .._validate import Rate
-from ..trees import flatten
+from ..engine.trees import flatten
 from .base import ELEMENTWISE_FLOPS, Float32Optimizer
 
 

@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number
-from . import moment_state as moments
 from .base import Float32Optimizer, Rounding, refuse_vector
 
 Scale = Literal["spectral", "rms"]
@@ -72,7 +71,7 @@ class Muon(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: moments.StateDtype = "float32",
+        state_dtype: f.StateDtype = "float32",
         block: int | None = None,
     ):
         super().__init__(learning_rate, layout, rounding, seed, state_dtype)
@@ -93,7 +92,7 @@ class Muon(Float32Optimizer):
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """One update."""
-        u, kept = moments.momentum(g, state, self.momentum, 1.0, self.nesterov)
+        u, kept = f.momentum(g, state, self.momentum, 1.0, self.nesterov)
         o, _ = f.orthogonalize(f.clamp(u), self.method, self.steps, self.block)
         p, eta = p.astype(mx.float32), self.learning_rate
         return p - eta * (self.weight_decay * p) - self.step_size(p, self.step, eta) * o, kept

@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from .. import functional as f
 from .._validate import Rate, check_choice, check_flag, check_integer, check_number, check_rising
-from . import moment_state as moments
 from .base import Float32Optimizer, Rounding, refuse_vector
 
 
@@ -90,7 +89,7 @@ class OrthoMaxFactor(Float32Optimizer):
         *,
         momentum: float = 0.8,
         nesterov: bool = True,
-        state_dtype: moments.StateDtype = "int4",
+        state_dtype: f.StateDtype = "int4",
         block: int | None = 128,
         method: f.Method | Callable[[mx.array], mx.array] = "newton_schulz",
         steps: int = 5,
@@ -120,7 +119,7 @@ class OrthoMaxFactor(Float32Optimizer):
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Row and column statistics, and the momentum, if there is any."""
         refuse_vector(self, shape)
-        return moments.statistics(shape) | ({"m": mx.zeros(shape)} if self.momentum else {})
+        return f.zero_statistics(shape) | ({"m": mx.zeros(shape)} if self.momentum else {})
 
     def rule(
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
@@ -128,7 +127,7 @@ class OrthoMaxFactor(Float32Optimizer):
         """One update."""
         b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
         row, column = f.factored_second_moment(g, state["row"], state["column"], b, is_view=True)
-        h, kept = moments.momentum(g, state, self.momentum, 1 - self.momentum, self.nesterov)
+        h, kept = f.momentum(g, state, self.momentum, 1 - self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
         root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
         u = f.clamp(h / root)

@@ -15,7 +15,6 @@ from .._validate import (
     check_pair,
     check_rising,
 )
-from ..optimizers import moment_state as moments
 from ..optimizers.base import Float32Optimizer, Rounding
 from .frequency_adaptive_momentum import FrequencyAdaptiveMomentum
 
@@ -148,7 +147,7 @@ class MaxFactor(Float32Optimizer):
         layout: f.Layout = "batched",
         rounding: Rounding = "nearest",
         seed: int = 0,
-        state_dtype: moments.StateDtype = "float32",
+        state_dtype: f.StateDtype = "float32",
     ):
         self._usual_rate = None if min_rms or relative_step else 0.01
         super().__init__(learning_rate, layout, rounding, seed, state_dtype)
@@ -193,7 +192,7 @@ class MaxFactor(Float32Optimizer):
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Row and column statistics, or a second moment, and the momentum, if there is any."""
         full = self.full_matrix or len(shape) < 3 or self._is_scalar(shape)
-        second = {"v": mx.zeros(shape)} if full else moments.statistics(shape)
+        second = {"v": mx.zeros(shape)} if full else f.zero_statistics(shape)
         return second | ({"m": mx.zeros(shape)} if self.momentum else {})
 
     def init_single(self, parameter: mx.array, state: dict, layout: str | None = None) -> None:
@@ -226,10 +225,10 @@ class MaxFactor(Float32Optimizer):
         g = f.as_gradient(f.as_items(gradient, layout))
         stack = f.is_stack(gradient.shape, layout)
         kept = {k: x if stack else x[None] for k, x in state.items() if k.startswith("m")}
-        m, shape = moments.unpacked(kept, g)["m"], f.input_axis_shape(gradient.shape, layout)
+        m, shape = f.unpacked(kept, g)["m"], f.input_axis_shape(gradient.shape, layout)
         h, m = momentum.replaced(g.reshape(shape), m.reshape(shape), state, self.nesterov)
-        kept = moments.packed({"m": m.reshape(g.shape), "h": h.reshape(g.shape)}, self.state_dtype)
-        state.update(moments.of_one(kept, stack))
+        kept = f.packed({"m": m.reshape(g.shape), "h": h.reshape(g.shape)}, self.state_dtype)
+        state.update(f.of_one(kept, stack))
 
     def rule(
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]

@@ -1,5 +1,6 @@
 """Several optimizers as one: how a step gets from gradients to parameters."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,54 @@ import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
-from .._validate import check_update, got
-from ..guard import Guard
+from .._validate import got
+from ..engine.guard import Guard
+from ..engine.step import ParameterSlot, check_update, find_slots, in_order, take_step
 from ..optimizers.foreign import as_member
-from ..step import ParameterSlot, find_slots, in_order, take_step
-from .strategy import UpdateStrategy
+
+
+class UpdateStrategy:
+    """This machine makes all updates and holds all state. A subclass shares both among ranks.
+
+    Attributes:
+        rank: Number of this rank.
+        ranks: Number of ranks.
+    """
+
+    rank, ranks = 0, 1
+
+    def prepare(self, optimizer: Any, parameters: dict) -> None:
+        """Called when the optimizer has made the state of these parameters."""
+
+    def average_gradients(self, slots: list[ParameterSlot]) -> list[ParameterSlot]:
+        """The slots, each with the mean of all ranks' gradients."""
+        return slots
+
+    def update(
+        self,
+        slots: list[ParameterSlot],
+        step: Callable[[list[ParameterSlot]], dict[str, mx.array]],
+    ) -> dict[str, mx.array]:
+        """Every parameter by path, updated by ``step``."""
+        return step(slots)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of whole states, by path, where this machine holds only parts of them."""
+        return {}
+
+    # Checkpoints. All ranks must call these methods together.
+
+    def gather(self, own: mx.array) -> mx.array:
+        """The arrays of all ranks along a new first axis. One machine's array is unchanged."""
+        return own
+
+    def spread_state(self) -> Mapping[str, mx.array]:
+        """Templates of the arrays that are spread over ranks, by their names on one machine."""
+        return {}
+
+    def with_whole_state(self, write: Callable[[dict[str, mx.array]], None]) -> None:
+        """Call ``write`` on one rank, with the spread arrays whole. If it fails, all raise."""
+        write({})
 
 
 class CombinedOptimizer(MultiOptimizer):
@@ -28,6 +72,7 @@ class CombinedOptimizer(MultiOptimizer):
         self, optimizers: list[Optimizer], guard: Guard, strategy: UpdateStrategy | None = None
     ):
         super().__init__(optimizers, [None] * (len(optimizers) - 1))
+        self._routes: dict[str, int] = {}
         self.filters = []  # `index_of` replaces them, and MLX's own lambda could not be pickled
         self._members = [as_member(optimizer) for optimizer in optimizers]
         self.guard = guard
@@ -36,7 +81,7 @@ class CombinedOptimizer(MultiOptimizer):
 
     def index_of(self, path: str) -> int | None:
         """Index of the member that updates the parameter at a path. None: no member does."""
-        return 0
+        return self._routes.get(path)
 
     def split(self, tree: Any, index: int) -> Any:
         """The part of a tree that one member updates. Lists keep their length."""
@@ -172,6 +217,10 @@ class GuardedOptimizer(CombinedOptimizer):
                 "max_grad_norm, skip_nonfinite and max_skipped to create_optimizer"
             )
         super().__init__([optimizer], Guard(max_grad_norm, skip_nonfinite, max_skipped))
+
+    def index_of(self, path: str) -> int | None:
+        """The optimizer updates every parameter."""
+        return 0
 
     def __repr__(self) -> str:
         """The guarded optimizer, and the guard's options."""

@@ -8,10 +8,10 @@ from typing import Any, cast
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from .._validate import LARGEST_SEED, Rate, check_rate, got, hint, shown, warn
+from ..engine.schedules import Schedule, scaled, with_peak
 from ..optimizers.adafactor import Adafactor, relative_step_of
 from ..optimizers.base import options_of
 from ..optimizers.foreign import as_member
-from ..schedules import Schedule, scaled, with_peak
 from .rates import OPTIMIZERS, RateInputs, RatePreset, default_rate, schedule_of
 from .routed import Member
 

@@ -1,8 +1,7 @@
 """The plan: which parameter goes to which optimizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from ..tables import table
 
 
 @dataclass(frozen=True)
@@ -54,3 +53,12 @@ class Plan(tuple[PlanEntry, ...]):
         ]
         total = (f"{len(self)} parameters", "", "", "total", "", f"{self.state_bytes:,}")
         return table([header, *rows, total], left=4)
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns, the first ``left`` ones to the left, the others right; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = [map(str.ljust, row[:left], widths) for row in rows]
+    numbers = [map(str.rjust, row[left:], widths[left:]) for row in rows]
+    head, *body = ("  ".join([*a, *b]).rstrip() for a, b in zip(texts, numbers, strict=True))
+    return "\n".join([head, "  ".join("-" * width for width in widths), *body])

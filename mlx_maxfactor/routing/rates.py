@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from .._validate import check_number, shown
+from ..engine.schedules import Schedule, warmup_cosine
 from ..optimizers import Adafactor, AdamW, Muon, OrthoMaxFactor, SignSGD
 from ..optimizers.base import Float32Optimizer
 from ..published import MaxFactor
-from ..schedules import Schedule, warmup_cosine
 from .roles import ROLES
 
 OptimizerName = Literal["orthomaxfactor", "maxfactor", "adafactor", "signsgd", "muon", "adamw"]

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear
 
-from ..trees import children
+from ..engine.trees import children
 
 ROLES = (
     "embedding",

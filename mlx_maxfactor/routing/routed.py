@@ -10,14 +10,13 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from .._validate import Rate, check_rate, value_if_evaluated
-from ..guard import Guard
+from ..engine.guard import Guard
+from ..engine.schedules import scaled
+from ..engine.trees import children, flatten, trainable
 from ..optimizers.base import refuse_complex
-from ..schedules import scaled
-from ..trees import children, flatten, trainable
-from .combined import CombinedOptimizer, shown_optimizer
+from .combined import CombinedOptimizer, UpdateStrategy, shown_optimizer
 from .plan import Plan, PlanEntry
 from .roles import Parameter, find_aliases
-from .strategy import UpdateStrategy
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,6 @@ class RoutedOptimizer(CombinedOptimizer):
             )
         super().init(parameters)
         self._prepared.update(new)
-
-    def index_of(self, path: str) -> int | None:
-        """Index of the member that updates the parameter at a path."""
-        return self._routes.get(path)
 
     def split(self, tree: Any, index: int, path: str = "") -> Any:
         """The tree without the parameters of other members. Lists keep their length."""

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
 from .._validate import got, hint, shown, warn
-from ..trees import flatten
+from ..engine.trees import flatten
 from .rates import OPTIMIZERS
 from .roles import ROLES, Parameter, find_aliases, find_roles
 

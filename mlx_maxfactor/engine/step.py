@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
 
 from .trees import matched_leaves, select
@@ -81,10 +82,6 @@ class StepDecision(NamedTuple):
     factor: mx.array | None = None
     accepted: mx.array | None = None
 
-    def scaled(self, gradient: mx.array) -> mx.array:
-        """The gradient times the factor, in float32: a small fp16 gradient would become zero."""
-        return gradient if self.factor is None else gradient * self.factor
-
     def kept(self, new: Any, old: mx.array) -> mx.array:
         """The new array in the old dtype, or the old one if the step is skipped.
 
@@ -92,6 +89,20 @@ class StepDecision(NamedTuple):
         """
         new = new.astype(old.dtype)
         return new if self.accepted is None else mx.where(self.accepted, new, old)
+
+
+def check_update(model: Any, gradients: Any) -> None:
+    """Raise unless these are what ``optimizer.update`` takes."""
+    if model == {} == gradients:  # moves a schedule, and nothing else
+        return
+    if not isinstance(model, nn.Module):
+        name = type(model).__name__
+        raise ValueError(f"update takes the model, then its gradients; the model is a {name}")
+    if not isinstance(gradients, dict):
+        raise ValueError(
+            "gradients must be a tree like the model's parameters, as nn.value_and_grad gives "
+            f"beside the loss, got a {type(gradients).__name__}"
+        )
 
 
 def find_slots(
@@ -197,7 +208,9 @@ def _update_group(
     states = list({id(slot.state): slot.state for slot in group}.values())
     decides = any(x is not None for x in decision)
     before = [tree_map(lambda x: x, state) for state in states] if decides else []
-    gradients = [decision.scaled(x) for x in _after(done, [s.gradient for s in group])]
+    gradients = _after(done, [slot.gradient for slot in group])
+    if decision.factor is not None:  # in float32: a small fp16 gradient would become zero
+        gradients = [g * decision.factor for g in gradients]
     parameters = _after(done, [slot.parameter for slot in group])
     for state in states:
         arrays = {key: x for key, x in state.items() if isinstance(x, mx.array)}

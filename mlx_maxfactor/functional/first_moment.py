@@ -1,19 +1,25 @@
-"""Momentum in 4 or 8 bits: groups of elements that share a scale, rounded to nearest.
+"""Momentum, in float32, bfloat16, or 8 or 4 bits: groups of elements that share a scale.
 
-Rounding is deterministic: it needs no random key, and the same array gives the same codes on every
-machine. Zero has a code: what is zero stays zero.
+Rounding to few bits is to nearest and deterministic: it needs no random key, and the same array
+gives the same codes on every machine. Zero has a code: what is zero stays zero.
 """
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Literal
 
 import mlx.core as mx
 
 from .layouts import crop, pad
-from .norms import fusion_barrier, on_cpu
+from .statistics import as_gradient, fusion_barrier, on_cpu
 
 Bits = Literal[4, 8]
+StateDtype = Literal["float32", "bfloat16", "int8", "int4"] | mx.Dtype
+"""Type of the option ``state_dtype``: a name, or the MLX dtype of that name."""
+
+STATE_DTYPES = ("float32", "bfloat16", "int8", "int4")
+BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 
 GROUPS: dict[Bits, int] = {4: 32, 8: 64}
 """Consecutive elements that share a scale: a power of two in 4 bits, a bf16 number in 8."""
@@ -29,6 +35,73 @@ FORGOTTEN = 0.25
 To nearest, 0.8 times a low level is rounded back to it, and a weight without gradient would keep
 its momentum for ever.
 """
+
+
+def packed(state: dict[str, mx.array], dtype: str) -> dict[str, mx.array]:
+    """A rule's state as it is kept: ``m`` in its dtype."""
+    kept = dict(state)
+    if "m" in kept:
+        if dtype in BITS:
+            kept["m"], kept["m_scale"] = quantize(kept["m"], BITS[dtype])
+        else:
+            kept["m"] = kept["m"].astype(getattr(mx, dtype))
+    return kept
+
+
+def unpacked(state: Mapping[str, mx.array], g: mx.array) -> dict[str, mx.array]:
+    """The state that a rule is given, in float32. ``g``: the gradients, for the shape of ``m``."""
+    read = {key: x for key, x in state.items() if key != "m_scale"}
+    if "m" in read:
+        read["m"] = _read(*_kept(state, g), g)
+    return read
+
+
+def momentum(
+    g: mx.array, state: Mapping[str, mx.array], beta: float, gain: float, nesterov: bool
+) -> tuple[mx.array, dict[str, mx.array]]:
+    r"""``m ← βm + gain·g``, for a rule that takes its arguments as they are kept.
+
+    Returns:
+        m, or with Nesterov ``βm + gain·g`` of the new m; and what to keep. With β = 0 it is g.
+    """
+    g = mx.contiguous(g)  # a Linear's gradient is a transposed view, over which passes are slow
+    if not beta:
+        return as_gradient(g), {}
+    # Two formulas of the old m, and of two views: each kernel reads g and m as they are kept, and
+    # writes one array. MLX would merge equal views, and write float32 copies of both.
+    m, in_few_bits = _kept(state, g)
+    a, b = (beta**2, gain * (1 + beta)) if nesterov else (beta, gain)
+    h = a * _read(m, in_few_bits, g) + b * as_gradient(g)
+    m, g_flat = (x.reshape(len(g), -1) for x in (m, g))
+    m = beta * _read(m, in_few_bits, g_flat) + gain * as_gradient(g_flat)
+    return h, {"m": m.reshape(g.shape)}
+
+
+def _kept(state: Mapping[str, mx.array], g: mx.array) -> tuple[mx.array, bool]:
+    """The momentum in the dtype in which it is kept, or coded, and whether it has few bits."""
+    scale = state.get("m_scale")
+    m = state["m"] if scale is None else dequantize(state["m"], scale, g.shape)
+    return m, scale is not None
+
+
+def _read(m: mx.array, in_few_bits: bool, g: mx.array) -> mx.array:
+    m = m.astype(mx.float32)
+    return mx.where(g == 0, FORGOTTEN * m, m) if in_few_bits else m
+
+
+def averaging_momentum(
+    g: mx.array, state: Mapping[str, mx.array], decay: float, nesterov: bool
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """``m ← βm + (1-β)g``. With a decay β of 0 there is no ``m``.
+
+    Returns:
+        m, or ``βm + (1-β)g`` of the new m (Nesterov); and what to keep.
+    """
+    if not decay:
+        return g, {}
+    # As differences: a common (1-β)g would be written to memory.
+    m = state["m"] + (1 - decay) * (g - state["m"])
+    return g + decay * (m - g) if nesterov else m, {"m": m}
 
 
 def quantize(x: mx.array, bits: Bits) -> tuple[mx.array, mx.array]:

@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from ._validate import check_number, got
+from .._validate import check_number, got
 
 
 def accumulate_gradients(

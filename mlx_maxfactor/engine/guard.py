@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from . import functional as f
-from ._validate import check_flag, check_integer, check_number, value_if_evaluated
+from .. import functional as f
+from .._validate import check_flag, check_integer, check_number, value_if_evaluated
 from .step import StepDecision
 
 
@@ -44,11 +44,6 @@ class Guard:
         self.counts = {name: mx.array(0, mx.uint32) for name in names}
 
     @property
-    def is_active(self) -> bool:
-        """Whether it clips or skips anything."""
-        return self.max_grad_norm is not None or self.skip_nonfinite
-
-    @property
     def shown(self) -> list[str]:
         """The options that are set, as in a call."""
         options = {key: x for key, x in vars(self).items() if x and key != "counts"}
@@ -56,7 +51,7 @@ class Guard:
 
     def decide(self, gradients: Sequence[mx.array]) -> StepDecision:
         """Decide what happens to the gradients and to the step. Nothing is read back."""
-        if not self.is_active:
+        if self.max_grad_norm is None and not self.skip_nonfinite:
             return StepDecision()
         factor, (peak, norm) = None, f.scaled_global_norm(gradients)
         finite = f.fusion_barrier(mx.isfinite(norm))

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from . import functional as f
-from ._validate import check_integer, check_number, shown
+from .. import functional as f
+from .._validate import check_integer, check_number, shown
 from .trees import flatten
 
 DTYPES = (mx.float32, mx.bfloat16)

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ._validate import check_number, check_steps, is_of_mlx
+from .._validate import check_number, check_steps, is_of_mlx
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""One step of all parameters, and what surrounds it: trees, schedules, guard, averages."""
