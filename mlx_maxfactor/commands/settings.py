@@ -28,7 +28,7 @@ from .._validate import (
 )
 from ..finetuning.model_config import BITS
 from ..finetuning.models import FINE_TUNE_TYPES
-from ..finetuning.optimizer_names import EXAMPLE, WARMUP, make_schedule, optimizer_name
+from ..finetuning.optimizer_names import EXAMPLE, make_schedule, optimizer_name
 
 Check = Callable[[str, Any], Any]
 """Takes a name and a value. Returns the value in its final form, or raises ValueError."""
@@ -123,13 +123,10 @@ def lr_schedule(name: str, value: Any) -> dict[str, Any]:
     arguments = given["arguments"]
     if not isinstance(arguments, list) or not arguments:
         raise ValueError(f"{name}: arguments must be a list of numbers, as in {EXAMPLE}")
-    checked = {
-        key: check_number(f"{name}: {key}", x, 0.0) for key, x in given.items() if key in WARMUP
-    }
     for i, x in enumerate(arguments):  # a rate below 0 would ascend
         check_number(f"{name}: arguments[{i}]", x, 0.0)
-    if "warmup" in given:
-        checked["warmup"] = whole(0)(f"{name}: warmup", given["warmup"])
+    checks: dict[str, Check] = {"warmup": whole(0), "warmup_init": partial(check_number, low=0.0)}
+    checked = {key: checks[key](f"{name}: {key}", x) for key, x in given.items() if key in checks}
     checked = {**given, **checked, "name": text(f"{name}: name", given["name"])}
     make_schedule(**checked)
     return checked
