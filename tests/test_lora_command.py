@@ -885,7 +885,7 @@ def test_small_rate_is_named_as_it_was_given(home):
     with pytest.warns(UserWarning, match="1e-05 is small for LoRA") as told:
         adapted(home, parsed(*few))
     assert len(told) == 1
-    assert "the default is 0.0003" in str(told[0].message)
+    assert "the default is 0.0002" in str(told[0].message)
 
 
 def test_schedule_says_that_it_counts_updates(home, capsys):
