@@ -198,7 +198,7 @@ class _Step:
         """Run the same step one part after the other."""
         costs, optimizer = {}, self.optimizer
         (_, gradients), costs[FORWARD] = measured(lambda: self.forward(*batch), self.state)
-        if optimizer.guard.shown:
+        if optimizer.guard.is_active:
             _, costs[GUARD] = measured(lambda: self.decide(gradients), [])
         for i, (member, update) in enumerate(zip(optimizer.members, self.updates, strict=True)):
             share = optimizer.split(gradients, i)

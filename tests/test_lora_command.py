@@ -600,7 +600,7 @@ def test_guard_is_turned_off_by_an_option(home, name):
     few = ("--model", "x", "--data", "y", "--num-layers", "-1", "--optimizer", name)
     assert hasattr(adapted(home, parsed(*few)), "skipped")
     optimizer = adapted(home, parsed(*few, "--option", "skip_nonfinite=false"))
-    assert not (hasattr(optimizer, "guard") and optimizer.guard.shown)
+    assert not (hasattr(optimizer, "guard") and optimizer.guard.is_active)
     clipped = ("--option", "skip_nonfinite=false", "--option", "max_grad_norm=1.0")
     assert adapted(home, parsed(*few, *clipped)).guard.max_grad_norm == 1.0
 

@@ -44,6 +44,11 @@ class Guard:
         self.counts = {name: mx.array(0, mx.uint32) for name in names}
 
     @property
+    def is_active(self) -> bool:
+        """Whether it clips or skips anything."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
     def shown(self) -> list[str]:
         """The options that are set, as in a call."""
         options = {key: x for key, x in vars(self).items() if x and key != "counts"}
@@ -51,7 +56,7 @@ class Guard:
 
     def decide(self, gradients: Sequence[mx.array]) -> StepDecision:
         """Decide what happens to the gradients and to the step. Nothing is read back."""
-        if self.max_grad_norm is None and not self.skip_nonfinite:
+        if not self.is_active:
             return StepDecision()
         factor, (peak, norm) = None, f.scaled_global_norm(gradients)
         finite = f.fusion_barrier(mx.isfinite(norm))
