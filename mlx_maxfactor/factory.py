@@ -332,7 +332,7 @@ def _rate_inputs(
     block, momentum = options.get("block", 128), options.get("momentum", True)
     lora = [p for p in parameters if p.role in LORA_ROLES]
     side, held = (max, lora) if lora else (min, [p for p in parameters if len(p.shape) > 1])
-    sides = [side(f.matrices_shape(p.shape, p.layout)[-2:]) for p in held]
+    sides = [side(f.items_shape(p.shape, p.layout)[-2:]) for p in held]
     return RateInputs(
         total_steps,
         median(sides) if sides else WIDTH,

@@ -14,7 +14,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 
 from .._validate import check_choice, check_flags
-from ..engine.trees import at_path, flatten
+from ..engine.trees import at, flatten
 from ..engine.weight_average import WeightAverage
 from ..routing.combined import UpdateStrategy
 from ..routing.roles import find_aliases
@@ -330,7 +330,7 @@ def _find_weights(
     paths = flatten(model.trainable_parameters()).keys() | {
         path
         for path in flatten(model.parameters())
-        if any(isinstance(at_path(s, path), dict) for s in states)
+        if any(isinstance(at(s, path.split(".")), dict) for s in states)
     }
     trained = {aliases.get(path, path) for path in paths}
     kept, frozen = {}, {}

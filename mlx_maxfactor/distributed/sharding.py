@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..checkpoint.file import CheckpointError
 from ..engine.step import ParameterSlot
-from ..engine.trees import at_path, flatten
+from ..engine.trees import at, flatten
 from ..optimizers.foreign import as_member
 from ..routing.combined import CombinedOptimizer, UpdateStrategy
 from .assignment import Assignment
@@ -106,7 +106,7 @@ class Sharding(UpdateStrategy):
 
     def _state_of(self, path: str) -> dict:
         """The live state of one parameter."""
-        return at_path(self._member_of(path).state, path)
+        return at(self._member_of(path).state, path.split("."))
 
     def _member_of(self, path: str) -> Any:
         return as_member(self._optimizer().optimizers[self._optimizer().index_of(path)])

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from .trees import matched_leaves, select
+from .trees import at, leaves, select
 
 GROUP_ELEMENTS = 2**17
 """Most elements of a group: its float32 copies exist at the same time."""
@@ -26,12 +26,8 @@ class Member(Protocol):
         updates_at_once: Whether it updates all of its parameters in one call.
     """
 
+    elementwise: bool
     updates_at_once: bool
-
-    @property
-    def elementwise(self) -> bool:
-        """See above."""
-        ...
 
     @property
     def state(self) -> dict:
@@ -110,15 +106,20 @@ def find_slots(
     parameters: Any,
     members: Sequence[Member],
     index_of: Callable[[str], int | None],
+    init: Callable[[Any], None] | None = None,
 ) -> list[ParameterSlot]:
     """Match every gradient with its parameter, its optimizer and its state, in the same order.
+
+    Where a state is missing, ``init`` makes it from the parameters. MLX's lazy call would hand it
+    gradients.
 
     Raises:
         ValueError: A gradient has no parameter, or they differ in shape. MLX would broadcast
             silently, or stop half-way.
     """
-    states, slots = [member.state for member in members], []
-    for path, gradient, (parameter, *found) in matched_leaves(gradients, [parameters, *states]):
+    states, slots, is_complete = [member.state for member in members], [], True
+    for keys, gradient in leaves(gradients):
+        path, parameter = ".".join(map(str, keys)), at(parameters, keys)
         for name, x in (("gradient", gradient), ("parameter", parameter)):
             if x is None and name == "parameter":
                 raise ValueError(f"{path}: the gradient has no parameter of this name")
@@ -131,14 +132,20 @@ def find_slots(
             )
         member = state = None
         if (index := index_of(path)) is not None:
-            owner = members[index]
-            state = states[index] if owner.updates_at_once else found[index]
+            owner = members[index]  # one that updates all at once makes its own state
+            state = states[index] if owner.updates_at_once else at(states[index], keys)
             member = owner if owner.owns(path) else None
+            is_complete &= not owner.updates_at_once
+        needs_state = mx.issubdtype(parameter.dtype, mx.inexact)
+        is_complete &= isinstance(state, dict) or not needs_state
         slots.append(ParameterSlot(path, gradient, parameter, member, state))
     if len({slot.path for slot in slots}) < len(slots):
         (path, _), *_ = Counter(slot.path for slot in slots).most_common()
         raise ValueError(f"two parameters have the path {path}: rename one of them")
-    return slots
+    if is_complete or init is None:
+        return slots
+    init(tree_map(lambda _, p: p, gradients, parameters))
+    return find_slots(gradients, parameters, members, index_of)
 
 
 def in_order(gradients: Any, slots: Sequence[ParameterSlot], updated: dict[str, mx.array]) -> Any:

@@ -1,6 +1,6 @@
 """Trees of arrays, as models, gradients and states are: paths and leaves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -25,31 +25,24 @@ def children(tree: Any, path: str) -> Iterator[tuple[Any, str, Any]]:
         yield key, f"{path}.{key}" if path else str(key), child
 
 
-def child_at(tree: Any, key: Any) -> Any:
-    """The child of a dictionary or list at a key or index. None if there is none."""
-    if isinstance(key, str):
-        return tree.get(key) if isinstance(tree, dict) else None
-    return tree[key] if isinstance(tree, (list, tuple)) and key < len(tree) else None
-
-
-def at_path(tree: Any, path: str) -> Any:
-    """What a tree holds at a dotted path. None if there is nothing."""
-    for key in path.split("."):
-        tree = child_at(tree, int(key) if isinstance(tree, (list, tuple)) else key)
-    return tree
-
-
-def matched_leaves(
-    tree: Any, others: list[Any], path: str = ""
-) -> list[tuple[str, Any, list[Any]]]:
-    """Each leaf of a tree with its path, and what the other trees hold at the same place."""
+def leaves(tree: Any, keys: tuple = ()) -> list[tuple[tuple, Any]]:
+    """Each leaf of a tree, after the keys and indices that lead to it."""
     if not isinstance(tree, (dict, list, tuple)):
-        return [(path, tree, others)]
-    found = []
-    for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        below = [child_at(other, key) for other in others]
-        found += matched_leaves(child, below, f"{path}.{key}" if path else str(key))
-    return found
+        return [(keys, tree)]
+    below = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return [leaf for key, child in below for leaf in leaves(child, (*keys, key))]
+
+
+def at(tree: Any, keys: Iterable[Any]) -> Any:
+    """What a tree holds at keys and indices, or at the parts of a path. None if there is none."""
+    for key in keys:
+        if isinstance(tree, dict):
+            tree = tree.get(key)
+        elif isinstance(tree, (list, tuple)) and str(key).isdigit() and int(key) < len(tree):
+            tree = tree[int(key)]
+        else:
+            return None
+    return tree
 
 
 def select(new: Any, old: Any, chosen: Callable[[mx.array, mx.array], mx.array]) -> Any:

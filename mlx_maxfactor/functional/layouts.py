@@ -18,32 +18,19 @@ LAYOUTS = get_args(Layout)
 """
 
 
-def _groups(layout: str) -> int:
-    """Groups of a convolution; 0 for other layouts."""
-    name, _, groups = layout.partition("/")
-    return int(groups or 1) if name == "conv" else 0
-
-
-def as_matrices(x: mx.array, layout: str) -> mx.array:
-    """View an array as the matrices it holds. Arrays without matrices are returned unchanged."""
-    if (groups := _groups(layout)) and x.ndim > 2:
-        return x.reshape(*((groups,) if groups > 1 else ()), x.shape[0] // groups, -1)
-    if layout == "transposed" and x.ndim > 1:
-        return x.swapaxes(-1, -2)
-    return x
-
-
 def is_stack(shape: tuple[int, ...], layout: str) -> bool:
     """Whether an array holds several matrices that are updated by themselves."""
-    return (layout == "experts" or _groups(layout) > 1) and len(shape) > 2
+    return len(shape) > 2 and (layout == "experts" or "/" in layout)
 
 
 def as_items(x: mx.array, layout: str) -> mx.array:
     """View an array as the independent arrays that it holds, along a new or the first axis."""
-    if is_stack(x.shape, layout):
-        matrices = as_matrices(x, layout)
-        return matrices.reshape(-1, *matrices.shape[-2:])
-    return mx.expand_dims(as_matrices(x, layout), 0)
+    name, _, groups = layout.partition("/")
+    if name == "conv" and x.ndim > 2:
+        return x.reshape(int(groups or 1), x.shape[0] // int(groups or 1), -1)
+    if layout == "transposed" and x.ndim > 1:
+        x = x.swapaxes(-1, -2)
+    return x.reshape(-1, *x.shape[-2:]) if is_stack(x.shape, layout) else mx.expand_dims(x, 0)
 
 
 def from_items(x: mx.array, shape: tuple[int, ...], layout: str) -> mx.array:
@@ -64,14 +51,9 @@ def items_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return as_items(mx.zeros(shape), layout).shape  # never evaluated
 
 
-def matrices_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """The shape of :func:`as_matrices` for an array of this shape."""
-    return as_matrices(mx.zeros(shape), layout).shape  # never evaluated
-
-
 def input_axis_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """The shape with the input axis last. For ``conv``, the kernel axes join the output axis."""
-    if _groups(layout) and len(shape) > 2:
+    if layout.startswith("conv") and len(shape) > 2:
         return (math.prod(shape[:-1]), shape[-1])
     if layout == "transposed" and len(shape) > 1:
         return (*shape[:-2], shape[-1], shape[-2])

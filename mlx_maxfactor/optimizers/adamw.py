@@ -66,11 +66,7 @@ class AdamW(Float32Optimizer):
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.bias_correction = check_flag("bias_correction", bias_correction)
         self.factored = check_flag("factored", factored)
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether each element is updated by itself."""
-        return not self.factored
+        self.elementwise = not factored
 
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """Both moments, and a count of updates. Without β₁ there is no first moment."""

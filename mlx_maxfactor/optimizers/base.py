@@ -24,7 +24,7 @@ from .._validate import (
 )
 from ..engine.schedules import described
 from ..engine.step import StepDecision, check_update, find_slots, in_order, take_step
-from ..engine.trees import child_at, children, flatten, trainable
+from ..engine.trees import at, children, flatten, trainable
 
 COMPLEX = (
     "complex parameters are not supported: store the real and imaginary parts as two arrays, or "
@@ -93,6 +93,9 @@ class Float32Optimizer(Optimizer):
 
     updates_at_once = False
 
+    elementwise = False
+    """Whether each element is updated by itself, so that one fused kernel is enough."""
+
     casts = False
     """Whether the rule takes arrays and state as they are kept, and casts them in each formula. A
     float32 copy that two kernels read is written to memory first."""
@@ -116,6 +119,8 @@ class Float32Optimizer(Optimizer):
         self.built_rate: mx.array | None = None
         self._first_step = self.step
         self._has_warned = False
+        # A subclass that has MLX's two methods updates one array at a time.
+        self._is_batched = type(self).apply_single is Float32Optimizer.apply_single
         self.learning_rate = learning_rate
 
     # Rates
@@ -213,11 +218,6 @@ class Float32Optimizer(Optimizer):
         self.layouts[path] = layout
 
     # The update of arrays
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether each element is updated by itself, so that one fused kernel is enough."""
-        return False
 
     def new_state(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
         """The state of new arrays, by name. Default: none.
@@ -333,8 +333,8 @@ class Float32Optimizer(Optimizer):
         """Copy the containers of ``state``, and add state for the new leaves of ``tree``."""
         if isinstance(tree, (dict, list, tuple)):
             grown = {
-                key: self._grown(child, child_at(state, key), at, problems)
-                for key, at, child in children(tree, path)
+                key: self._grown(child, at(state, [key]), below, problems)
+                for key, below, child in children(tree, path)
             }
             if isinstance(tree, dict):
                 return {**(state or {}), **grown}
@@ -358,10 +358,7 @@ class Float32Optimizer(Optimizer):
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
-        slots = find_slots(gradients, parameters, [self], lambda _: 0)
-        if any(not isinstance(slot.state, dict) for slot in slots):
-            self.init(gradients)
-            slots = find_slots(gradients, parameters, [self], lambda _: 0)
+        slots = find_slots(gradients, parameters, [self], lambda _: 0, self.init)
         return in_order(gradients, slots, take_step(slots, [self], StepDecision()))
 
     def advance(self) -> None:
@@ -393,10 +390,6 @@ class Float32Optimizer(Optimizer):
         # A subclass may define only MLX's methods, which take no layout.
         layout = self.layout_of(path)
         return () if layout == self.layout else (layout,)
-
-    @property
-    def _is_batched(self) -> bool:
-        return type(self).apply_single is Float32Optimizer.apply_single
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of an update, as the number of matrix-product operations that take as long."""

@@ -104,5 +104,5 @@ class Muon(Float32Optimizer):
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""
-        matrices = f.matrices_shape(shape, layout)
+        matrices = f.items_shape(shape, layout)
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)

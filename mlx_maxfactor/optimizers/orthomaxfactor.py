@@ -125,16 +125,17 @@ class OrthoMaxFactor(Float32Optimizer):
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """One update."""
-        b = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
+        t, eta = self.step, self.learning_rate
+        b = f.second_moment_weight(t, self.beta2_decay, self.beta2_bounds)
         row, column = f.factored_second_moment(g, state["row"], state["column"], b, is_view=True)
         h, kept = f.momentum(g, state, self.momentum, 1 - self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
         root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
         u = f.clamp(h / root)
         o, unit = f.orthogonalize(u, self.method, self.steps, self.block)
-        rate = f.fusion_barrier(self.step_size(p, self.step, self.learning_rate) * unit)
+        rate = f.fusion_barrier(self.step_size(p, t, eta) * unit)
         p = p.astype(mx.float32)
-        new = p - self.learning_rate * (self.weight_decay * p) - rate * o
+        new = p - eta * (self.weight_decay * p) - rate * o
         return new, {"row": row, "column": column, **kept}
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:
@@ -144,5 +145,5 @@ class OrthoMaxFactor(Float32Optimizer):
 
     def flops(self, shape: tuple[int, ...], layout: str) -> float:
         """The cost of the orthogonalization and of the elementwise operations."""
-        matrices = f.matrices_shape(shape, layout)
+        matrices = f.items_shape(shape, layout)
         return super().flops(shape, layout) + f.orthogonalization_flops(matrices, self.block)

@@ -46,11 +46,7 @@ class SignSGD(Float32Optimizer):
         super().__init__(learning_rate, rounding=rounding, seed=seed)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.sparse_rows = check_flag("sparse_rows", sparse_rows)
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether each element is updated by itself."""
-        return not self.sparse_rows
+        self.elementwise = not sparse_rows
 
     def rule(
         self, g: mx.array, p: mx.array, state: dict[str, mx.array]

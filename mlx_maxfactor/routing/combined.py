@@ -7,7 +7,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
-from mlx.utils import tree_map
 
 from .._validate import got
 from ..engine.guard import Guard
@@ -119,25 +118,13 @@ class CombinedOptimizer(MultiOptimizer):
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, in the structure of the gradients."""
-        slots = self.strategy.average_gradients(self._find_slots(gradients, parameters))
+        slots = find_slots(gradients, parameters, self._members, self.index_of, self.init)
+        slots = self.strategy.average_gradients(slots)
         decision = self.guard.decide([slot.gradient for slot in slots])
         step = partial(take_step, members=self._members, decision=decision)
         updated = self.strategy.update(slots, step)
         self.guard.count(decision)
         return in_order(gradients, slots, updated)
-
-    def _find_slots(self, gradients: dict, parameters: dict) -> list[ParameterSlot]:
-        slots = find_slots(gradients, parameters, self._members, self.index_of)
-        if not all(map(self._is_ready, slots)):
-            # The members' init gets parameters here. MLX's lazy call would hand it gradients.
-            self.init(tree_map(lambda _, p: p, gradients, parameters))
-            slots = find_slots(gradients, parameters, self._members, self.index_of)
-        return slots
-
-    def _is_ready(self, slot: ParameterSlot) -> bool:
-        if slot.member is not None and slot.member.updates_at_once:
-            return False  # it makes its own state, again and again
-        return isinstance(slot.state, dict) or not mx.issubdtype(slot.parameter.dtype, mx.inexact)
 
     @property
     def state(self) -> dict:
