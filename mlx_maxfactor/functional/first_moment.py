@@ -71,9 +71,9 @@ def momentum(
     # writes one array. MLX would merge equal views, and write float32 copies of both.
     m, in_few_bits = _kept(state, g)
     a, b = (beta**2, gain * (1 + beta)) if nesterov else (beta, gain)
-    h = a * _read(m, in_few_bits, g) + b * as_gradient(g)
+    h = a * _read(m, in_few_bits, g) + as_gradient(g, b)
     m, g_flat = (x.reshape(len(g), -1) for x in (m, g))
-    m = beta * _read(m, in_few_bits, g_flat) + gain * as_gradient(g_flat)
+    m = beta * _read(m, in_few_bits, g_flat) + as_gradient(g_flat, gain)
     return h, {"m": m.reshape(g.shape)}
 
 

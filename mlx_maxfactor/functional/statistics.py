@@ -33,9 +33,11 @@ def clamp(x: mx.array, limit: float = GRADIENT_LIMIT) -> mx.array:
     return mx.maximum(-limit, mx.minimum(limit, x))
 
 
-def as_gradient(x: mx.array) -> mx.array:
-    """A gradient in float32, clamped so that its square can be summed."""
-    return clamp(x.astype(mx.float32))
+def as_gradient(x: mx.array, gain: float = 1.0) -> mx.array:
+    """A gradient in float32, clamped so that its square can be summed, times ``gain`` above 0."""
+    # The product comes first: g++ vectorizes no product with what was clamped.
+    x = x.astype(mx.float32)
+    return clamp(x if gain == 1 else gain * x, gain * GRADIENT_LIMIT)
 
 
 def row_squares(x: mx.array) -> mx.array:
