@@ -169,6 +169,7 @@ class OrthoMaxFactor(Twin):
         fan_in = p.shape[-1]
         floor = 1 / np.sqrt(3 * fan_in) if self.min_rms == "init" else self.min_rms
         alpha = eta * np.maximum(floor, rms(p, (-2, -1)))
+        alpha = np.where(np.any(g, axis=(-2, -1), keepdims=True), alpha, 0)  # none without gradient
         return p * (1 - eta * self.weight_decay) - alpha * X / np.where(size > 0, size, 1)
 
 

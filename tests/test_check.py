@@ -40,8 +40,8 @@ factored_second_moment, second_moment_weight = f.factored_second_moment, f.secon
 
 
 def statistics_over_the_wrong_axis(g, row, column, b, *others, **options):
-    row, column = factored_second_moment(g, row, column, b, *others, **options)
-    return mx.mean(row, axis=-2, keepdims=True) + 0 * row, column
+    row, column, largest = factored_second_moment(g, row, column, b, *others, **options)
+    return mx.mean(row, axis=-2, keepdims=True) + 0 * row, column, largest
 
 
 DEFECTS = {

@@ -282,6 +282,14 @@ def test_length_that_might_not_fit_is_not_measured(monkeypatch):
     assert found.step > 3.9 * found.steps[0]  # in proportion to the length
 
 
+def test_slow_device_measures_one_length(monkeypatch):
+    monkeypatch.setattr(memory_estimate, "LONGEST", 1e-9)
+    config = CONFIG | {"torch_dtype": "bfloat16"}  # a few tokens are measured in it first
+    found = estimate_training_memory(config, batch_size=2, max_seq_length=64)
+    assert len(found.lengths) == 1
+    assert found.step > 0
+
+
 def test_longest_sequence_fits_and_the_next_one_does_not():
     found = estimate_training_memory(CONFIG, batch_size=2, max_seq_length=512)
     limit = found.peak * 2

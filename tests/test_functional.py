@@ -124,16 +124,17 @@ def test_second_moment_of_a_rank_one_square_is_exact():
     # g² = r cᵀ: after one update with weight 1, V = R Cᵀ / mean(R) is g² itself.
     r, c = np.array([1.0, 4.0, 9.0]), np.array([0.25, 1.0])
     g = mx.array(np.sqrt(np.outer(r, c)).astype(np.float32))
-    row, column = f.factored_second_moment(g, mx.zeros((3, 1)), mx.zeros((1, 2)), mx.array(1.0))
+    row, column, _ = f.factored_second_moment(g, mx.zeros((3, 1)), mx.zeros((1, 2)), mx.array(1.0))
     root = f.factored_root(row, column, mx.mean(row), 1e-10)
     assert np.allclose(np.array(root), np.array(g), rtol=1e-6)
 
 
 def test_statistics_move_towards_the_means_of_the_squares():
     g = parameter((3, 5))
-    statistics = f.factored_second_moment(
+    *statistics, largest = f.factored_second_moment(
         mx.array(g), mx.ones((3, 1)), mx.ones((1, 5)), mx.array(0.25), eps=2.0
     )
+    assert largest.item() == pytest.approx(np.square(g).sum(axis=1).max(), rel=1e-6)
     for ours, axis in zip(statistics, (1, 0), strict=True):
         mean = np.mean(np.square(g), axis, keepdims=True) + 2.0
         assert np.allclose(ours, 0.75 + 0.25 * mean, rtol=1e-6)

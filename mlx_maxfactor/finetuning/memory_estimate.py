@@ -253,7 +253,7 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
         request, words = replace(request, dtype="float32"), " in float32"
     lengths = _lengths(request, shares)
     short = [min(FEW_TOKENS, lengths[0])] if words else []
-    halvings, plan, measured = _measure_plan(request, short + lengths)
+    halvings, plan, measured = _measure_plan(request, short + lengths, len(short) + 1)
     beyond = 0.0
     if short:
         at_few = float(np.dot(plan.weights, [run.pop(0) for run in measured]))
@@ -325,7 +325,9 @@ def _vocabulary(request: Request) -> int:
     return size if isinstance(size, int) else 32
 
 
-def _measure_plan(request: Request, lengths: Sequence[int]) -> tuple[int, Plan, list[list[int]]]:
+def _measure_plan(
+    request: Request, lengths: Sequence[int], at_least: int
+) -> tuple[int, Plan, list[list[int]]]:
     """Measure at a part of the width, or with every layer, where nothing else runs."""
     problem: Exception | None = None
     wanted, chosen = _halvings(request, sum(lengths))
@@ -333,8 +335,8 @@ def _measure_plan(request: Request, lengths: Sequence[int]) -> tuple[int, Plan, 
         for plan in (chosen, whole(request.base(halvings))):
             try:
                 with _keeping_random_state():
-                    each = plan.kept
-                    runs = [measure_steps(request, plan, kept, lengths, halvings) for kept in each]
+                    rest = lengths, halvings, at_least
+                    runs = [measure_steps(request, plan, kept, *rest) for kept in plan.kept]
                 return halvings, plan, runs
             except Exception as failed:  # models may raise anything
                 problem = problem or failed
@@ -385,11 +387,16 @@ def _speed(dtype: mx.Dtype) -> float:
 
 
 def measure_steps(
-    request: Request, plan: Plan, kept: Sequence[int], lengths: Sequence[int], halvings: int = 0
+    request: Request,
+    plan: Plan,
+    kept: Sequence[int],
+    lengths: Sequence[int],
+    halvings: int = 0,
+    at_least: int = 1,
 ) -> list[int]:
     """Peak bytes of a compiled training step beyond weights and state, with the layers kept.
 
-    A length that would not fit on this device, or take long, ends the list.
+    After ``at_least`` lengths, one that would not fit on this device, or take long, ends the list.
     """
     gc.collect()
     mx.clear_cache()
@@ -404,11 +411,13 @@ def measure_steps(
             raise ValueError("a few of its layers do not fit on this device")
         run, held = _step_and_held(request, model)
         for length in lengths:
-            if steps and _at_most(lengths[: len(steps)], steps, length) > available:
+            done = lengths[: len(steps)]
+            if len(steps) >= at_least and _at_most(done, steps, length) > available:
                 break
             peak, seconds = run(length, halvings)
             steps.append(peak - before - held)
-            if seconds * (request.max_seq_length / length) > LONGEST:
+            too_long = seconds * (request.max_seq_length / length) > LONGEST
+            if len(steps) >= at_least and too_long:
                 break
     return steps
 

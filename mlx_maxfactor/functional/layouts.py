@@ -10,7 +10,7 @@ Layout = Literal["batched", "experts", "conv", "transposed"]
 LAYOUTS = get_args(Layout)
 """How an array holds matrices. The shape alone does not tell.
 
-- ``batched``: the last two axes are a matrix; norms span the whole array.
+- ``batched``: the last two axes are a matrix; norms of MaxFactor and Adafactor span the array.
 - ``experts``: as ``batched``, but each matrix has its own norms.
 - ``conv``: ``(out, k..., in)``, one matrix ``(out, k... * in)``. ``conv/4`` is a convolution with 4
   groups: one such matrix for each, with its own norms. The router writes the number.

@@ -179,8 +179,10 @@ def orthogonalization_flops(shape: tuple[int, ...], block: int | None = None) ->
     """About how many operations five steps take on matrices ``(..., m, n)``: those of products."""
     shorter, longer = sorted(shape[-2:])
     rows = shorter if block is None else min(block, shorter)
-    # A step is two products of the matrix, 2·rows an element each, and one of its Gram matrix.
-    return math.prod(shape) * 5 * (4 * rows + 2 * rows * rows / longer)
+    # A product of the matrix is 2·rows an element. A step has two, and one of its Gram matrix. On
+    # Gram matrices, two groups of steps have two each, and the rest is 15 of the Gram matrix.
+    whole, small = (10, 5) if longer < GRAM_ASPECT * rows else (4, 15)
+    return math.prod(shape) * (whole * 2 * rows + small * 2 * rows * rows / longer)
 
 
 def _check(x: mx.array, steps: int, dtype: mx.Dtype) -> None:
@@ -217,16 +219,14 @@ def _on_gram_matrices(x: mx.array, table: list[Quintic], axis: int) -> tuple[mx.
     gram = q = x
     for i, group in enumerate(_groups(table)):
         gram = x @ x.swapaxes(-1, -2) if axis == -2 else x.swapaxes(-1, -2) @ x
+        unit, scale = gram, mx.array(1.0)
         if i == 0:
             n = gram.shape[-1]
             diagonal = gram.reshape(*gram.shape[:-2], n * n)[..., :: n + 1]
             scale = _inverse_root(mx.sum(diagonal, axis=-1)[..., None, None])
-            gram = gram * mx.square(scale)
-            q = _product_of_steps(gram, group)
-            x = (q * scale) @ x if axis == -2 else x @ (q * scale)
-        else:
-            q = _product_of_steps(gram, group)
-            x = q @ x if axis == -2 else x @ q
+            unit = gram * mx.square(scale)
+        q = _product_of_steps(unit, group, scale)
+        x = q @ x if axis == -2 else x @ q
     q, gram = (a.reshape(*a.shape[:-3], 1, -1) for a in (q, gram @ q))
     return x, q @ gram.swapaxes(-1, -2)
 
@@ -245,15 +245,18 @@ def _inverse_root(x: mx.array) -> mx.array:
     return mx.rsqrt(mx.where(x >= SMALLEST_NORMAL, x, 1.0))
 
 
-def _product_of_steps(gram: mx.array, group: list[Quintic]) -> mx.array:
-    """The product of the steps' ``P = aI + B``, ``B = bA + cA²``. All commute; A becomes PAP."""
+def _product_of_steps(gram: mx.array, group: list[Quintic], scale: mx.array) -> mx.array:
+    """``scale`` times the product of the steps' ``P = aI + B``, ``B = bA + cA²``.
+
+    All commute; A becomes PAP.
+    """
     # Not an identity: mx.eye takes four kernels, and a compiled step keeps every constant.
     index = mx.array(np.arange(gram.shape[-1]))
     q = gram
     for i, (a, b, c) in enumerate(group):
         step = mx.addmm(gram, gram, gram, alpha=c, beta=b)
         if i == 0:
-            q = mx.where(index[:, None] == index, step + a, step)
+            q = scale * mx.where(index[:, None] == index, step + a, step)
         else:
             q = mx.addmm(q, step, q, beta=a)
         if i < len(group) - 1:

@@ -1,4 +1,4 @@
-"""Norms, and second moments, full and factored. They neither overflow nor underflow."""
+"""Norms, and second moments, full and factored; numbers whose squares could overflow are scaled."""
 
 import math
 from collections.abc import Sequence
@@ -126,8 +126,8 @@ def factored_second_moment(
     eps: float = 0.0,
     *,
     is_view: bool = False,
-) -> tuple[mx.array, mx.array]:
-    """Moving averages of the row and column means of ``g² + eps``.
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Moving averages of the row and column means of ``g² + eps``, and the largest row's new sum.
 
     Args:
         gradient: ``(..., m, n)``. A mean above 1e30 counts as 1e30.
@@ -135,8 +135,8 @@ def factored_second_moment(
         column: ``(..., 1, n)``, the column statistic ``C``.
         weight: ``b_t`` of the newest mean.
         eps: Added to each square.
-        is_view: Whether it is a transposed view, as a Linear's gradient is: its columns are rows in
-            memory.
+        is_view: Whether it may be a transposed view, as a Linear's gradient is: its columns are
+            rows in memory.
     """
     m, n = gradient.shape[-2:]
     if is_view:
@@ -144,10 +144,11 @@ def factored_second_moment(
         gradient = mx.contiguous(gradient)
     else:
         columns = mx.sum(mx.square(gradient), axis=-2, keepdims=True)
-    rows = row_squares(gradient).astype(mx.float32)
-    row_mean = mx.minimum(GRADIENT_LIMIT**2, rows / n) + eps
+    rows = row_squares(gradient)
+    row_mean = mx.minimum(GRADIENT_LIMIT**2, rows.astype(mx.float32) / n) + eps
     column_mean = mx.minimum(GRADIENT_LIMIT**2, columns.astype(mx.float32) / m) + eps
-    return row + weight * (row_mean - row), column + weight * (column_mean - column)
+    row, column = row + weight * (row_mean - row), column + weight * (column_mean - column)
+    return row, column, mx.max(rows, axis=-2, keepdims=True)
 
 
 def factored_root(

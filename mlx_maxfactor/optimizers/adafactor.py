@@ -101,7 +101,7 @@ class Adafactor(Float32Optimizer):
         if "v" in state:
             v = state["v"] + b * (mx.square(g) + self.eps[0] - state["v"])
             return f.clamp(g / mx.maximum(f.ROOT_FLOOR, mx.sqrt(v))), {"v": v}
-        row, column = f.factored_second_moment(g, state["row"], state["column"], b, self.eps[0])
+        row, column, _ = f.factored_second_moment(g, state["row"], state["column"], b, self.eps[0])
         mean = mx.mean(row, axis=-2, keepdims=True)
         root = f.factored_root(row, column, mean, f.ROOT_FLOOR)
         return f.clamp(g / root), {"row": row, "column": column}

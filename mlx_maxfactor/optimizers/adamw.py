@@ -102,6 +102,6 @@ class AdamW(Float32Optimizer):
         if "v" in state:
             v = beta2 * state["v"] + (1 - beta2) * mx.square(g)
             return mx.sqrt(v), {"v": v}
-        row, column = f.factored_second_moment(g, state["row"], state["column"], 1 - beta2)
+        row, column, _ = f.factored_second_moment(g, state["row"], state["column"], 1 - beta2)
         mean = mx.mean(row, axis=-2, keepdims=True)
         return f.factored_root(row, column, mean, f.ROOT_FLOOR), {"row": row, "column": column}

@@ -234,8 +234,8 @@ class Float32Optimizer(Optimizer):
         """One update. A subclass defines it; ``self.step`` and ``self.learning_rate`` are current.
 
         Args:
-            g: Gradients of k arrays, ``(k, ...)``, float32, at most 1e15 in magnitude. The last two
-                axes are a matrix, if the arrays hold matrices.
+            g: Gradients of k arrays, ``(k, ...)``, float32, at most 1e15 in magnitude (with
+                ``casts``, as they are). The last two axes are a matrix, if there are matrices.
             p: Parameters, likewise.
             state: Their state, from :meth:`new_state` or the update before.
 

@@ -27,6 +27,9 @@ class OrthoMaxFactor(Float32Optimizer):
             - \eta \max(\text{floor}, \mathrm{RMS}(p))\, O / \mathrm{RMS}(O)
         \end{aligned}
 
+    O is zero for a matrix whose squared gradient is zero in float32, whatever its momentum: an
+    expert without tokens does not move.
+
     The rate is relative: with ``learning_rate`` 0.02 the RMS of a step is 2 % of the matrix's RMS.
     The best rate falls with the length of the run, about as :math:`0.8/\sqrt{\text{steps}}`.
     ``create_optimizer(model, total_steps=...)`` picks it.
@@ -81,7 +84,7 @@ class OrthoMaxFactor(Float32Optimizer):
         blocks. See also SinkGD, arXiv 2502.06742, and NorMuon, arXiv 2510.05491.
     """
 
-    casts = True
+    casts = True  # the rule gets gradients, weights and momentum in the dtypes they are kept in
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class OrthoMaxFactor(Float32Optimizer):
         rounding: Rounding = "nearest",
         seed: int = 0,
     ):
-        # Before the base class, which checks the rate against it.
+        # Before the base class, which warns of a rate far below it. A number as floor is LoRA's.
         self._usual_rate = 0.02 if min_rms in ("init", 0) else None
         super().__init__(learning_rate, layout, rounding, seed, state_dtype)
         self.momentum = check_number("momentum", momentum, 0.0, 1.0)
@@ -127,15 +130,17 @@ class OrthoMaxFactor(Float32Optimizer):
         """One update."""
         t, eta = self.step, self.learning_rate
         b = f.second_moment_weight(t, self.beta2_decay, self.beta2_bounds)
-        row, column = f.factored_second_moment(g, state["row"], state["column"], b, is_view=True)
+        old = state["row"], state["column"]
+        row, column, newest = f.factored_second_moment(g, *old, b, is_view=True)
         h, kept = f.momentum(g, state, self.momentum, 1 - self.momentum, self.nesterov)
         # √(R C / max R) has a floor. The orthogonalization ignores the common factor max R.
         root = f.factored_root(row, column, mx.max(row, axis=-2, keepdims=True), self.eps)
         u = f.clamp(h / root)
         o, unit = f.orthogonalize(u, self.method, self.steps, self.block)
-        rate = f.fusion_barrier(self.step_size(p, t, eta) * unit)
+        # Without a gradient, as for an expert without tokens, old momentum moves nothing.
+        rate = mx.where(newest > 0, self.step_size(p, t, eta) * unit, 0.0)
         p = p.astype(mx.float32)
-        new = p - eta * (self.weight_decay * p) - rate * o
+        new = p - eta * (self.weight_decay * p) - f.fusion_barrier(rate) * o
         return new, {"row": row, "column": column, **kept}
 
     def step_size(self, p: mx.array, t: mx.array, rate: mx.array) -> mx.array:

@@ -293,7 +293,7 @@ class MaxFactor(Float32Optimizer):
             root = root + self.eps[0] if scalar else mx.maximum(self.eps[0], root)
             return root, {"v": v}
         weight = f.second_moment_weight(self.step, self.beta2_decay, self.beta2_bounds)
-        row, column = f.factored_second_moment(g, state["row"], state["column"], weight)
+        row, column, _ = f.factored_second_moment(g, state["row"], state["column"], weight)
         largest = mx.max(row, axis=-2, keepdims=True)
         divisor = mx.maximum(largest, self.eps[0] + self.eps_rms) if self.max_norm else 1.0
         return f.factored_root(row, column, divisor, self.eps[0]), {"row": row, "column": column}

@@ -51,8 +51,9 @@ class OptimizerEntry:
         kind: The class.
         learning_rate: Default rate from scratch. A rate that is given for the hidden matrices
             scales the default rates of the other members.
-        pretrained: Default rate for trained weights of width 64. None: ``learning_rate``.
-        lora: Default rate for LoRA's A and B at width 64 and scale 20. None: ``learning_rate``.
+        pretrained: Default rate for trained weights of width 64; it falls with the root of the
+            width. None: ``learning_rate``, which falls likewise.
+        lora: Default rate for LoRA's A and B at width 64 and scale 20. None: likewise.
         lora_options: Options for LoRA's A and B.
         peak: The best peak of warm-up and cosine from scratch, as a function of the run. None:
             ``learning_rate``.
@@ -165,9 +166,9 @@ def register_optimizer(
         kind: A subclass of :class:`mlx_maxfactor.Float32Optimizer`.
         learning_rate: Its default rate.
         pretrained: Its default rate for trained weights of width 64; it falls with the root of the
-            width. None: ``learning_rate``.
+            width. None: ``learning_rate``, which falls likewise.
         lora: Its default rate for LoRA's A and B at width 64 and scale 20; it falls with the root
-            of the width, and with the scale. None: ``learning_rate``.
+            of the width, and with the scale. None: likewise.
         lora_options: Its options for LoRA's A and B.
         peak: Its best peak rate for a :class:`mlx_maxfactor.routing.rates.RateInputs`, where
             ``create_optimizer`` is given ``total_steps``. None: ``learning_rate``.
