@@ -20,6 +20,9 @@ class Muon(Float32Optimizer):
         m \leftarrow \beta m + g, \qquad u = g + \beta m \ \text{(Nesterov) or}\ m, \qquad
         p \leftarrow p (1 - \eta\lambda) - \eta\, s\, \mathrm{orthogonalize}(u)
 
+    A matrix whose gradient is zero, as of an expert without tokens, goes on moving at full size
+    until its momentum is zero, as in every published Muon. :class:`OrthoMaxFactor` stops.
+
     Args:
         learning_rate: η, the spectral norm of an update if s is 1. A number or a function of the
             step. Default 0.02.

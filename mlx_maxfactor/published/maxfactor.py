@@ -92,8 +92,8 @@ class MaxFactor(Float32Optimizer):
         vector_sign: Vectors step by sign(u)·max|u|. Default False.
         maximize: Maximize the objective. Default False.
         momentum: β of m ← βm + (1-β)g, in [0, 1), or a ``FrequencyAdaptiveMomentum``. m replaces g
-            in u, but not in the statistics. It takes one buffer of the parameter's size. Default 0:
-            no buffer.
+            in u, but not in the statistics. It takes one buffer of the parameter's size. With it, a
+            matrix whose gradient is zero goes on moving. Default 0: no buffer.
         nesterov: βm + (1-β)g replaces g in u instead. Needs momentum. Default False.
         cautious: Keep only elements of the step that have the same sign as g, and divide them by
             the share that was kept (Liang et al. 2024, arXiv 2411.16085). Needs momentum.
