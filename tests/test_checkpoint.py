@@ -25,7 +25,7 @@ import pytest
 from arrays import random_gradients, same, snapshot
 from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
-from models import CASES, CASES_BY_NAME, Shared, Table, adapted, llama, resnet
+from models import CASES, CASES_BY_NAME, ResNet, Shared, Table, adapted, llama
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -274,7 +274,7 @@ def test_fingerprint_samples_part_of_every_frozen_array():
 def test_running_statistics_are_saved_although_they_are_frozen(path):
     def build():
         mx.random.seed(0)
-        return table_run(model=lambda: resnet(frozen_ends=True))
+        return table_run(model=lambda: ResNet(frozen_ends=True))
 
     model, optimizer = build()
     model(mx.random.normal((4, 8, 8, 3)))

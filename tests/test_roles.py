@@ -3,8 +3,9 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from arrays import random_gradients
 from mlx.utils import tree_flatten
-from models import CASES, CASES_BY_NAME, ViT, Whisper, mlp
+from models import CASES, CASES_BY_NAME, mlp, model_of, vit, whisper
 
 from mlx_maxfactor import create_optimizer
 from mlx_maxfactor.routing.roles import ROLES, find_roles
@@ -30,35 +31,19 @@ def test_every_parameter_has_the_right_role(name):
 
 @pytest.mark.parametrize("name", CASES_BY_NAME)
 @pytest.mark.parametrize("hidden", ["maxfactor", "orthomaxfactor"])
-def test_every_model_makes_a_step(name, hidden):
-    case = CASES_BY_NAME[name]
+def test_a_step_moves_what_is_in_the_plan_and_nothing_else(name, hidden):
     mx.random.seed(0)
-    model = case.build()
+    model = CASES_BY_NAME[name].build()
     before = dict(tree_flatten(model.parameters()))
     optimizer = create_optimizer(model, hidden, weight_decay=0.1)
-    planned = {entry.path for entry in optimizer.plan}
-    try:
-        loss, gradients = nn.value_and_grad(model, case.forward)(model)
-    except ValueError as problem:  # some models of mlx-lm 0.31.3 fail with MLX 0.32.1
-        if "Cannot calculate VJP with respect to indices" not in str(problem):
-            raise
-        pytest.skip(f"{name} has no gradient here: {problem}")
-    optimizer.update(model, gradients)
+    optimizer.update(model, random_gradients(model))
     after = dict(tree_flatten(model.parameters()))
-    assert mx.isfinite(loss).item()
-    gradients = dict(tree_flatten(gradients))
-    planned_arrays = {id(after[path]) for path in planned}
+    planned_arrays = {id(after[entry.path]) for entry in optimizer.plan}
     for path, old in before.items():
         new = after[path]
         assert (new.dtype, new.shape) == (old.dtype, old.shape)
-        if path in planned:
-            assert mx.all(mx.isfinite(new)).item()
-            moved = not mx.array_equal(new, old).item()
-            assert moved or not mx.any(gradients[path]).item(), (
-                f"{path} has a gradient but did not move"
-            )
-        elif id(new) not in planned_arrays and "running" not in path:
-            assert mx.array_equal(new, old).item(), f"{path} is not in the plan but moved"
+        assert mx.all(mx.isfinite(new)).item()
+        assert mx.array_equal(new, old).item() == (id(new) not in planned_arrays), path
 
 
 def test_models_cover_every_documented_role():
@@ -72,14 +57,14 @@ def test_rule_that_names_a_head_ends_the_search_for_heads():
     roles = {e.path: e.role for e in create_optimizer(model, rules=rules).plan}
     assert roles["layers.2.weight"] == "head"
     roles = {
-        e.path: e.role for e in create_optimizer(ViT(), rules={"blocks.0.mlp1.*": "head"}).plan
+        e.path: e.role for e in create_optimizer(vit(), rules={"blocks.0.mlp1.*": "head"}).plan
     }
     assert roles["blocks.0.mlp1.weight"] == "head"
     assert roles["head.weight"] == "hidden"
 
 
 def test_plan_is_a_table_with_a_total():
-    optimizer = create_optimizer(Whisper(), "muon")
+    optimizer = create_optimizer(whisper(), "muon")
     plan = optimizer.plan
     states = [array for _, array in tree_flatten(optimizer.state)]
     scalars = sum(a.nbytes for a in states) - plan.state_bytes
@@ -100,8 +85,8 @@ def test_plan_is_a_table_with_a_total():
 
 def test_strict_names_all_unexplained_parameters():
     with pytest.raises(ValueError, match=r"1 parameters .*: position .*give each a rule"):
-        create_optimizer(ViT(), strict=True)
-    create_optimizer(ViT(), strict=True, rules={"position": "embedding"})
+        create_optimizer(vit(), strict=True)
+    create_optimizer(vit(), strict=True, rules={"position": "embedding"})
 
 
 def test_unexplained_parameters_are_not_decayed():
@@ -126,13 +111,6 @@ class Part(nn.Module):
         super().__init__()
         self.attention = nn.MultiHeadAttention(16, 2)
         self.output = nn.Linear(16, 16)
-
-
-def model_of(**parts):
-    model = nn.Module()
-    for name, part in parts.items():
-        setattr(model, name, part)
-    return model
 
 
 def roles_of(**parts):

@@ -12,15 +12,15 @@ from arrays import random_gradients, rates
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from models import (
     CASES_BY_NAME,
+    ResNet,
     Shared,
     Table,
-    Whisper,
     adapted,
     llama,
     mlx_lm_model,
     qwen2_moe,
     raw_mixture,
-    resnet,
+    whisper,
 )
 from trajectories import distance
 
@@ -145,7 +145,7 @@ def test_state_of_a_real_bf16_model_is_smaller_than_mlx_adamws(rest, most):
         ("muon", 0.02, {"scale": None, "momentum": 0.95}, reference.Muon),
     ],
 )
-@pytest.mark.parametrize("build", [Whisper, lambda: adapted(qwen2_moe())], ids=["conv", "experts"])
+@pytest.mark.parametrize("build", [whisper, lambda: adapted(qwen2_moe())], ids=["conv", "experts"])
 def test_every_layout_follows_the_twin(build, hidden, rate, options, twin):
     model = build()
     model.apply(lambda p: p + 0.01)  # LoRA's B starts at zero, where MaxFactor hardly moves
@@ -436,7 +436,7 @@ def test_rule_can_set_the_role_of_an_array():
 
 
 def test_convolution_kernel_with_rule_hidden_keeps_its_layout():
-    plan = create_optimizer(Whisper(), rules={"*conv1.weight": "hidden"}).plan
+    plan = create_optimizer(whisper(), rules={"*conv1.weight": "hidden"}).plan
     (entry,) = [entry for entry in plan if entry.path.endswith("conv1.weight")]
     assert (entry.optimizer, entry.layout) == ("orthomaxfactor", "conv")
 
@@ -473,7 +473,7 @@ def test_first_layer_can_be_excluded():
 @pytest.mark.parametrize("make", [lambda: "muon", lambda: mlx_optimizers.Adam(1e-3)])
 def test_layers_can_be_frozen_and_unfrozen_between_steps(make):
     # A bare MLX optimizer raises a KeyError here.
-    model = resnet()
+    model = ResNet()
     model.stages[0].freeze()
     optimizer = create_optimizer(model, make())
     assert not any(path.startswith("stages.0") for path in owners(optimizer))
@@ -778,7 +778,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
         warnings.simplefilter("error")
         plan = create_optimizer(model, rules={"layers.[12].weight": "conv"}).plan
         assert [e.layout for e in plan if e.shape == (16, 3, 16)] == ["conv", "conv"]
-        create_optimizer(resnet())
+        create_optimizer(ResNet())
         create_optimizer(CASES_BY_NAME["mamba"].build())
         model.layers[1].freeze()
         model.layers[2].freeze()
