@@ -18,6 +18,7 @@ from models import (
     adapted,
     llama,
     mlx_lm_model,
+    model_of,
     qwen2_moe,
     raw_mixture,
     whisper,
@@ -76,17 +77,16 @@ def test_weight_decay_skips_biases():
         assert np.allclose(np.array(p), np.array(before[path]) * factor, rtol=1e-6)
 
 
-class LargeTables(Table):
-    """A table of rows that are mostly rare."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.output = nn.Embedding(2000, 64), nn.Linear(64, 2000)
+def large_tables():
+    """A model with tables of rows that are mostly rare."""
+    model = Table()
+    model.embedding, model.output = nn.Embedding(2000, 64), nn.Linear(64, 2000)
+    return model
 
 
 @pytest.mark.parametrize("rest", [n for n in OPTIMIZERS if n not in ("orthomaxfactor", "muon")])
 def test_row_of_an_embedding_without_gradient_is_moved_by_decay_alone(rest):
-    model = LargeTables()
+    model = large_tables()
     optimizer = create_optimizer(model, rest=rest, rest_options={"weight_decay": 0.5})
     optimizer.update(model, random_gradients(model))  # a gradient for all rows, once
     used = mx.arange(2000)[:, None] < 7
@@ -105,7 +105,7 @@ def test_row_of_an_embedding_without_gradient_is_moved_by_decay_alone(rest):
 
 
 def test_large_tables_have_no_first_moment_and_a_factored_second():
-    model = LargeTables()
+    model = large_tables()
     plan = {entry.path: entry for entry in create_optimizer(model).plan}
     for path in ("embedding.weight", "output.weight"):
         assert plan[path].optimizer == "adamw, no momentum"
@@ -180,8 +180,7 @@ def test_learning_rate_also_scales_the_rate_of_the_rest():
 
 def test_schedule_applies_to_every_member():
     # The schedule of the fallback in mlx-optimizers never advances.
-    model = Table()
-    schedule = warmup_cosine(0.04, 20, 4)
+    model, schedule = Table(), warmup_cosine(0.04, 20, 4)
     optimizer = create_optimizer(model, "muon", learning_rate=schedule, rest_learning_rate=3e-3)
     for t in range(20):
         optimizer.update(model, random_gradients(model))
@@ -205,8 +204,7 @@ def test_schedule_applies_to_given_members_except_those_with_their_own_schedule(
 
 def test_setting_the_rate_keeps_the_ratios_and_ends_the_schedules():
     # MLX's MultiOptimizer would give every member the same rate.
-    model = Table()
-    schedule = warmup_cosine(0.04, 20, 4)
+    model, schedule = Table(), warmup_cosine(0.04, 20, 4)
     optimizer = create_optimizer(model, "muon", learning_rate=schedule)
     optimizer.learning_rate = 0.01  # at the start of the warm-up, where every rate is 0
     assert rates(optimizer) == pytest.approx([0.01, 5e-4, 5e-4])
@@ -260,23 +258,17 @@ def peak(name, steps, width, **options):
 
 def test_total_steps_picks_each_peak_and_builds_each_schedule():
     optimizer = create_optimizer(Table(), total_steps=400)
-    peaks = {
-        "orthomaxfactor": peak("orthomaxfactor", 400, 64),
-        "rest": OPTIMIZERS["adamw"].rest_peak,
-    }
-    assert {e.optimizer: e.rate for e in optimizer.plan} == {
-        "orthomaxfactor": peaks["orthomaxfactor"],
-        "adamw": pytest.approx(peaks["rest"]),
-        "adamw, no decay": pytest.approx(peaks["rest"]),
-    }
+    hidden, rest = peak("orthomaxfactor", 400, 64), OPTIMIZERS["adamw"].rest_peak
+    found = {e.optimizer: e.rate for e in optimizer.plan}
+    expected = {"orthomaxfactor": hidden, "adamw": rest, "adamw, no decay": rest}
+    assert found == pytest.approx(expected)
     assert "  0.04  " in str(optimizer.plan)
-    schedule = warmup_cosine(peaks["orthomaxfactor"], 400, 40, start_ratio=1 / 41)
+    schedule = warmup_cosine(1.0, 400, 40, start_ratio=1 / 41)
     for t in (0, 39, 200, 400, 1000):
         for member in optimizer.optimizers:
             member.state["step"] = mx.array(t, mx.uint64)
             member.advance()
-        shape = schedule(t).item() / peaks["orthomaxfactor"]
-        each = [shape * peaks[name] for name in ("orthomaxfactor", "rest", "rest")]
+        each = [schedule(t).item() * rate for rate in (hidden, rest, rest)]
         assert rates(optimizer) == pytest.approx(each, rel=1e-5)
 
 
@@ -376,12 +368,10 @@ def test_rate_that_suits_adamw_warns_once():
 
 
 def test_warnings_point_to_the_callers_line():
-    model = Table()
+    model, head = Table(), model_with_trainable_head()
     for warns in (
         lambda: create_optimizer(model, learning_rate=1e-3),
-        lambda: create_optimizer(
-            model_with_trainable_head(), learning_rate=1e-3, rest_learning_rate=1e-3
-        ),
+        lambda: create_optimizer(head, learning_rate=1e-3, rest_learning_rate=1e-3),
         lambda: OrthoMaxFactor(1e-3),
         lambda: setattr(OrthoMaxFactor(), "learning_rate", 1e-3),
         lambda: setattr(create_optimizer(model), "learning_rate", 1e-3),
@@ -427,12 +417,8 @@ def test_rule_can_set_the_role_of_an_array():
     model = raw_mixture()
     plan = create_optimizer(model, "muon", rules={"moe.w_*": "experts"}).plan
     entry = next(e for e in plan if e.path == "moe.w_in")
-    assert (entry.role, entry.layout, entry.optimizer, entry.note) == (
-        "experts",
-        "experts",
-        "muon",
-        "",
-    )
+    assert (entry.role, entry.layout) == ("experts", "experts")
+    assert (entry.optimizer, entry.note) == ("muon", "")
 
 
 def test_convolution_kernel_with_rule_hidden_keeps_its_layout():
@@ -445,12 +431,8 @@ def test_one_error_names_all_wrong_rules():
     rules = {"*.wq.weigth": "muon", "embeding": "adamw", "head": "sgd", "bias": "norm"}
     with pytest.raises(ValueError, match="rule") as error:
         create_optimizer(Table(), rules=rules)
-    for part in (
-        "'*.wq.weigth' is no role and matches",
-        "did you mean 'embedding'",
-        "got 'sgd'",
-        "got 'norm'",
-    ):
+    matches = "'*.wq.weigth' is no role and matches"
+    for part in (matches, "did you mean 'embedding'", "got 'sgd'", "got 'norm'"):
         assert part in str(error.value)
 
 
@@ -535,13 +517,9 @@ def test_flattened_state_can_be_assigned_back():
 
 
 def test_paths_with_dots_and_tuples_of_modules_work():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parts = {"v1.5": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
-            self.pair = (nn.Linear(4, 4), nn.Linear(4, 4))  # MLX finds no modules in a tuple
-
-    model = Odd()
+    model = nn.Module()
+    model.parts = {"v1.5": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    model.pair = (nn.Linear(4, 4), nn.Linear(4, 4))  # MLX finds no modules in a tuple
     optimizer = create_optimizer(model)
     optimizer.update(model, random_gradients(model))
     assert [entry.path for entry in optimizer.plan if "v1.5" in entry.path]
@@ -570,18 +548,12 @@ def test_state_for_other_members_is_refused():
 # Hierarchical reasoning models
 
 
-class Puzzles(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.puzzle_embedding = nn.Embedding(10, 4)
-        self.inner = nn.Linear(4, 3)
-
-    def __call__(self, index):
-        return self.inner(self.puzzle_embedding(index))
+def puzzles():
+    return model_of(puzzle_embedding=nn.Embedding(10, 4), inner=nn.Linear(4, 3))
 
 
 def test_hrm_gets_a_main_and_a_puzzle_optimizer():
-    model = Puzzles()
+    model = puzzles()
     optimizers = create_optimizer_for_hrm(model)
     assert list(optimizers) == ["main", "puzzle"]
     main, puzzle = optimizers["main"], optimizers["puzzle"]
@@ -591,7 +563,8 @@ def test_hrm_gets_a_main_and_a_puzzle_optimizer():
     assert main.weight_decay == puzzle.weight_decay == 0.1
 
     table, weight = model.puzzle_embedding.weight, model.inner.weight
-    loss = lambda m: m(mx.array([2, 5])).square().sum()  # noqa: E731
+    tokens = mx.array([2, 5])
+    loss = lambda m: m.inner(m.puzzle_embedding(tokens)).square().sum()  # noqa: E731
     _, gradients = nn.value_and_grad(model, loss)(model)
     main.update(model, gradients)
     assert mx.array_equal(model.puzzle_embedding.weight, table).item()
@@ -604,7 +577,7 @@ def test_hrm_gets_a_main_and_a_puzzle_optimizer():
 
 
 def test_hrm_without_a_puzzle_optimizer():
-    model = Puzzles()
+    model = puzzles()
     optimizers = create_optimizer_for_hrm(model, 1e-3, use_separate_puzzle_optimizer=False)
     assert list(optimizers) == ["main"]
     before = model.puzzle_embedding.weight
@@ -613,12 +586,11 @@ def test_hrm_without_a_puzzle_optimizer():
     with pytest.raises(ValueError, match='no parameter has "puzzle" in its path'):
         create_optimizer_for_hrm(Table())
     with pytest.raises(ValueError, match="learning_rate must be in"):
-        create_optimizer_for_hrm(Puzzles(), lr=-1.0)
+        create_optimizer_for_hrm(puzzles(), lr=-1.0)
 
 
 def test_error_names_complex_parameters():
-    model = nn.Module()
-    model.layer, model.poles = nn.Linear(4, 4), mx.zeros((4, 4), mx.complex64)
+    model = model_of(layer=nn.Linear(4, 4), poles=mx.zeros((4, 4), mx.complex64))
     tree = model.trainable_parameters()
     message = (
         r"^poles: complex parameters are not supported: store the real and imaginary parts as two "
@@ -761,14 +733,9 @@ def test_names_with_dots_and_brackets():
 # Names of members, and layers that nobody knows
 
 
-class OwnConvolution(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.weight, self.bias = mx.zeros((channels, 3, channels)), mx.zeros((channels,))
-
-
 def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
-    layers = [OwnConvolution(16) for _ in range(2)]
+    arrays = {"weight": mx.zeros((16, 3, 16)), "bias": mx.zeros((16,))}
+    layers = [model_of(**arrays) for _ in range(2)]
     model = nn.Sequential(nn.Conv1d(4, 16, 3), *layers, nn.Linear(16, 3))
     message = r"^84% of the weights .* such as layers\.1\.weight \(16, 3, 16\), and go to rest"
     with pytest.warns(UserWarning, match=message) as warned:
@@ -783,9 +750,7 @@ def test_weights_of_unknown_layers_are_a_warning_if_they_are_many():
         model.layers[1].freeze()
         model.layers[2].freeze()
         create_optimizer(model)
-        bare = nn.Module()
-        bare.w = mx.zeros((4, 4))
-        create_optimizer(bare)
+        create_optimizer(model_of(w=mx.zeros((4, 4))))
 
 
 def test_no_two_members_have_one_name():
@@ -798,7 +763,7 @@ def test_no_two_members_have_one_name():
 
 
 def test_members_without_parameters_are_not_shown():
-    model = LargeTables()
+    model = large_tables()
     model.freeze()
     model.linear1.unfreeze()
     optimizer = create_optimizer(model)
