@@ -4,15 +4,12 @@ import errno
 import fcntl
 import functools
 import gc
-import hashlib
-import json
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -298,6 +295,7 @@ RATES = [  # an optimizer, its rate here, the argument, the rate after the load
     (AdamW, 0.02, "built", 0.02),
     (AdamW, 0.02, "file", 0.003),
     (AdamW, 0.01, "here", 0.01),
+    (mlx_optimizers.AdamW, 0.02, "built", 0.003),
     (mlx_optimizers.AdamW, 0.02, "here", 0.02),
     (mlx_optimizers.AdamW, 0.02, "file", 0.003),
 ]
@@ -372,14 +370,6 @@ def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
     run = table_run(learning_rate=second)
     assert 'rates="here"' in str(refused(path, *run, rates=rates))
     load_checkpoint(path, *run, rates="here")
-
-
-def test_mlx_optimizer_uses_the_rate_in_the_file_unless_told_otherwise(path):
-    model, _ = saved(path, Table(), mlx_optimizers.AdamW(0.01))
-    for rates, expected in (("built", 0.01), ("here", 0.02), ("file", 0.01)):
-        optimizer = mlx_optimizers.AdamW(0.02)
-        load_checkpoint(path, model, optimizer, rates=rates)
-        assert rate_of(optimizer) == expected
 
 
 class Halving:
@@ -463,11 +453,7 @@ MISFITS = [
         lambda: (Table(), AdamW(betas=(0.8, 0.9), weight_decay=0.5)),
         "optimizer 0, AdamW: betas .*\noptimizer 0, AdamW: weight_decay is 0.1 ",
     ),
-    (
-        table_run,
-        lambda: table_run(learning_rate=warmup_cosine(0.1, 10, 1)),
-        "learning_rate schedule",
-    ),
+    (table_run, lambda: table_run(learning_rate=warmup_cosine(0.1, 10, 1)), "rate schedule is"),
     (
         table_run,
         lambda: table_run(rules={"head": "maxfactor"}),
@@ -486,21 +472,12 @@ MISFITS = [
     (table_run, lambda: table_run(model=llama), "lm_head.weight: missing"),
     (table_run, lambda: (Table(), MaxFactor()), "AdamW in the file, none here"),
     (
-        table_run,
-        lambda: (Table(), mlx_optimizers.Adam(1e-3)),
-        "OrthoMaxFactor in the file, Adam here",
-    ),
-    (
         lambda: (Table(), mlx_optimizers.AdamW(1e-3)),
         lambda: (Table(), AdamW()),
         "^optimizer 0: mlx.optimizers.AdamW in the file, mlx_maxfactor.AdamW here",
     ),
     (table_run, lambda: table_run(max_grad_norm=1.0), "max_grad_norm is None"),
-    (
-        guarded_adamw,
-        lambda: guarded_adamw(max_grad_norm=1.0),
-        "max_grad_norm is None in the file, 1.0 here",
-    ),
+    (guarded_adamw, lambda: guarded_adamw(max_grad_norm=1.0), "None in the file, 1.0 here"),
 ]
 
 
@@ -743,35 +720,15 @@ def tiny():
     return model, create_optimizer(model, learning_rate=schedule, state_dtype="float32")
 
 
-def read_parts(path):
-    """The header as JSON, and the data after it."""
-    whole = path.read_bytes()
-    size = int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
-
-
-def forge(path, header, data):
-    """Write a file with this header and data and a valid checksum."""
-    blank = b"0" * 64
-    if isinstance(header.get("__metadata__"), dict) and "checksum" in header["__metadata__"]:
-        header["__metadata__"]["checksum"] = blank.decode()
-    text = json.dumps(header, separators=(",", ":")).encode()
-    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text + data).hexdigest()
-    text = text.replace(b'"checksum":"%s"' % blank, b'"checksum":"%s"' % digest.encode(), 1)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-@pytest.mark.parametrize(("dtype", "shape"), [("U32", [2, 1]), ("I32", [2]), ("U64", [1])])
-def test_random_key_of_another_dtype_or_shape_is_refused(dtype, shape, path):
+@pytest.mark.parametrize(
+    "key", [mx.zeros((2, 1), mx.uint32), mx.array([1, 2]), mx.zeros(1, mx.uint64)]
+)
+def test_random_key_of_another_dtype_or_shape_is_refused(key, path):
     saved(path, *tiny())
-    header, data = read_parts(path)
-    header["_run.random"] |= {"dtype": dtype, "shape": shape}
-    forge(path, header, data)
-    model, optimizer = tiny()
-    before = snapshot(model, optimizer)
-    with pytest.raises(CheckpointError, match="its random key is missing"):
-        load_checkpoint(path, model, optimizer, strict=False)
-    assert same(snapshot(model, optimizer), before)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    del metadata["checksum"]
+    sealed_files.write(path, arrays | {"_run.random": key}, metadata)
+    assert "its random key is missing" in str(refused(path, *tiny(), strict=False))
 
 
 # Kills
@@ -910,32 +867,16 @@ def test_header_too_large_for_mlx_is_refused_and_keeps_the_old_file(path, monkey
 
 
 def test_several_threads_can_save_to_one_path(path):
-    model, optimizer = trained(*tiny())
-    mx.eval(model.state, optimizer.state)
     arrays = {"w": mx.arange(100_000)}
     mx.eval(arrays)
     metadata = {"format": "4", "run": "{}"}
-    failed = []
 
     def save(i):
-        try:
-            sealed_files.write(path, dict(arrays), metadata | {"extra": f"{i}" * 1000})
-            sealed_files.read(path, ("4",))
-        except CheckpointError as problem:
-            failed.append(problem)
+        sealed_files.write(path, dict(arrays), metadata | {"extra": f"{i}" * 1000})
+        sealed_files.read(path, ("4",))
 
-    threads = [threading.Thread(target=save, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-
-
-def in_a_thread(function):
-    """Call the function in a new thread; return its result or raise its error."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(8)))  # raises the errors of the threads
 
 
 def test_new_optimizer_works_in_another_thread(path):
@@ -951,8 +892,8 @@ def test_new_optimizer_works_in_another_thread(path):
         save_checkpoint(path, model, optimizer)
         return int(optimizer.step)
 
-    assert in_a_thread(lambda: step(optimizer)) == 1
-    assert in_a_thread(lambda: step(hrm)) == 1
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(step, (optimizer, hrm))) == [1, 1]
 
 
 # What users do
