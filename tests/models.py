@@ -1,13 +1,14 @@
 """Small models, and the role and layout that the router should give to each parameter.
 
 `Case.roles` maps fnmatch patterns to (role, layout); the first pattern that matches a path decides.
-A comment on a case says what is easy to get wrong. Most models only hold their layers: the router
+Most models only hold their layers: the router
 looks at names, classes and shapes, and at code that makes the output by an embedding.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -21,13 +22,10 @@ LAYOUTS |= dict.fromkeys(("lora_a", "lora_b"), "transposed")
 """The layout of a role, unless it is "matrix"."""
 
 
-def roles(**patterns: str) -> dict[str, tuple[str, str]]:
-    """The role and its layout by pattern, from the patterns of each role."""
-    return {
-        pattern: (role, LAYOUTS.get(role, "matrix"))
-        for role, listed in patterns.items()
-        for pattern in listed.split()
-    }
+def roles(text: str) -> dict[str, tuple[str, str]]:
+    """The role and its layout by pattern, from a list of each role and its patterns."""
+    listed = [part.split() for part in text.split(",")]
+    return {x: (role, LAYOUTS.get(role, "matrix")) for role, *patterns in listed for x in patterns}
 
 
 # The widths differ, so that no two shapes match by accident.
@@ -36,14 +34,13 @@ VOCAB, DIMS, INNER, CLASSES = 50, 32, 64, 5
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    name: str
     build: Callable[[], Any]
     roles: dict[str, tuple[str, str]]
-    guessed: bool = False  # whether the plan marks the heads "guessed"
-    absent: tuple[str, ...] = ()  # paths that the model reports and the plan must not list
+    guessed: bool
+    absent: tuple[str, ...]
 
     def expected(self, path: str) -> tuple[str, str]:
-        patterns = self.roles | roles(bias="*.bias")  # a pattern of the case keeps its place
+        patterns = self.roles | roles("bias *.bias")  # a pattern of the case keeps its place
         return next(pair for pattern, pair in patterns.items() if fnmatchcase(path, pattern))
 
 
@@ -52,21 +49,10 @@ class Case:
 
 def mlx_lm_model(family: str, **config: Any) -> Any:
     module = import_module(f"mlx_lm.models.{family}")
-    small = {
-        "model_type": family,
-        "vocab_size": VOCAB,
-        "hidden_size": DIMS,
-        "intermediate_size": INNER,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 64,
-        "moe_intermediate_size": 24,
-        "num_experts_per_tok": 2,
-    }
+    small = {"model_type": family, "vocab_size": VOCAB, "hidden_size": DIMS, "head_dim": 8}
+    small |= {"intermediate_size": INNER, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 64}
     return module.Model(module.ModelArgs.from_dict(small | config))
 
 
@@ -79,17 +65,9 @@ def qwen2_moe() -> Any:
 
 
 def deepseek_v3() -> Any:
-    return mlx_lm_model(
-        "deepseek_v3",
-        n_routed_experts=6,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        q_lora_rank=None,
-        kv_lora_rank=12,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        v_head_dim=10,
-    )
+    sizes = {"n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    sizes |= {"q_lora_rank": None, "kv_lora_rank": 12, "v_head_dim": 10}
+    return mlx_lm_model("deepseek_v3", qk_nope_head_dim=8, qk_rope_head_dim=4, **sizes)
 
 
 def gpt2() -> Any:
@@ -116,11 +94,9 @@ def adapted(model: Any, *keys: str, dora: bool = False, bits: int = 0) -> Any:
     return model
 
 
-LLAMA_TIED = roles(
-    embedding="model.embed_tokens.weight", norm="*norm.weight", hidden="*_proj.weight"
-)
-LLAMA = LLAMA_TIED | roles(head="lm_head.weight")
-LORA = roles(lora_a="*.lora_a", lora_b="*.lora_b")
+LLAMA_TIED = roles("embedding model.embed_tokens.weight, norm *norm.weight, hidden *_proj.weight")
+LLAMA = LLAMA_TIED | roles("head lm_head.weight")
+LORA = roles("lora_a *.lora_a, lora_b *.lora_b")
 
 
 # Models defined here: shared blocks first, then the models
@@ -146,7 +122,7 @@ def block(dims: int, **cross: nn.Module) -> nn.Module:
     return model_of(**parts, mlp_ln=nn.LayerNorm(dims))
 
 
-BLOCK = roles(norm="*ln*.weight *ln*.bias", hidden="*attn.*.weight *.mlp[12].weight")
+BLOCK = roles("norm *ln*.weight *ln*.bias, hidden *attn.*.weight *.mlp[12].weight")
 
 
 class Table(nn.Module):
@@ -159,14 +135,14 @@ class Table(nn.Module):
         self.output = Linear(64, 10)
 
 
-def mlp(*widths: int) -> nn.Module:
+def mlp(*widths: int) -> Any:
     layers = [Linear(n, m) for n, m in pairwise(widths)]
     return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
 
 
 class WhisperDecoder(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
-        return self.token_embedding.as_linear(self.ln(x))
+        return self.token_embedding.as_linear(x)
 
 
 def whisper(**more: mx.array) -> Any:
@@ -189,22 +165,16 @@ def whisper(**more: mx.array) -> Any:
 
 
 WHISPER = BLOCK | roles(
-    conv_input="encoder.conv1.weight",
-    conv="encoder.conv2.weight",
-    embedding="decoder.token_embedding.weight",
-    unknown="decoder.positional_embedding",
+    "conv_input encoder.conv1.weight, conv encoder.conv2.weight, embedding"
+    " decoder.token_embedding.weight, unknown decoder.positional_embedding"
 )
 
 
 def vit() -> Any:
-    return model_of(
-        patches=Conv2d(3, DIMS, 4, stride=4),
-        class_token=mx.zeros((1, 1, DIMS)),
-        position=mx.zeros((1, 5, DIMS)),
-        blocks=[block(DIMS) for _ in range(2)],
-        ln=nn.LayerNorm(DIMS),
-        head=Linear(DIMS, CLASSES),
-    )
+    arrays = {"class_token": mx.zeros((1, 1, DIMS)), "position": mx.zeros((1, 5, DIMS))}
+    body = {"blocks": [block(DIMS) for _ in range(2)], "ln": nn.LayerNorm(DIMS)}
+    patches, head = Conv2d(3, DIMS, 4, stride=4), Linear(DIMS, CLASSES)
+    return model_of(patches=patches, **arrays, **body, head=head)
 
 
 class ResidualBlock(nn.Module):
@@ -340,14 +310,10 @@ def timed_block(channels_in: int, channels: int) -> nn.Module:
 
 def unet() -> nn.Module:
     """A U-Net that defines its time embedding before the convolution that reads the image."""
-    return model_of(
-        time_embed=mlp(10, DIMS, DIMS),
-        conv_in=Conv2d(3, 8, 3, padding=1),
-        down=[timed_block(8, 12)],
-        up=[timed_block(12, 8)],
-        norm_out=nn.GroupNorm(2, 8),
-        conv_out=Conv2d(8, 3, 3, padding=1),
-    )
+    time, norm = mlp(10, DIMS, DIMS), nn.GroupNorm(2, 8)
+    conv_in, conv_out = (Conv2d(n, m, 3, padding=1) for n, m in ((3, 8), (8, 3)))
+    body = {"down": [timed_block(8, 12)], "up": [timed_block(12, 8)], "norm_out": norm}
+    return model_of(time_embed=time, conv_in=conv_in, **body, conv_out=conv_out)
 
 
 class WeightNorm(nn.Module):
@@ -412,263 +378,192 @@ class Adapted(nn.Module):
         return self.linear(x) + self.scale * self[b](self[a](x))
 
 
-def low_rank(name: str, a: str, b: str, kind: str = "arrays") -> Case:
+def low_rank(a: str, b: str, kind: str) -> nn.Module:
     """A frozen model in which only the adapters of the middle layer are trained."""
-
-    def build() -> nn.Module:
-        ends = Linear(12, DIMS), Linear(24, CLASSES)
-        for end in ends:
-            end.freeze()
-        return nn.Sequential(ends[0], Adapted(a, b, kind), ends[1])
-
-    found = roles(lora_a="*[aA] *[aA].weight *down.weight", lora_b="*[bB] *[bB].weight *up.weight")
-    layout = "transposed" if kind == "transposed" else "matrix"
-    return Case(name, build, {pattern: (role, layout) for pattern, (role, _) in found.items()})
+    ends = Linear(12, DIMS), Linear(24, CLASSES)
+    for end in ends:
+        end.freeze()
+    return nn.Sequential(ends[0], Adapted(a, b, kind), ends[1])
 
 
-CASES = [
-    Case(
-        "table",
-        Table,
-        roles(embedding="embedding.weight", hidden="linear1.weight", head="output.weight"),
+TRANSPOSED = roles("lora_a *[aA], lora_b *[bB]")
+LOW_RANK = roles("lora_a *[aA] *[aA].weight *down.weight, lora_b *[bB] *[bB].weight *up.weight")
+LOW_RANK = {pattern: (role, "matrix") for pattern, (role, _) in LOW_RANK.items()}
+
+BUILDS: dict[str, Callable[[], Any]] = {
+    "table": Table,
+    "mlp": lambda: mlp(12, INNER, DIMS, CLASSES),
+    "autoencoder": lambda: mlp(12, INNER, 4, INNER, 12),
+    "llama": llama,
+    "llama_tied": lambda: llama(tied=True),
+    "qwen3_tied": lambda: mlx_lm_model("qwen3", tie_word_embeddings=True),
+    "qwen2_moe": qwen2_moe,
+    "deepseek_v3": deepseek_v3,
+    "gpt2": gpt2,
+    "mamba": mamba,
+    "gpt_oss": lambda: mlx_lm_model("gpt_oss", num_local_experts=6),
+    "whisper": whisper,
+    "whisper_alignment_heads": lambda: whisper(alignment_heads=mx.array([[0, 1], [1, 0]])),
+    "vit": vit,
+    "resnet": ResNet,
+    "resnet_frozen_ends": lambda: ResNet(frozen_ends=True),
+    "conv_transpose": conv_autoencoder,
+    "convnext": convnext,
+    "lora": lambda: adapted(llama()),
+    "qlora": lambda: adapted(llama(), bits=4),
+    "lora_moe": lambda: adapted(qwen2_moe()),
+    "lora_embedding": lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj"),
+    "dora": lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj", dora=True),
+    "head_by_name": lambda: head_first("lm_head"),
+    "head_by_shape": lambda: head_first("to_tokens"),
+    "shared_modules": Shared,
+    "shared_array": shared_array,
+    "recurrent": lambda: model_of(
+        lstm=nn.LSTM(6, 16), gru=nn.GRU(16, 12), rnn=nn.RNN(12, 8), readout=Linear(8, CLASSES)
     ),
-    Case(
-        "mlp",
-        lambda: mlp(12, INNER, DIMS, CLASSES),
-        roles(first="layers.0.weight", head="layers.4.weight", hidden="*.weight"),
-        guessed=True,
+    "two_heads": lambda: model_of(
+        policy_head=Linear(DIMS, CLASSES), value_head=mlp(DIMS, 20, 1), trunk=mlp(12, INNER, DIMS)
     ),
+    "raw_experts": raw_mixture,
+    "transformer_encoder": encoder,
+    "bert": bert,
+    "actor_critic": lambda: model_of(
+        trunk=mlp(12, INNER, DIMS),
+        **{name: Linear(DIMS, 4) for name in ("actor", "log_std")},
+        critic=Linear(DIMS, 1),
+    ),
+    "two_networks": lambda: model_of(actor=mlp(12, DIMS, 4), critic=mlp(12, INNER, 1)),
+    "twin_heads": lambda: model_of(
+        hidden=Linear(12, DIMS), **{name: Linear(DIMS, 4) for name in ("policy_head", "spread")}
+    ),
+    "branches": lambda: model_of(
+        hidden=Linear(12, DIMS), branches=[Linear(DIMS, outputs) for outputs in (4, DIMS, 1)]
+    ),
+    "dqn": dqn,
+    "vae": vae,
+    "unet": unet,
+    "weight_norm": lambda: nn.Sequential(WeightNorm(12, DIMS), nn.ReLU(), Linear(DIMS, CLASSES)),
+    "adaln_zero": dit,
+    "clip": clip,
+    "lora_arrays": partial(low_rank, "A", "B", "transposed"),
+    "lora_arrays_of_linears": partial(low_rank, "A", "B", "arrays"),
+    "lora_capitals": partial(low_rank, "lora_A", "lora_B", "arrays"),
+    "lora_linears": partial(low_rank, "lora_a", "lora_b", "linears"),
+    "lora_down_up": partial(low_rank, "lora_down", "lora_up", "linears"),
+}
+
+# What each parameter is, by hand. A comment says what is easy to get wrong.
+PLANS = {
+    "table": roles("embedding embedding.weight, hidden linear1.weight, head output.weight"),
+    "mlp": roles("first layers.0.weight, head layers.4.weight, hidden *.weight"),
     # The output is as wide as the input, but the first layer is no head.
-    Case(
-        "mlp_autoencoder",
-        lambda: mlp(12, INNER, 4, INNER, 12),
-        roles(first="layers.0.weight", head="layers.6.weight", hidden="*.weight"),
-        guessed=True,
-    ),
-    Case("llama", llama, LLAMA),
+    "autoencoder": roles("first layers.0.weight, head layers.6.weight, hidden *.weight"),
+    "llama": LLAMA,
     # With tied embeddings, the last Linear in definition order is layers.1.mlp.up_proj: no head.
-    Case("llama_tied", lambda: llama(tied=True), LLAMA_TIED),
-    Case("qwen3_tied", lambda: mlx_lm_model("qwen3", tie_word_embeddings=True), LLAMA_TIED),
+    "llama_tied": LLAMA_TIED,
+    "qwen3_tied": LLAMA_TIED,
     # gate_proj belongs to an expert or a dense layer; it is no expert gate.
-    Case(
-        "qwen2_moe",
-        qwen2_moe,
-        roles(router="*.gate.weight *.shared_expert_gate.weight", experts="*.switch_mlp.*") | LLAMA,
-    ),
+    "qwen2_moe": roles("router *.gate.weight *.shared_expert_gate.weight, experts *.switch_mlp.*")
+    | LLAMA,
     # MoEGate holds bare arrays; embed_q and unembed_out are stacks of projections, no embeddings.
-    Case(
-        "deepseek_v3",
-        deepseek_v3,
-        roles(router="*.gate.weight", bias="*.e_score_correction_bias")
-        | roles(experts="*.switch_mlp.* *embed_q.weight *unembed_out.weight")
-        | roles(hidden="*.kv_a_proj_with_mqa.weight")
-        | LLAMA,
-    ),
-    Case(
-        "gpt2", gpt2, roles(embedding="model.w[tp]e.weight", norm="*.ln_*", hidden="*.c_*.weight")
-    ),
+    "deepseek_v3": roles(
+        "router *.gate.weight, bias *.e_score_correction_bias, experts *.switch_mlp.*"
+        " *embed_q.weight *unembed_out.weight, hidden *.kv_a_proj_with_mqa.weight"
+    )
+    | LLAMA,
+    "gpt2": roles("embedding model.w[tp]e.weight, norm *.ln_*, hidden *.c_*.weight"),
     # No convolution reads the input, not even that of the first block. A_log is (inner, state).
-    Case(
-        "mamba",
-        mamba,
-        roles(embedding="backbone.embeddings.weight", norm="*norm*.weight")
-        | roles(depthwise="*.conv1d.weight", hidden="*_proj.weight", unknown="*.A_log")
-        | roles(vector="*.D"),
+    "mamba": roles(
+        "embedding backbone.embeddings.weight, norm *norm*.weight, depthwise *.conv1d.weight,"
+        " hidden *_proj.weight, unknown *.A_log, vector *.D"
     ),
     # The biases of the experts have two axes, (experts, out), but are no matrices.
-    Case(
-        "gpt_oss",
-        lambda: mlx_lm_model("gpt_oss", num_local_experts=6),
-        roles(router="*.router.weight", experts="*.experts.*.weight", vector="*.sinks") | LLAMA,
-    ),
-    Case("whisper", whisper, WHISPER),
+    "gpt_oss": roles("router *.router.weight, experts *.experts.*.weight, vector *.sinks") | LLAMA,
+    "whisper": WHISPER,
     # trainable_parameters() lists integer arrays, and value_and_grad gives them int32 gradients.
-    Case(
-        "whisper_alignment_heads",
-        lambda: whisper(alignment_heads=mx.array([[0, 1], [1, 0]])),
-        WHISPER,
-        absent=("alignment_heads",),
-    ),
-    Case(
-        "vit",
-        vit,
-        roles(conv_input="patches.weight", vector="class_token", unknown="position")
-        | roles(head="head.weight")
-        | BLOCK,
-    ),
-    Case(
-        "resnet",
-        ResNet,
-        roles(conv_input="conv1.weight", head="fc.weight", norm="*bn[12].*")
-        | roles(conv="stages.*.weight"),
-        guessed=True,
+    "whisper_alignment_heads": WHISPER,
+    "vit": roles(
+        "conv_input patches.weight, vector class_token, unknown position, head head.weight"
+    )
+    | BLOCK,
+    "resnet": roles(
+        "conv_input conv1.weight, head fc.weight, norm *bn[12].*, conv stages.*.weight"
     ),
     # The frozen layers still read the input and make the output: no other layer gets their roles.
-    Case(
-        "resnet_frozen_ends",
-        lambda: ResNet(frozen_ends=True),
-        roles(norm="*bn[12].*", conv="stages.*.weight"),
-        absent=("conv1.weight", "fc.weight", "fc.bias", "bn1.running_mean"),
+    "resnet_frozen_ends": roles("norm *bn[12].*, conv stages.*.weight"),
+    "conv_transpose": roles("conv_input layers.0.weight, norm layers.1.*, conv *.weight"),
+    "convnext": {"*.grouped.weight": ("conv", "conv/4")}
+    | roles(
+        "conv_input stem.weight, conv *.pwconv.weight, depthwise blocks.*.weight, head head.weight"
     ),
-    Case(
-        "conv_transpose",
-        conv_autoencoder,
-        roles(conv_input="layers.0.weight", norm="layers.1.*", conv="*.weight"),
-    ),
-    Case(
-        "convnext",
-        convnext,
-        {"*.grouped.weight": ("conv", "conv/4")}
-        | roles(conv_input="stem.weight", conv="*.pwconv.weight", depthwise="blocks.*.weight")
-        | roles(head="head.weight"),
-    ),
-    Case("lora", lambda: adapted(llama()), LORA),
-    Case("qlora", lambda: adapted(llama(), bits=4), LORA),
-    Case(
-        "lora_moe",
-        lambda: adapted(qwen2_moe()),
-        {f"*.switch_mlp.*.{name}": (name, "experts") for name in ("lora_a", "lora_b")} | LORA,
-    ),
-    Case(
-        "lora_embedding",
-        lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj"),
-        roles(embedding="model.embed_tokens.lora_a") | LORA,
-    ),
-    Case(
-        "dora",
-        lambda: adapted(llama(tied=True), "model.embed_tokens", "self_attn.q_proj", dora=True),
-        roles(embedding="model.embed_tokens.lora_a", vector="*.m") | LORA,
-    ),
-    Case(
-        "head_by_name",
-        lambda: head_first("lm_head"),
-        roles(embedding="embedding.weight", head="lm_head.weight") | BLOCK,
-    ),
-    Case(
-        "head_by_shape",
-        lambda: head_first("to_tokens"),
-        roles(embedding="embedding.weight", head="to_tokens.weight") | BLOCK,
-    ),
-    Case(
-        "shared_modules",
-        Shared,
-        roles(embedding="head.weight") | BLOCK,
-        absent=("embedding.weight", "blocks.0.mlp1.weight", "blocks.1.mlp1.weight"),
-    ),
-    Case(
-        "shared_array",
-        shared_array,
-        roles(embedding="embedding.weight", head="lm_head.weight") | BLOCK,
-    ),
-    Case(
-        "recurrent",
-        lambda: model_of(
-            lstm=nn.LSTM(6, 16), gru=nn.GRU(16, 12), rnn=nn.RNN(12, 8), readout=Linear(8, CLASSES)
-        ),
-        roles(head="readout.weight", first="lstm.Wx", hidden="*.W*", bias="*.bias gru.b gru.bhn"),
-        guessed=True,
+    "lora": LORA,
+    "qlora": LORA,
+    "lora_moe": {f"*.switch_mlp.*.{name}": (name, "experts") for name in ("lora_a", "lora_b")}
+    | LORA,
+    "lora_embedding": roles("embedding model.embed_tokens.lora_a") | LORA,
+    "dora": roles("embedding model.embed_tokens.lora_a, vector *.m") | LORA,
+    "head_by_name": roles("embedding embedding.weight, head lm_head.weight") | BLOCK,
+    "head_by_shape": roles("embedding embedding.weight, head to_tokens.weight") | BLOCK,
+    "shared_modules": roles("embedding head.weight") | BLOCK,
+    "shared_array": roles("embedding embedding.weight, head lm_head.weight") | BLOCK,
+    "recurrent": roles(
+        "head readout.weight, first lstm.Wx, hidden *.W*, bias *.bias gru.b gru.bhn"
     ),
     # A head can be a module: its last Linear is the head, the one before it is hidden.
-    Case(
-        "two_heads",
-        lambda: model_of(
-            policy_head=Linear(DIMS, CLASSES),
-            value_head=mlp(DIMS, 20, 1),
-            trunk=mlp(12, INNER, DIMS),
-        ),
-        roles(head="policy_head.weight value_head.layers.2.weight", first="trunk.layers.0.weight")
-        | roles(hidden="*.layers.*.weight"),
+    "two_heads": roles(
+        "head policy_head.weight value_head.layers.2.weight, first trunk.layers.0.weight, hidden"
+        " *.layers.*.weight"
     ),
-    Case(
-        "raw_experts",
-        raw_mixture,
-        roles(embedding="embed.weight", router="moe.router.classifier.weight", unknown="moe.w_*")
-        | roles(head="lm_head.weight"),
+    "raw_experts": roles(
+        "embedding embed.weight, router moe.router.classifier.weight, unknown moe.w_*, head"
+        " lm_head.weight"
     ),
-    Case(
-        "transformer_encoder",
-        encoder,
-        roles(embedding="embedding.weight", head="out_proj.weight", norm="*.ln*")
-        | roles(hidden="transformer.*.weight"),
+    "transformer_encoder": roles(
+        "embedding embedding.weight, head out_proj.weight, norm *.ln*, hidden transformer.*.weight"
     ),
-    Case(
-        "bert",
-        bert,
-        roles(embedding="words.weight positions.weight", head="classifier.weight")
-        | roles(norm="*.norm[12].*", hidden="layers.*.weight pooler.weight"),
+    "bert": roles(
+        "embedding words.weight positions.weight, head classifier.weight, norm *.norm[12].*,"
+        " hidden layers.*.weight pooler.weight"
     ),
     # A trunk with three output layers; none is called a head.
-    Case(
-        "actor_critic",
-        lambda: model_of(
-            trunk=mlp(12, INNER, DIMS),
-            **{name: Linear(DIMS, 4) for name in ("actor", "log_std")},
-            critic=Linear(DIMS, 1),
-        ),
-        roles(first="trunk.layers.0.weight", hidden="trunk.*.weight", head="*.weight"),
-        guessed=True,
-    ),
+    "actor_critic": roles("first trunk.layers.0.weight, hidden trunk.*.weight, head *.weight"),
     # An actor and a critic that share no layer.
-    Case(
-        "two_networks",
-        lambda: model_of(actor=mlp(12, DIMS, 4), critic=mlp(12, INNER, 1)),
-        roles(first="*.layers.0.weight", head="*.layers.2.weight"),
-        guessed=True,
-    ),
+    "two_networks": roles("first *.layers.0.weight, head *.layers.2.weight"),
     # Two equal output layers; only one is called a head.
-    Case(
-        "twin_heads",
-        lambda: model_of(
-            hidden=Linear(12, DIMS), **{name: Linear(DIMS, 4) for name in ("policy_head", "spread")}
-        ),
-        roles(first="hidden.weight", head="*.weight"),
-    ),
+    "twin_heads": roles("first hidden.weight, head *.weight"),
     # A list of output layers; one is as wide as their common input.
-    Case(
-        "branches",
-        lambda: model_of(
-            hidden=Linear(12, DIMS), branches=[Linear(DIMS, outputs) for outputs in (4, DIMS, 1)]
-        ),
-        roles(first="hidden.weight", head="branches.*.weight"),
-        guessed=True,
-    ),
-    Case(
-        "dqn",
-        dqn,
-        roles(conv_input="conv1.weight", conv="conv2.weight", hidden="fc1.weight")
-        | roles(head="fc2.weight"),
-        guessed=True,
-    ),
-    Case("vae", vae, roles(first="fc1.weight", head="fc4.weight", hidden="*.weight"), guessed=True),
-    Case(
-        "unet",
-        unet,
-        {"conv_out.weight": ("head", "conv")}
-        | roles(first="time_embed.layers.0.weight", hidden="time_embed.*.weight *.time.weight")
-        | roles(conv_input="conv_in.weight", norm="*norm*", conv="*.conv.weight"),
+    "branches": roles("first hidden.weight, head branches.*.weight"),
+    "dqn": roles("conv_input conv1.weight, conv conv2.weight, hidden fc1.weight, head fc2.weight"),
+    "vae": roles("first fc1.weight, head fc4.weight, hidden *.weight"),
+    "unet": {"conv_out.weight": ("head", "conv")}
+    | roles(
+        "first time_embed.layers.0.weight, hidden time_embed.*.weight *.time.weight, conv_input"
+        " conv_in.weight, norm *norm*, conv *.conv.weight"
     ),
     # MLX does not know that weight_v is a matrix. weight_g holds lengths along one long axis.
-    Case(
-        "weight_norm",
-        lambda: nn.Sequential(WeightNorm(12, DIMS), nn.ReLU(), Linear(DIMS, CLASSES)),
-        roles(unknown="*.weight_v", vector="*.weight_g", head="layers.2.weight"),
-        guessed=True,
+    "weight_norm": roles("unknown *.weight_v, vector *.weight_g, head layers.2.weight"),
+    "adaln_zero": roles(
+        "first x_embedder.weight t_embedder.layers.0.weight, embedding y_embedder.weight, head"
+        " final_layer.linear.weight, hidden *.weight"
     ),
-    Case(
-        "adaln_zero",
-        dit,
-        roles(first="x_embedder.weight t_embedder.layers.0.weight", embedding="y_embedder.weight")
-        | roles(head="final_layer.linear.weight", hidden="*.weight"),
-    ),
-    Case(
-        "clip",
-        clip,
-        roles(embedding="*.embed.weight", head="*_projection.weight", vector="logit_scale") | BLOCK,
-    ),
-    low_rank("lora_arrays", "A", "B", kind="transposed"),
-    low_rank("lora_arrays_of_linears", "A", "B"),
-    low_rank("lora_capitals", "lora_A", "lora_B"),
-    low_rank("lora_linears", "lora_a", "lora_b", kind="linears"),
-    low_rank("lora_down_up", "lora_down", "lora_up", kind="linears"),
-]
-CASES_BY_NAME = {case.name: case for case in CASES}
+    "clip": roles("embedding *.embed.weight, head *_projection.weight, vector logit_scale") | BLOCK,
+    "lora_arrays": TRANSPOSED,
+    "lora_arrays_of_linears": LOW_RANK,
+    "lora_capitals": LOW_RANK,
+    "lora_linears": LOW_RANK,
+    "lora_down_up": LOW_RANK,
+}
+GUESSED = "mlp autoencoder resnet recurrent actor_critic two_networks branches dqn vae weight_norm"
+"""Models whose heads the plan marks as guesses."""
+
+ABSENT = {
+    "whisper_alignment_heads": ("alignment_heads",),
+    "resnet_frozen_ends": ("conv1.weight", "fc.weight", "fc.bias", "bn1.running_mean"),
+    "shared_modules": ("embedding.weight", "blocks.0.mlp1.weight", "blocks.1.mlp1.weight"),
+}
+"""Paths that a model reports and its plan must not list."""
+
+CASES_BY_NAME = {
+    name: Case(build, PLANS[name], name in GUESSED.split(), ABSENT.get(name, ()))
+    for name, build in BUILDS.items()
+}
