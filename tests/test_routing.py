@@ -272,17 +272,12 @@ def test_total_steps_picks_each_peak_and_builds_each_schedule():
         assert rates(optimizer) == pytest.approx(each, rel=1e-5)
 
 
-PEAKS = [
-    ({"learning_rate": 0.08}, [0.08, 0.02]),
-    ({"rest_learning_rate": 3e-3}, [0.04, 3e-3]),
-    ({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3]),
-    ({"momentum": 0}, [0.07, 0.01]),
-    ({"hidden": "muon"}, [0.04, 0.01]),
-    ({"hidden": "adamw"}, [3e-3, 0.01]),
-    ({"hidden": Muon(0.3)}, [0.3, 0.01]),
-    ({"rest": AdamW(5e-3)}, [0.04, 5e-3]),
-    ({"pretrained": True}, [4e-3, 4e-4]),  # twice the constant rates
-]
+# Those of pretrained weights are twice the constant rates.
+PEAKS = [({"learning_rate": 0.08}, [0.08, 0.02]), ({"rest_learning_rate": 3e-3}, [0.04, 3e-3])]
+PEAKS += [({"learning_rate": 0.02, "rest_learning_rate": 3e-3}, [0.02, 3e-3])]
+PEAKS += [({"momentum": 0}, [0.07, 0.01]), ({"hidden": "muon"}, [0.04, 0.01])]
+PEAKS += [({"hidden": "adamw"}, [3e-3, 0.01]), ({"hidden": Muon(0.3)}, [0.3, 0.01])]
+PEAKS += [({"rest": AdamW(5e-3)}, [0.04, 5e-3]), ({"pretrained": True}, [4e-3, 4e-4])]
 
 
 @pytest.mark.parametrize(("options", "expected"), PEAKS, ids=str)
@@ -297,9 +292,8 @@ def test_rate_given_with_total_steps_is_the_peak(options, expected):
 def test_peak_of_tables_falls_with_the_width():
     # The peak of other parameters does not.
     for width, expected in ((64, 0.02), (256, 0.01)):
-        model = nn.Sequential(
-            nn.Embedding(2000, width), nn.Linear(width, width), nn.Linear(width, 2000)
-        )
+        ends = nn.Embedding(2000, width), nn.Linear(width, 2000)
+        model = nn.Sequential(ends[0], nn.Linear(width, width), ends[1])
         peaks = {e.role: e.rate for e in create_optimizer(model, total_steps=100).plan}
         assert peaks["embedding"] == peaks["head"] == pytest.approx(expected)
         assert peaks["bias"] == pytest.approx(0.01)
@@ -341,10 +335,7 @@ def test_learning_rate_is_the_rate_of_the_rest_if_only_the_rest_is_trained():
     assert optimizer.learning_rate.item() == pytest.approx(1e-2 / 11)
 
 
-SMALL = (
-    "learning_rate 0.001 is small for OrthoMaxFactor, whose rate is relative to the weights: a "
-    "usual one is 0.02, or what total_steps picks"
-)
+SMALL = "learning_rate 0.001 is small for OrthoMaxFactor, .*: a usual one is 0.02, or what total_st"
 
 
 def test_rate_that_suits_adamw_warns_once():
@@ -592,10 +583,7 @@ def test_hrm_without_a_puzzle_optimizer():
 def test_error_names_complex_parameters():
     model = model_of(layer=nn.Linear(4, 4), poles=mx.zeros((4, 4), mx.complex64))
     tree = model.trainable_parameters()
-    message = (
-        r"^poles: complex parameters are not supported: store the real and imaginary parts as two "
-        r"arrays, or freeze them$"
-    )
+    message = r"^poles: complex parameters are not supported: store .* two arrays, or freeze them$"
     for refuse in (lambda: create_optimizer(model), lambda: AdamW(1e-3).update(model, tree)):
         with pytest.raises(ValueError, match=message):
             refuse()
@@ -606,10 +594,8 @@ def test_error_names_complex_parameters():
 # Rates that users set
 
 
-def small_model(width=8):
-    return nn.Sequential(
-        nn.Embedding(20, width), nn.Linear(width, width), nn.RMSNorm(width), nn.Linear(width, 5)
-    )
+def small_model(n=8):
+    return nn.Sequential(nn.Embedding(20, n), nn.Linear(n, n), nn.RMSNorm(n), nn.Linear(n, 5))
 
 
 def test_convolutions_count_by_the_matrix_that_they_are():
@@ -705,9 +691,8 @@ def test_object_gets_the_schedule_of_the_newest_call():
     create_optimizer(small_model(), rest=rest)
     rest.update({}, {})
     assert rest.learning_rate.item() == pytest.approx(1e-3)
-    assert create_optimizer(small_model(), rest=mlx_optimizers.Adafactor(), total_steps=100).plan, (
-        "MLX's Adafactor has no rate to schedule"
-    )
+    # MLX's Adafactor has no rate to schedule.
+    assert create_optimizer(small_model(), rest=mlx_optimizers.Adafactor(), total_steps=100).plan
 
 
 def test_rate_set_in_the_state_is_used():
