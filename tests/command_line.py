@@ -20,14 +20,8 @@ def run(script, *arguments, cwd, fails=False):
     """
     # One thread: OpenBLAS's threads in several processes would wait for each other here.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert bool(done.returncode) == fails, done.stderr
     return done
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as mlx_optimizers
 import numpy as np
+from arrays import flat
 from communication import bytes_sent, cost_of, nbytes_of
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
@@ -49,10 +50,6 @@ class Rank(NamedTuple):
 class SwitchLinear(nn.Module):
     """A stack of experts, called as in mlx-lm; here every token goes through all of them."""
 
-    def __init__(self, experts):
-        super().__init__()
-        self.weight = 0.1 * mx.random.normal((experts, 32, 32))
-
     def __call__(self, x):
         return mx.mean(x[..., None, None, :] @ self.weight.swapaxes(-1, -2), axis=(-3, -2))
 
@@ -63,7 +60,8 @@ class Model(nn.Module):
     def __init__(self, experts=0):
         super().__init__()
         if experts:
-            self.experts = SwitchLinear(experts)
+            self.experts = SwitchLinear()
+            self.experts.weight = 0.1 * mx.random.normal((experts, 32, 32))
         self.embedding = nn.Embedding(101, 32)
         self.up = [nn.Linear(32, 64) for _ in range(4)]
         self.down = [nn.Linear(64, 32) for _ in range(4)]
@@ -175,15 +173,11 @@ def sharded(
             sent.append(None if after is None else after - before)
         runs.append((model, optimizer, sent))
     (alone, whole, _), (model, optimizer, sent) = runs
-    pairs = [
-        (x.astype(mx.float32), y.astype(mx.float32))
-        for (_, x), (_, y) in zip(
-            tree_flatten(alone.parameters()), tree_flatten(model.parameters()), strict=True
-        )
-    ]
+    ends = [flat(x.parameters()) for x in (alone, model)]
+    pairs = zip(*(end.values() for end in ends), strict=True)
     gathered = dict(tree_flatten(optimizer.state)) | optimizer.strategy.gather_state()
     return {
-        "difference": max((mx.abs(x - y).max() / mx.abs(x).max()).item() for x, y in pairs),
+        "difference": max(float(np.abs(x - y).max() / np.abs(x).max()) for x, y in pairs),
         "same as alone": bits_of(model.parameters()) == bits_of(alone.parameters()),
         "parameters": bits_of(model.parameters()),
         "state": nbytes(optimizer.state) / nbytes(whole.state),

@@ -31,15 +31,9 @@ def build(hidden="orthomaxfactor", steps=40, **options):
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 3))
     model.set_dtype(mx.bfloat16)
-    optimizer = create_optimizer(
-        model,
-        hidden,
-        learning_rate=warmup_cosine(0.02, steps, 5, start_ratio=0.2),
-        rounding="stochastic",
-        max_grad_norm=1.0,
-        skip_nonfinite=True,
-        **options,
-    )
+    options |= {"learning_rate": warmup_cosine(0.02, steps, 5, start_ratio=0.2)}
+    options |= {"rounding": "stochastic", "max_grad_norm": 1.0, "skip_nonfinite": True}
+    optimizer = create_optimizer(model, hidden, **options)
 
     def step():
         x = mx.random.normal((4, 8)).astype(mx.bfloat16)

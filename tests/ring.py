@@ -41,20 +41,9 @@ def start(ranks, script, *arguments, folder, **options):
     addresses = Path(folder) / "hosts.json"
     addresses.write_text(json.dumps(hosts))
     command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
-    return [
-        subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                "MLX_RANK": str(rank),
-                "MLX_HOSTFILE": str(addresses),
-                "PYTHONPATH": PATH,
-            },
-            text=True,
-            **options,
-        )
-        for rank in range(ranks)
-    ]
+    environment = os.environ | {"MLX_HOSTFILE": str(addresses), "PYTHONPATH": PATH}
+    environments = [environment | {"MLX_RANK": str(rank)} for rank in range(ranks)]
+    return [subprocess.Popen(command, env=x, text=True, **options) for x in environments]
 
 
 def end(started):

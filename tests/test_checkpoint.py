@@ -4,15 +4,12 @@ import errno
 import fcntl
 import functools
 import gc
-import hashlib
-import json
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +22,7 @@ import pytest
 from arrays import random_gradients, same, snapshot
 from killed_run import EIGHT_BITS, build
 from mlx.utils import tree_flatten, tree_map
-from models import CASES, CASES_BY_NAME, Shared, Table, adapted, llama, resnet
+from models import CASES_BY_NAME, ResNet, Shared, Table, adapted, llama
 
 from mlx_maxfactor import (
     OPTIMIZERS,
@@ -187,9 +184,9 @@ def test_shared_module_is_saved_once(weights, path):
     assert "embedding.weight" not in names
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_weights_are_saved_under_their_mlx_paths(case):
-    model = case.build()
+@pytest.mark.parametrize("name", CASES_BY_NAME)
+def test_weights_are_saved_under_their_mlx_paths(name):
+    model = CASES_BY_NAME[name].build()
     assert dict(_walk(model)).keys() == dict(tree_flatten(model.parameters())).keys()
 
 
@@ -223,8 +220,7 @@ def quantized(seed=0, **options):
 @pytest.mark.parametrize("dora", [False, True])
 def test_qlora_checkpoint_holds_only_trained_arrays_and_state(name, dora, path):
     model = quantized(dora=dora)
-    _, optimizer = trained(model, create_optimizer(model, name))
-    save_checkpoint(path, model, optimizer, weights="trainable", done=2)
+    _, optimizer = saved(path, model, create_optimizer(model, name), weights="trainable", done=2)
     arrays = [a for _, a in tree_flatten([model.trainable_parameters(), optimizer.state])]
     assert path.stat().st_size <= 1.05 * sum(array.nbytes for array in arrays)
     other = quantized(dora=dora)
@@ -274,7 +270,7 @@ def test_fingerprint_samples_part_of_every_frozen_array():
 def test_running_statistics_are_saved_although_they_are_frozen(path):
     def build():
         mx.random.seed(0)
-        return table_run(model=lambda: resnet(frozen_ends=True))
+        return table_run(model=lambda: ResNet(frozen_ends=True))
 
     model, optimizer = build()
     model(mx.random.normal((4, 8, 8, 3)))
@@ -298,6 +294,7 @@ RATES = [  # an optimizer, its rate here, the argument, the rate after the load
     (AdamW, 0.02, "built", 0.02),
     (AdamW, 0.02, "file", 0.003),
     (AdamW, 0.01, "here", 0.01),
+    (mlx_optimizers.AdamW, 0.02, "built", 0.003),
     (mlx_optimizers.AdamW, 0.02, "here", 0.02),
     (mlx_optimizers.AdamW, 0.02, "file", 0.003),
 ]
@@ -348,21 +345,19 @@ def two_members(rate):
 
 
 RATE_DIFFERENCES = [
-    (
-        lambda rate: table_run(learning_rate=rate),
-        ["optimizer 0, OrthoMaxFactor", "optimizer 1, AdamW", "optimizer 2, AdamW"],
-    ),
-    (lambda rate: lora_run(learning_rate=rate), ["optimizer 0, OrthoMaxFactor"]),
-    (lambda rate: lora_run(learning_rate=warmup_cosine(rate, 9)), ["optimizer 0, OrthoMaxFactor"]),
-    (two_members, ["optimizer 0, AdamW", "optimizer 1, AdamW"]),
+    (lambda rate: table_run(learning_rate=rate), ["OrthoMaxFactor", "AdamW", "AdamW"]),
+    (lambda rate: lora_run(learning_rate=rate), ["OrthoMaxFactor"]),
+    (lambda rate: lora_run(learning_rate=warmup_cosine(rate, 9)), ["OrthoMaxFactor"]),
+    (two_members, ["AdamW", "AdamW"]),
 ]
 
 
-@pytest.mark.parametrize(("make", "places"), RATE_DIFFERENCES)
-def test_rate_differences_name_each_used_member(make, places, path):
+@pytest.mark.parametrize(("make", "kinds"), RATE_DIFFERENCES)
+def test_rate_differences_name_each_used_member(make, kinds, path):
     save_checkpoint(path, *make(0.02))
     lines = load_checkpoint(path, *make(0.04), strict=False).differences
-    assert [line.partition(":")[0] for line in lines] == places
+    found = [line.partition(":")[0] for line in lines]
+    assert found == [f"optimizer {i}, {kind}" for i, kind in enumerate(kinds)]
 
 
 @pytest.mark.parametrize("rates", ["built", "file"])
@@ -372,14 +367,6 @@ def test_error_for_a_new_schedule_suggests_rates_here(rates, path):
     run = table_run(learning_rate=second)
     assert 'rates="here"' in str(refused(path, *run, rates=rates))
     load_checkpoint(path, *run, rates="here")
-
-
-def test_mlx_optimizer_uses_the_rate_in_the_file_unless_told_otherwise(path):
-    model, _ = saved(path, Table(), mlx_optimizers.AdamW(0.01))
-    for rates, expected in (("built", 0.01), ("here", 0.02), ("file", 0.01)):
-        optimizer = mlx_optimizers.AdamW(0.02)
-        load_checkpoint(path, model, optimizer, rates=rates)
-        assert rate_of(optimizer) == expected
 
 
 class Halving:
@@ -410,7 +397,7 @@ SCHEDULES = {
 def test_schedules_are_compared_by_how_they_were_made(name, kind, path):
     make = SCHEDULES[name]
     # MLX's optimizers cannot make a step with a schedule that returns a Python number.
-    model, optimizer = saved(path, Table(), kind(make()), steps=int(kind is AdamW))
+    model, _ = saved(path, Table(), kind(make()), steps=int(kind is AdamW))
     load_checkpoint(path, model, kind(make()))
     other = warmup_cosine(0.1, 101, 10)
     for schedule in [other] + [make(0.101)] * (name in ("cosine", "ours")):
@@ -434,7 +421,7 @@ def test_checkpoint_saved_before_the_first_step_loads(name, path):
 # Mismatches
 
 
-def table_with_a_smaller_layer():
+def narrow_table():
     model = Table()
     model.linear1 = nn.Linear(64, 100)
     return model
@@ -442,6 +429,14 @@ def table_with_a_smaller_layer():
 
 def guarded_adamw(**options):
     return Table(), GuardedOptimizer(AdamW(), **options)
+
+
+def adamw(**options):
+    return Table(), AdamW(**options)
+
+
+def bands(**options):
+    return table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(**options))
 
 
 def adamw_twice(**options):
@@ -453,21 +448,9 @@ MISFITS = [
     (table_run, lambda: table_run("muon"), "OrthoMaxFactor in the file, Muon"),
     (table_run, lambda: table_run(rules={"head": AdamW(1e-3)}), "none in the file, AdamW here"),
     (table_run, lambda: table_run(momentum=0), "momentum is 0.8 in the file, 0.0 here"),
-    (
-        lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(bands=4)),
-        lambda: table_run("maxfactor", momentum=FrequencyAdaptiveMomentum(beta=0.99)),
-        "momentum is .*bands=4.* in the file, .*beta=0.99",
-    ),
-    (
-        lambda: (Table(), AdamW()),
-        lambda: (Table(), AdamW(betas=(0.8, 0.9), weight_decay=0.5)),
-        "optimizer 0, AdamW: betas .*\noptimizer 0, AdamW: weight_decay is 0.1 ",
-    ),
-    (
-        table_run,
-        lambda: table_run(learning_rate=warmup_cosine(0.1, 10, 1)),
-        "learning_rate schedule",
-    ),
+    (bands, lambda: bands(bands=4), "momentum is .*bands=10.* in the file, .*bands=4"),
+    (adamw, lambda: adamw(betas=(0.8, 0.9), eps=1e-3), "AdamW: betas .*\n.*AdamW: eps is 1e-08 "),
+    (table_run, lambda: table_run(learning_rate=warmup_cosine(0.1, 10, 1)), "rate schedule is"),
     (
         table_run,
         lambda: table_run(rules={"head": "maxfactor"}),
@@ -478,29 +461,12 @@ MISFITS = [
         lambda: adamw_twice(rules={"output.weight": "hidden"}),
         r"output.weight: AdamW 2 \(10, 64\), head, batched in .* AdamW \(10, 64\), hidden, batched",
     ),
-    (
-        table_run,
-        lambda: table_run(model=table_with_a_smaller_layer),
-        r"linear1.bias: float32 \(128,\) in the file, .*\(100,\)",
-    ),
+    (table_run, lambda: table_run(model=narrow_table), r"linear1.bias: .* \(128,\) in .*\(100,\)"),
     (table_run, lambda: table_run(model=llama), "lm_head.weight: missing"),
     (table_run, lambda: (Table(), MaxFactor()), "AdamW in the file, none here"),
-    (
-        table_run,
-        lambda: (Table(), mlx_optimizers.Adam(1e-3)),
-        "OrthoMaxFactor in the file, Adam here",
-    ),
-    (
-        lambda: (Table(), mlx_optimizers.AdamW(1e-3)),
-        lambda: (Table(), AdamW()),
-        "^optimizer 0: mlx.optimizers.AdamW in the file, mlx_maxfactor.AdamW here",
-    ),
+    (lambda: (Table(), mlx_optimizers.AdamW(1e-3)), adamw, "mlx.optimizers.AdamW .* mlx_maxfactor"),
     (table_run, lambda: table_run(max_grad_norm=1.0), "max_grad_norm is None"),
-    (
-        guarded_adamw,
-        lambda: guarded_adamw(max_grad_norm=1.0),
-        "max_grad_norm is None in the file, 1.0 here",
-    ),
+    (guarded_adamw, lambda: guarded_adamw(max_grad_norm=1.0), "None in the file, 1.0 here"),
 ]
 
 
@@ -553,7 +519,7 @@ def test_state_of_another_optimizer_class_is_not_loaded(path):
 
 def test_strict_false_loads_matching_arrays_and_returns_the_differences(path):
     model, _ = saved(path, *table_run(), epoch=2)
-    other, restored = table_run(model=table_with_a_smaller_layer)
+    other, restored = table_run(model=narrow_table)
     extra = load_checkpoint(path, other, restored, strict=False)
     assert extra == {"epoch": 2}
     assert any("linear1.weight" in difference for difference in extra.differences)
@@ -637,18 +603,15 @@ def test_loading_needs_extra_memory_for_one_array(path):
 
 
 def test_file_truncated_during_load_is_an_error(path, monkeypatch):
-    model, optimizer = trained(Table(), AdamW(0.01))
+    model, optimizer = saved(path, Table(), AdamW(0.01))
+    check = _Loading.check
 
-    def failing(call):
-        def call_and_fail(*args):
-            result = call(*args)
-            os.truncate(path, path.stat().st_size // 2)
-            return result
+    def check_and_truncate(*arguments):
+        result = check(*arguments)
+        os.truncate(path, path.stat().st_size // 2)
+        return result
 
-        return call_and_fail
-
-    save_checkpoint(path, model, optimizer)
-    monkeypatch.setattr(_Loading, "check", failing(_Loading.check))
+    monkeypatch.setattr(_Loading, "check", check_and_truncate)
     with pytest.raises(CheckpointError, match="half loaded, so load it again"):
         load_checkpoint(path, model, optimizer)
 
@@ -743,35 +706,15 @@ def tiny():
     return model, create_optimizer(model, learning_rate=schedule, state_dtype="float32")
 
 
-def read_parts(path):
-    """The header as JSON, and the data after it."""
-    whole = path.read_bytes()
-    size = int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
-
-
-def forge(path, header, data):
-    """Write a file with this header and data and a valid checksum."""
-    blank = b"0" * 64
-    if isinstance(header.get("__metadata__"), dict) and "checksum" in header["__metadata__"]:
-        header["__metadata__"]["checksum"] = blank.decode()
-    text = json.dumps(header, separators=(",", ":")).encode()
-    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text + data).hexdigest()
-    text = text.replace(b'"checksum":"%s"' % blank, b'"checksum":"%s"' % digest.encode(), 1)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-@pytest.mark.parametrize(("dtype", "shape"), [("U32", [2, 1]), ("I32", [2]), ("U64", [1])])
-def test_random_key_of_another_dtype_or_shape_is_refused(dtype, shape, path):
+@pytest.mark.parametrize(
+    "key", [mx.zeros((2, 1), mx.uint32), mx.array([1, 2]), mx.zeros(1, mx.uint64)]
+)
+def test_random_key_of_another_dtype_or_shape_is_refused(key, path):
     saved(path, *tiny())
-    header, data = read_parts(path)
-    header["_run.random"] |= {"dtype": dtype, "shape": shape}
-    forge(path, header, data)
-    model, optimizer = tiny()
-    before = snapshot(model, optimizer)
-    with pytest.raises(CheckpointError, match="its random key is missing"):
-        load_checkpoint(path, model, optimizer, strict=False)
-    assert same(snapshot(model, optimizer), before)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    del metadata["checksum"]
+    sealed_files.write(path, arrays | {"_run.random": key}, metadata)
+    assert "its random key is missing" in str(refused(path, *tiny(), strict=False))
 
 
 # Kills
@@ -807,13 +750,19 @@ def test_run_killed_at_random_moments_equals_an_uninterrupted_run(tmp_path):
 # File system errors
 
 
+def raising(error):
+    """A function that raises the error."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize("code", ["ENOTSUP", "EINVAL", "ENOTTY", "EOPNOTSUPP"])
 @pytest.mark.parametrize("also_fsync", [False, True])
 def test_save_falls_back_to_fsync_without_full_sync(code, also_fsync, path, monkeypatch):
-    number, synced = getattr(errno, code), []
-
-    def refuse(*_):
-        raise OSError(number, "refused")
+    refuse, synced = raising(OSError(getattr(errno, code), "refused")), []
 
     def fsync(descriptor):
         synced.append(descriptor)
@@ -832,10 +781,7 @@ def test_save_falls_back_to_fsync_without_full_sync(code, also_fsync, path, monk
 @pytest.mark.parametrize("macos", [False, True])
 def test_disk_failure_is_an_error_and_keeps_the_old_file(code, macos, path, monkeypatch):
     model, optimizer = saved(path, *tiny(), epoch=1)
-
-    def fail(*_):
-        raise OSError(getattr(errno, code), "the disk fails")
-
+    fail = raising(OSError(getattr(errno, code), "the disk fails"))
     monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)
     if macos:
         monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
@@ -854,7 +800,6 @@ def test_unusable_path_gives_one_clear_error(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
     for place, message in {
-        "": r"^\. is a folder: name a file in it$",
         ".": r"^\. is a folder: name a file in it$",
         tmp_path: "is a folder: name a file in it$",
         tmp_path / "pipe": "is a device or a pipe: name a file$",
@@ -877,14 +822,8 @@ def test_file_name_can_be_long_and_needs_no_extension(name, tmp_path):
 
 
 def test_cleanup_error_does_not_hide_the_first_error(path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(errno.EIO, "the first error")
-
-    def fail_too(*_, **__):
-        raise PermissionError("the second error")
-
-    monkeypatch.setattr(os, "replace", fail)
-    monkeypatch.setattr(Path, "unlink", fail_too)
+    monkeypatch.setattr(os, "replace", raising(OSError(errno.EIO, "the first error")))
+    monkeypatch.setattr(Path, "unlink", raising(PermissionError("the second error")))
     with pytest.raises(CheckpointError, match="the first error"):
         saved(path, *tiny())
 
@@ -910,32 +849,16 @@ def test_header_too_large_for_mlx_is_refused_and_keeps_the_old_file(path, monkey
 
 
 def test_several_threads_can_save_to_one_path(path):
-    model, optimizer = trained(*tiny())
-    mx.eval(model.state, optimizer.state)
     arrays = {"w": mx.arange(100_000)}
     mx.eval(arrays)
     metadata = {"format": "4", "run": "{}"}
-    failed = []
 
     def save(i):
-        try:
-            sealed_files.write(path, dict(arrays), metadata | {"extra": f"{i}" * 1000})
-            sealed_files.read(path, ("4",))
-        except CheckpointError as problem:
-            failed.append(problem)
+        sealed_files.write(path, dict(arrays), metadata | {"extra": f"{i}" * 1000})
+        sealed_files.read(path, ("4",))
 
-    threads = [threading.Thread(target=save, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-
-
-def in_a_thread(function):
-    """Call the function in a new thread; return its result or raise its error."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(8)))  # raises the errors of the threads
 
 
 def test_new_optimizer_works_in_another_thread(path):
@@ -951,8 +874,8 @@ def test_new_optimizer_works_in_another_thread(path):
         save_checkpoint(path, model, optimizer)
         return int(optimizer.step)
 
-    assert in_a_thread(lambda: step(optimizer)) == 1
-    assert in_a_thread(lambda: step(hrm)) == 1
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(step, (optimizer, hrm))) == [1, 1]
 
 
 # What users do
@@ -983,11 +906,9 @@ GRADUAL = {
 @pytest.mark.parametrize("name", ["routed", "bare", "without state"])
 def test_trained_weights_that_were_frozen_again_are_saved(name, path):
     make = GRADUAL[name]  # MLX's optimizers fail when layers are unfrozen
-    model, optimizer = gradual(make)
-    trained(model, optimizer)
+    model, optimizer = trained(*gradual(make))
     freeze_head(model)
-    trained(model, optimizer)
-    save_checkpoint(path, model, optimizer, weights="trainable")
+    saved(path, model, optimizer, weights="trainable")
     other, again = gradual(make)
     again.init(other.trainable_parameters())
     freeze_head(other)
@@ -997,8 +918,7 @@ def test_trained_weights_that_were_frozen_again_are_saved(name, path):
 
 @pytest.mark.parametrize("make", GRADUAL.values(), ids=GRADUAL)
 def test_save_right_after_unfreezing_loads(make, path):
-    model, optimizer = gradual(make)
-    trained(model, optimizer)
+    model, optimizer = trained(*gradual(make))
     model.unfreeze()
     save_checkpoint(path, model, optimizer)
     other, again = gradual(make)
@@ -1025,14 +945,11 @@ def test_tuples_and_numbers_in_a_state_are_restored(path):
         mx.random.seed(0)
         return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), OddState(0.1)
 
-    model, optimizer = make()
-    trained(model, optimizer, 2)
-    save_checkpoint(path, model, optimizer)
-    trained(model, optimizer, 2)
+    model, _ = trained(*saved(path, *make()))
     other, again = make()
     load_checkpoint(path, other, again)
     assert isinstance(again.state["layers"][0]["weight"]["scale"], float)
-    trained(other, again, 2)
+    trained(other, again)
     assert mx.array_equal(model.layers[0].weight, other.layers[0].weight).item()
 
 

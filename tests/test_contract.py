@@ -73,13 +73,11 @@ def arrays_of(optimizer, dtype, seed=0):
 def test_update_keeps_shapes_and_dtypes_and_state_has_its_own_dtypes(make, dtype):
     optimizer = make()
     p, g = arrays_of(optimizer, dtype), arrays_of(optimizer, dtype, seed=1)
-    kept_p, kept_g = (tree_map(lambda x: np.array(x.astype(mx.float32)), x) for x in (p, g))
+    kept = flat([p, g])
     tree = p
     for _ in range(3):
         tree = optimizer.apply_gradients(g, tree)
-    assert {path: (x.dtype, str(x.shape)) for path, x in tree.items()} == {
-        path: (dtype, path) for path in p
-    }
+    assert all((x.dtype, str(x.shape)) == (dtype, path) for path, x in tree.items())
     name = getattr(optimizer, "state_dtype", "float32")
     moment = {"int4": mx.uint32, "int8": mx.int8, "bfloat16": mx.bfloat16}
     own = {"key": mx.uint32, "m": moment.get(name, mx.float32)}
@@ -87,10 +85,7 @@ def test_update_keeps_shapes_and_dtypes_and_state_has_its_own_dtypes(make, dtype
     for path in p:
         for key, array in tree_flatten(optimizer.state[path]):
             assert array.dtype == own.get(key, mx.float32), (path, key)
-        for x, kept in ((p, kept_p), (g, kept_g)):
-            assert np.array_equal(np.array(x[path].astype(mx.float32)), kept[path]), (
-                f"the caller's array changed: {path}"
-            )
+    assert same(flat([p, g]), kept), "an array of the caller changed"
 
 
 NOISE, ONE = parameter((6, 5)), np.eye(6, 5) * (np.arange(5) == 0)
@@ -149,10 +144,8 @@ def test_parameters_unfrozen_after_init_are_updated(make):
     # MLX's optimizers raise a KeyError here.
     optimizer, p, g = make(), mx.array(parameter((4, 3))), mx.array(parameter((4, 3), 1))
     optimizer.apply_gradients({"layers": [{}, {"w": g}]}, {"layers": [{"w": p}, {"w": p}]})
-    moved = optimizer.apply_gradients(
-        {"layers": [{"w": g}, {"w": g}], "head": {"w": g}},
-        {"layers": [{"w": p}, {"w": p}], "head": {"w": p}},
-    )
+    trees = [{"layers": [{"w": x}, {"w": x}], "head": {"w": x}} for x in (g, p)]
+    moved = optimizer.apply_gradients(*trees)
     assert not mx.array_equal(moved["layers"][0]["w"], p).item()
     assert not mx.array_equal(moved["head"]["w"], p).item()
     moved = optimizer.apply_gradients({"layers": [{"w": g}, {}]}, {"layers": [{"w": p}, {"w": p}]})
@@ -213,9 +206,8 @@ def test_rate_set_by_hand_reaches_a_compiled_step(name):
     optimizer = variant(name, learning_rate=lambda step: 0.5 / (step + 1))
     tree = {"w": mx.ones((3, 3))}
     optimizer.init(tree)
-    step: Any = mx.compile(
-        optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state
-    )
+    state = optimizer.state
+    step: Any = mx.compile(optimizer.apply_gradients, inputs=state, outputs=state)
     for rate in (0.5, 0.25, 0.125):
         if rate == 0.125:
             optimizer.learning_rate = rate
@@ -318,9 +310,8 @@ def test_assigned_state_reaches_a_compiled_step(routed):
     first = five()
     optimizer.state = saved
     model.update(start)
-    again = five()
+    assert same(first, five())
     assert optimizer.step.item() == 5
-    assert same(first, again)
 
 
 def test_training_lowers_the_loss(make):
@@ -339,19 +330,21 @@ def test_training_lowers_the_loss(make):
 @pytest.mark.compiled
 # Experts and transposed LoRA matrices; the kernels of convolutions.
 @pytest.mark.parametrize(
-    ("name", "hidden"), [("lora_moe", "adafactor"), ("resnet", "orthomaxfactor")]
+    ("name", "hidden", "shape"),
+    [("lora_moe", "adafactor", (2, 9)), ("resnet", "orthomaxfactor", (2, 8, 8, 3))],
 )
-def test_real_shapes_compile_once_and_equal_eager(name, hidden):
-    case = CASES_BY_NAME[name]
-    results = []
+def test_real_shapes_compile_once_and_equal_eager(name, hidden, shape):
+    tokens = mx.random.randint(0, 50, shape, key=mx.random.key(0))
+    x, results = tokens / 25 - 1 if name == "resnet" else tokens, []
     for compiled in (False, True):
         mx.random.seed(0)
-        model = case.build()
+        model = CASES_BY_NAME[name].build()
         optimizer = create_optimizer(model, hidden, learning_rate=2e-3)
-        losses, traces = train(model, case.forward, optimizer, 3, compiled)
+        loss = lambda model: (model(x) - 1).square().mean()  # noqa: E731
+        losses, traces = train(model, loss, optimizer, 3, compiled)
         assert not compiled or traces == 1
         results.append(losses)
-    # Sign-like steps amplify the last bit of a gradient near 0; losses are near 4 after 3 steps.
+    # Sign-like steps amplify the last bit of a gradient near 0; losses are near 1.
     assert np.allclose(*results, rtol=1e-3)
 
 

@@ -34,10 +34,8 @@ from mlx_maxfactor.checkpoint.save_and_load import _own_key
 from mlx_maxfactor.distributed.assignment import Assignment
 from mlx_maxfactor.distributed.collectives import STALLED
 
-pytestmark = [
-    pytest.mark.processes,
-    pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here"),
-]
+NEEDS_RING = pytest.mark.skipif(not ring.is_available(), reason="MLX has no ring backend here")
+pytestmark = [pytest.mark.processes, NEEDS_RING]
 
 KILLS = int(os.environ.get("KILLS", "4"))
 MAIN_CASES = ["data_parallel", "bf16, stochastic", "compiled", "unwritable", "random states"]
@@ -51,9 +49,8 @@ ROUNDING_DIFFERENCE = {"average_gradients": 2e-6}
 def reports(request, tmp_path_factory):
     """The report of each rank on each case; the processes are started once for all cases."""
     folder = tmp_path_factory.mktemp("ring")
-    outputs = ring.run(
-        request.param, "distributed_run.py", *CASES_BY_RANKS[request.param], folder=folder
-    )
+    cases = CASES_BY_RANKS[request.param]
+    outputs = ring.run(request.param, "distributed_run.py", *cases, folder=folder)
     lines = [[json.loads(line) for line in output.splitlines()] for output in outputs]
     return {cases[0]["case"]: cases for cases in zip(*lines, strict=True)}
 
@@ -170,13 +167,10 @@ def test_guard_around_an_optimizer_of_several_ranks_is_refused():
 
 
 def test_rank_without_a_share_keeps_no_state():
-    optimizer = create_optimizer(
-        nn.Linear(30, 20), "muon", group=Rank(2, 2)
-    )  # beyond ranks 0 and 1
-    assert {path.rpartition(".")[2] for path, _ in tree_flatten(optimizer.state)} == {
-        "step",
-        "learning_rate",
-    }
+    group = Rank(2, 2)  # beyond ranks 0 and 1
+    optimizer = create_optimizer(nn.Linear(30, 20), "muon", group=group)
+    kept = {path.rpartition(".")[2] for path, _ in tree_flatten(optimizer.state)}
+    assert kept == {"step", "learning_rate"}
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "int4"])
@@ -284,14 +278,10 @@ def test_stalled_rank_ends_the_others_with_one_message(start, tmp_path):
 def test_mlx_launch_starts_the_ranks(ranks):
     port, *_ = ring.free_ports(ranks)
     main = "from mlx._distributed_utils.launch import main; main()"
-    launch = [sys.executable, "-c", main, "-n", str(ranks), "-p", str(port)]
+    launch = [sys.executable, "-c", main, "-n", str(ranks), "-p", str(port), "--backend", "ring"]
     script = Path(__file__).parent / "distributed_run.py"
-    done = subprocess.run(
-        [*launch, "--backend", "ring", "--", sys.executable, str(script), "data_parallel"],
-        env={**os.environ, "PYTHONPATH": ring.PATH},
-        stdin=subprocess.PIPE,
-        capture_output=True,
-        text=True,
-        timeout=ring.HANGS,
-    )
+    command = [*launch, "--", sys.executable, str(script), "data_parallel"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": ring.PATH}
+    done = subprocess.run(command, env=environment, text=True, timeout=ring.HANGS, **pipes)
     assert done.stdout.count("data_parallel") == ranks, done

@@ -201,8 +201,6 @@ BAD_ARGUMENTS = {
         (["--compare", "muon,sgd"], "muon,sgd"),
         (["--compare", "muon", "--optimizer", "muon"], "not allowed with"),
         (["--steps", "0"], "--steps"),
-        (["--batch-size", "x"], "--batch-size"),
-        (["--learning-rate", "-1"], "--learning-rate"),
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--width", "30", "--heads", "4"], "--width"),
         (["--context", "99999999"], "--context"),
@@ -210,7 +208,6 @@ BAD_ARGUMENTS = {
         (["--stepz", "3"], "--stepz"),
         (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
         (["--option", "speed=9"], "speed"),
-        (["--option", "momentum=fast"], "momentum=fast"),
         (["--option", "nesterov=True"], "(true, not True)"),
         (["--option", "momentum=0.8,nesterov=true"], "one --option each"),
     ],
@@ -273,16 +270,14 @@ def test_normuon_updates_all_rows_by_the_same_size():
 # Comparisons
 
 
-def fake_record(name, rate, seed, loss):
-    return Record(name, rate, seed, "", "", 1, 10, 5, 0.1, {"loss": loss})
-
-
-def searched_runs(losses, names=("AdamW",), training="speech"):
+def searched_runs(losses):
     """Every run that the search asks for, if the loss is this function of rate and seed."""
     records = []
-    while missing := [(name, *run) for name in names for run in next_runs(name, training, records)]:
-        records += [fake_record(*run, losses(*run[1:])) for run in missing]
-    return [(r.rate, r.seed) for r in records if r.configuration == names[-1]]
+    while missing := next_runs("AdamW", "speech", records):
+        for rate, seed in missing:
+            loss = {"loss": losses(rate, seed)}
+            records.append(Record("AdamW", rate, seed, "", "", 1, 10, 5, 0.1, loss))
+    return [(record.rate, record.seed) for record in records]
 
 
 @pytest.mark.parametrize("best", [1e-4, 1.5e-3, 1e-2])
@@ -344,9 +339,7 @@ NOT_OPTIONS = ("layouts", "paths", "optimizers", "seed")
 def test_comparison_makes_missing_runs_and_prints_its_table(tmp_path):
     few = ("--run", "--only", "AdamW", "--records", str(tmp_path / "r.jsonl"), "--", *SMALL)
     done = run(COMPARE, "language_model", *few, cwd=tmp_path)
-    records = [
-        Record(**json.loads(line)) for line in (tmp_path / "r.jsonl").read_text().split("\n")[:-1]
-    ]
+    records = compare_optimizers.read(tmp_path / "r.jsonl")
     assert len(records) >= 6
     best = [r for r in records if r.seed == 2]
     assert f"| {best[0].rate:g} (" in done.stdout
@@ -354,9 +347,8 @@ def test_comparison_makes_missing_runs_and_prints_its_table(tmp_path):
         kept = tmp_path / "runs" / "comparison" / picture
         assert kept.read_bytes().startswith(b"\x89PNG")
     again = run(COMPARE, "language_model", "--records", str(tmp_path / "r.jsonl"), cwd=tmp_path)
-    assert [line for line in done.stdout.splitlines() if line[:1] == "|"] == [
-        line for line in again.stdout.splitlines() if line[:1] == "|"
-    ]
+    rows = [[x for x in run.stdout.splitlines() if x[:1] == "|"] for run in (done, again)]
+    assert rows[0] == rows[1]
 
 
 def test_published_tables_equal_the_report_of_the_records():

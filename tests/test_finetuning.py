@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from arrays import rates
-from mlx.utils import tree_flatten, tree_map
-from models import Table, adapted, llama, qwen2_moe
+from arrays import random_gradients, rates
+from mlx.utils import tree_flatten
+from models import Table, adapted, llama, mlp, qwen2_moe
 
 from mlx_maxfactor import OPTIMIZERS, create_optimizer, estimate_state_bytes, warmup_cosine
 from mlx_maxfactor.routing.rates import RateInputs
@@ -54,9 +54,7 @@ def test_zero_matrices_move_at_the_rate(name, bits):
     # A rate relative to the size of B moved it by 1e-4 of the rate: it learned nothing.
     model = lora_llama(bits=bits)
     optimizer, before = create_optimizer(model, name), trained(model)
-    gradients = tree_map(
-        lambda p: mx.random.normal(p.shape, key=mx.random.key(p.size)), model.trainable_parameters()
-    )
+    gradients = random_gradients(model)
     for _ in range(3):
         optimizer.update(model, gradients)
     expected = 3 * default_rate(name, "lora") * RMS_OF_AN_UPDATE[name]
@@ -67,28 +65,18 @@ def test_zero_matrices_move_at_the_rate(name, bits):
         assert 0.5 * expected < distance < 1.5 * expected, path
 
 
-class Adapted(nn.Module):
-    """A layer of weights that are right but for a change of rank 4."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(32, 64, bias=False), nn.Linear(64, 16, bias=False)
-
-    def __call__(self, x):
-        return self.last(nn.relu(self.first(x)))
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_default_learns_a_change_of_rank_four(name):
     from mlx_lm.tuner.lora import LoRALinear
 
     mx.random.seed(1)
-    model, target = Adapted(), Adapted()
+    # A layer of weights that are right but for a change of rank 4.
+    model, target = (mlp(32, 64, 16) for _ in range(2))
     target.update(model.parameters())
     change = mx.random.normal((64, 4)) @ mx.random.normal((4, 32))
-    target.first.weight = model.first.weight + 0.05 * change
+    target.layers[0].weight = model.layers[0].weight + 0.05 * change
     model.freeze()
-    model.first = LoRALinear.from_base(model.first, r=8)
+    model.layers[0] = LoRALinear.from_base(model.layers[0], r=8)
     optimizer, inputs = create_optimizer(model, name), mx.random.normal((256, 32))
     outputs, losses = target(inputs), []
     loss_of = lambda m: (m(inputs) - outputs).square().mean()  # noqa: E731
@@ -136,14 +124,9 @@ def test_layers_that_are_trained_whole_beside_lora(options, lead):
     optimizer = create_optimizer(model, "muon", **options)
     found = {e.role: rates(optimizer)[optimizer._routes[e.path]] for e in optimizer.plan}
     unit = lead / default_rate("muon", "lora")
-    assert found == pytest.approx(
-        {
-            "lora_a": lead,
-            "lora_b": lead,
-            "hidden": unit * default_rate("muon", "pretrained"),
-            "norm": unit * default_rate("adamw", "pretrained"),
-        }
-    )
+    hidden, norm = (unit * default_rate(name, "pretrained") for name in ("muon", "adamw"))
+    expected = {"lora_a": lead, "lora_b": lead, "hidden": hidden, "norm": norm}
+    assert found == pytest.approx(expected)
 
 
 def lora_of(width, scale):

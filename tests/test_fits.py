@@ -15,19 +15,11 @@ from mlx_maxfactor import estimate_training_memory
 from mlx_maxfactor.commands import fits, main
 from mlx_maxfactor.finetuning import memory_estimate, model_config
 from mlx_maxfactor.finetuning.layer_kinds import kinds_of, plan_of
+from mlx_maxfactor.finetuning.memory_estimate import Request, bytes_of, estimate, main_dtype
 
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 6,
-    "intermediate_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 512,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-}
+CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "vocab_size": 512}
+CONFIG |= {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIG |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
 QUICK = {"batch_size": 2, "max_seq_length": 128}
 
 
@@ -49,30 +41,22 @@ def folder(tmp_path_factory):
 @pytest.mark.compiled
 @pytest.mark.examples
 @pytest.mark.parametrize(
-    ("kind", "checkpointed", "optimizer", "accumulated", "dtype"),
+    ("optimizer", "options"),
     [
-        ("lora", False, "mlx_adamw", 1, "float32"),
-        ("lora", False, "mlx_adamw", 1, "bfloat16"),  # adapters are float32
-        ("full", True, "orthomaxfactor", 1, "float32"),
-        ("full", False, "muon", 2, "float32"),
+        ("mlx_adamw", {}),
+        ("mlx_adamw", {"dtype": "bfloat16"}),  # adapters are float32
+        ("orthomaxfactor", {"fine_tune_type": "full", "grad_checkpoint": True}),
+        ("muon", {"fine_tune_type": "full", "grad_accumulation_steps": 2}),
     ],
 )
-def test_estimate_is_near_a_real_run(kind, checkpointed, optimizer, accumulated, dtype):
-    request = memory_estimate.Request(
-        CONFIG | {"hidden_size": 384, "intermediate_size": 1056},
-        optimizer,
-        fine_tune_type=kind,
-        num_layers=-1,
-        batch_size=2,
-        max_seq_length=256,
-        grad_checkpoint=checkpointed,
-        grad_accumulation_steps=accumulated,
-        dtype=dtype,
-    )
+def test_estimate_is_near_a_real_run(optimizer, options):
+    config = CONFIG | {"hidden_size": 384, "intermediate_size": 1056}
+    sizes = {"num_layers": -1, "batch_size": 2, "max_seq_length": 256, "dtype": "float32"}
+    request = Request(config, optimizer, **sizes | options)
     real = compare_memory.real_peak(request)
     # Muon 1.2, the default 1.12: the update of the largest matrix weighs more with few layers.
     highest = 1.1 if optimizer == "mlx_adamw" else 1.25
-    assert 0.9 * real < memory_estimate.estimate(request).peak < highest * real
+    assert 0.9 * real < estimate(request).peak < highest * real
 
 
 def test_estimating_does_not_allocate_the_model():
@@ -110,18 +94,16 @@ DENSE_LAYERS = [
 
 @pytest.mark.compiled
 @pytest.mark.examples
-@pytest.mark.parametrize(
-    ("change", "trained"), DENSE_LAYERS, ids=["one dense", "three dense", "wide", "wide, frozen"]
-)
+@pytest.mark.parametrize(("change", "trained"), DENSE_LAYERS)
 def test_layers_that_differ_are_measured_by_kind(change, trained):
-    request = memory_estimate.Request(
+    request = Request(
         DENSE_FIRST | change, num_layers=trained, batch_size=2, max_seq_length=128, dtype="float32"
     )
     dense = change["first_k_dense_replace"]
     assert kinds_of(request.base()) == [list(range(dense)), list(range(dense, 8))]
     real = compare_memory.real_peak(request)
     # Peaks on a CPU vary by a few percent, because MLX allocates ahead.
-    assert memory_estimate.estimate(request).peak == pytest.approx(real, rel=0.1)
+    assert estimate(request).peak == pytest.approx(real, rel=0.1)
 
 
 UNLIKE_LLAMA = ["gpt2", "openelm", "mamba2", "gpt_oss", "gemma4_text", "granitemoehybrid"]
@@ -136,10 +118,8 @@ def test_configs_that_mlx_lm_reads_are_read(name, tmp_path):
     config = request.config | small | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     read, folder = model_config.read_config(tmp_path)
-    found = memory_estimate.estimate(
-        memory_estimate.Request(read, "mlx_adamw", batch_size=1, max_seq_length=8, folder=folder),
-        (1,),
-    )
+    sizes = {"batch_size": 1, "max_seq_length": 8, "folder": folder}
+    found = estimate(Request(read, "mlx_adamw", **sizes), (1,))
     assert found.request.layers == 8
     assert " 8 layers" not in found.measured  # a few of each kind ran without the others
 
@@ -160,22 +140,22 @@ def save(model, config, folder):
     folder.mkdir(exist_ok=True)
     model.save_weights(str(folder / "model.safetensors"))
     (folder / "config.json").write_text(json.dumps(config))
-    return memory_estimate.Request(config, folder=folder)
+    return Request(config, folder=folder)
 
 
 @pytest.mark.parametrize(("said", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_weights_beside_the_config_say_their_dtype(said, dtype, tmp_path):
-    model = memory_estimate.Request(CONFIG, dtype=dtype).base()
+    model = Request(CONFIG, dtype=dtype).base()
     request = save(model, CONFIG | {"torch_dtype": said}, tmp_path)
-    assert memory_estimate.bytes_of(request.base().parameters()) == memory_estimate.bytes_of(model)
-    assert memory_estimate.main_dtype(request.base(1)) == model_config.DTYPES[dtype]
+    assert bytes_of(request.base().parameters()) == bytes_of(model)
+    assert main_dtype(request.base(1)) == model_config.DTYPES[dtype]
     # mlx_lm.convert casts to what the config says before it quantizes.
     converted = replace(request, bits=4).base()
-    assert memory_estimate.main_dtype(converted) == model_config.DTYPES[said]
+    assert main_dtype(converted) == model_config.DTYPES[said]
 
 
 def test_weights_beside_the_config_say_what_is_quantized(tmp_path):
-    model = memory_estimate.Request(CONFIG).base()
+    model = Request(CONFIG).base()
     modes = {"self_attn": {"group_size": 32, "bits": 4}, "mlp": {"group_size": 32, "bits": 8}}
 
     def some(path, module):
@@ -187,13 +167,12 @@ def test_weights_beside_the_config_say_what_is_quantized(tmp_path):
     for halvings in (0, 1):
         layer: Any = cast(Any, request.base(halvings)).layers[0]
         assert (layer.self_attn.q_proj.bits, layer.mlp.up_proj.bits) == (4, 8)
-    assert memory_estimate.bytes_of(request.base().parameters()) == memory_estimate.bytes_of(model)
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}})
-    )
-    alone = memory_estimate.Request(request.config)
+    assert bytes_of(request.base().parameters()) == bytes_of(model)
+    index = json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    alone = Request(request.config)
     incomplete = replace(request)  # an interrupted download: the config decides
-    assert memory_estimate.bytes_of(incomplete.base()) == memory_estimate.bytes_of(alone.base())
+    assert bytes_of(incomplete.base()) == bytes_of(alone.base())
 
 
 GPT_OSS = next(r for r, name in compare_memory.requests() if name == "gpt_oss").config
@@ -210,23 +189,11 @@ OTHER_PROGRAMS = [
 @pytest.mark.parametrize(("config", "theirs", "quantized"), OTHER_PROGRAMS)
 def test_other_programs_leave_embeddings_and_named_modules_alone(config, theirs, quantized):
     config = config | {"tie_word_embeddings": False, "quantization_config": theirs}
-    model = memory_estimate.Request(config).base()
+    model = Request(config).base()
     found = [path for path, module in model.named_modules() if hasattr(module, "bits")]
     assert bool(found) == (quantized != "nothing")
     assert all(quantized in path for path in found)
     assert not any("embed" in path or "lm_head" in path for path in found)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "message"),
-    [
-        ({"quant_method": "awq", "bits": 4}, "quantized with awq: download the weights beside it"),
-        ({"quant_method": "mxfp4", "modules_to_not_convert": 3}, "a list of names, got 3"),
-    ],
-)
-def test_config_of_another_program_that_says_too_little_is_refused(theirs, message):
-    with pytest.raises(ValueError, match=message):
-        memory_estimate.Request(CONFIG | {"quantization_config": theirs}).base()
 
 
 def test_guard_and_accumulated_gradients_need_memory():
@@ -252,32 +219,28 @@ QUANTIZATIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("quantization", "share"),
-    QUANTIZATIONS,
-    ids=["mxfp4", "as on the hub", "affine", "embedding not quantized"],
-)
+@pytest.mark.parametrize(("quantization", "share"), QUANTIZATIONS)
 def test_quantized_weights_follow_the_config(quantization, share):
-    full = memory_estimate.Request(CONFIG, fine_tune_type="lora", num_layers=1)
+    full = Request(CONFIG, fine_tune_type="lora", num_layers=1)
     less = replace(full, config=CONFIG | quantization)
-    sizes = [memory_estimate.bytes_of(request.build().parameters()) for request in (full, less)]
+    sizes = [bytes_of(request.build().parameters()) for request in (full, less)]
     # 4.25 bits of 32 (mxfp4) or 5 (with float32 scales), and 0.027 for adapters and norms.
     assert sizes[1] / sizes[0] == pytest.approx(share, rel=0.02)
     assert not any("--quantize" in name for name, _ in fits.changes(less))
 
 
 def test_model_with_fewer_layers_than_the_default_is_trained_whole():
-    assert memory_estimate.Request(CONFIG).trained_layers == 6
-    assert memory_estimate.Request(CONFIG | {"num_hidden_layers": 20}).trained_layers == 16
+    assert Request(CONFIG).trained_layers == 6
+    assert Request(CONFIG | {"num_hidden_layers": 20}).trained_layers == 16
 
 
 def test_length_that_might_not_fit_is_not_measured(monkeypatch):
-    request = memory_estimate.Request(CONFIG, batch_size=2, max_seq_length=512)
+    request = Request(CONFIG, batch_size=2, max_seq_length=512)
     choose_halvings(monkeypatch, 0)
     plan = plan_of(request.base(), request.trained_layers, False, True)
     shortest = max(memory_estimate.measure_steps(request, plan, x, [128])[0] for x in plan.kept)
     monkeypatch.setattr(memory_estimate, "available_bytes", lambda: 3 * shortest)
-    found = memory_estimate.estimate(request)
+    found = estimate(request)
     assert list(found.lengths) == [128]
     assert found.step > 3.9 * found.steps[0]  # in proportion to the length
 
@@ -295,9 +258,9 @@ def test_longest_sequence_fits_and_the_next_one_does_not():
     limit = found.peak * 2
     longest = found.longest_sequence(limit)
     request = replace(found.request, max_seq_length=longest)
-    assert memory_estimate.estimate(request, (1,)).peak <= 1.1 * limit
+    assert estimate(request, (1,)).peak <= 1.1 * limit
     request = replace(request, max_seq_length=round(1.3 * longest))
-    assert memory_estimate.estimate(request, (1,)).peak > limit
+    assert estimate(request, (1,)).peak > limit
 
 
 def test_estimate_from_half_the_width_is_close(monkeypatch):
@@ -318,10 +281,9 @@ IN_PARTS = {"model_type": "gemma3", "text_config": GEMMA, "vocab_size": CONFIG["
 @pytest.mark.parametrize("halvings", [0, 1])
 def test_model_with_a_text_config_needs_as_much_as_its_text_model(halvings, monkeypatch):
     choose_halvings(monkeypatch, halvings)
-    alone, in_parts = (
-        estimate_training_memory(config, num_layers=-1, **QUICK) for config in (GEMMA, IN_PARTS)
-    )
-    assert memory_estimate.main_dtype(in_parts.request.base()) == mx.float32
+    configs = (GEMMA, IN_PARTS)
+    alone, in_parts = (estimate_training_memory(x, num_layers=-1, **QUICK) for x in configs)
+    assert main_dtype(in_parts.request.base()) == mx.float32
     assert in_parts.measured == alone.measured
     assert in_parts.weights == alone.weights
     # Equal models: a peak varies a little from run to run.
@@ -332,7 +294,7 @@ def test_model_with_a_text_config_needs_as_much_as_its_text_model(halvings, monk
 def test_layers_are_those_that_mlx_lm_builds():
     text = {name: x for name, x in GEMMA.items() if name != "num_hidden_layers"}
     beside = IN_PARTS | {"text_config": text, "num_hidden_layers": 8}
-    assert memory_estimate.Request(beside).layers == 26  # mlx-lm's default for the text model
+    assert Request(beside).layers == 26  # mlx-lm's default for the text model
 
 
 def test_optimizer_asked_for_is_in_the_table_whatever_it_is(folder, capsys):
@@ -368,9 +330,7 @@ def test_mlx_lm_yaml_file_is_read(folder, tmp_path):
     assert fits.training(request) == "llama: 2 of 6 layers trained with muon"
 
 
-@pytest.mark.parametrize(
-    ("quantize", "bits"), [("true", 4), ("false", None), ("null", None), ("8", 8)]
-)
+@pytest.mark.parametrize(("quantize", "bits"), [("true", 4), ("false", None), ("8", 8)])
 def test_quantize_in_a_file_means_four_bits_as_in_lora(quantize, bits, folder, tmp_path):
     path = tmp_path / "lora.yaml"
     path.write_text(f"model: {folder}\nquantize: {quantize}\n")
@@ -396,14 +356,12 @@ WRONG_INPUT = [
     (["{folder}/empty"], "must map names to values, with model_type among them"),
     (["{folder}/unknown"], "Model type nonesuch not supported"),
     (["{folder}/short"], "short/config.json: ModelArgs.__init__() missing"),
-    (["{folder}/negative"], "negative/config.json: vocab_size must be a whole number"),
     (["{folder}/huge"], "do not fit on this device"),
     (["{folder}/bits", "--quantize", "4"], "it is quantized already (bits: 8): leave out"),
     (["{folder}", "--batch-size", "99999999"], "do not fit on this device"),
     (["{folder}", "--optimizer", "mouon"], "got 'mouon'"),
     (["{folder}", "--option", "speed=9"], "speed"),
     (["{folder}", "--batch-size", "0"], "must be at least 1, got 0"),
-    (["{folder}", "--max-seq-length", "1"], "max_seq_length must be a whole number of at least 2"),
     (["{folder}", "--memory", "-1"], "memory must be a number above 0, got -1"),
     (["{folder}", "--quantize", "1"], "quantize must be one of"),
     (["{folder}", "--num-layers", "7"], "num_layers is 7, but the model has 6 layers"),
@@ -415,7 +373,6 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
     contents = {"broken": "{model: 1}", "empty": "{}", "short": '{"model_type": "llama"}'}
     changed = {
         "unknown": {"model_type": "nonesuch"},
-        "negative": {"vocab_size": -5},
         "huge": {"hidden_size": 1 << 22},
         "bits": {"quantization": {"group_size": 32, "bits": 8}},
     }
@@ -425,6 +382,10 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, folder, cap
         (folder / name / "config.json").write_text(text)
     arguments = [argument.format(folder=folder) for argument in arguments]
     assert message in error_of(["fits", *arguments], capsys)
+
+
+def mxfp4(**options):
+    return {"quantization_config": {"quant_method": "mxfp4"} | options}
 
 
 def quantized(**changes):
@@ -438,7 +399,6 @@ def quantized(**changes):
         ({"num_attention_heads": "4"}, "num_attention_heads must be a whole number"),
         ({"quantization": True}, "quantization must map names to values"),
         ({"quantization": {"bits": "4"}}, "quantization: bits must be one of"),
-        ({"quantization": {"bits": 4, "group_size": 7}}, "group_size must be one of"),
         ({"quantization": {"bits": 4, "group_size": 16}}, "must be one of 32, 64, 128, got 16"),
         (quantized(mode="mxfp4"), "quantization: bits must be one of 4, got 8"),
         (quantized(mode="nvfp4", bits=4), "quantization: group_size must be one of 16, got 32"),
@@ -446,6 +406,7 @@ def quantized(**changes):
         ({"quantization": {"bits": 4}}, "group_size must be one of 32, 64, 128, got None"),
         (quantized(**{"a.b": {"group_size": 7}}), "a.b: group_size must be one of"),
         (quantized(**{"a.b": 3}), "quantization: a.b must map names to values, got 3"),
+        (mxfp4(modules_to_not_convert=3), "must be a list of names, got 3"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config needs quant_method"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "not read weights of bitsand"),
         ({"quantization_config": {"quant_method": "bitnet"}}, "with bitnet: download the weights"),

@@ -65,9 +65,8 @@ def relative_rounding_error(name, x, steps):
     table = [(3.4445,)] * steps if name == "newton_schulz" else f.POLAR_EXPRESS
     slope = np.prod([row[0] for row in table[:steps]])
     ours = np.array(f.orthogonalize(mx.array(x), name, steps)[0])
-    return np.linalg.norm(ours - ORTHOGONALIZERS[name][1](np.float64(x), steps), 2) / (
-        slope * 2**-24
-    )
+    exact = ORTHOGONALIZERS[name][1](np.float64(x), steps)
+    return np.linalg.norm(ours - exact, 2) / (slope * 2**-24)
 
 
 @pytest.mark.parametrize("steps", [3, 5, 8])
@@ -202,7 +201,6 @@ INVALID_ARGUMENTS = [
     (mx.ones((0, 3)), 5, "x must hold float matrices"),
     (np.eye(3), 5, "x must be an array of MLX, got ndarray"),
     (mx.ones((2, 2)), 0, "steps must be at least 1, got 0"),
-    (mx.ones((2, 2)), -1, "steps must be at least 1, got -1"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Guards against bad batches: clipping by the global norm and skipped steps, eager and compiled."""
 
 import copy
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,20 +16,20 @@ from trajectories import parameter
 from mlx_maxfactor import OPTIMIZERS, GuardedOptimizer, MaxFactor, SignSGD, create_optimizer
 from mlx_maxfactor import functional as f
 
+
+def routed(model, name):
+    options = {"max_grad_norm": 1.0, "skip_nonfinite": True, "rounding": "stochastic"}
+    return create_optimizer(model, name, **options)
+
+
 BUILDERS = {
-    **{name: lambda model, name=name: routed(model, name) for name in OPTIMIZERS},
+    **{name: partial(routed, name=name) for name in OPTIMIZERS},
     "maxfactor bare": lambda model: GuardedOptimizer(MaxFactor(momentum=0.9), max_grad_norm=1.0),
     "mlx AdamW": lambda model: GuardedOptimizer(mlx_optimizers.AdamW(1e-2), max_grad_norm=1.0),
     "mlx in a router": lambda model: create_optimizer(
         model, mlx_optimizers.Adam(1e-2), mlx_optimizers.Adam(1e-2), skip_nonfinite=True
     ),
 }
-
-
-def routed(model, name):
-    return create_optimizer(
-        model, name, max_grad_norm=1.0, skip_nonfinite=True, rounding="stochastic"
-    )
 
 
 def gradients_of(model, seed=0, poison=None):
@@ -109,9 +110,8 @@ def test_gradients_below_the_limit_are_not_changed():
 
 def test_infinite_element_without_skipping_leaves_the_others_finite():
     # A plain factor would turn the gradients into NaN and zeros.
-    optimizer = GuardedOptimizer(
-        SignSGD(1.0, weight_decay=0.0), max_grad_norm=1.0, skip_nonfinite=False
-    )
+    options = {"max_grad_norm": 1.0, "skip_nonfinite": False}
+    optimizer = GuardedOptimizer(SignSGD(1.0, weight_decay=0.0), **options)
     g = {"a": mx.array([float("inf"), 1.0, -2.0])}
     assert optimizer.apply_gradients(g, {"a": mx.zeros(3)})["a"].tolist() == [-1.0, -1.0, 1.0]
     assert optimizer.skipped.item() == 0
@@ -197,10 +197,7 @@ def test_too_many_skipped_steps_in_a_row_raise_one_error(compiled):
         mx.eval(state)
     assert optimizer.skipped.item() == 4
     step(bad)
-    message = (
-        "3 steps in a row were skipped: their gradients held an inf or a NaN; the model is as it "
-        "was after update 1"
-    )
+    message = "3 steps in a row were skipped: .* a NaN; the model is as it was after update 1"
     if not compiled:  # an eager loop raises though nobody reads the count
         with pytest.raises(FloatingPointError, match=message):
             step(bad)
@@ -212,11 +209,9 @@ def test_too_many_skipped_steps_in_a_row_raise_one_error(compiled):
 
 
 @pytest.mark.parametrize("limit", [None, 1.0])
-@pytest.mark.parametrize(
-    "make", [lambda: mlx_optimizers.SGD(0.1), lambda: mlx_optimizers.Adam(0.1)]
-)
-def test_float32_gradient_changes_no_dtype(make, limit):
-    optimizer = GuardedOptimizer(make(), max_grad_norm=limit)
+@pytest.mark.parametrize("kind", [mlx_optimizers.SGD, mlx_optimizers.Adam])
+def test_float32_gradient_changes_no_dtype(kind, limit):
+    optimizer = GuardedOptimizer(kind(0.1), max_grad_norm=limit)
     p = {"w": mx.ones(2, mx.bfloat16)}
     optimizer.init(p)
     before = dtypes(optimizer.state)
@@ -264,10 +259,8 @@ class Broken(mlx_optimizers.SGD):
 def test_failed_update_restores_the_state_of_nested_members(monkeypatch):
     p = {"a": mx.ones((2, 2)), "b": mx.ones(2)}
     members = [mlx_optimizers.Adam(0.1), Broken(0.1)]
-    for inner in (
-        Broken(0.1),
-        mlx_optimizers.MultiOptimizer(members, [lambda path, _: path == "a"]),
-    ):
+    nested = mlx_optimizers.MultiOptimizer(members, [lambda path, _: path == "a"])
+    for inner in (Broken(0.1), nested):
         optimizer = GuardedOptimizer(inner, max_grad_norm=1.0)
         optimizer.apply_gradients(p, p)
         before = flat(optimizer.state)
@@ -280,9 +273,8 @@ def test_failed_update_restores_the_state_of_nested_members(monkeypatch):
 
 def test_guarded_multi_optimizer_counts_steps_and_takes_a_state():
     parts = [mlx_optimizers.Adam(1e-2), mlx_optimizers.Adam(1e-3)]
-    optimizer = GuardedOptimizer(
-        mlx_optimizers.MultiOptimizer(parts, [lambda path, _: path == "weight"]), max_skipped=1
-    )
+    inner = mlx_optimizers.MultiOptimizer(parts, [lambda path, _: path == "weight"])
+    optimizer = GuardedOptimizer(inner, max_skipped=1)
     model = nn.Linear(3, 2)
     gradients = tree_map(mx.ones_like, model.parameters())
     optimizer.update(model, gradients)

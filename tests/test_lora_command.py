@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 import small_llama
 import tiny_model
 import yaml
+from arrays import same as equal
 from mlx.utils import tree_map
 from mlx_lm import fuse, load
 from mlx_lm import lora as mlx_lm_lora
@@ -44,22 +44,11 @@ from mlx_maxfactor.finetuning.models import add_adapters
 from mlx_maxfactor.finetuning.optimizer_names import make_mlx_optimizer
 
 KILLS = int(os.environ.get("KILLS", "6"))
-COMMAND = (
-    sys.executable,
-    "-c",
-    "from mlx_maxfactor.commands import main; raise SystemExit(main())",
-)
-QUICK = {
-    "batch_size": 2,
-    "num_layers": -1,
-    "max_seq_length": 64,
-    "val_batches": 1,
-    "steps_per_report": 2,
-    "save_every": 2,
-    "grad_accumulation_steps": 2,
-    "grad_checkpoint": True,
-    "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.1},
-}
+MAIN = "from mlx_maxfactor.commands import main; raise SystemExit(main())"
+COMMAND = (sys.executable, "-c", MAIN)
+QUICK = {"batch_size": 2, "num_layers": -1, "max_seq_length": 64, "val_batches": 1}
+QUICK |= {"steps_per_report": 2, "save_every": 2, "grad_accumulation_steps": 2}
+QUICK |= {"grad_checkpoint": True, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.1}}
 
 # Forked from a process that has imported mlx-lm: a start takes a moment. A Mac cannot fork so.
 processes = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -125,6 +114,14 @@ def given(home, name, *arguments):
     return ["lora", *map(str, arguments)]
 
 
+def changed(home, name, text):
+    """The arguments for the short run with these lines of YAML in its file."""
+    path = home / f"{name}.yaml"
+    settings = yaml.safe_load((home / "short.yaml").read_text()) | yaml.safe_load(text)
+    path.write_text(yaml.safe_dump(settings))
+    return "-c", path
+
+
 def losses_of(home, name):
     return json.loads((home / name / "losses.json").read_text())
 
@@ -149,12 +146,8 @@ def arrays(file):
 
 def same(home, *names):
     """Whether runs ended with the same weights, optimizer state and random state, bit for bit."""
-    for file in ("adapters.safetensors", "checkpoint.safetensors"):
-        one, other = (arrays(home / name / file) for name in names)
-        assert one.keys() == other.keys()
-        if not all(np.array_equal(one[key], other[key]) for key in one):
-            return False
-    return True
+    files = ("adapters.safetensors", "checkpoint.safetensors")
+    return all(equal(*(arrays(home / name / file) for name in names)) for file in files)
 
 
 LORA = ("--optimizer", "adamw", "--learning-rate", "0.01")
@@ -206,27 +199,17 @@ def test_a_closed_terminal_leaves_a_checkpoint(home):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     terminal, side = os.openpty()
     checkpoint = home / "closed" / "checkpoint.safetensors"
-    child = subprocess.Popen(
-        [*COMMAND, *given(home, "closed", "--iters", "100000")],
-        stdin=side,
-        stdout=side,
-        stderr=side,
-        start_new_session=True,
-    )
+    command = [*COMMAND, *given(home, "closed", "--iters", "100000")]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), side)
+    child = subprocess.Popen(command, start_new_session=True, **streams)
     signal.signal(signal.SIGHUP, before)
     os.close(side)
-    reader = threading.Thread(target=drain, args=(terminal, checkpoint.exists))
-    reader.start()
-    reader.join()
+    while not checkpoint.exists():
+        os.read(terminal, 4096)
     os.close(terminal)  # what is written from now on fails
     child.send_signal(signal.SIGHUP)
     assert child.wait(60) == 128 + signal.SIGHUP
     mx.load(str(checkpoint))
-
-
-def drain(terminal, is_enough):
-    while not is_enough():
-        os.read(terminal, 4096)
 
 
 @pytest.mark.processes
@@ -302,10 +285,7 @@ MLX_LM_FILE = """
 model: "mlx_model"
 train: true
 optimizer: adamw
-optimizer_config:
-  adamw:
-    weight_decay: 0.01
-    betas: [0.9, 0.98]
+optimizer_config: {adamw: {weight_decay: 0.01, betas: [0.9, 0.98]}}
 data: "/path/to/training/data"
 seed: 3
 num_layers: 2
@@ -313,16 +293,12 @@ iters: 1000
 learning_rate: 1e-5
 resume_adapter_file: null
 adapter_path: "adapters"
-lora_parameters:
-  keys: ["self_attn.q_proj", "self_attn.v_proj"]
-  rank: 8
-  scale: 20.0
-lr_schedule:
-  name: cosine_decay
-  warmup: 100
-  warmup_init: 1e-7
-  arguments: [1e-5, 1000, 1e-7]
+lora_parameters: {keys: [self_attn.q_proj, self_attn.v_proj], rank: 8, scale: 20.0}
+lr_schedule: {name: cosine_decay, warmup: 100, warmup_init: 1e-7, arguments: [1e-5, 1000, 1e-7]}
 """
+
+
+FEW = ("--model", "x", "--data", "y", "--num-layers", "-1")
 
 
 def parsed(*arguments):
@@ -376,9 +352,7 @@ def test_yaml_file_takes_our_names_and_schedules(home):
         "optimizer_config: {orthomaxfactor: {momentum: 0.8, state_dtype: int8, rest: adafactor}}\n"
         "lr_schedule: {name: warmup_cosine, arguments: [0.02, 100, 10]}\n"
     )
-    few = ("--model", "x", "--data", "y", "--num-layers", "-1")
-    arguments = parsed("-c", path, "--option", "nesterov=true", *few)
-    optimizer = adapted(home, arguments)
+    optimizer = adapted(home, parsed("-c", path, "--option", "nesterov=true", *FEW))
     member = optimizer.optimizers[0]
     assert (member.momentum, member.nesterov, member.state_dtype) == (0.8, True, "int8")
     assert member._schedulers["learning_rate"](mx.array(10)).item() == pytest.approx(0.02)
@@ -404,14 +378,11 @@ BAD_ARGUMENTS = [
     (["--option", "speed=9"], "speed"),
     (["--option", "momentum=fast"], "momentum=fast"),
     (["--option", "momentum=2.0"], "momentum must be in [0, 1), got 2.0"),
-    ([*ADAM, 'betas="0.9"'], "adam: betas must be a pair of numbers, got '0.9'"),
     ([*ADAM, "betas=[0.9]"], "adam: betas must be a pair of numbers, got [0.9]"),
     ([*ADAM, "epsilon=1"], "an option of adam must be one of 'betas', 'eps', 'bias_correction'"),
-    (["--resume-adapter-file", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--resume-adapter-file", ""], "resume_adapter_file is empty: name a file"),
     (["--resume-adapter-file", "{home}/data"], "data: there is no such file: give an adapters"),
     (["--adapter-path", "{home}/keys.yaml"], "keys.yaml: no folder can be made there"),
-    (["--max-seq-length", "1"], "max_seq_length must be a whole number of at least 2, got 1"),
     (["--model", "{home}/cut model"], "cut model: model.safetensors is damaged: download it"),
     (["--model", "{home}/cut tokenizer"], "tokenizer_config.json is damaged: download it"),
     (["--model", "{home}/bits"], "bits/config.json: quantization: bits must be one of"),
@@ -419,6 +390,10 @@ BAD_ARGUMENTS = [
     (["--adapter-path", "/dev/null"], "/dev/null"),
     (["--resume-adapter-file", "{home}/keys.yaml"], "keys.yaml: "),
     (["--train", "--test", "--data", "{home}/untested"], "test.jsonl, is missing"),
+    (["--data", "{home}/data/train.jsonl"], "is a file: give the folder that has"),
+    (["--data", "{home}/odd"], "Is a directory"),
+    (["--data", "{home}/untested", "--keep-best"], "keep_best and patience need a validation set"),
+    (["--data", "{home}/untested", "--patience", "1"], "need a validation set"),
     (["--test", "--resume"], "resume continues a training"),
     (["--test", "--adapter-path", "{home}/nothing"], "nothing: "),
 ]
@@ -431,15 +406,16 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
     folder_of(home, "keys", *[{"question": "x"}] * 8)
     folder_of(home, "numbers", *[{"text": float("nan")}] * 8)
     (home / "unknown").mkdir(exist_ok=True)
-    small_llama.write_json(
-        home / "unknown" / "config.json", {**tiny_model.SHAPE, "model_type": "nonesuch"}
-    )
+    config = {**tiny_model.SHAPE, "model_type": "nonesuch"}
+    small_llama.write_json(home / "unknown" / "config.json", config)
     mx.save_safetensors(str(home / "unknown" / "model.safetensors"), {"x": mx.zeros(1)})
     layer = "model.layers.0.self_attn.q_proj.lora_a"
     mx.save_safetensors(str(home / "old.safetensors"), {layer: mx.zeros((64, 3))})
     ours = "{name: warmup_cosine, arguments: [0.1, 9], warmup: 3}"
     (home / "keys.yaml").write_text(f"lr_schedule: {ours}")
-    (folder_of(home, "untested", *[PAIR] * 8) / "test.jsonl").unlink()
+    folder_of(home, "untested", train=[PAIR] * 8)
+    shutil.rmtree(home / "odd", ignore_errors=True)
+    (home / "odd" / "train.jsonl").mkdir(parents=True)
     (home / "rank.yaml").write_text("lora_parameters: {rank: 65}")
     for name, size in (("model.safetensors", 2000), ("tokenizer_config.json", 50)):
         folder = home / f"cut {name.partition('_')[0].partition('.')[0]}"
@@ -459,20 +435,10 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, message, home, monke
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_losses_equal_those_of_mlx_lm_to_the_printed_digit(home, name, kind, monkeypatch):
     # 50 iterations are ten epochs of five batches, with a validation of two batches at every 20th.
-    settings = {
-        "model": str(home / "model"),
-        "data": str(home / "data"),
-        "fine_tune_type": kind,
-        "num_layers": 1,
-        "batch_size": 2,
-        "iters": 50,
-        "learning_rate": 1e-3,
-        "steps_per_report": 5,
-        "steps_per_eval": 20,
-        "val_batches": 2,
-        "seed": 7,
-        "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.1},
-    }
+    settings = {key: QUICK[key] for key in ("batch_size", "lora_parameters")}
+    settings |= {"model": str(home / "model"), "data": str(home / "data"), "fine_tune_type": kind}
+    settings |= {"num_layers": 1, "iters": 50, "learning_rate": 1e-3, "seed": 7}
+    settings |= {"steps_per_report": 5, "steps_per_eval": 20, "val_batches": 2}
     theirs = {"training": [], "validation": []}
 
     class Recorder(TrainingCallback):
@@ -537,6 +503,7 @@ OTHER_CONFIGURATIONS = [
     (("--batch-size", "3"), "batch_size is 2 in"),
     (("--seed", "1"), "seed is 0 in"),
     (("--optimizer", "adamw"), "MaxFactor in the file, AdamW here"),
+    (("--model", "{home}/other"), "the frozen weights are not those"),
 ]
 
 
@@ -544,14 +511,9 @@ OTHER_CONFIGURATIONS = [
 def test_resume_refuses_another_configuration(other, message, home, capsys):
     if not (home / "first").exists():
         run(home, "first", "--iters", "2")
+        tiny_model.write(home / "other", seed=5)
+    other = [argument.format(home=home) for argument in other]
     assert message in error_of(home, "first", "--resume", "--iters", "4", *other, capsys=capsys)
-
-
-def test_resume_refuses_another_base_model(home, capsys):
-    run(home, "based", "--iters", "2")
-    tiny_model.write(home / "other", seed=5)
-    arguments = ("--resume", "--iters", "4", "--model", home / "other")
-    assert "model" in error_of(home, "based", *arguments, capsys=capsys)
 
 
 @pytest.mark.parametrize(("again", "rate"), [((), 0.001), (("--learning-rate", "0.002"), 0.002)])
@@ -565,13 +527,8 @@ def test_given_rate_is_used_on_resume_with_mlx_optimizers_too(again, rate, home)
 SCHEDULED = "lr_schedule: {name: cosine_decay, arguments: [0.001, 10]}\n"
 
 
-def test_a_rate_that_is_not_used_is_told(home, capsys):
-    path = home / "both.yaml"
-    path.write_text(SCHEDULED + "learning_rate: 1e-5\n")
-    given = ("-c", path, "--model", "x", "--data", "y")
-    assert parsed(*given).lr_schedule
-    assert "learning_rate is not used, because lr_schedule is given" in capsys.readouterr().out
-    arguments = parsed(*given, "--learning-rate", "0.01")
+def test_a_rate_that_is_given_replaces_the_schedule_of_the_file(home, capsys):
+    arguments = parsed(*changed(home, "both", SCHEDULED), *FEW, "--learning-rate", "0.01")
     assert (arguments.learning_rate, arguments.lr_schedule) == (0.01, None)
     assert "lr_schedule is not used, because --learning-rate is" in capsys.readouterr().out
 
@@ -582,9 +539,7 @@ def test_resume_proposes_what_the_command_can_do(name, other, home, capsys):
     run_name, more = f"remedy {name} {other}", ()
     assert main(given(home, run_name, "--optimizer", name, "--iters", "2")) == 0
     if other == "schedule":
-        scheduled = home / "scheduled.yaml"
-        scheduled.write_text((home / "short.yaml").read_text() + SCHEDULED)
-        more = ("-c", scheduled)
+        more = changed(home, "scheduled", SCHEDULED)
     elif other == "weights alone":
         folder = home / run_name
         (folder / "adapters.safetensors").rename(folder / "checkpoint.safetensors")
@@ -597,7 +552,7 @@ def test_resume_proposes_what_the_command_can_do(name, other, home, capsys):
 
 @pytest.mark.parametrize("name", ["orthomaxfactor", "mlx_adamw"])
 def test_guard_is_turned_off_by_an_option(home, name):
-    few = ("--model", "x", "--data", "y", "--num-layers", "-1", "--optimizer", name)
+    few = (*FEW, "--optimizer", name)
     assert hasattr(adapted(home, parsed(*few)), "skipped")
     optimizer = adapted(home, parsed(*few, "--option", "skip_nonfinite=false"))
     assert not (hasattr(optimizer, "guard") and optimizer.guard.is_active)
@@ -652,15 +607,14 @@ def test_batches_without_a_token_to_learn_are_left_out(home):
 def test_data_set_without_tokens_to_learn_is_one_error(home, capsys):
     data = folder_of(home, "all long", *prompts(*[500] * 4))
     error = error_of(home, "all_long", *LORA, "--mask-prompt", "--data", data, capsys=capsys)
-    assert error.endswith(
-        "the training set has no token to learn: within max_seq_length=64 there are only prompts, "
-        "which mask_prompt leaves out; raise max_seq_length"
-    )
+    only = "no token to learn: within max_seq_length=64 there are only prompts, which mask_prompt"
+    assert f"the training set has {only} leaves out; raise max_seq_length" in error
 
 
 def test_weights_that_are_not_finite_are_never_saved(home, monkeypatch, capsys):
     run(home, "overflow", *LORA, "--iters", "4")
-    good = arrays(home / "overflow" / "checkpoint.safetensors")
+    checkpoint = home / "overflow" / "checkpoint.safetensors"
+    good = arrays(checkpoint)
 
     def broken(model, *_, training_callback, **others):
         model.update(tree_map(lambda p: p / 0, model.trainable_parameters()))
@@ -672,8 +626,7 @@ def test_weights_that_are_not_finite_are_never_saved(home, monkeypatch, capsys):
     message = error_of(home, "overflow", *arguments, capsys=capsys, code=1)
     assert re.search("after iteration 6 .*lora_[ab] holds an inf or a NaN: .*overflow/", message)
     assert "checkpoint.safetensors keeps 4 iterations" in message
-    for name, array in arrays(home / "overflow" / "checkpoint.safetensors").items():
-        assert np.array_equal(array, good[name])
+    assert equal(arrays(checkpoint), good)
 
 
 def test_iterations_with_nan_gradients_are_skipped_and_counted(home, monkeypatch, capsys):
@@ -718,15 +671,10 @@ WRONG_LINES = {
     "list": (TEXT, ["x"], "each line must be a JSON object, got ['x']"),
     "latin": (TEXT, b'{"text": "caf\xe9"}', "it is not UTF-8"),
     "cut": (TEXT, b'{"text": "a', "column 10: Unterminated string"),
-    "two": (TEXT, b'{"text": "a"}{"text": "b"}', "Extra data"),
     "deep": (TEXT, b'{"text": ' + b"[" * 100_000, "maximum recursion depth"),
     "surrogate": (TEXT, {"text": "\ud800"}, r"'\ud800' is half of a character: remove it"),
-    "role": (CHAT, {"messages": [{"role": "\udfff", "content": ""}]}, "is half of a character"),
-    "name": (TEXT, {"text": "x", "\ud800": 1}, "is half of a character"),
-    "null completion": (PAIR, {**PAIR, "completion": None}, "completion is null"),
     "no completion": (PAIR, {"prompt": "x"}, "completion is missing"),
     "prompts": (PAIR, {**PAIR, "prompt": ["a"]}, "prompt must be a string"),
-    "a number": (PAIR, {**PAIR, "completion": 3}, "completion must be a string, got 3"),
     "content": (CHAT, {"messages": [{**ASKED, "content": 5}]}, "content must be a string"),
     "no messages": (CHAT, {"messages": []}, "messages must be a list of messages, got []"),
     "message": (CHAT, {"messages": ["x"]}, "messages[0] must have a role, got 'x'"),
@@ -755,17 +703,6 @@ def test_blank_lines_and_byte_order_marks_are_read_over(home):
     assert len(load_data(arguments, tokenizer)["training"]) == 4
 
 
-@pytest.mark.parametrize("name", ["folder", "data file"])
-def test_data_that_cannot_be_read_is_named(name, home, capsys):
-    data = folder_of(home, f"odd {name}", TEXT, TEXT)
-    if name == "folder":
-        (data / "train.jsonl").unlink()
-        (data / "train.jsonl").mkdir()
-    message = {"folder": "Is a directory", "data file": "is a file: give the folder that has"}[name]
-    data = data / "train.jsonl" if name == "data file" else data
-    assert message in error_of(home, "odd", "--data", data, capsys=capsys)
-
-
 def with_template(home, name, template):
     """The model with another chat template."""
     shutil.copytree(home / "model", home / name)
@@ -774,20 +711,20 @@ def with_template(home, name, template):
     return home / name
 
 
-def test_line_that_the_chat_template_refuses_is_named(home, capsys):
-    raising = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    model = with_template(home, "raising", raising + small_llama.TEMPLATE)
-    odd = {"messages": [{"role": "tool", "content": "x"}, ANSWER]}
-    data = folder_of(home, "tools", *[CHAT] * 5, odd)
-    error = error_of(home, "tools", "--model", model, "--data", data, capsys=capsys)
-    assert "train.jsonl, line 6: the chat template of the model: no tools" in error
+RAISING = "{% if 'f5' in messages[0]['content'] %}{{ raise_exception('no tools') }}{% endif %}"
+TEMPLATES = {
+    RAISING + small_llama.TEMPLATE: "train.jsonl, line 6: the chat template of the model: no tools",
+    **dict.fromkeys(("{% if %}", "{{ 1 / 0 }}", "{{ messages.x.y }}"), "the model: "),
+}
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ 1 / 0 }}", "{{ messages.x.y }}"])
-def test_chat_template_that_is_wrong_is_named(template, home, capsys):
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_template_that_refuses_a_line_or_is_wrong_is_named(template, home, capsys):
     model = with_template(home, f"wrong {len(template)}", template)
     error = error_of(home, "wrong", "--model", model, capsys=capsys)
-    assert "train.jsonl, line 1: the chat template of the model: " in error
+    assert TEMPLATES[template] in error
+    assert "train.jsonl, line " in error
+    assert "the chat template of the model: " in error
 
 
 def test_chats_of_one_message_are_trained_as_by_mlx_lm(home, capsys):
@@ -853,16 +790,6 @@ def test_padding_is_that_of_the_batches_of_mlx_lm():
 # Settings that meet the model
 
 
-@pytest.mark.parametrize("name", ["mlx_adamw", "orthomaxfactor"])
-def test_keys_that_match_nothing_are_one_error_that_lists_the_layers(name, home, capsys):
-    path = home / "keyed.yaml"
-    keys = {"lora_parameters": {"keys": ["q_proj"]}}
-    path.write_text(yaml.safe_dump(yaml.safe_load((home / "short.yaml").read_text()) | keys))
-    error = error_of(home, "keyed", "-c", path, "--optimizer", name, capsys=capsys)
-    assert "keys ['q_proj'] match no layer" in error
-    assert "self_attn.q_proj" in error
-
-
 WRONG_RANGES = {
     "adam": ({"eps": -1}, {"betas": [0.9, 1]}),
     "sgd": ({"momentum": 5}, {"momentum": -1}, {"dampening": 7}, {"weight_decay": -3}),
@@ -881,17 +808,15 @@ def test_options_of_mlx_optimizers_have_ranges(name):
 
 
 def test_small_rate_is_named_as_it_was_given(home):
-    few = ("--model", "x", "--data", "y", "--num-layers", "-1", "--learning-rate", "1e-5")
     with pytest.warns(UserWarning, match="1e-05 is small for LoRA") as told:
-        adapted(home, parsed(*few))
+        adapted(home, parsed(*FEW, "--learning-rate", "1e-5"))
     assert len(told) == 1
     assert "the default is 0.0002" in str(told[0].message)
 
 
 def test_schedule_says_that_it_counts_updates(home, capsys):
-    path = home / "counted.yaml"
-    path.write_text((home / "short.yaml").read_text() + SCHEDULED)
-    assert main(given(home, "counted", "-c", path, "--iters", "4")) == 0
+    more = changed(home, "counted", SCHEDULED)
+    assert main(given(home, "counted", *more, "--iters", "4")) == 0
     assert "lr_schedule counts updates: 4 iterations are 2" in capsys.readouterr().err
 
 
@@ -1012,24 +937,15 @@ def test_best_adapters_are_kept_and_a_run_that_no_longer_improves_stops(home, mo
     validated = [(info["iteration"], info["val_loss"]) for info in kept]
     assert validated == [(0, 5.0), (2, 4.0), (5, 3.0), (8, 3.5), (11, 3.25)]
     run(home, "five", "--iters", "4", *LORA)  # two batches an update: 5 iterations make 2 updates
-    best, five = home / "best run" / "best", arrays(home / "five" / "adapters.safetensors")
-    found = arrays(best / "adapters.safetensors")
-    assert found.keys() == five.keys()
-    assert all(np.array_equal(found[name], five[name]) for name in five)
+    best = home / "best run" / "best"
+    kept, five = (arrays(x / "adapters.safetensors") for x in (best, home / "five"))
+    assert equal(kept, five)
     load(str(home / "model"), adapter_path=str(best))
     monkeypatch.setattr(tuning, "train", lambda *_, **__: pytest.fail("it was trained"))
     before = (best / "adapters.safetensors").read_bytes()
     losses = iter([9.0])
     assert main([*arguments, "--resume"]) == 0
     assert (best / "adapters.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize("option", [["--keep-best"], ["--patience", "1"]])
-def test_keeping_the_best_needs_a_validation_set(option, home, capsys):
-    data = folder_of(home, "unvalidated", *[TEXT] * 5)
-    (data / "valid.jsonl").unlink()
-    error = error_of(home, "unvalidated run", "--data", data, *option, capsys=capsys)
-    assert "keep_best and patience need a validation set" in error
 
 
 def test_a_run_without_a_validation_set_is_saved_and_resumed(home, capsys):
@@ -1046,25 +962,19 @@ def test_a_loss_that_is_not_finite_is_an_error(home, capsys):
     assert "the run has diverged" in error_of(home, "diverged", *rate, capsys=capsys, code=1)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "lr_schedule: {name: linear_schedule, arguments: [0, 0, 10]}\n",
-            "is 0 or grows without bound",
-        ),
-        ("optimizer_config: {orthomaxfactor: {group: 1}}\n", "group must be what mx.distributed"),
-        (
-            "lora_parameters: {rank: 4, scale: 2.0, dropout: 0.0, keys: [self_attn.q_proj, q_prj]}",
-            "keys 'q_prj' match no layer",
-        ),
-    ],
-)
+LOST = [
+    ("lr_schedule: {name: linear_schedule, arguments: [0, 0, 10]}", "is 0 or grows without bound"),
+    ("optimizer_config: {orthomaxfactor: {group: 1}}", r"group must be what mx\.distributed"),
+    ("lora_parameters: {keys: [q_proj]}", r"keys \['q_proj'\] match no layer.*self_attn\.q_proj"),
+    ("lora_parameters: {keys: [q_prj, self_attn.q_proj]}", "keys 'q_prj' match no layer"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), LOST)
 def test_settings_that_would_be_lost_are_refused(text, message, home, capsys):
-    path = home / "lost.yaml"
-    settings = yaml.safe_load((home / "short.yaml").read_text()) | yaml.safe_load(text)
-    path.write_text(yaml.safe_dump(settings))
-    assert message in error_of(home, "lost", "-c", path, capsys=capsys)
+    for name in ("orthomaxfactor", "mlx_adamw") if "keys" in text else ("orthomaxfactor",):
+        more = (*changed(home, "lost", text), "--optimizer", name)
+        assert re.search(message, error_of(home, "lost", *more, capsys=capsys))
 
 
 @pytest.mark.parametrize("name", tuning.WRITTEN)

@@ -52,12 +52,6 @@ def frozen_model():
     return model
 
 
-def quantized_model():
-    model = nn.Sequential(nn.Linear(64, 64, bias=False))
-    nn.quantize(model)
-    return model
-
-
 def set_rate(rate, build=create):
     build().learning_rate = rate
 
@@ -71,42 +65,26 @@ def ascending_later(step):
     return 0.1 - step
 
 
-CHOICES = (
-    "hidden must be one of 'orthomaxfactor', 'maxfactor', 'adafactor', 'signsgd', 'muon', "
-    "'adamw' or an optimizer"
-)
+NAMES = "'orthomaxfactor', 'maxfactor', 'adafactor', 'signsgd', 'muon', 'adamw'"
+CHOICES = f"hidden must be one of {NAMES} or an optimizer"
 NUMBER = "must be a function that returns one number a step, got"
 NEGATIVE = r"must be in \[0, inf\), got -"
 MODEL = r"^model must be an mlx\.nn\.Module, got a %s: pass the model itself first, then"
-FROZEN = (
-    "^model has no trainable parameters: unfreeze the layers to train, or add LoRA layers, before"
-)
-UNKNOWN_PEAK = (
-    "rest_learning_rate is a number beside .* give learning_rate=Schedule.function, .* peak="
-)
+FROZEN = "^model has no trainable parameters: unfreeze the layers to train, or add LoRA layers"
+UNKNOWN_PEAK = "rest_learning_rate is a number beside .* learning_rate=Schedule.function, .* peak="
 
-WARM = mlx_optimizers.join_schedules(
-    [mlx_optimizers.linear_schedule(0.0, 0.02, 30), mlx_optimizers.cosine_decay(0.02, 100)], [30]
-)
+RISE, FALL = mlx_optimizers.linear_schedule(0.0, 0.02, 30), mlx_optimizers.cosine_decay(0.02, 100)
+WARM = mlx_optimizers.join_schedules([RISE, FALL], [30])
+ZERO = mlx_optimizers.cosine_decay(0, 100)
 GROWING = mlx_optimizers.exponential_decay(1e-5, 1.01)
 MISTAKES = [
     # Names
     (lambda: create("AdamW"), f"^{CHOICES}, got 'AdamW' .did you mean 'adamw'"),
-    (lambda: create("MUON"), "got 'MUON' .did you mean 'muon'"),
     (lambda: create("maxfacter"), f"^{CHOICES}, got 'maxfacter' .did you mean 'maxfactor'"),
     (lambda: create(["muon"]), rf"^{CHOICES}, got \['muon'\] .did you mean 'muon'"),
-    (
-        lambda: create(MaxFactor),
-        rf"^{CHOICES}, got the class MaxFactor: .* MaxFactor\(...\), or the name 'maxfactor'$",
-    ),
-    (
-        lambda: create("muon", method="newton_schultz"),
-        "^method must be one of .* got 'newton_schultz' .did you mean 'newton_schulz'",
-    ),
-    (
-        lambda: create(MaxFactor(), AdamW(), rounding="chance"),
-        "^rounding must be one of 'nearest', 'stochastic', got 'chance'$",
-    ),
+    (lambda: create(MaxFactor), r"got the class MaxFactor: .* Max.*, or the name 'maxfactor'$"),
+    (lambda: create("muon", method="newton_schultz"), "tz' .did you mean 'newton_schulz'"),
+    (lambda: create(Muon(), AdamW(), rounding="up"), "^rounding must .* 'stochastic', got 'up'$"),
     (lambda: SignSGD(rounding="up"), "rounding must be one of 'nearest', 'stochastic', got"),
     (lambda: MaxFactor(layout="rows"), "layout must be one of 'batched', 'ex.* got 'rows'"),
     (lambda: OrthoMaxFactor(method="svd"), "method must be one of 'newton_sch.* got 'svd'"),
@@ -119,11 +97,9 @@ MISTAKES = [
         lambda: create("muon", betas=(0.9, 0.99)),
         "^muon has no option 'betas': it has .* options of the other optimizer go to rest_options,",
     ),
-    (lambda: create(Momentum=0.9), "'Momentum' .did you mean 'momentum'"),
     (lambda: create(momentm=0.9), "no option 'momentm' .did you mean 'momentum'"),
     (lambda: create(momentum=mx.zeros(10_000)), r"^momentum must .* got array.{,99}$"),
     (lambda: create(exclude_frist=True), "did you mean 'exclude_first'"),
-    (lambda: create(optimizer="muon"), "no option 'optimizer': it has"),
     (lambda: create(rest_options={1: 2}), "has no option 1: it has"),
     (lambda: create(rest_options=3), "rest_options must map names to values, got 3"),
     (lambda: create(rules=["head"]), "rules must map .* to optimizers, got"),
@@ -135,7 +111,6 @@ MISTAKES = [
     (lambda: MaxFactor(beta2_bounds=0.9), "beta2_bounds must be a pair of numbers, got 0.9"),
     (lambda: MaxFactor(eps=(0.0, 1e-4)), r"eps\[0\] must be in \[1e-15, inf\), got 0.0"),
     (lambda: MaxFactor(eps=(1e-10, -1.0)), r"eps\[1\] must be in"),
-    (lambda: MaxFactor(eps=(1e300, 1e-4)), r"eps\[0\] must be in"),
     (lambda: MaxFactor(nesterov=True), "nesterov=True needs momentum"),
     (lambda: MaxFactor(cautious=True), "cautious=True needs momentum"),
     (lambda: AdamW(betas=(0.9, 1.0)), r"betas\[1\] must be in \[0, 1\), got 1.0"),
@@ -145,23 +120,14 @@ MISTAKES = [
     (lambda: create(learning_rate=float("nan")), r"^learning_rate must .* got nan$"),
     (lambda: MaxFactor(learning_rate="fast"), "learning_rate must be a number or a f.* got 'fast'"),
     (lambda: create(rest_learning_rate="1e-3"), "rest_learning_rate must be a number or a f"),
-    (
-        lambda: create(learning_rate=lambda step: -0.1 * (step + 1)),
-        f"^learning_rate, at step 0, {NEGATIVE}0.1",
-    ),
+    (lambda: create(learning_rate=lambda s: -0.1 - s), f"^learning_rate, at step 0, {NEGATIVE}0"),
     (lambda: set_rate(ascending), f"at step 0, {NEGATIVE}0.1"),
     (lambda: create(learning_rate=lambda s: None), f"^learning_rate {NUMBER} None$"),
-    (
-        lambda: create(rest_learning_rate=lambda s: mx.array([0.1, 0.2])),
-        rf"^rest_learning_rate {NUMBER} array\(\[0.1, 0.2\]",
-    ),
+    (lambda: create(rest_learning_rate=lambda s: mx.ones(2)), f"^rest_learning_rate {NUMBER} arr"),
     (lambda: AdamW(mx.array([0.1, 0.2])), "^learning_rate must be a number"),
     (lambda: create(learning_rate=lambda step: 0.1, rest_learning_rate=0.01), UNKNOWN_PEAK),
     (lambda: create(learning_rate=GROWING, rest_learning_rate=0.01), UNKNOWN_PEAK),
-    (
-        lambda: create(learning_rate=mlx_optimizers.cosine_decay(0, 100), rest_learning_rate=1e-3),
-        "rest_learning_rate is a number beside a learning_rate whose peak is not known, or 0",
-    ),
+    (lambda: create(learning_rate=ZERO, rest_learning_rate=1e-3), "peak is not known, or 0"),
     (lambda: create(total_steps=9, learning_rate=WARM), "total_steps makes one: give .*, its peak"),
     (lambda: create(total_steps=9, rest_learning_rate=WARM), "rest_learning_rate is a schedule"),
     (lambda: create(hidden=Muon(), learning_rate=0.1), "hidden is an optimizer already: give"),
@@ -169,18 +135,14 @@ MISTAKES = [
     (lambda: warmup_cosine(1e-3, 1000, 2000), r"warmup_steps must .*1000\), got 2000"),
     (lambda: Schedule(3, "x"), "function must be a function of the step"),
     (lambda: Schedule(abs, "x", peak=-1.0), r"peak must be in \[0, inf\)"),
-    (lambda: Schedule(abs, "x", peak="1"), r"peak must be in .*, got '1'"),
-    (lambda: AdamW(lambda: 1e-3), "function of the step alone"),
     (lambda: AdamW(warmup_cosine), "function of the step alone"),
-    (lambda: Muon(Table()), "learning_rate is a model: create_optimizer"),
+    (lambda: Muon(nn.Linear(2, 2)), "learning_rate is a model: create_optimizer"),
     # The model
     (lambda: create_optimizer(Table().parameters()), MODEL % "dict"),
-    (lambda: create_optimizer(Table), MODEL % "type"),
     (lambda: create_optimizer("muon", Table()), MODEL % "str"),
     (lambda: create_optimizer_for_hrm(Table().parameters()), MODEL % "dict"),
     (lambda: create(Table()), f"^{CHOICES}, got Table.*$"),
     (lambda: create_optimizer(frozen_model()), FROZEN),
-    (lambda: create_optimizer(quantized_model()), FROZEN),
     (lambda: estimate_state_bytes(frozen_model()), FROZEN),
 ]
 
@@ -213,15 +175,11 @@ RULES = [
     ("True or False", [1, "yes"], "MaxFactor.maximize AdamW.bias_correction SignSGD.sparse_rows"),
     ("True or False", [1, "yes"], "GuardedOptimizer.skip_nonfinite create.skip_nonfinite"),
     ("True or False", [1, "yes"], "create.strict"),
-    (
-        "a whole number of at least 1",
-        [0, 2.5],
-        "OrthoMaxFactor.block Muon.steps create.total_steps",
-    ),
+    ("a whole number of at least 1", [0, 2.5], "OrthoMaxFactor.block Muon.steps"),
     ("a whole number of at least 1", [np.float32(5)], "Muon.steps"),
     ("a whole number of at least 1", [0, 2.5], "FrequencyAdaptiveMomentum.bands"),
     ("a whole number of at least 1", [0, 2.5], "FrequencyAdaptiveMomentum.blend_steps"),
-    ("a whole number of at least 1", [0, 2.5], "warmup_cosine.total_steps"),
+    ("a whole number of at least 1", [0, 2.5], "create.total_steps warmup_cosine.total_steps"),
     ("a whole number of at least 0", [-1, 2.5], "adaptive_schedule.warmup_steps"),
     ("a whole number of at least 0", [-1, 2.5], "WeightAverage.start warmup_cosine.warmup_steps"),
     ("a whole number from 0 to 4294967295", [-1, 2**40], "MaxFactor.seed AdamW.seed create.seed"),
@@ -303,11 +261,9 @@ PEAKS = [
 @pytest.mark.parametrize(("schedule", "peak"), PEAKS)
 def test_rest_learning_rate_given_with_a_schedule_is_the_peak(schedule, peak):
     optimizer = create(learning_rate=schedule, rest_learning_rate=4e-3)
+    schedules = [member._schedulers["learning_rate"] for member in optimizer.optimizers]
     for step in (0, 29, 30, 60):
-        first, *rest = (
-            member._schedulers["learning_rate"](mx.array(step)).item()
-            for member in optimizer.optimizers
-        )
+        first, *rest = (each(mx.array(step)).item() for each in schedules)
         assert first == pytest.approx(float(schedule(mx.array(step))))
         assert rest == pytest.approx([first * 4e-3 / peak] * 2)
     # A rate set by hand keeps the ratio of the peaks, even while the warm-up has both rates at 0.
@@ -526,10 +482,6 @@ WRONG_GRADIENTS = {
         {"linear1": {"weight": mx.ones((1, 64))}},
         r"^linear1.weight: the gradient has shape \(1, 64\), and the parameter \(128, 64\)$",
     ),
-    "single number": (
-        {"linear1": {"bias": mx.array(1.0)}},
-        r"^linear1.bias: the gradient has shape \(\), and the parameter \(128,\)$",
-    ),
     "None": ({"linear1": {"weight": None}}, "linear1.weight: .* must be an array, got NoneType$"),
     "no such parameter": ({"extra": mx.ones(2)}, "^extra: the gradient has no parameter"),
 }
@@ -546,16 +498,6 @@ def test_error_names_a_wrong_gradient_and_nothing_changes(make, wrong):
     with pytest.raises(ValueError, match=message):
         optimizer.update(model, fine | gradients)
     assert same(snapshot(model, optimizer), before)
-
-
-def test_updating_a_part_of_the_model_is_an_error():
-    model = Table()
-    optimizer = create_optimizer(model)
-    message = (
-        "^create_optimizer was called with a model that has no weight: update that whole model"
-    )
-    with pytest.raises(ValueError, match=message):
-        optimizer.update(model.linear1, {"weight": mx.ones((128, 64))})
 
 
 def test_rate_can_be_an_array_of_one_element():

@@ -15,16 +15,12 @@ ARRAYS = [
     *(((6, 3, 8), "conv"), ((5, 3, 3, 9), "conv"), ((9, 6), "transposed"), ((3, 9, 6), "batched")),
     *(((7,), "batched"), ((), "batched"), ((1,), "batched"), ((1, 1), "batched")),
 ]
-VARIANTS = [
-    ({}, {}),
-    ({"bands": 1}, {}),
-    ({"bands": 3}, {}),
-    ({"bands": 40}, {}),  # more bands than any of these spectra has bins
-    ({"blend": 0.8, "blend_steps": 20}, {}),
-    ({}, {"cautious": True}),
-    ({}, {"nesterov": True}),
-    ({"alpha": 0.5, "beta": 0.9}, {"max_norm": False}),
-    ({"blend": 0.5, "beta": 0.0}, {"nesterov": True, "cautious": True, "full_matrix": True}),
+# 40 bands are more than any of these spectra has bins.
+VARIANTS = [({}, {}), ({"bands": 1}, {}), ({"bands": 3}, {}), ({"bands": 40}, {})]
+VARIANTS += [({"blend": 0.8, "blend_steps": 20}, {}), ({}, {"cautious": True})]
+VARIANTS += [({}, {"nesterov": True}), ({"alpha": 0.5, "beta": 0.9}, {"max_norm": False})]
+VARIANTS += [
+    ({"blend": 0.5, "beta": 0.0}, {"nesterov": True, "cautious": True, "full_matrix": True})
 ]
 
 

@@ -7,6 +7,8 @@ gradients. torch in float64 is the exact answer: a float64 twin must equal it wi
 rounding, and our optimizer within float32 rounding.
 """
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.optimizers as peers
 import numpy as np
@@ -25,36 +27,20 @@ TWIN_BOUND = 1e-12
 """The bound on ``distance`` between two float64 trajectories. 30 roundings of p are 3e-15, and
 Newton–Schulz multiplies the rounding of small singular values by up to 3.4445^6 = 1700."""
 
-ADAMW = [  # amsgrad is left out: ours has none.
-    {},
-    {"lr": 0.01},
-    {"weight_decay": 0.1},
-    {"weight_decay": 0.1, "maximize": True},
-    {"betas": (0.9, 0.99)},
-    {"betas": (0.0, 0.999), "eps": 1e-3},
-    {"betas": (0.95, 0.0), "eps": 1e-6, "weight_decay": 0.0},
-]
+# amsgrad is left out: ours has none.
+ADAMW = [{}, {"lr": 0.01}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}]
+ADAMW += [{"betas": (0.9, 0.99)}, {"betas": (0.0, 0.999), "eps": 1e-3}]
+ADAMW += [{"betas": (0.95, 0.0), "eps": 1e-6, "weight_decay": 0.0}]
 
-MUON = [  # ns_coefficients is left out: ours has two named methods. torch has no maximize here.
-    {},
-    {"lr": 0.01},
-    {"weight_decay": 0.2},
-    {"momentum": 0.8},
-    {"ns_steps": 6},
-    {"momentum": 0.0, "weight_decay": 0.0},
-    {"nesterov": False},
-    {"lr": 0.01, "adjust_lr_fn": "match_rms_adamw"},
-]
+# ns_coefficients is left out: ours has two named methods. torch has no maximize here.
+MUON = [{}, {"lr": 0.01}, {"weight_decay": 0.2}, {"momentum": 0.8}, {"ns_steps": 6}]
+MUON += [{"momentum": 0.0, "weight_decay": 0.0}, {"nesterov": False}]
+MUON += [{"lr": 0.01, "adjust_lr_fn": "match_rms_adamw"}]
 
-ADAFACTOR = [
-    {},
-    {"lr": 0.01, "weight_decay": 0.1},
-    {"weight_decay": 0.1, "maximize": True},
-    {"beta2_decay": -1.0},
-    {"d": 1.5},
-    {"lr": 0.5},  # above 1/√t from the fifth step on
-    {"lr": 1e-3, "eps": (1e-30, 0.5), "beta2_decay": -0.3},
-]
+# A rate of 0.5 is above 1/√t from the fifth step on.
+ADAFACTOR = [{}, {"lr": 0.01, "weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}]
+ADAFACTOR += [{"beta2_decay": -1.0}, {"d": 1.5}, {"lr": 0.5}]
+ADAFACTOR += [{"lr": 1e-3, "eps": (1e-30, 0.5), "beta2_decay": -0.3}]
 
 
 # From torch's options and defaults to ours
@@ -67,23 +53,14 @@ def adamw_options(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, maxi
 def muon_options(
     lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5, adjust_lr_fn="original"
 ):
-    return {
-        "learning_rate": lr,
-        "weight_decay": weight_decay,
-        "momentum": momentum,
-        "nesterov": nesterov,
-        "steps": ns_steps,
-        "scale": {"original": "spectral", "match_rms_adamw": "rms"}[adjust_lr_fn],
-    }
+    scale = {"original": "spectral", "match_rms_adamw": "rms"}[adjust_lr_fn]
+    options = {"learning_rate": lr, "weight_decay": weight_decay, "momentum": momentum}
+    return options | {"nesterov": nesterov, "steps": ns_steps, "scale": scale}
 
 
 def adafactor_options(eps=(1e-30, 1e-3), d=1.0, beta2_decay=-0.8, weight_decay=0.0, **_):
-    return {
-        "eps": eps,
-        "clip_threshold": d,
-        "decay_rate": beta2_decay,
-        "weight_decay": weight_decay,
-    }
+    options = {"eps": eps, "clip_threshold": d, "decay_rate": beta2_decay}
+    return options | {"weight_decay": weight_decay}
 
 
 def adafactor_with_torchs_rate(lr=1e-2, **case):
@@ -233,13 +210,8 @@ def test_adafactor_follows_torch(torch, case, shape):
     start, gradients = parameter(shape), hard_gradients(shape, STEPS)
     ascent = ascent_gradients(gradients, case)
     # Only in float64: in float32, torch computes 0 · inf for a dead row.
-    exact = torch_trajectory(
-        torch,
-        lambda p: torch.optim.Adafactor(p, **case),
-        start,
-        gradients,
-        before=torch_decay_equal_to_ours(case),
-    )
+    build, before = partial(torch.optim.Adafactor, **case), torch_decay_equal_to_ours(case)
+    exact = torch_trajectory(torch, build, start, gradients, before=before)
     assert_close(trajectory(adafactor_with_torchs_rate(**case), start, ascent), exact, start, BOUND)
     if case["lr"] == 1e-2:  # the default rate of the twin
         twin = twin_trajectory(reference.Adafactor(**adafactor_options(**case)), start, ascent)

@@ -103,12 +103,10 @@ def test_time_is_attributed_to_the_right_part():
         time.sleep(seconds)
         return value
 
-    model, optimizer = model_and_optimizer(
-        MaxFactor(partial(slow, 0.0, 0.01)), AdamW(partial(slow, 0.2, 0.01)), **GUARDS
-    )
-    profile = profile_step(
-        model, optimizer, lambda model, x: slow(0.1, loss_of(model, x)), batch(), rounds=1
-    )
+    members = MaxFactor(partial(slow, 0.0, 0.01)), AdamW(partial(slow, 0.2, 0.01))
+    run = model_and_optimizer(*members, **GUARDS)
+    slow_loss = lambda model, x: slow(0.1, loss_of(model, x))  # noqa: E731
+    profile = profile_step(*run, slow_loss, batch(), rounds=1)
     eager = profile.ways["eager"]
     # A sleep never ends early, so these are lower bounds; there are no upper bounds.
     assert eager.parts["forward and backward"].python_seconds >= 0.1

@@ -14,30 +14,23 @@ shapes = st.lists(st.integers(0, 6), min_size=0, max_size=4).map(tuple)
 magnitudes = st.sampled_from(
     [0.0, 1e-45, 1e-38, 1e-30, 3e-22, 1e-20, 1e-8, 1.0, 1e4, 1e15, 1e20, 3e38]
 )
+MAXFACTOR = [{}, {"momentum": 0.9, "nesterov": True, "cautious": True}]
+MAXFACTOR += [{"max_norm": False, "momentum": 0.9}]
+MAXFACTOR += [{"momentum": FrequencyAdaptiveMomentum(bands=3, blend_steps=2)}]
+MAXFACTOR += [{"full_matrix": True, "clip_threshold": 1e-3, "d": 1e-3}]
+MAXFACTOR += [{"relative_step": True, "vector_sign": True, "scalar_boost": None}]
+MAXFACTOR += [{"eps": (1e-15, 0.0), "gamma": 0.0, "beta2_bounds": (0.0, 1.0)}]
+ORTHOMAXFACTOR = [{}, {"block": 2, "state_dtype": "float32"}, {"momentum": 0.0, "min_rms": 0}]
+ORTHOMAXFACTOR += [{"state_dtype": "int8", "nesterov": False, "eps": 1e-15}]
+ADAMW = [{}, {"betas": (0.0, 0.0), "bias_correction": False}]
+ADAMW += [{"state_dtype": "int4", "factored": True}]
 OPTIONS = {
-    "maxfactor": [
-        {},
-        {"momentum": 0.9, "nesterov": True, "cautious": True},
-        {"max_norm": False, "momentum": 0.9},
-        {"momentum": FrequencyAdaptiveMomentum(bands=3, blend_steps=2)},
-        {"full_matrix": True, "clip_threshold": 1e-3, "d": 1e-3},
-        {"relative_step": True, "vector_sign": True, "scalar_boost": None},
-        {"eps": (1e-15, 0.0), "gamma": 0.0, "beta2_bounds": (0.0, 1.0)},
-    ],
-    "orthomaxfactor": [
-        {},
-        {"block": 2, "state_dtype": "float32"},
-        {"momentum": 0.0, "min_rms": 0},
-        {"state_dtype": "int8", "nesterov": False, "eps": 1e-15},
-    ],
+    "maxfactor": MAXFACTOR,
+    "orthomaxfactor": ORTHOMAXFACTOR,
     "adafactor": [{}, {"learning_rate": 0.1, "weight_decay": 0.1, "clip_threshold": 10.0}],
     "signsgd": [{}, {"sparse_rows": True}],
     "muon": [{}, {"method": "polar_express", "scale": "rms"}, {"nesterov": False, "momentum": 0.0}],
-    "adamw": [
-        {},
-        {"betas": (0.0, 0.0), "bias_correction": False},
-        {"state_dtype": "int4", "factored": True},
-    ],
+    "adamw": ADAMW,
 }
 layouts = st.sampled_from(["batched", "experts", "conv", "transposed"])
 

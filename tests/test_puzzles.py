@@ -114,8 +114,7 @@ def test_no_held_out_grid_is_a_training_grid_with_its_digits_renamed(sudoku):
 
 def test_training_puzzles_have_exactly_one_solution(sudoku):
     batch = sudoku.training(60, np.random.default_rng(2))
-    for question, answer in zip(
-        batch.questions.tolist(), (batch.answers + 1).tolist(), strict=True
-    ):
+    pairs = zip(batch.questions.tolist(), (batch.answers + 1).tolist(), strict=True)
+    for question, answer in pairs:
         assert solutions(question, 2) == [answer]
         assert fill_forced(question, hidden=True) != answer

@@ -45,10 +45,8 @@ def reasoner(rules, seed=0):
 
 
 def batch_of(rules, count=6, seed=0):
-    return [
-        mx.array(array.astype(np.int32))
-        for array in rules.training(count, np.random.default_rng(seed))
-    ]
+    drawn = rules.training(count, np.random.default_rng(seed))
+    return [mx.array(array.astype(np.int32)) for array in drawn]
 
 
 # Its optimizers
@@ -76,9 +74,7 @@ def differing_paths(one, other):
 
 
 def test_routed_hrm_optimizers_equal_the_separate_ones(rules):
-    schedules = [
-        warmup_cosine(r, total_steps=12, warmup_steps=3, start_ratio=0.25) for r in (0.01, 1)
-    ]
+    schedules = [warmup_cosine(rate, 12, 3, start_ratio=0.25) for rate in (0.01, 1)]
     one, other = reasoner(rules), reasoner(rules)
     apart = trained(one, create_optimizer_for_hrm(one, *schedules).values(), rules)
     pair = create_optimizer_for_hrm(other, *schedules)
@@ -96,9 +92,8 @@ def test_routed_hrm_optimizers_equal_the_separate_ones(rules):
 
 
 def test_hrm_option_of_the_example_builds_the_documented_pair(rules):
-    given = arguments(
-        steps=100, learning_rate=None, puzzle_learning_rate=None, option=[("weight_decay", 0.0)]
-    )
+    rates = dict.fromkeys(("learning_rate", "puzzle_learning_rate"))
+    given = arguments(steps=100, option=[("weight_decay", 0.0)], **rates)
     optimizer = make("hrm", reasoner(rules), {}, {"hrm": 1e-3}, given)
     assert isinstance(optimizer, RoutedOptimizer)
     main, puzzle = optimizer.optimizers

@@ -46,9 +46,8 @@ def test_stochastic_rounding_is_unbiased_and_returns_a_neighbour(scale, dtype):
 def test_exact_values_are_kept_and_overflow_rounds_to_nearest(dtype):
     held = mx.array([0.0, -0.0, 1.0, -2.5, 65504.0 if dtype == mx.float16 else 3.3895e38, 2.0**-14])
     held = held.astype(dtype).astype(mx.float32)
-    assert f.stochastic_round(held, dtype, mx.random.key(0)).astype(mx.float32).tolist() == (
-        held.tolist()
-    )
+    kept = f.stochastic_round(held, dtype, mx.random.key(0)).astype(mx.float32)
+    assert kept.tolist() == held.tolist()
     beyond = mx.array([float("inf"), -float("inf"), 3.4e38])
     rounded = f.stochastic_round(beyond, dtype, mx.random.key(0))
     assert rounded.tolist() == beyond.astype(dtype).tolist()
@@ -60,17 +59,14 @@ def test_exact_values_are_kept_and_overflow_rounds_to_nearest(dtype):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_small_updates_are_right_on_average(name, dtype):
     # With rounding to nearest they vanish: 1 - 1e-4 is 1 in bf16 and in fp16.
-    p = {"w": mx.ones((64, 64), dtype)}
-    g = {"w": mx.ones((64, 64), dtype)}
+    p, g = ({"w": mx.ones((64, 64), dtype)} for _ in range(2))
     # Muon moves each element of a rank-one 64 × 64 matrix by 1/64 of its rate.
     rate = 2e-5 * (8 if name == "muon" else 1)
     options = {"learning_rate": rate, "weight_decay": 0.0}
     exact = OPTIMIZERS[name].kind(**options)
     reference, nearest, stochastic = {"w": mx.ones((64, 64))}, p, p
-    one, two = (
-        OPTIMIZERS[name].kind(**options),
-        OPTIMIZERS[name].kind(rounding="stochastic", **options),
-    )
+    kind = OPTIMIZERS[name].kind
+    one, two = kind(**options), kind(rounding="stochastic", **options)
     for _ in range(200):
         reference = exact.apply_gradients({"w": mx.ones((64, 64))}, reference)
         nearest = one.apply_gradients(g, nearest)

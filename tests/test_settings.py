@@ -18,8 +18,6 @@ def test_every_setting_of_lora_is_in_the_table():
 
 WRONG_VALUES = [
     ("mask_prompt: 'false'", "mask_prompt must be True or False, got 'false': leave out the"),
-    ("grad_checkpoint: 'no'", "grad_checkpoint must be True or False, got 'no': leave out"),
-    ("test: 1", "test must be True or False, got 1"),
     ("learning_rate: '2e-5'", "learning_rate must be in (0, inf), got '2e-5': leave out"),
     ("learning_rate: .nan", "learning_rate must be in (0, inf), got nan"),
     (f"learning_rate: 1{'0' * 400}", "learning_rate must be in (0, inf), got 1000"),
@@ -39,12 +37,10 @@ WRONG_VALUES = [
     ('data: "a\\0b"', "data must not hold a null character"),
     ("clear_cache_threshold: 5 TB", "must be a size such as 7GB or 500MB, got '5 TB'"),
     ("cache_limit: -1", "cache_limit must be a whole number from 0 to"),
-    ("quantize: 7", "quantize must be one of 2, 3, 4, 5, 6, 8, got 7"),
     ("optimizer_config: [adam]", "optimizer_config must map names to values, got ['adam']"),
     ("optimizer_config: {adma: {}}", "(did you mean 'adam'?)"),
     ("optimizer_config: {adam: 3}", "optimizer_config: adam must map names to values, got 3"),
     ("lora_parameters: {rank: 0}", "lora_parameters: rank must be a whole number of at least"),
-    ("lora_parameters: {rank: '4'}", "lora_parameters: rank must be a whole number of at"),
     ("lora_parameters: {alpha: 16}", "alpha / rank: give scale: 16 / 8 for alpha"),
     ("lora_parameters: {lora_alpha: x, rank: 4}", "give scale: 'x' / 4 for lora_alpha"),
     ("lora_parameters: {keys: q_proj}", "keys must be a list of strings, got 'q_proj'"),
@@ -62,7 +58,6 @@ WRONG_VALUES = [
     ("iters: \x00", "special characters are not allowed"),
     ("{[1]: 2}", "unhashable key"),
     ("iters: 4\niters: 6\n", "iters is given twice in the mapping at line 1"),
-    ("lora_parameters: {rank: 4, rank: 8}\n", "rank is given twice in the mapping at line 1"),
     ("[" * 3000, "maximum recursion depth"),
 ]
 
@@ -90,9 +85,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 WRONG_OPTIONS = [
     (["--clear-cache-threshold", "GB"], "clear_cache_threshold must be a size such as 7GB"),
-    (["--clear-cache-threshold", "5 TB"], "clear_cache_threshold must be a size such as 7GB"),
-    (["--val-batches", "0"], "val_batches must be -1, for all batches, or at least 1, got 0"),
-    (["--learning-rate", "nan"], "learning_rate must be in (0, inf), got nan"),
     (["--patience", "0"], "patience must be a whole number of at least 1, got 0"),
     (["--adapter-path", ""], "adapter_path is empty, which only --test alone takes"),
     (["--option", "learning_rate=1"], "learning_rate is an argument of its own"),

@@ -139,9 +139,8 @@ def test_guards_keep_the_memory_that_checkpointing_saves(kind):
 
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6}
     request = Request({**MODEL, **sizes}, fine_tune_type=kind, num_layers=-1, dtype="float32")
-    free, guarded = (
-        peak(request, 512, True, METHODS[name]) for name in ("default", "default, guards")
-    )
+    methods = METHODS["default"], METHODS["default, guards"]
+    free, guarded = (peak(request, 512, True, method) for method in methods)
     assert guarded < 1.1 * free
 
 

@@ -7,64 +7,34 @@ from twins import PRESETS
 from mlx_maxfactor import Adafactor, AdamW, MaxFactor, Muon, OrthoMaxFactor, SignSGD, reference
 
 HALVING = {"learning_rate": lambda step: 0.05 / (step + 1)}
+ADAFACTOR = [{}, {"learning_rate": 0.05, "weight_decay": 0.1}]
+ADAFACTOR += [{"learning_rate": 0.05, "clip_threshold": 2.0}]
+ADAFACTOR += [{"clip_threshold": 0.3, "decay_rate": -0.5}, HALVING]
+ADAMW = [{}, {"bias_correction": False}, {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0}]
+ADAMW += [HALVING]
+MAXFACTOR = [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]
+MAXFACTOR += [{"momentum": 0.9, "cautious": True}]
+MAXFACTOR += [{"momentum": 0.9, "nesterov": True, "cautious": True}, {"clip_threshold": 1.0}]
+MAXFACTOR += [{"clip_threshold": 0.1, "d": 0.01}, {"d": 0.1}, {"max_norm": False}]
+MAXFACTOR += [{"full_matrix": True}, {"vector_sign": True}, {"maximize": True}, {"min_rms": 0.1}]
+MAXFACTOR += [{"min_lr": 0.02}, {"relative_step": True}, {"beta2_decay": -0.5}]
+MAXFACTOR += [{"beta2_bounds": (0.1, 0.5)}, {"scalar_boost": None}]
+MAXFACTOR += [{"gamma": 0.5, "weight_decay": 0.0}, HALVING]
+MUON = [{}, {"nesterov": False, "momentum": 0.5}, {"scale": "spectral", "weight_decay": 0.1}]
+MUON += [{"scale": "rms", "method": "polar_express"}, {"method": "polar_express", "steps": 8}]
+MUON += [{"steps": 1, "momentum": 0.0, "weight_decay": 0.1}, HALVING]
+ORTHOMAXFACTOR = [{}, {"momentum": 0}, {"block": 4}, {"block": 1, "momentum": 0.5}]
+ORTHOMAXFACTOR += [{"block": None, "nesterov": False}]
+ORTHOMAXFACTOR += [{"method": "polar_express", "learning_rate": 0.1}]
+ORTHOMAXFACTOR += [{"steps": 3, "weight_decay": 0.5}, {"min_rms": 0.1}, {"min_rms": 0}]
+ORTHOMAXFACTOR += [{"beta2_decay": -0.5, "beta2_bounds": (0.01, 0.9)}, {"eps": 1e-3} | HALVING]
 OPTIONS = {
-    Adafactor: [
-        {},
-        {"learning_rate": 0.05, "weight_decay": 0.1},
-        {"learning_rate": 0.05, "clip_threshold": 2.0},
-        {"clip_threshold": 0.3, "decay_rate": -0.5},
-        HALVING,
-    ],
-    AdamW: [
-        {},
-        {"bias_correction": False},
-        {"betas": (0.0, 0.999), "eps": 1e-6, "weight_decay": 0.0},
-        HALVING,
-    ],
+    Adafactor: ADAFACTOR,
+    AdamW: ADAMW,
     SignSGD: [{}, {"sparse_rows": True}, HALVING],
-    MaxFactor: [
-        {"momentum": 0.9},
-        {"momentum": 0.9, "nesterov": True},
-        {"momentum": 0.9, "cautious": True},
-        {"momentum": 0.9, "nesterov": True, "cautious": True},
-        {"clip_threshold": 1.0},
-        {"clip_threshold": 0.1, "d": 0.01},
-        {"d": 0.1},
-        {"max_norm": False},
-        {"full_matrix": True},
-        {"vector_sign": True},
-        {"maximize": True},
-        {"min_rms": 0.1},
-        {"min_lr": 0.02},
-        {"relative_step": True},
-        {"beta2_decay": -0.5},
-        {"beta2_bounds": (0.1, 0.5)},
-        {"scalar_boost": None},
-        {"gamma": 0.5, "weight_decay": 0.0},
-        HALVING,
-    ],
-    Muon: [
-        {},
-        {"nesterov": False, "momentum": 0.5},
-        {"scale": "spectral", "weight_decay": 0.1},
-        {"scale": "rms", "method": "polar_express"},
-        {"method": "polar_express", "steps": 8},
-        {"steps": 1, "momentum": 0.0, "weight_decay": 0.1},
-        HALVING,
-    ],
-    OrthoMaxFactor: [
-        {},
-        {"momentum": 0},
-        {"block": 4},
-        {"block": 1, "momentum": 0.5},
-        {"block": None, "nesterov": False},
-        {"method": "polar_express", "learning_rate": 0.1},
-        {"steps": 3, "weight_decay": 0.5},
-        {"min_rms": 0.1},
-        {"min_rms": 0},
-        {"beta2_decay": -0.5, "beta2_bounds": (0.01, 0.9)},
-        {"eps": 1e-3} | HALVING,
-    ],
+    MaxFactor: MAXFACTOR,
+    Muon: MUON,
+    OrthoMaxFactor: ORTHOMAXFACTOR,
 }
 MATRICES = [*(shape for shape in SHAPES if len(shape) > 1), (17, 32), (1, 1)]
 FLOAT32 = {OrthoMaxFactor: {"state_dtype": "float32"}}

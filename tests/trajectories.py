@@ -11,9 +11,8 @@ SHAPES = [(32, 17), (3, 4, 5), (1, 7), (7,), (1,)]
 
 def label(value):
     """A test's id without addresses: ids must be the same in all of pytest's processes."""
-    return re.sub(r"<(?:function )?(\S+).*? at 0x\w+>", r"\1", str(value)).replace(
-        "<lambda>", "lambda"
-    )
+    text = re.sub(r"<(?:function )?(\S+).*? at 0x\w+>", r"\1", str(value))
+    return text.replace("<lambda>", "lambda")
 
 
 def parameter(shape, seed=0):
