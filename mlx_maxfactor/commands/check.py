@@ -186,7 +186,7 @@ def _trajectories() -> Iterator[tuple[str, Any, Any, tuple[int, ...], str]]:
     kinds = {entry.kind.__name__: entry.kind for entry in OPTIMIZERS.values()}
     for name, options in rows:
         shapes = {"batched": (24, 96), "experts": (3, 16, 40), "conv": (12, 3, 3, 5)}
-        ours = {"state_dtype": "float32"}
+        ours: dict[str, Any] = {"state_dtype": "float32"}
         if name not in ("OrthoMaxFactor", "Muon"):  # these take matrices alone, and keep few bits
             shapes["vector"], ours = (37,), {}
         for layout, shape in shapes.items():
