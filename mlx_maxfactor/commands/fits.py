@@ -13,15 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..finetuning.memory_estimate import (
-    MemoryEstimate,
-    Request,
-    available_bytes,
-    estimate,
-    main_dtype,
-)
+from ..finetuning.memory_estimate import MemoryEstimate, Request, available_bytes, estimate
 from ..finetuning.model_config import DTYPES, read_config
-from ..finetuning.models import FINE_TUNE_TYPES, bits_of
+from ..finetuning.models import FINE_TUNE_TYPES, bits_of, main_dtype
 from ..routing import OPTIMIZERS
 from ..routing.plan import table
 from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option

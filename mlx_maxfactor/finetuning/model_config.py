@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load_config
+from mlx_lm.utils import _get_classes, load_config, load_model
 
 from .._validate import check_choice, check_integer, shown
-from .models import prefixing_errors
+from ..engine.trees import flatten
+from .models import bits_of, check_layers, main_dtype, prefixing_errors
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 WIDTHS = (
@@ -109,6 +110,65 @@ def _check_quantization(name: str, given: Any, needed: tuple[str, ...] = ()) -> 
     for path, x in given.items():
         if "." in path and not isinstance(x, bool):
             _check_quantization(f"{name}: {path}", x)
+
+
+def base_model(
+    config: Mapping[str, Any],
+    folder: Path | None,
+    dtype: str | None,
+    bits: int | None,
+    halvings: int = 0,
+) -> nn.Module:
+    """A model of mlx-lm before adapters. No array of it is evaluated.
+
+    Args:
+        config: The config.
+        folder: Where it lies, perhaps beside weights.
+        dtype: Dtype of the weights that are not quantized; None: as the weights or the config say.
+        bits: Bits to which it is quantized; None: as the weights or the config say.
+        halvings: How often the width is halved.
+
+    Raises:
+        ValueError: mlx-lm cannot build it.
+    """
+    own_code = config.get("model_file")  # mlx-lm asks for it to be trusted
+    weights = folder if folder and not own_code and has_weights(folder) else None
+    read = None if halvings else weights
+    source = "config" if folder is None else str(folder / "config.json")
+    with prefixing_errors(f"model {read}" if read else source, read):
+        if read:
+            model = load_model(read, lazy=True)[0]
+            if cast_to := dtype or (bits and converted_dtype(config)):
+                model.set_dtype(DTYPES[cast_to])
+        else:
+            config = narrowed(config, halvings)
+            model_class, arguments_class = _get_classes(config)
+            model = model_class(arguments_class.from_dict(config))
+            if weights:
+                _make_like(model, base_model(config, folder, dtype, bits))
+            else:
+                model.set_dtype(DTYPES[dtype or dtype_of(config)])
+                quantize_as_config_says(model, config)
+        check_layers(model)
+        for path, x in flatten(model.parameters()).items():
+            if any(size < 1 for size in x.shape):
+                raise ValueError(f"{path} would have the shape {x.shape}")
+        if bits and not (halvings and weights):
+            if found := bits_of(model):
+                raise ValueError(f"it is quantized already (bits: {found}): leave out --quantize")
+            quantize(model, convert_predicate(model), bits=bits)
+    return model
+
+
+def _make_like(model: nn.Module, like: nn.Module) -> None:
+    """Give a narrow model the dtype and the quantization of the whole one."""
+    model.set_dtype(main_dtype(like))
+    modes = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in cast(Any, like).named_modules()
+        if hasattr(module, "bits") and hasattr(module, "mode")
+    }
+    quantize(model, lambda path, _: modes.get(path, False), bits=4)
 
 
 def has_weights(folder: Path) -> bool:
