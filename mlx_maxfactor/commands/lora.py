@@ -33,8 +33,8 @@ from ..finetuning.models import (
 )
 from ..finetuning.optimizer_names import make_optimizer
 from ..finetuning.tuning import Progress, Tuning
-from .lora_arguments import BAD_INPUT, one_line, parse_arguments
-from .terminal import OneLineParser, catching_interrupts
+from .lora_arguments import optimizer_options, parse_arguments
+from .terminal import BAD_INPUT, OneLineParser, catching_interrupts, one_line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         parser, arguments = parse_arguments(argv)
         tuning = prepare(arguments)
     except BAD_INPUT as problem:
-        parser.error(one_line(problem))
+        parser.error(problem)
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted before the first iteration\n")
     try:
@@ -100,13 +100,12 @@ def prepare(arguments: Namespace) -> Tuning:
 
 def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
     """The optimizer with the options of the YAML file and of ``--option``."""
-    config = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
     return make_optimizer(
         model,
         arguments.optimizer,
         learning_rate=arguments.learning_rate,
         lr_schedule=arguments.lr_schedule,
-        **{**config, **arguments.option},
+        **optimizer_options(arguments),
     )
 
 

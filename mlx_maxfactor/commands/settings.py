@@ -8,6 +8,7 @@ The same table checks the command line and the YAML files of mlx_lm.lora:
     ValueError: lora.yaml: iters must be a whole number of at least 1, got 0
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -69,6 +70,23 @@ def texts(name: str, value: Any) -> list[str]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{name} must be a list of strings, got {shown(value)}")
     return [text(f"{name}[{i}]", x) for i, x in enumerate(value)]
+
+
+def options(name: str, value: Any) -> dict[str, Any]:
+    """Options of an optimizer: a list of names, each with a value in JSON."""
+    found: dict[str, Any] = {}
+    for given in texts(name, value):
+        key, equals, x = given.partition("=")
+        if key in found:
+            raise ValueError(f"--option {key} is given twice")
+        try:
+            found[key] = json.loads(x) if equals else True
+        except (ValueError, RecursionError) as problem:
+            raise ValueError(
+                "--option takes NAME=VALUE with a JSON value (true, not True), got "
+                f"{shown(given)} ({problem})"
+            ) from None
+    return found
 
 
 def size(name: str, value: Any) -> int:
@@ -163,7 +181,7 @@ SETTINGS: dict[str, Check] = {
     "fine_tune_type": partial(check_choice, choices=FINE_TUNE_TYPES),
     "quantize": bits,
     "optimizer": lambda name, value: optimizer_name(value, name),
-    "option": texts,
+    "option": options,
     "optimizer_config": optimizer_config,
     "lora_parameters": lora_parameters,
     "lr_schedule": lr_schedule,
