@@ -20,23 +20,13 @@ SAMPLE = 1024
 
 
 def describe(
-    optimizer: Optimizer,
-    weights: str,
-    frozen: Mapping[str, mx.array],
-    average: Any = None,
+    optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array], average: Any = None
 ) -> dict[str, Any]:
     """Describe a run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays."""
     description = {
         "library": version("mlx_maxfactor"),
         "weights": weights,
-        "optimizers": [
-            {
-                **_class_and_options(m),
-                "built rate": _built_rate(m),
-                "schedules": _schedules(m),
-            }
-            for m in find_members(optimizer).values()
-        ],
+        "optimizers": [_member(o) for o in find_members(optimizer).values()],
         "wrappers": [
             _class_and_options(o) for _, o in _walk(optimizer) if isinstance(o, MultiOptimizer)
         ],
@@ -70,6 +60,19 @@ def _walk(optimizer: Optimizer, prefix: str = "") -> Iterator[tuple[str, Optimiz
             yield from _walk(member, f"{prefix}states.{i}.")
 
 
+def _member(optimizer: Optimizer) -> dict[str, Any]:
+    """Class, options, the constant rate it was built with, and how each schedule was made.
+
+    MLX's own optimizers do not remember their rate. A constant rate may have replaced a schedule.
+    """
+    rate = getattr(optimizer, "built_rate", None)
+    schedules = {name: described(schedule) for name, schedule in optimizer._schedulers.items()}
+    if rate is not None:
+        rate = float(rate)
+        schedules.pop("learning_rate", None)
+    return {**_class_and_options(optimizer), "built rate": rate, "schedules": schedules}
+
+
 def _class_and_options(optimizer: Any) -> dict[str, Any]:
     """The class of an optimizer or an average, and its public attributes that are plain values."""
     public = {k: v for k, v in vars(optimizer).items() if k[0] != "_"}
@@ -87,20 +90,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _built_rate(optimizer: Optimizer) -> float | None:
-    """The constant rate it was built with. MLX's own optimizers do not remember theirs."""
-    rate = getattr(optimizer, "built_rate", None)
-    return None if rate is None else float(rate)
-
-
-def _schedules(optimizer: Optimizer) -> dict[str, str]:
-    """How each schedule was made, by option, or the name of a function of the user's."""
-    found = {name: described(schedule) for name, schedule in optimizer._schedulers.items()}
-    if _built_rate(optimizer) is not None:  # a constant rate has replaced the schedule
-        found.pop("learning_rate", None)
-    return found
 
 
 def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
