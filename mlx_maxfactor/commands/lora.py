@@ -9,7 +9,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,10 +25,8 @@ from ..finetuning.models import (
     add_adapters,
     bits_of,
     bytes_of,
-    check_rank,
     load_adapters_into,
     load_model,
-    number_of_layers,
     prefixing_errors,
 )
 from ..finetuning.optimizer_names import make_optimizer
@@ -85,10 +83,8 @@ def prepare(arguments: Namespace) -> Tuning:
     if not datasets["validation"] and (arguments.keep_best or arguments.patience):
         raise ValueError("keep_best and patience need a validation set: valid.jsonl in the folder")
     mx.random.seed(arguments.seed)
-    kind = arguments.fine_tune_type
-    arguments.num_layers = number_of_layers(arguments.num_layers, len(cast(Any, model).layers))
-    add_adapters(model, kind, arguments.num_layers, arguments.lora_parameters)
-    check_rank(model)
+    kind, parameters = arguments.fine_tune_type, arguments.lora_parameters
+    arguments.num_layers = add_adapters(model, kind, arguments.num_layers, parameters)
     if kind == "full":
         arguments.lora_parameters = None
     if arguments.resume_adapter_file is not None:

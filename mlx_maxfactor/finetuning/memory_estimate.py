@@ -28,7 +28,7 @@ from ..factory import estimate_state_bytes
 from ..routing import OPTIMIZERS
 from .layer_kinds import Plan, keep_layers, plan_of, whole
 from .model_config import base_model, value_of
-from .models import add_adapters, bytes_of, check_rank, main_dtype, number_of_layers
+from .models import add_adapters, bytes_of, main_dtype, number_of_layers
 from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
 
 BATCHES = 3
@@ -108,15 +108,12 @@ class Request:
         """
         model = self.base(halvings)
         parameters = self.lora_parameters or CONFIG_DEFAULTS["lora_parameters"]
-        trained = -1 if every_layer else self.trained_layers
-        add_adapters(model, self.fine_tune_type, trained, parameters)
-        if not halvings:
-            check_rank(model)
+        trained = -1 if every_layer else self.num_layers
+        add_adapters(model, self.fine_tune_type, trained, parameters, any_rank=halvings > 0)
         return model
 
-    def state_bytes(self, model: nn.Module, optimizer: str | None = None) -> int:
-        """Bytes of an optimizer's state, from shapes."""
-        name = optimizer or self.optimizer
+    def state_bytes(self, model: nn.Module, name: str) -> int:
+        """Bytes of the state of an optimizer, which may be another one, from shapes."""
         own = self.options if name == self.optimizer else None
         options = with_defaults(name, own or {})
         if name in OPTIMIZERS:
@@ -305,7 +302,7 @@ def _halvings(request: Request, tokens: int) -> tuple[int, Plan]:
 
 def _fits(request: Request, model: nn.Module) -> bool:
     """Whether weights and state leave enough memory for a step on this device."""
-    held = bytes_of(model.parameters()) + request.state_bytes(model)
+    held = bytes_of(model.parameters()) + request.state_bytes(model, request.optimizer)
     return held < 0.6 * available_bytes()
 
 

@@ -77,19 +77,25 @@ def number_of_layers(num_layers: int | None, layers: int) -> int:
 def add_adapters(
     model: nn.Module,
     fine_tune_type: str,
-    num_layers: int,
+    num_layers: int | None,
     lora_parameters: Mapping[str, Any] | None,
-) -> None:
+    *,
+    any_rank: bool = False,
+) -> int:
     """Freeze the model, then unfreeze the last layers ("full") or give them adapters.
 
     Args:
         model: A model of mlx-lm.
         fine_tune_type: "lora", "dora" or "full".
-        num_layers: How many of the last layers are trained. -1: all of them.
+        num_layers: How many of the last layers are trained, see :func:`number_of_layers`.
         lora_parameters: mlx-lm's: rank, scale, dropout and keys. Not used by "full".
+        any_rank: Take a rank above the shorter side of every matrix. Default False.
+
+    Returns:
+        How many layers are trained.
 
     Raises:
-        ValueError: The model has fewer layers.
+        ValueError: The model has fewer layers, the keys match none, or the rank is too high.
         KeyError: ``lora_parameters`` lacks a key.
     """
     model.freeze()
@@ -98,7 +104,7 @@ def add_adapters(
     if fine_tune_type == "full":
         for layer in layers[-num_layers:]:
             layer.unfreeze()
-        return
+        return num_layers
     if fine_tune_type not in FINE_TUNE_TYPES:
         raise ValueError(f"fine_tune_type is lora, dora or full, got {shown(fine_tune_type)}")
     settings = dict(lora_parameters or {})
@@ -114,6 +120,9 @@ def add_adapters(
         )
     if unmatched:
         raise ValueError(f"lora_parameters: keys {', '.join(map(shown, unmatched))} match no layer")
+    if not any_rank:
+        check_rank(model)
+    return num_layers
 
 
 def check_rank(model: nn.Module) -> None:
