@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import fields
 from itertools import islice
@@ -95,16 +95,14 @@ class BatchOrder:
         self.position = 0
 
     @contextmanager
-    def drawing(self, state: Any) -> Iterator[Callable[[], None]]:
-        """Let mlx-lm draw from this state. Calling what is yielded keeps the state afterwards."""
+    def drawing(self, state: Any, keep: bool = False) -> Iterator[None]:
+        """Let mlx-lm draw from this state. ``keep`` the state afterwards."""
         before = np.random.get_state()
         np.random.set_state(state)
-
-        def keep() -> None:
-            self.state = np.random.get_state()
-
         try:
-            yield keep
+            yield
+            if keep:
+                self.state = np.random.get_state()
         finally:
             np.random.set_state(before)
 
@@ -279,12 +277,9 @@ class Tuning(TrainingCallback):
         """Training batches from the next iteration on, without end."""
         settings, every = (dataset, batch_size, max_seq_length), self.arguments.save_every
         while True:
-            with self.order.drawing(self.order.epoch) as keep:
-                batches_of_epoch = full_batches(*settings)
-                remaining = islice(batches_of_epoch, self.order.position, None)
+            with self.order.drawing(self.order.epoch, keep=self.order.position == 0):
+                remaining = islice(full_batches(*settings), self.order.position, None)
                 batch = next(remaining, None)
-                if self.order.position == 0:
-                    keep()
             while batch is not None:
                 self.order.position += 1
                 self.iteration += 1
@@ -309,9 +304,8 @@ class Tuning(TrainingCallback):
         if self.iteration == 1:
             self.order.first = before
         if always:  # a longer run does not validate where this one ends
-            with self.order.drawing(before) as keep:
+            with self.order.drawing(before, keep=True):
                 next(iterate_batches(self.sets["validation"], a.batch_size, a.max_seq_length))
-                keep()
         start = time.perf_counter()
         # mlx-lm validates on other batches each time. To be compared, losses need the same ones.
         compared = a.keep_best or a.patience is not None
