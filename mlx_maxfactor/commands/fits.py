@@ -62,7 +62,6 @@ def make_parser() -> OneLineParser:
         prog="mlx-maxfactor fits",
         description="Estimate the peak memory of a training step, without any weights.",
         epilog=USAGE,
-        raw=True,
     )
     add = parser.add_argument
     add("model", nargs="?", help="folder with a config.json, or a name in the hub's cache")

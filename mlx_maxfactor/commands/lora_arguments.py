@@ -24,19 +24,11 @@ from .terminal import OneLineParser
 
 DEFAULTS = {
     **CONFIG_DEFAULTS,
-    "model": None,
-    "data": None,
-    "num_layers": None,  # 16, or all of fewer
-    "optimizer": "orthomaxfactor",
-    "learning_rate": None,
-    "option": None,
-    "quantize": None,
-    "resume": False,
-    "allow_changed_data": False,
-    "keep_best": False,
-    "patience": None,
-    "cache_limit": None,
+    **dict.fromkeys(("model", "data", "learning_rate", "option", "quantize", "patience")),
+    **dict.fromkeys(("num_layers", "cache_limit")),  # 16 layers, or all of fewer
+    **dict.fromkeys(("resume", "allow_changed_data", "keep_best"), False),
     "trust_remote_code": False,  # mlx-lm 0.31, the last for Python 3.10, does not have it
+    "optimizer": "orthomaxfactor",
 }
 """mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
 
@@ -55,7 +47,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
         parents=[build_parser()],
         conflict_handler="resolve",
         add_help=False,
-        raw=True,
     )
     parser.set_defaults(trust_remote_code=None)
     add_optimizer_arguments(parser)

@@ -11,6 +11,7 @@ The same table checks the command line and the YAML files of mlx_lm.lora:
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,17 @@ Check = Callable[[str, Any], Any]
 LARGEST = 2**31 - 1
 
 
-def whole(low: int) -> Check:
+def whole(name: str, value: Any, low: int) -> int:
     """A whole number that is not below ``low``."""
-
-    def check(name: str, value: Any) -> int:
-        number = check_integer(name, value, low)
-        return number if number <= LARGEST else check_integer(name, value, low, LARGEST)
-
-    return check
+    number = check_integer(name, value, low)
+    return number if number <= LARGEST else check_integer(name, value, low, LARGEST)
 
 
 def batches(name: str, value: Any) -> int:
     """A number of batches, or -1 for all of them."""
     if value == 0:  # their mean loss would be a NaN
         raise ValueError(f"{name} must be -1, for all batches, or at least 1, got {shown(value)}")
-    return whole(-1)(name, value)
+    return whole(name, value, -1)
 
 
 def text(name: str, value: Any, least: int = 0) -> str:
@@ -143,7 +140,7 @@ def lr_schedule(name: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"{name}: arguments must be a list of numbers, as in {EXAMPLE}")
     for i, x in enumerate(arguments):  # a rate below 0 would ascend
         check_number(f"{name}: arguments[{i}]", x, 0.0)
-    checks: dict[str, Check] = {"warmup": whole(0), "warmup_init": partial(check_number, low=0.0)}
+    checks = {"warmup": partial(whole, low=0), "warmup_init": partial(check_number, low=0.0)}
     checked = {key: checks[key](f"{name}: {key}", x) for key, x in given.items() if key in checks}
     checked = {**given, **checked, "name": text(f"{name}: name", given["name"])}
     make_schedule(**checked)
@@ -157,8 +154,9 @@ def hf_dataset(name: str, value: Any) -> Any:
     return value
 
 
+positive = partial(whole, low=1)
 LORA: dict[str, Check] = {
-    "rank": whole(1),
+    "rank": positive,
     "scale": partial(check_number, low=0.0, ends="()"),
     "dropout": partial(check_number, low=0.0, high=1.0),
     "keys": texts,
@@ -170,12 +168,12 @@ SETTINGS: dict[str, Check] = {
     **dict.fromkeys(("text_feature", "chat_feature"), text),
     **dict.fromkeys(("train", "test", "mask_prompt", "grad_checkpoint"), check_flag),
     **dict.fromkeys(("resume", "allow_changed_data", "keep_best", "trust_remote_code"), check_flag),
-    **dict.fromkeys(("batch_size", "iters", "grad_accumulation_steps"), whole(1)),
-    "max_seq_length": whole(2),  # a token, and the next one to learn
-    **dict.fromkeys(("steps_per_report", "steps_per_eval", "save_every", "patience"), whole(1)),
+    **dict.fromkeys(("batch_size", "iters", "grad_accumulation_steps"), positive),
+    "max_seq_length": partial(whole, low=2),  # a token, and the next one to learn
+    **dict.fromkeys(("steps_per_report", "steps_per_eval", "save_every", "patience"), positive),
     **dict.fromkeys(("val_batches", "test_batches"), batches),
     **dict.fromkeys(("cache_limit", "clear_cache_threshold"), size),
-    "num_layers": whole(-1),
+    "num_layers": partial(whole, low=-1),
     "seed": partial(check_integer, low=0, high=2**32 - 1),
     "learning_rate": partial(check_number, low=0.0, ends="()"),
     "fine_tune_type": partial(check_choice, choices=FINE_TUNE_TYPES),
@@ -219,13 +217,11 @@ def check_settings(values: Mapping[str, Any], source: str = "") -> dict[str, Any
 
 def _unquoted(check: Check, name: str, value: Any) -> str:
     """A remedy for a string that would be right without its quotes."""
-    try:
+    with suppress(ValueError, yaml.YAMLError):
         bare = yaml.load(value, yaml_loader) if isinstance(value, str) else value
         if not isinstance(bare, str) and bare is not value:
             check(name, bare)
             return ": leave out the quotes"
-    except (ValueError, yaml.YAMLError):
-        pass
     return ""
 
 

@@ -15,15 +15,10 @@ BAD_INPUT = (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, Type
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage.
+    """A parser whose errors are one line, without the usage, and whose help keeps line breaks."""
 
-    Args:
-        raw: Keep the line breaks of the description and the epilog.
-    """
-
-    def __init__(self, *arguments: Any, raw: bool = False, **options: Any):
-        formatter = argparse.RawDescriptionHelpFormatter if raw else argparse.HelpFormatter
-        super().__init__(*arguments, **{"formatter_class": formatter, **options})
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str | BaseException) -> NoReturn:
         """Print one line and exit with status 2."""

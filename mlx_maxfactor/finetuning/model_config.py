@@ -15,21 +15,14 @@ from .._validate import check_choice, check_integer, shown
 from ..engine.trees import flatten
 from .models import bits_of, check_layers, main_dtype, prefixing_errors
 
+Config = Mapping[str, Any]
+Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
+"""Whether to quantize the module at a path, or how."""
+
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-WIDTHS = (
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_heads",
-    "mamba_n_heads",
-    "mamba_num_heads",
-    "n_embd",
-    "n_head",
-    "model_dim",
-    "vocab_size",
-)
+WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "model_dim", "n_embd")
+WIDTHS += ("num_attention_heads", "num_key_value_heads", "num_heads", "n_head")
+WIDTHS += ("mamba_n_heads", "mamba_num_heads", "vocab_size")
 """What is halved in a model that does not fit on this device, or takes too long to measure."""
 
 PACKED = ("awq", "bitnet", "compressed-tensors", "gptq", "modelopt")
@@ -113,11 +106,7 @@ def _check_quantization(name: str, given: Any, needed: tuple[str, ...] = ()) -> 
 
 
 def base_model(
-    config: Mapping[str, Any],
-    folder: Path | None,
-    dtype: str | None,
-    bits: int | None,
-    halvings: int = 0,
+    config: Config, folder: Path | None, dtype: str | None, bits: int | None, halvings: int = 0
 ) -> nn.Module:
     """A model of mlx-lm before adapters. No array of it is evaluated.
 
@@ -182,19 +171,19 @@ def has_weights(folder: Path) -> bool:
     return bool(found) and needed <= found
 
 
-def value_of(config: Mapping[str, Any], key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
     """A value of a config, or of the ``text_config`` in it. None: neither has it."""
     found = config.get(key)
     return _text_config(config).get(key) if found is None else found
 
 
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _text_config(config: Config) -> dict[str, Any]:
     """The part of a model with images or sound that describes its text model. Empty: no part."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else {}
 
 
-def narrowed(config: Mapping[str, Any], halvings: int) -> dict[str, Any]:
+def narrowed(config: Config, halvings: int) -> dict[str, Any]:
     """A copy of a config with a halved width, also in its ``text_config``."""
     copied = deepcopy(dict(config))  # mlx-lm writes into text_config
     for part in (copied, _text_config(copied)):
@@ -204,7 +193,7 @@ def narrowed(config: Mapping[str, Any], halvings: int) -> dict[str, Any]:
     return copied
 
 
-def dtype_of(config: Mapping[str, Any]) -> str:
+def dtype_of(config: Config) -> str:
     """The name of the dtype that a config says, or bfloat16."""
     name = value_of(config, "torch_dtype") or value_of(config, "dtype") or "bfloat16"
     name = str(name).removeprefix("torch.")
@@ -213,13 +202,13 @@ def dtype_of(config: Mapping[str, Any]) -> str:
     return name
 
 
-def converted_dtype(config: Mapping[str, Any]) -> str | None:
+def converted_dtype(config: Config) -> str | None:
     """The dtype to which ``mlx_lm.convert`` casts a model. None: it leaves it as it is."""
     name = config.get("torch_dtype") or _text_config(config).get("dtype")
     return name if name in DTYPES else None
 
 
-def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None:
+def quantize_as_config_says(model: nn.Module, config: Config) -> None:
     """Quantize what mlx-lm would find quantized in the weights that belong to a config.
 
     Raises:
@@ -227,11 +216,7 @@ def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None
     """
     as_convert = convert_predicate(model)
     if ours := config.get("quantization"):
-
-        def as_said(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            return ours[path] if path in ours else as_convert(path, module)
-
-        quantize(model, as_said, **{"group_size": 64, **ours})
+        quantize(model, lambda path, m: ours.get(path, as_convert(path, m)), **ours)
         return
     theirs = value_of(config, "quantization_config")
     method = theirs.get("quant_method") if theirs else None
@@ -253,21 +238,14 @@ def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None
         quantize(model, chosen, bits=int(method[-1]), group_size=32, mode=method)
 
 
-def convert_predicate(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+def convert_predicate(model: nn.Module) -> Predicate:
     """What ``mlx_lm.convert`` quantizes: all that it can, unless the model says otherwise."""
     return getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
 
-def quantize(
-    model: nn.Module,
-    predicate: Callable[[str, nn.Module], bool | dict[str, Any]],
-    *,
-    bits: int,
-    group_size: int = 64,
-    mode: str = "affine",
-    **_: Any,
-) -> None:
+def quantize(model: nn.Module, predicate: Predicate, bits: int, **options: Any) -> None:
     """Quantize the modules that a predicate chooses and whose width allows it."""
+    group_size, mode = options.get("group_size", 64), options.get("mode", "affine")
 
     def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):
