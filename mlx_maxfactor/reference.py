@@ -310,13 +310,8 @@ def orthogonalize_blocks(
     """G (..., m, n): `block` rows at a time, or columns if m > n, each block by itself."""
     polar = {"newton_schulz": newton_schulz, "polar_express": polar_express}[method]
     m, n = G.shape[-2:]
-    if block is None or block >= min(m, n):
-        return polar(G, steps)
-    X = np.zeros_like(G)
-    for i in range(0, min(m, n), block):
-        j = min(i + block, min(m, n))
-        if m > n:
-            X[..., :, i:j] = polar(G[..., :, i:j], steps)  # (..., m, j - i)
-        else:
-            X[..., i:j, :] = polar(G[..., i:j, :], steps)  # (..., j - i, n)
-    return X
+    if m > n:
+        return orthogonalize_blocks(G.swapaxes(-1, -2), method, steps, block).swapaxes(-1, -2)
+    size = block or m
+    blocks = [polar(G[..., i : i + size, :], steps) for i in range(0, m, size)]  # (..., size, n)
+    return np.concatenate(blocks, axis=-2)
