@@ -94,9 +94,7 @@ def catching_interrupts(note: Callable[[], None]) -> Iterator[list[int]]:
         with suppress(RuntimeError, OSError):  # the same stream may be written at this moment
             note()
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    handlers = {n: signal.getsignal(n) for n in numbers}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {n: x for n, x in handlers.items() if x not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, catch)
