@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.test:
             loss = tuning.loss_on("test", arguments.test_batches)
             print(f"Test loss {loss:.3f}, Test ppl {np.exp(loss):.3f}.")
-    except (FloatingPointError, *BAD_INPUT) as problem:
+    except BAD_INPUT as problem:
         less = "; try a smaller --batch-size or --max-seq-length" * ("llocate" in str(problem))
         parser.exit(1, f"\n{parser.prog}: error: {one_line(problem)}{less}\n")
     except KeyboardInterrupt:
@@ -96,13 +96,8 @@ def prepare(arguments: Namespace) -> Tuning:
 
 def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
     """The optimizer with the options of the YAML file and of ``--option``."""
-    return make_optimizer(
-        model,
-        arguments.optimizer,
-        learning_rate=arguments.learning_rate,
-        lr_schedule=arguments.lr_schedule,
-        **optimizer_options(arguments),
-    )
+    rates = {"learning_rate": arguments.learning_rate, "lr_schedule": arguments.lr_schedule}
+    return make_optimizer(model, arguments.optimizer, **rates, **optimizer_options(arguments))
 
 
 def resume(tuning: Tuning) -> None:
