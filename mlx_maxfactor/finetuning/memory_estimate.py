@@ -7,6 +7,7 @@ of each kind at full width; each further layer adds what a second one of its kin
 
 import gc
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from .layer_kinds import Plan, keep_layers, plan_of, whole
 from .model_config import base_model, value_of
 from .models import add_adapters, bytes_of, main_dtype, number_of_layers
 from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
+
+Step = Callable[[Sequence[mx.array], Any, bool], tuple[mx.array, Any]]
+"""From a batch, the gradients so far, and whether it is the last one: the loss, and gradients."""
 
 BATCHES = 3
 """The most that are accumulated: a fourth batch needs what the third one did."""
@@ -198,7 +202,9 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
         factor, beyond = factor * scale, beyond * scale
         words += f" at 1/{2**halvings} of width and vocabulary"
     trained = asked.build().trainable_parameters()
-    kept = bytes_of(trained) if _keeps_gradients(request) else 0
+    # A guard looks at all gradients before the update, and accumulation keeps them.
+    guarded = with_defaults(request.optimizer, request.options or {}).get("skip_nonfinite")
+    kept = bytes_of(trained) if guarded or request.grad_accumulation_steps > 1 else 0
     own = bytes_of(_with_layers(request, plan, plan.kept[0], halvings).trainable_parameters())
     logits = request.batch_size * 4 * (_vocabulary(request) >> halvings)
     steps = []
@@ -225,12 +231,6 @@ def _beyond(
     except Exception:  # MLX lacks products of gathered experts in 16 bits on a CPU
         return 0.0
     return max(0.0, float(np.dot(plan.weights, runs)) - expected)
-
-
-def _keeps_gradients(request: Request) -> bool:
-    """Whether all gradients are there at once: a guard looks at them before the update."""
-    options = with_defaults(request.optimizer, request.options or {})
-    return bool(options.get("skip_nonfinite")) or request.grad_accumulation_steps > 1
 
 
 def _with_layers(request: Request, plan: Plan, kept: Sequence[int], halvings: int) -> nn.Module:
@@ -309,12 +309,7 @@ def _fits(request: Request, model: nn.Module) -> bool:
 def _speed(dtype: mx.Dtype) -> float:
     """Operations a second in a matrix product."""
     x = mx.ones((512, 512), dtype)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        mx.eval(x @ x.T)
-        seconds.append(time.perf_counter() - start)
-    return 2 * 512**3 / min(seconds)
+    return 2 * 512**3 / min(timeit.repeat(lambda: mx.eval(x @ x.T), number=1, repeat=3))
 
 
 def measure_steps(
@@ -335,50 +330,43 @@ def measure_steps(
         keep_layers(model, kept, plan.kinds)
         if not _fits(request, model):
             raise ValueError("a few of its layers do not fit on this device")
-        run, held = _step_and_held(request, model)
+        optimizer = make_optimizer(model, request.optimizer, **(request.options or {}))
+        state = [model.state, optimizer.state, mx.random.state]
+        mx.eval(state)
+        model.train()
+        step = _compiled_step(model, optimizer, state, request.grad_accumulation_steps)
+        held = bytes_of(model.parameters()) + bytes_of(optimizer.state)
         for length in lengths:
             if steps and _at_most(lengths[: len(steps)], steps, length) > available:
                 break
-            peak, seconds = run(length, halvings)
+            peak, seconds = _peak_and_seconds(request, step, state, length, halvings)
             steps.append(peak - before - held)
             if seconds * (request.max_seq_length / length) > LONGEST:
                 break
     return steps
 
 
-def _step_and_held(
-    request: Request, model: nn.Module
-) -> tuple[Callable[[int, int], tuple[int, float]], int]:
-    """A function that measures peak and seconds of an update, and bytes of weights and state."""
-    optimizer = make_optimizer(model, request.optimizer, **(request.options or {}))
-    state = [model.state, optimizer.state, mx.random.state]
-    mx.eval(state)
-    step = _compiled_step(model, optimizer, state, request.grad_accumulation_steps)
-    several = min(request.grad_accumulation_steps, BATCHES)
-    model.train()
-
-    def run(length: int, halvings: int) -> tuple[int, float]:
-        shape = (request.batch_size, length)
-        vocabulary = max(1, _vocabulary(request) >> halvings)
-        batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
-        mx.eval(batch)
-        peak, seconds, total = 0, LONGEST, None
-        for i in range(2 * several):
-            start = time.perf_counter()
-            mx.reset_peak_memory()
-            loss, total = step(batch, total, (i + 1) % several == 0)
-            mx.eval(loss, total, state)
-            mx.clear_cache()
-            peak = max(peak, mx.get_peak_memory())
-            seconds = min(seconds, time.perf_counter() - start)  # the first time, it is compiled
-        return peak, seconds
-
-    return run, bytes_of(model.parameters()) + bytes_of(optimizer.state)
+def _peak_and_seconds(
+    request: Request, step: Step, state: Any, length: int, halvings: int
+) -> tuple[int, float]:
+    """Peak bytes of an update, and seconds of its fastest batch."""
+    shape, several = (request.batch_size, length), min(request.grad_accumulation_steps, BATCHES)
+    vocabulary = max(1, _vocabulary(request) >> halvings)
+    batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
+    mx.eval(batch)
+    peak, seconds, total = 0, LONGEST, None
+    for i in range(2 * several):
+        start = time.perf_counter()
+        mx.reset_peak_memory()
+        loss, total = step(batch, total, (i + 1) % several == 0)
+        mx.eval(loss, total, state)
+        mx.clear_cache()
+        peak = max(peak, mx.get_peak_memory())
+        seconds = min(seconds, time.perf_counter() - start)  # the first time, it is compiled
+    return peak, seconds
 
 
-def _compiled_step(
-    model: nn.Module, optimizer: Optimizer, state: list[Any], count: int
-) -> Callable[[Sequence[mx.array], Any, bool], tuple[mx.array, Any]]:
+def _compiled_step(model: nn.Module, optimizer: Optimizer, state: list[Any], count: int) -> Step:
     """The step of mlx-lm's trainer, which gives back the total of the gradients up to the last."""
     loss_and_gradients = nn.value_and_grad(model, default_loss)
 
