@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -51,10 +52,9 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.utils import HFValidationError
 
-        try:
+        cached = None
+        with suppress(HFValidationError):
             cached = try_to_load_from_cache(str(model), "config.json")
-        except HFValidationError:
-            cached = None
         if not isinstance(cached, str):
             path = folder / "config.json"
             raise ValueError(f"model {model}: there is no {path}, and the hub's cache has none")

@@ -177,9 +177,7 @@ class Tuning(TrainingCallback):
 
     def _check_tokens(self, name: str) -> None:
         data, a = self.sets[name], self.arguments
-        if not data:
-            return
-        if not any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1)):
+        if data and not any(full_batches(data, a.batch_size, a.max_seq_length)):
             raise ValueError(
                 f"{name_of_data(a)}: the {name} set has no token to learn: within max_seq_length="
                 f"{a.max_seq_length} there are only prompts, which mask_prompt leaves out; raise "
