@@ -46,7 +46,8 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
         ValueError: There is no config, or it lacks the model's type.
     """
     if isinstance(model, Mapping):
-        return _checked(dict(model), "config"), None
+        with prefixing_errors("config"):
+            return _checked(dict(model)), None
     folder = Path(model)
     if not (folder / "config.json").is_file():
         from huggingface_hub import try_to_load_from_cache
@@ -59,10 +60,8 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
             path = folder / "config.json"
             raise ValueError(f"model {model}: there is no {path}, and the hub's cache has none")
         folder = Path(cached).parent
-    name = str(folder / "config.json")
-    with prefixing_errors(name):
-        config = load_config(folder)
-    return _checked(config, name), folder
+    with prefixing_errors(str(folder / "config.json")):
+        return _checked(load_config(folder)), folder
 
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -73,21 +72,21 @@ MODES |= {"nvfp4": ((4,), (16,))}
 """MLX's modes of quantization, with the bits and group sizes of each."""
 
 
-def _checked(config: Any, name: str) -> dict[str, Any]:
+def _checked(config: Any) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{name} must map names to values, with model_type among them")
+        raise ValueError("it must map names to values, with model_type among them")
     for key in SIZES:
         if (size := value_of(config, key)) is not None and not isinstance(size, list):
-            check_integer(f"{name}: {key}", size, 1)
+            check_integer(key, size, 1)
     if (ours := config.get("quantization")) is not None:
-        _check_quantization(f"{name}: quantization", ours, ("bits", "group_size"))
+        _check_quantization("quantization", ours, ("bits", "group_size"))
     elif theirs := value_of(config, "quantization_config"):
         method = theirs.get("quant_method") if isinstance(theirs, dict) else None
         if not isinstance(method, str):
-            raise ValueError(f"{name}: quantization_config needs quant_method, got {shown(theirs)}")
+            raise ValueError(f"quantization_config needs quant_method, got {shown(theirs)}")
         if method not in READABLE:
             raise ValueError(
-                f"{name}: mlx-lm does not read weights of {method}: take those before quantizing"
+                f"mlx-lm does not read weights of {method}: take those before quantizing"
             )
     return config
 
