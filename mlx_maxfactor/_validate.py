@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from ctypes import c_float
 from difflib import get_close_matches
 from inspect import getclosurevars
@@ -141,11 +141,6 @@ def is_of_mlx(schedule: Any) -> bool:
     if getattr(schedule, "__module__", None) != "mlx.optimizers.schedulers":
         return False
     return all(map(is_of_mlx, getclosurevars(schedule).nonlocals.get("schedules", ())))
-
-
-def find_repeated(names: Sequence[str]) -> str | None:
-    """The first name that is there more than once. None: each is there once."""
-    return next((name for name in names if names.count(name) > 1), None)
 
 
 def value_if_evaluated(value: Any) -> Any:

@@ -19,15 +19,7 @@ from typing import Any
 import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, yaml_loader
 
-from .._validate import (
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    find_repeated,
-    hint,
-    shown,
-)
+from .._validate import check_choice, check_flag, check_integer, check_number, hint, shown
 from ..finetuning.model_config import BITS
 from ..finetuning.models import FINE_TUNE_TYPES
 from ..finetuning.optimizer_names import EXAMPLE, make_schedule, optimizer_name
@@ -231,10 +223,10 @@ class OnceLoader(yaml_loader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A dictionary of a mapping, whose names differ."""
         names = [self.construct_object(name, deep=deep) for name, _ in node.value]
-        name = find_repeated([name for name in names if isinstance(name, str)])
-        if name is not None:
-            line = node.start_mark.line + 1
-            raise ValueError(f"{name} is given twice in the mapping at line {line}")
+        for name in names:
+            if isinstance(name, str) and names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise ValueError(f"{name} is given twice in the mapping at line {line}")
         return super().construct_mapping(node, deep=deep)
 
 
