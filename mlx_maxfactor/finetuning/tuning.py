@@ -365,16 +365,9 @@ class Tuning(TrainingCallback):
                 + (kept if self.saved else "nothing is saved")
             )
         self.skipped = int(getattr(self.optimizer, "skipped", 0))
-        save_checkpoint(
-            self.path,
-            self.model,
-            self.optimizer,
-            weights="trainable",
-            iteration=self.iteration,
-            identity=self.identity,
-            history=self.history,
-            order=self.order.description(),
-        )
+        run: dict[str, Any] = {"iteration": self.iteration, "identity": self.identity}
+        run |= {"history": self.history, "order": self.order.description()}
+        save_checkpoint(self.path, self.model, self.optimizer, weights="trainable", **run)
         self.saved = self.iteration
         self.write_adapters(self.folder)
         return True
