@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from ctypes import c_float
 from difflib import get_close_matches
 from inspect import getclosurevars
@@ -23,16 +23,14 @@ def check_number(
     name: str, value: Any, low: float, high: float = math.inf, ends: str = "[)"
 ) -> float:
     """The value, if it is a number in the interval, whose ends are drawn as ``[)`` or ``(]``."""
-    inside = False
+    x = math.nan
     if isinstance(value, Real) and not isinstance(value, bool):
         try:  # arithmetic is float32: 1e-46 is 0 there, and 1e39 inf
             x = c_float(float(value)).value
         except OverflowError:  # a whole number beyond float64
             x = math.inf if str(value)[0] != "-" else -math.inf
-        inside = (x >= low if ends[0] == "[" else x > low) and (
-            x <= high if ends[1] == "]" else x < high
-        )
-    if not inside:
+    at_end = (x == low and ends[0] == "[") or (x == high and ends[1] == "]")
+    if not (low < x < high or at_end):
         limits = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
         raise ValueError(f"{name} must be in {limits}, got {shown(value)}")
     return float(value)
@@ -143,11 +141,6 @@ def is_of_mlx(schedule: Any) -> bool:
     if getattr(schedule, "__module__", None) != "mlx.optimizers.schedulers":
         return False
     return all(map(is_of_mlx, getclosurevars(schedule).nonlocals.get("schedules", ())))
-
-
-def find_repeated(names: Sequence[str]) -> str | None:
-    """The first name that is there more than once. None: each is there once."""
-    return next((name for name in names if names.count(name) > 1), None)
 
 
 def value_if_evaluated(value: Any) -> Any:

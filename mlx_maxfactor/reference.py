@@ -1,16 +1,18 @@
 """NumPy float64 twins of the optimizers and orthogonalizers, in the papers' notation.
 
-Written from the papers and the published PyTorch code, apart from the package they check. A twin
+Written from the papers and the published PyTorch code, apart from the package they check. Only the
+coefficients of the Polar Express are shared, which ``tests/twins.py`` derives by itself. A twin
 holds the state of ONE parameter: `twin.update(p, g)` returns the new p, and `twin.t` counts from 1.
 float64 has the range that float32 lacks, so no guard against overflow appears here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
+
+from .functional import POLAR_EXPRESS
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Span = tuple[int, int] | None  # the axes of a norm, an RMS or a share; None is all of them
@@ -26,6 +28,8 @@ class Twin:
     """One parameter: `rule` sees a clamped gradient, and matrices in the last two axes."""
 
     learning_rate: Any
+    momentum: float
+    nesterov: bool
     t: int = 0
     m = v = R = C = np.zeros(())  # broadcast up to their shape at the first update
     view: tuple[int, ...] = ()  # of g, with the input axis last
@@ -36,20 +40,24 @@ class Twin:
         rate = self.learning_rate
         eta: Any = rate(self.t - 1) if callable(rate) else rate
         p, g = np.asarray(p, np.float64), np.clip(np.asarray(g, np.float64), -1e15, 1e15)
-        span, shape = None, p.shape
+        span, turned = None, p.ndim >= 2 and layout == "transposed"
+        if turned:
+            p, g = p.swapaxes(-1, -2), g.swapaxes(-1, -2)
+        shape = self.view = p.shape
+        if p.ndim > 2 and layout.startswith("conv"):  # (out, k..., in): a matrix for each group
+            groups = int(layout[5:] or 1)
+            stack, span = (groups, len(p) // groups, -1), (-2, -1)
+            p, g, self.view = p.reshape(stack), g.reshape(stack), (-1, shape[-1])
         if p.ndim >= 2 and layout == "experts":  # each matrix by itself
             span = (-2, -1)
-        if p.ndim >= 2 and layout == "transposed":
-            p, g = p.swapaxes(-1, -2), g.swapaxes(-1, -2)
-            self.view = g.shape
-            return self.rule(p, g, eta, span).swapaxes(-1, -2)
-        self.view = shape
-        if p.ndim >= 2 and layout == "conv":  # (out, k..., in) is the matrix (out, -1)
-            p, g, self.view = p.reshape(len(p), -1), g.reshape(len(p), -1), (-1, shape[-1])
-        if p.ndim > 2 and layout.startswith("conv/"):  # the same for each group of outputs
-            stack, span = (int(layout[5:]), len(p) // int(layout[5:]), -1), (-2, -1)
-            p, g, self.view = p.reshape(stack), g.reshape(stack), (-1, shape[-1])
-        return np.asarray(self.rule(p, g, eta, span)).reshape(shape)
+        new = np.asarray(self.rule(p, g, eta, span)).reshape(shape)
+        return new.swapaxes(-1, -2) if turned else new
+
+    def averaged(self, g: Array) -> Array:
+        """The momentum that stands for g; momentum = 0 is g itself."""
+        beta = self.momentum
+        self.m = beta * self.m + (1 - beta) * g
+        return beta * self.m + (1 - beta) * g if self.nesterov else self.m
 
     def rule(self, p: Array, g: Array, eta: Any, span: Span) -> Array:
         raise NotImplementedError
@@ -118,12 +126,6 @@ class MaxFactor(Twin):
         top = np.max(self.R, axis=-2, keepdims=True)
         return self.R / np.maximum(top, floor) * self.C if self.max_norm else self.R * self.C
 
-    def averaged(self, g: Array) -> Array:
-        """The momentum that stands for g in u; momentum = 0 is g itself."""
-        beta = self.momentum
-        self.m = beta * self.m + (1 - beta) * g
-        return beta * self.m + (1 - beta) * g if self.nesterov else self.m
-
     def direction(self, g: Array, V: Array, span: Span) -> Array:
         """u / D, and its row maximum under its sign."""
         eps1, clip = self.eps[0], self.clip_threshold
@@ -159,18 +161,16 @@ class OrthoMaxFactor(Twin):
         b_t = np.clip(float(self.t) ** self.beta2_decay, *self.beta2_bounds)
         self.R = self.R + b_t * (np.mean(g**2, axis=-1, keepdims=True) - self.R)
         self.C = self.C + b_t * (np.mean(g**2, axis=-2, keepdims=True) - self.C)
-        beta = self.momentum
-        self.m = beta * self.m + (1 - beta) * g
-        h = beta * self.m + (1 - beta) * g if self.nesterov and beta else self.m
         top = np.max(self.R, axis=-2, keepdims=True)
-        u = h / np.maximum(np.sqrt(self.R / np.where(top > 0, top, 1) * self.C), self.eps)
+        size = np.sqrt(self.R / np.where(top > 0, top, 1) * self.C)
+        u = self.averaged(g) / np.maximum(size, self.eps)
         X = orthogonalize_blocks(u, self.method, self.steps, self.block)
-        size = rms(X, (-2, -1))  # of each matrix
+        length = rms(X, (-2, -1))  # of each matrix
         fan_in = p.shape[-1]
         floor = 1 / np.sqrt(3 * fan_in) if self.min_rms == "init" else self.min_rms
         alpha = eta * np.maximum(floor, rms(p, (-2, -1)))
         alpha = np.where(np.any(g, axis=(-2, -1), keepdims=True), alpha, 0)  # none without gradient
-        return p * (1 - eta * self.weight_decay) - alpha * X / np.where(size > 0, size, 1)
+        return p * (1 - eta * self.weight_decay) - alpha * X / np.where(length > 0, length, 1)
 
 
 MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -300,8 +300,9 @@ def newton_schulz(x: Array, steps: int = 5) -> Array:
 
 
 def polar_express(x: Array, steps: int = 5) -> Array:
-    """Amsel et al. 2025 (arXiv 2505.16932)."""
-    return orthogonalize(x, polar_express_coefficients(steps), slack=1.01)
+    """Amsel et al. 2025 (arXiv 2505.16932). Each row but the limit is damped by 1.01."""
+    damped = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS[:-1]]
+    return orthogonalize(x, [*damped, *[POLAR_EXPRESS[-1]] * steps][:steps], slack=1.01)
 
 
 def orthogonalize_blocks(
@@ -310,40 +311,8 @@ def orthogonalize_blocks(
     """G (..., m, n): `block` rows at a time, or columns if m > n, each block by itself."""
     polar = {"newton_schulz": newton_schulz, "polar_express": polar_express}[method]
     m, n = G.shape[-2:]
-    if block is None or block >= min(m, n):
-        return polar(G, steps)
-    X = np.zeros_like(G)
-    for i in range(0, min(m, n), block):
-        j = min(i + block, min(m, n))
-        if m > n:
-            X[..., :, i:j] = polar(G[..., :, i:j], steps)  # (..., m, j - i)
-        else:
-            X[..., i:j, :] = polar(G[..., i:j, :], steps)  # (..., j - i, n)
-    return X
-
-
-@cache
-def polar_express_coefficients(steps: int, safety: float = 1.01) -> tuple[tuple[float, ...], ...]:
-    """Amsel et al. 2025: the best odd quintic for singular values in [low, high], step by step."""
-    low, high, cushion, odd, table = 1e-3, 1.0, 0.02407327424182761, np.array([1, 3, 5]), []
-    for _ in range(steps):
-        if high - low < 1e-5:  # the interval is a point: the limit, with no safety factor
-            table.append((15 / 8, -10 / 8, 3 / 8))
-            continue
-        p = minimax_quintic(max(low, cushion * high), high)
-        p = p * 2 / (p @ low**odd + p @ high**odd)  # 1 - p(low) = p(high) - 1
-        table.append(tuple((p / safety**odd).tolist()))
-        low = float(p @ low**odd)
-        high = 2 - low
-    return tuple(table)
-
-
-def minimax_quintic(low: float, high: float) -> Array:
-    """Remez for p = ax + bx^3 + cx^5: 1 - p = E, -E, E, -E at low, q, r, high; p'(q, r) = 0."""
-    a = b = c = 0.0
-    q, r = (3 * low + high) / 4, (low + 3 * high) / 4
-    for _ in range(30):  # quadratic convergence: far fewer would do
-        x = np.array([low, q, r, high])
-        a, b, c, _ = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
-        q, r = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
-    return np.array([a, b, c])
+    if m > n:
+        return orthogonalize_blocks(G.swapaxes(-1, -2), method, steps, block).swapaxes(-1, -2)
+    size = block or m
+    blocks = [polar(G[..., i : i + size, :], steps) for i in range(0, m, size)]  # (..., size, n)
+    return np.concatenate(blocks, axis=-2)

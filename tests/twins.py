@@ -105,3 +105,29 @@ def adaptive_schedule(
     return initial_lr * max(
         decay_factor, np.sqrt(max(1, warmup_steps) / (step if warmup_steps else step + 1))
     )
+
+
+def polar_express_coefficients(steps: int) -> tuple[tuple[float, ...], ...]:
+    """Amsel et al. 2025: the best odd quintic for singular values in [low, high], step by step."""
+    low, high, cushion, odd, table = 1e-3, 1.0, 0.02407327424182761, np.array([1, 3, 5]), []
+    for _ in range(steps):
+        if high - low < 1e-5:  # the interval is a point: the limit
+            table.append((15 / 8, -10 / 8, 3 / 8))
+            continue
+        p = minimax_quintic(max(low, cushion * high), high)
+        p = p * 2 / (p @ low**odd + p @ high**odd)  # 1 - p(low) = p(high) - 1
+        table.append(tuple(p.tolist()))
+        low = float(p @ low**odd)
+        high = 2 - low
+    return tuple(table)
+
+
+def minimax_quintic(low: float, high: float) -> Array:
+    """Remez for p = ax + bx^3 + cx^5: 1 - p = E, -E, E, -E at low, q, r, high; p'(q, r) = 0."""
+    a = b = c = 0.0
+    q, r = (3 * low + high) / 4, (low + 3 * high) / 4
+    for _ in range(30):  # quadratic convergence: far fewer would do
+        x = np.array([low, q, r, high])
+        a, b, c, _ = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
+        q, r = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
+    return np.array([a, b, c])

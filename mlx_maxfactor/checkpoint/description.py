@@ -20,23 +20,13 @@ SAMPLE = 1024
 
 
 def describe(
-    optimizer: Optimizer,
-    weights: str,
-    frozen: Mapping[str, mx.array],
-    average: Any = None,
+    optimizer: Optimizer, weights: str, frozen: Mapping[str, mx.array], average: Any = None
 ) -> dict[str, Any]:
     """Describe a run as JSON: classes, options, rates, schedules, plan, hashes of frozen arrays."""
     description = {
         "library": version("mlx_maxfactor"),
         "weights": weights,
-        "optimizers": [
-            {
-                **_class_and_options(m),
-                "built rate": _built_rate(m),
-                "schedules": _schedules(m),
-            }
-            for m in find_members(optimizer).values()
-        ],
+        "optimizers": [_member(o) for o in find_members(optimizer).values()],
         "wrappers": [
             _class_and_options(o) for _, o in _walk(optimizer) if isinstance(o, MultiOptimizer)
         ],
@@ -70,6 +60,19 @@ def _walk(optimizer: Optimizer, prefix: str = "") -> Iterator[tuple[str, Optimiz
             yield from _walk(member, f"{prefix}states.{i}.")
 
 
+def _member(optimizer: Optimizer) -> dict[str, Any]:
+    """Class, options, the constant rate it was built with, and how each schedule was made.
+
+    MLX's own optimizers do not remember their rate. A constant rate may have replaced a schedule.
+    """
+    rate = getattr(optimizer, "built_rate", None)
+    schedules = {name: described(schedule) for name, schedule in optimizer._schedulers.items()}
+    if rate is not None:
+        rate = float(rate)
+        schedules.pop("learning_rate", None)
+    return {**_class_and_options(optimizer), "built rate": rate, "schedules": schedules}
+
+
 def _class_and_options(optimizer: Any) -> dict[str, Any]:
     """The class of an optimizer or an average, and its public attributes that are plain values."""
     public = {k: v for k, v in vars(optimizer).items() if k[0] != "_"}
@@ -87,20 +90,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _built_rate(optimizer: Optimizer) -> float | None:
-    """The constant rate it was built with. MLX's own optimizers do not remember theirs."""
-    rate = getattr(optimizer, "built_rate", None)
-    return None if rate is None else float(rate)
-
-
-def _schedules(optimizer: Optimizer) -> dict[str, str]:
-    """How each schedule was made, by option, or the name of a function of the user's."""
-    found = {name: described(schedule) for name, schedule in optimizer._schedulers.items()}
-    if _built_rate(optimizer) is not None:  # a constant rate has replaced the schedule
-        found.pop("learning_rate", None)
-    return found
 
 
 def _fingerprints(arrays: Mapping[str, mx.array]) -> dict[str, str]:
@@ -132,26 +121,28 @@ def find_differences(
     for i, (old, new) in enumerate(zip_longest(saved["optimizers"], live["optimizers"])):
         yield from _different_optimizers(f"optimizer {i}", old, new)
         if i in schedules and same_class(old, new):
-            for option in sorted(old["schedules"].keys() | new["schedules"].keys()):
-                there, here = (x["schedules"].get(option, "none") for x in (old, new))
-                if there != here:
-                    name = f"{name_of(i, new)}: {option} schedule"
-                    yield f"{name} is {there} in the file, {here} here"
+            for option, there, here in _changed(old["schedules"], new["schedules"]):
+                name = f"{name_of(i, new)}: {option} schedule"
+                yield f"{name} is {there or 'none'} in the file, {here or 'none'} here"
     for part, place in {"wrappers": "what holds the optimizers", "average": "average"}.items():
         for old, new in zip_longest(saved[part], live[part]):
             yield from _different_optimizers(place, old, new)
-    frozen = {**saved["frozen"], **live["frozen"]}
-    others = [path for path in frozen if saved["frozen"].get(path) != live["frozen"].get(path)]
-    if others:
+    frozen = saved["frozen"].keys() | live["frozen"].keys()
+    if others := [path for path, *_ in _changed(saved["frozen"], live["frozen"])]:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         yield (
             f"the frozen weights are not those it was trained on: {len(others)} of {len(frozen)} "
             f"arrays differ ({shown})"
         )
-    for path in {**saved["plan"], **live["plan"]}:
-        old, new = (_row(run["plan"].get(path)) for run in (saved, live))
-        if old != new:
-            yield f"plan, {path}: {old} in the file, {new} here"
+    for path, old, new in _changed(saved["plan"], live["plan"]):
+        yield f"plan, {path}: {_row(old)} in the file, {_row(new)} here"
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each key whose values differ, with both values. None: there is no such key."""
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
 
 
 def name_of(index: int, member: Mapping[str, Any]) -> str:
@@ -179,11 +170,9 @@ def _different_optimizers(place: str, old: Any, new: Any) -> Iterator[str]:
             there, here = _short(there), _short(here)
         yield f"{place}: {there} in the file, {here} here"
         return
-    for option in sorted(old["options"].keys() | new["options"].keys()):
-        a, b = old["options"].get(option), new["options"].get(option)
-        if a != b:
-            name = f"{place}, {_short(old['class'])}: {option}"
-            yield f"{name} is {a!r:.200} in the file, {b!r:.200} here"
+    for option, there, here in _changed(old["options"], new["options"]):
+        name = f"{place}, {_short(old['class'])}: {option}"
+        yield f"{name} is {there!r:.200} in the file, {here!r:.200} here"
 
 
 def _in_package(name: str) -> str:

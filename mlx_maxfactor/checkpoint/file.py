@@ -14,6 +14,9 @@ from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
+Contents = tuple[dict[str, str], dict[str, mx.array]]
+"""Metadata and arrays."""
+
 CHECKSUM = b'"checksum":"%s"'
 BLANK = b"0" * 64
 """Placeholder of the checksum while it is computed."""
@@ -99,7 +102,7 @@ def _write(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str])
     _sync_folder(path.parent)
 
 
-def read(path: Path, formats: tuple[str, ...]) -> tuple[dict[str, str], dict[str, mx.array]]:
+def read(path: Path, formats: tuple[str, ...]) -> Contents:
     """Open a file, after checking its bytes against the checksum.
 
     Returns:

@@ -201,15 +201,10 @@ class _Loading:
     """A file and the live run: what fits, what differs, whose rates are used."""
 
     def __init__(
-        self,
-        saved: tuple[dict[str, str], dict[str, mx.array]],
-        model: nn.Module,
-        optimizer: Optimizer,
-        average: WeightAverage | None,
-        rates: str,
+        self, saved: file.Contents, model: nn.Module, optimizer: Optimizer, average: Any, rates: str
     ):
-        metadata, self.arrays = saved
-        self.saved, self.rates = json.loads(metadata["run"]), rates
+        (metadata, self.arrays), self.rates = saved, rates
+        self.saved = json.loads(metadata["run"])
         self.extra = Extra(json.loads(metadata["extra"]))
         key, strategy = self.arrays.pop(KEY, None), _strategy_of(optimizer)
         if key is None or key.dtype != mx.uint32 or key.shape[-1:] != (2,) or key.ndim > 2:
@@ -221,9 +216,8 @@ class _Loading:
         self.weights = kept | frozen
         self.members = description.find_members(optimizer)
         self.used = description.find_used(optimizer)
-        self.live = description.describe(
-            optimizer, self.saved["weights"], _arrays_at(frozen), average
-        )
+        arrays = _arrays_at(frozen)
+        self.live = description.describe(optimizer, self.saved["weights"], arrays, average)
         state = _find_state(optimizer, average)
         spread = {STATE + name: x for name, x in strategy.spread_state().items()}
         self.places = {**self.weights, **state}

@@ -13,25 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..finetuning.memory_estimate import (
-    MemoryEstimate,
-    Request,
-    available_bytes,
-    estimate,
-    main_dtype,
-)
+from ..finetuning.memory_estimate import MemoryEstimate, Request, available_bytes, estimate
 from ..finetuning.model_config import DTYPES, read_config
-from ..finetuning.models import FINE_TUNE_TYPES, bits_of
+from ..finetuning.models import FINE_TUNE_TYPES, bits_of, main_dtype
 from ..routing import OPTIMIZERS
 from ..routing.plan import table
-from .lora_arguments import BAD_INPUT, DEFAULTS, add_optimizer_arguments, one_line, option
+from .lora_arguments import DEFAULTS, add_optimizer_arguments, optimizer_options
 from .settings import check_settings
 from .settings import read_config as read_yaml
-from .terminal import OneLineParser, integer
+from .terminal import BAD_INPUT, OneLineParser, integer
 
 GB = 1e9
 KINDS = {"lora": "LoRA", "dora": "DoRA", "full": "full"}
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GiB
+AS_IN_LORA = ("optimizer", "fine_tune_type", "num_layers", "batch_size", "max_seq_length")
+AS_IN_LORA += ("grad_checkpoint", "grad_accumulation_steps", "dtype")
 USAGE = """examples:
   mlx-maxfactor fits ./Qwen2.5-0.5B                      LoRA with mlx-lm's defaults
   mlx-maxfactor fits ./my_model --fine-tune-type full --num-layers -1 --grad-checkpoint
@@ -51,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{parts_table(found)}\n\n{optimizers_table(found)}\n")
         print(f"{macs_table(found)}\n\n{verdict(found, limit)}")
     except BAD_INPUT as problem:
-        parser.error(one_line(problem))
+        parser.error(problem)
     seconds = time.perf_counter() - start
     print(
         f"for {found.device}: measured there with {found.measured} in {seconds:.0f} s; the rest "
@@ -66,7 +62,6 @@ def make_parser() -> OneLineParser:
         prog="mlx-maxfactor fits",
         description="Estimate the peak memory of a training step, without any weights.",
         epilog=USAGE,
-        raw=True,
     )
     add = parser.add_argument
     add("model", nargs="?", help="folder with a config.json, or a name in the hub's cache")
@@ -89,28 +84,20 @@ def make_parser() -> OneLineParser:
 def request_of(given: Mapping[str, Any]) -> tuple[Request, str]:
     """What the command line and the YAML file ask for, and the model's name."""
     file = read_yaml(given["config"]) if "config" in given else {}
-    arguments = Namespace(**{**DEFAULTS, **file, **given})
+    arguments = Namespace(**{"dtype": None, **DEFAULTS, **file, **given})
     if arguments.model is None:
         raise ValueError("give a model: a folder with a config.json, or a name in the hub's cache")
     parameters = dict(arguments.lora_parameters or {})
     if "rank" in given:
         parameters["rank"] = given["rank"]
     config, folder = read_config(arguments.model)
-    options = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
     request = Request(
         config,
-        arguments.optimizer,
-        {**options, **dict(map(option, arguments.option))},
-        arguments.fine_tune_type,
-        arguments.num_layers,
-        parameters,
-        arguments.batch_size,
-        arguments.max_seq_length,
-        arguments.grad_checkpoint,
-        arguments.grad_accumulation_steps,
-        getattr(arguments, "dtype", None),
-        arguments.quantize or None,
-        folder,
+        options=optimizer_options(arguments),
+        lora_parameters=parameters,
+        bits=arguments.quantize,
+        folder=folder,
+        **{name: getattr(arguments, name) for name in AS_IN_LORA},
     )
     return request, Path(arguments.model).resolve().name
 

@@ -9,7 +9,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,22 +19,13 @@ from mlx_lm.tuner.utils import load_adapters, print_trainable_parameters
 from tqdm import tqdm
 
 from ..engine.trees import flatten
+from ..finetuning import models
 from ..finetuning.data import describe_lengths, load_data
 from ..finetuning.model_config import read_config
-from ..finetuning.models import (
-    add_adapters,
-    bits_of,
-    bytes_of,
-    check_rank,
-    load_adapters_into,
-    load_model,
-    number_of_layers,
-    prefixing_errors,
-)
 from ..finetuning.optimizer_names import make_optimizer
 from ..finetuning.tuning import Progress, Tuning
-from .lora_arguments import BAD_INPUT, one_line, parse_arguments
-from .terminal import OneLineParser, catching_interrupts
+from .lora_arguments import optimizer_options, parse_arguments
+from .terminal import BAD_INPUT, OneLineParser, catching_interrupts, one_line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         parser, arguments = parse_arguments(argv)
         tuning = prepare(arguments)
     except BAD_INPUT as problem:
-        parser.error(one_line(problem))
+        parser.error(problem)
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted before the first iteration\n")
     try:
@@ -53,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.test:
             loss = tuning.loss_on("test", arguments.test_batches)
             print(f"Test loss {loss:.3f}, Test ppl {np.exp(loss):.3f}.")
-    except (FloatingPointError, *BAD_INPUT) as problem:
+    except BAD_INPUT as problem:
         less = "; try a smaller --batch-size or --max-seq-length" * ("llocate" in str(problem))
         parser.exit(1, f"\n{parser.prog}: error: {one_line(problem)}{less}\n")
     except KeyboardInterrupt:
@@ -75,24 +66,22 @@ def prepare(arguments: Namespace) -> Tuning:
         mx.set_cache_limit(arguments.cache_limit)
     if (Path(arguments.model) / "config.json").is_file():
         read_config(arguments.model)
-    model, tokenizer = load_model(arguments.model, bool(arguments.trust_remote_code))
+    model, tokenizer = models.load_model(arguments.model, bool(arguments.trust_remote_code))
     datasets = load_data(arguments, tokenizer)
     if tests_only:
-        with prefixing_errors(f"adapters {arguments.adapter_path}", arguments.adapter_path):
+        with models.prefixing_errors(f"adapters {arguments.adapter_path}", arguments.adapter_path):
             if arguments.adapter_path:  # an empty path tests the base model, as in mlx-lm
                 load_adapters(model, arguments.adapter_path)
         return Tuning(model, None, datasets, arguments)
     if not datasets["validation"] and (arguments.keep_best or arguments.patience):
         raise ValueError("keep_best and patience need a validation set: valid.jsonl in the folder")
     mx.random.seed(arguments.seed)
-    kind = arguments.fine_tune_type
-    arguments.num_layers = number_of_layers(arguments.num_layers, len(cast(Any, model).layers))
-    add_adapters(model, kind, arguments.num_layers, arguments.lora_parameters)
-    check_rank(model)
+    kind, parameters = arguments.fine_tune_type, arguments.lora_parameters
+    arguments.num_layers = models.add_adapters(model, kind, arguments.num_layers, parameters)
     if kind == "full":
         arguments.lora_parameters = None
     if arguments.resume_adapter_file is not None:
-        load_adapters_into(model, arguments.resume_adapter_file)
+        models.load_adapters_into(model, arguments.resume_adapter_file)
     tuning = Tuning(model, optimizer_of(model, arguments), datasets, arguments)
     resume(tuning)
     return tuning
@@ -100,14 +89,8 @@ def prepare(arguments: Namespace) -> Tuning:
 
 def optimizer_of(model: nn.Module, arguments: Namespace) -> Optimizer:
     """The optimizer with the options of the YAML file and of ``--option``."""
-    config = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
-    return make_optimizer(
-        model,
-        arguments.optimizer,
-        learning_rate=arguments.learning_rate,
-        lr_schedule=arguments.lr_schedule,
-        **{**config, **arguments.option},
-    )
+    rates = {"learning_rate": arguments.learning_rate, "lr_schedule": arguments.lr_schedule}
+    return make_optimizer(model, arguments.optimizer, **rates, **optimizer_options(arguments))
 
 
 def resume(tuning: Tuning) -> None:
@@ -201,7 +184,7 @@ def print_results(tuning: Tuning, loss: float | None) -> None:
             f"{arguments.fine_tune_type}, {arguments.optimizer}",
             "" if loss is None else f"{loss:.3f}",
             f"{sum(array.size for array in flatten(trained).values()):,}",
-            f"{bytes_of(tuning.optimizer.state):,}",
+            f"{models.bytes_of(tuning.optimizer.state):,}",
             f"{sorted(speeds)[len(speeds) // 2]:,.0f}",
             f"{peak:.2f} GB",
         )
@@ -216,7 +199,7 @@ def save_results(tuning: Tuning, loss: float | None) -> None:
     text = json.dumps({**results, **tuning.history})
     finite = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
     path = tuning.folder / "losses.json"
-    with prefixing_errors(str(path)):
+    with models.prefixing_errors(str(path)):
         path.write_text(json.dumps(finite, indent=1), encoding="utf-8")
 
 
@@ -225,7 +208,7 @@ def print_what_to_do_next(tuning: Tuning) -> None:
     arguments = tuning.arguments
     used = ["--model", arguments.model, "--adapter-path", arguments.adapter_path]
     # Quantized again, the fused weights would lose part of what was learned.
-    whole = ["--dequantize"] if bits_of(tuning.model) else []
+    whole = ["--dequantize"] if models.bits_of(tuning.model) else []
     print(f"\nlosses   {tuning.folder / 'losses.json'}")
     if arguments.keep_best:
         loss, iteration = tuning.best

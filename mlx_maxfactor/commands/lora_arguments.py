@@ -12,39 +12,26 @@ Both libraries have adamw, muon and adafactor: these names mean ours, and mlx's 
 mlx_adamw, mlx_muon and mlx_adafactor. adam and sgd are mlx's.
 """
 
-import argparse
-import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser
 
-from .._validate import find_repeated, shown
 from ..finetuning.optimizer_names import optimizer_names
 from .settings import check_settings, read_config
 from .terminal import OneLineParser
 
 DEFAULTS = {
     **CONFIG_DEFAULTS,
-    "model": None,
-    "data": None,
-    "num_layers": None,  # 16, or all of fewer
-    "optimizer": "orthomaxfactor",
-    "learning_rate": None,
-    "option": [],
-    "quantize": None,
-    "resume": False,
-    "allow_changed_data": False,
-    "keep_best": False,
-    "patience": None,
-    "cache_limit": None,
+    **dict.fromkeys(("model", "data", "learning_rate", "option", "quantize", "patience")),
+    **dict.fromkeys(("num_layers", "cache_limit")),  # 16 layers, or all of fewer
+    **dict.fromkeys(("resume", "allow_changed_data", "keep_best"), False),
     "trust_remote_code": False,  # mlx-lm 0.31, the last for Python 3.10, does not have it
+    "optimizer": "orthomaxfactor",
 }
 """mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
 
-BAD_INPUT = (argparse.ArgumentTypeError, ImportError, KeyError, OSError, RuntimeError, TypeError)
-BAD_INPUT += (ValueError, ArithmeticError)
 USAGE = """examples:
   mlx-maxfactor lora --model ./my_model --data ./my_data --iters 600
   mlx-maxfactor lora --config lora.yaml --optimizer muon --resume"""
@@ -60,7 +47,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
         parents=[build_parser()],
         conflict_handler="resolve",
         add_help=False,
-        raw=True,
     )
     parser.set_defaults(trust_remote_code=None)
     add_optimizer_arguments(parser)
@@ -84,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[OneLineParser, Namespace]:
     return parser, arguments
 
 
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+def add_optimizer_arguments(parser: ArgumentParser) -> None:
     """Add ``--optimizer`` and ``--option``."""
     add, known = parser.add_argument, ", ".join(optimizer_names())
     add("--optimizer", metavar="NAME", help=f"one of {known}; default orthomaxfactor")
@@ -111,13 +97,8 @@ def check(arguments: Namespace) -> None:
         raise ValueError("resume continues a training; --test alone tests the saved adapters")
     if not (arguments.adapter_path or tests_only):
         raise ValueError("adapter_path is empty, which only --test alone takes: name a folder")
-    options = list(map(option, arguments.option))
-    arguments.option = dict(options)
-    if (twice := find_repeated([name for name, _ in options])) is not None:
-        raise ValueError(f"--option {twice} is given twice")
-    own = (arguments.optimizer_config or {}).get(arguments.optimizer, {})
     arguments_of_their_own = {"model", "name", "hidden", "learning_rate", "lr_schedule"}
-    if taken := arguments_of_their_own & {*own, *arguments.option}:
+    if taken := arguments_of_their_own & optimizer_options(arguments).keys():
         raise ValueError(f"{taken.pop()} is an argument of its own, and not an option")
     if arguments.iters % arguments.grad_accumulation_steps:
         raise ValueError(
@@ -126,21 +107,7 @@ def check(arguments: Namespace) -> None:
         )
 
 
-def option(argument: str) -> tuple[str, Any]:
-    """An option of an optimizer: a name, and a value in JSON."""
-    name, equals, text = argument.partition("=")
-    try:
-        return name, json.loads(text) if equals else True
-    except (ValueError, RecursionError) as problem:
-        raise argparse.ArgumentTypeError(
-            "--option takes NAME=VALUE with a JSON value (true, not True), got "
-            f"{shown(argument)} ({problem})"
-        ) from None
-
-
-def one_line(problem: BaseException) -> str:
-    """The message of an exception, in one line. A list of thousands of names is cut."""
-    text = str(problem.args[0] if isinstance(problem, KeyError) else problem)
-    text, most = " ".join(text.split()), 800
-    cut = f"{text[: most // 2]} ... {text[-most // 2 :]}"
-    return text if len(text) <= most else cut
+def optimizer_options(arguments: Namespace) -> dict[str, Any]:
+    """Options of the optimizer: those of ``--option``, and the others of the YAML file."""
+    file = (arguments.optimizer_config or {}).get(arguments.optimizer) or {}
+    return {**file, **(arguments.option or {})}

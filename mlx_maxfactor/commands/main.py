@@ -48,7 +48,6 @@ def make_parser() -> OneLineParser:
         prog="mlx-maxfactor",
         usage="mlx-maxfactor COMMAND ...",
         description="commands (--help of each has more):\n" + "\n".join(lines),
-        raw=True,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--version", action="version", version=version("mlx_maxfactor"))

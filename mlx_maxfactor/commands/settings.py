@@ -8,8 +8,10 @@ The same table checks the command line and the YAML files of mlx_lm.lora:
     ValueError: lora.yaml: iters must be a whole number of at least 1, got 0
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,7 @@ from typing import Any
 import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, yaml_loader
 
-from .._validate import (
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    find_repeated,
-    hint,
-    shown,
-)
+from .._validate import check_choice, check_flag, check_integer, check_number, hint, shown
 from ..finetuning.model_config import BITS
 from ..finetuning.models import FINE_TUNE_TYPES
 from ..finetuning.optimizer_names import EXAMPLE, make_schedule, optimizer_name
@@ -36,21 +30,17 @@ Check = Callable[[str, Any], Any]
 LARGEST = 2**31 - 1
 
 
-def whole(low: int) -> Check:
+def whole(name: str, value: Any, low: int) -> int:
     """A whole number that is not below ``low``."""
-
-    def check(name: str, value: Any) -> int:
-        number = check_integer(name, value, low)
-        return number if number <= LARGEST else check_integer(name, value, low, LARGEST)
-
-    return check
+    number = check_integer(name, value, low)
+    return number if number <= LARGEST else check_integer(name, value, low, LARGEST)
 
 
 def batches(name: str, value: Any) -> int:
     """A number of batches, or -1 for all of them."""
     if value == 0:  # their mean loss would be a NaN
         raise ValueError(f"{name} must be -1, for all batches, or at least 1, got {shown(value)}")
-    return whole(-1)(name, value)
+    return whole(name, value, -1)
 
 
 def text(name: str, value: Any, least: int = 0) -> str:
@@ -69,6 +59,23 @@ def texts(name: str, value: Any) -> list[str]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{name} must be a list of strings, got {shown(value)}")
     return [text(f"{name}[{i}]", x) for i, x in enumerate(value)]
+
+
+def options(name: str, value: Any) -> dict[str, Any]:
+    """Options of an optimizer: a list of names, each with a value in JSON."""
+    found: dict[str, Any] = {}
+    for given in texts(name, value):
+        key, equals, x = given.partition("=")
+        if key in found:
+            raise ValueError(f"--option {key} is given twice")
+        try:
+            found[key] = json.loads(x) if equals else True
+        except (ValueError, RecursionError) as problem:
+            raise ValueError(
+                "--option takes NAME=VALUE with a JSON value (true, not True), got "
+                f"{shown(given)} ({problem})"
+            ) from None
+    return found
 
 
 def size(name: str, value: Any) -> int:
@@ -125,7 +132,7 @@ def lr_schedule(name: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"{name}: arguments must be a list of numbers, as in {EXAMPLE}")
     for i, x in enumerate(arguments):  # a rate below 0 would ascend
         check_number(f"{name}: arguments[{i}]", x, 0.0)
-    checks: dict[str, Check] = {"warmup": whole(0), "warmup_init": partial(check_number, low=0.0)}
+    checks = {"warmup": partial(whole, low=0), "warmup_init": partial(check_number, low=0.0)}
     checked = {key: checks[key](f"{name}: {key}", x) for key, x in given.items() if key in checks}
     checked = {**given, **checked, "name": text(f"{name}: name", given["name"])}
     make_schedule(**checked)
@@ -139,8 +146,9 @@ def hf_dataset(name: str, value: Any) -> Any:
     return value
 
 
+positive = partial(whole, low=1)
 LORA: dict[str, Check] = {
-    "rank": whole(1),
+    "rank": positive,
     "scale": partial(check_number, low=0.0, ends="()"),
     "dropout": partial(check_number, low=0.0, high=1.0),
     "keys": texts,
@@ -152,18 +160,18 @@ SETTINGS: dict[str, Check] = {
     **dict.fromkeys(("text_feature", "chat_feature"), text),
     **dict.fromkeys(("train", "test", "mask_prompt", "grad_checkpoint"), check_flag),
     **dict.fromkeys(("resume", "allow_changed_data", "keep_best", "trust_remote_code"), check_flag),
-    **dict.fromkeys(("batch_size", "iters", "grad_accumulation_steps"), whole(1)),
-    "max_seq_length": whole(2),  # a token, and the next one to learn
-    **dict.fromkeys(("steps_per_report", "steps_per_eval", "save_every", "patience"), whole(1)),
+    **dict.fromkeys(("batch_size", "iters", "grad_accumulation_steps"), positive),
+    "max_seq_length": partial(whole, low=2),  # a token, and the next one to learn
+    **dict.fromkeys(("steps_per_report", "steps_per_eval", "save_every", "patience"), positive),
     **dict.fromkeys(("val_batches", "test_batches"), batches),
     **dict.fromkeys(("cache_limit", "clear_cache_threshold"), size),
-    "num_layers": whole(-1),
+    "num_layers": partial(whole, low=-1),
     "seed": partial(check_integer, low=0, high=2**32 - 1),
     "learning_rate": partial(check_number, low=0.0, ends="()"),
     "fine_tune_type": partial(check_choice, choices=FINE_TUNE_TYPES),
     "quantize": bits,
     "optimizer": lambda name, value: optimizer_name(value, name),
-    "option": texts,
+    "option": options,
     "optimizer_config": optimizer_config,
     "lora_parameters": lora_parameters,
     "lr_schedule": lr_schedule,
@@ -201,13 +209,11 @@ def check_settings(values: Mapping[str, Any], source: str = "") -> dict[str, Any
 
 def _unquoted(check: Check, name: str, value: Any) -> str:
     """A remedy for a string that would be right without its quotes."""
-    try:
+    with suppress(ValueError, yaml.YAMLError):
         bare = yaml.load(value, yaml_loader) if isinstance(value, str) else value
         if not isinstance(bare, str) and bare is not value:
             check(name, bare)
             return ": leave out the quotes"
-    except (ValueError, yaml.YAMLError):
-        pass
     return ""
 
 
@@ -217,10 +223,10 @@ class OnceLoader(yaml_loader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A dictionary of a mapping, whose names differ."""
         names = [self.construct_object(name, deep=deep) for name, _ in node.value]
-        name = find_repeated([name for name in names if isinstance(name, str)])
-        if name is not None:
-            line = node.start_mark.line + 1
-            raise ValueError(f"{name} is given twice in the mapping at line {line}")
+        for name in names:
+            if isinstance(name, str) and names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise ValueError(f"{name} is given twice in the mapping at line {line}")
         return super().construct_mapping(node, deep=deep)
 
 

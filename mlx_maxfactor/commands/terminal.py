@@ -10,22 +10,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+BAD_INPUT = (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+"""What reading the user's files and settings may raise."""
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage.
+    """A parser whose errors are one line, without the usage, and whose help keeps line breaks."""
 
-    Args:
-        raw: Keep the line breaks of the description and the epilog.
-    """
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def __init__(self, *arguments: Any, raw: bool = False, **options: Any):
-        formatter = argparse.RawDescriptionHelpFormatter if raw else argparse.HelpFormatter
-        super().__init__(*arguments, **{"formatter_class": formatter, **options})
-
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str | BaseException) -> NoReturn:
         """Print one line and exit with status 2."""
         sys.stdout.flush()  # so that the error comes last where both go to one file
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def one_line(problem: str | BaseException) -> str:
+    """A message, or that of an exception, in one line. A list of thousands of names is cut."""
+    text = str(problem.args[0] if isinstance(problem, KeyError) else problem)
+    text, most = " ".join(text.split()), 800
+    cut = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return text if len(text) <= most else cut
 
 
 def integer(argument: str) -> int:
@@ -88,9 +94,7 @@ def catching_interrupts(note: Callable[[], None]) -> Iterator[list[int]]:
         with suppress(RuntimeError, OSError):  # the same stream may be written at this moment
             note()
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    handlers = {n: signal.getsignal(n) for n in numbers}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {n: x for n, x in handlers.items() if x not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, catch)

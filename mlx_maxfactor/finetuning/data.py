@@ -128,18 +128,19 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def check_sample(data: Any, sample: Any) -> None:
     """Raise ValueError for what fails in mlx-lm, or is trained as the text "None"."""
     for name in ("text_key", "prompt_key", "completion_key", "chat_key"):
-        key = getattr(data, name, None)
-        if key is not None and sample.get(key) is None:
-            raise ValueError(f"{key} is {'null' if key in sample else 'missing'}")
-        if key is None or name == "chat_key":
+        if (key := getattr(data, name, None)) is None:
             continue
-        if not isinstance(sample[key], str):
-            raise ValueError(f"{key} must be a string, got {shown(sample[key])}")
-        if name == "text_key" and not sample[key]:
+        if (value := sample.get(key)) is None:
+            raise ValueError(f"{key} is {'null' if key in sample else 'missing'}")
+        if name == "chat_key":
+            _check_messages(key, value, data.mask_prompt)
+        elif not isinstance(value, str):
+            raise ValueError(f"{key} must be a string, got {shown(value)}")
+        elif name == "text_key" and not value:
             raise ValueError(f"{key} is empty: remove the line")
-    if (key := getattr(data, "chat_key", None)) is None:
-        return
-    messages = sample[key]
+
+
+def _check_messages(key: str, messages: Any, mask_prompt: bool) -> None:
     if not (isinstance(messages, list) and messages):
         raise ValueError(f"{key} must be a list of messages, got {shown(messages)}")
     for i, message in enumerate(messages):
@@ -149,7 +150,7 @@ def check_sample(data: Any, sample: Any) -> None:
             raise ValueError(f"{key}[{i}] has no content")
         if not isinstance(message.get("content") or "", (str, list)):
             raise ValueError(f"{key}[{i}]: content must be a string, got {shown(message)}")
-    if data.mask_prompt and len(messages) < 2:
+    if mask_prompt and len(messages) < 2:
         raise ValueError("mask_prompt needs a chat of at least two messages")
 
 

@@ -70,18 +70,17 @@ def plan_of(model: nn.Module, trained: int, checkpointed: bool, more: bool) -> P
         more: Measure more layers than needed: an error of the difference counts less.
     """
     kinds, sizes = kinds_of(model), sizes_of(model)
-    counted = [[i for i in kind if i >= len(sizes) - trained] for kind in kinds]
-    single = sum(map(bool, counted)) == 1
+    members = [[i for i in kind if i >= len(sizes) - trained] for kind in kinds]
+    trained_kinds = [pair for pair in zip(kinds, members, strict=True) if pair[1]]
+    single = len(trained_kinds) == 1
     first = 2 if more and single and trained > 2 else 1
     extras = (1 + (single and checkpointed)) * (2 if more else 1)
-    base = [
-        i for kind, members in zip(kinds, counted, strict=True) if members for i in kind[:first]
-    ]
+    base = [i for kind, _ in trained_kinds for i in kind[:first]]
     kept, weights = [base], [1.0]
-    for kind, members in zip(kinds, counted, strict=True):
+    for kind, counted in trained_kinds:
         extra = kind[first : first + extras]
-        further = sum(sizes[i] for i in members) - sum(sizes[i] for i in kind[:first])
-        if members and extra and further > 0:
+        further = sum(sizes[i] for i in counted) - sum(sizes[i] for i in kind[:first])
+        if extra and further > 0:
             kept.append([*base, *extra])
             weights.append(further / sum(sizes[i] for i in extra))
     weights[0] -= sum(weights[1:])

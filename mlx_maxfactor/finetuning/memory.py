@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._validate import check_choice, check_flags, check_integer
+from .._validate import check_choice, check_flag, check_integer
 
 if TYPE_CHECKING:
     from .memory_estimate import MemoryEstimate
@@ -77,7 +77,6 @@ def estimate_training_memory(
         raise ImportError(
             f"estimate_training_memory needs {missing.name}: pip install mlx-lm"
         ) from missing
-    check_flags(grad_checkpoint=grad_checkpoint)
     config, folder = read_config(model)
     request = Request(
         config,
@@ -88,7 +87,7 @@ def estimate_training_memory(
         lora_parameters,
         check_integer("batch_size", batch_size, 1),
         check_integer("max_seq_length", max_seq_length, 2),
-        grad_checkpoint,
+        check_flag("grad_checkpoint", grad_checkpoint),
         check_integer("grad_accumulation_steps", grad_accumulation_steps, 1),
         None if dtype is None else check_choice("dtype", dtype, tuple(DTYPES)),
         None if bits is None else check_choice("bits", bits, BITS),

@@ -7,6 +7,7 @@ of each kind at full width; each further layer adds what a second one of its kin
 
 import gc
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,25 +23,17 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_map
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
-from mlx_lm.utils import _get_classes, load_model
 
 from ..engine.trees import flatten
 from ..factory import estimate_state_bytes
 from ..routing import OPTIMIZERS
 from .layer_kinds import Plan, keep_layers, plan_of, whole
-from .model_config import (
-    DTYPES,
-    convert_predicate,
-    converted_dtype,
-    dtype_of,
-    has_weights,
-    narrowed,
-    quantize,
-    quantize_as_config_says,
-    value_of,
-)
-from .models import add_adapters, bits_of, bytes_of, check_rank, number_of_layers, prefixing_errors
+from .model_config import base_model, value_of
+from .models import add_adapters, bytes_of, main_dtype, number_of_layers
 from .optimizer_names import make_mlx_optimizer, make_optimizer, optimizer_names, with_defaults
+
+Step = Callable[[Sequence[mx.array], Any, bool], tuple[mx.array, Any]]
+"""From a batch, the gradients so far, and whether it is the last one: the loss, and gradients."""
 
 BATCHES = 3
 """The most that are accumulated: a fourth batch needs what the third one did."""
@@ -106,60 +99,9 @@ class Request:
         """Layers that are trained."""
         return number_of_layers(self.num_layers, self.layers)
 
-    @cached_property
-    def _reads_weights(self) -> bool:
-        own_code = self.config.get("model_file")  # mlx-lm asks for it to be trusted
-        return self.folder is not None and not own_code and has_weights(self.folder)
-
     def base(self, halvings: int = 0) -> nn.Module:
-        """The model before adapters. No array of it is evaluated.
-
-        Args:
-            halvings: How often the width is halved.
-
-        Raises:
-            ValueError: mlx-lm cannot build it.
-        """
-        source = "config" if self.folder is None else str(self.folder / "config.json")
-        if self._reads_weights and not halvings:
-            source = f"model {self.folder}"
-            with prefixing_errors(source, self.folder):
-                model = load_model(cast(Path, self.folder), lazy=True)[0]
-            if dtype := self.dtype or (self.bits and converted_dtype(self.config)):
-                model.set_dtype(DTYPES[dtype])
-        else:
-            with prefixing_errors(source):
-                config = narrowed(self.config, halvings)
-                model_class, arguments_class = _get_classes(config)
-                model = model_class(arguments_class.from_dict(config))
-                self._cast_and_quantize(model)
-        if not getattr(model, "layers", None):
-            raise ValueError(f"{source}: it has no list of layers, and mlx-lm trains the last ones")
-        for path, x in flatten(model.parameters()).items():
-            if any(size < 1 for size in x.shape):
-                raise ValueError(f"{source}: {path} would have the shape {x.shape}")
-        if self.bits and not (halvings and self._reads_weights):
-            if found := bits_of(model):
-                raise ValueError(
-                    f"{source}: it is quantized already (bits: {found}): leave out --quantize"
-                )
-            quantize(model, convert_predicate(model), bits=self.bits)
-        return model
-
-    def _cast_and_quantize(self, model: nn.Module) -> None:
-        """Make a model of the config like the weights beside it, or as the config says."""
-        if not self._reads_weights:
-            model.set_dtype(DTYPES[self.dtype or dtype_of(self.config)])
-            quantize_as_config_says(model, self.config)
-            return
-        like = self.base()
-        model.set_dtype(main_dtype(like))
-        modes = {
-            path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-            for path, module in cast(Any, like).named_modules()
-            if hasattr(module, "bits") and hasattr(module, "mode")
-        }
-        quantize(model, lambda path, _: modes.get(path, False), bits=4)
+        """The model before adapters, its width halved so often. No array of it is evaluated."""
+        return base_model(self.config, self.folder, self.dtype, self.bits, halvings)
 
     def build(self, halvings: int = 0, *, every_layer: bool = False) -> nn.Module:
         """The model, ready to be trained. No array of it is evaluated.
@@ -170,15 +112,12 @@ class Request:
         """
         model = self.base(halvings)
         parameters = self.lora_parameters or CONFIG_DEFAULTS["lora_parameters"]
-        trained = -1 if every_layer else self.trained_layers
-        add_adapters(model, self.fine_tune_type, trained, parameters)
-        if not halvings:
-            check_rank(model)
+        trained = -1 if every_layer else self.num_layers
+        add_adapters(model, self.fine_tune_type, trained, parameters, any_rank=halvings > 0)
         return model
 
-    def state_bytes(self, model: nn.Module, optimizer: str | None = None) -> int:
-        """Bytes of an optimizer's state, from shapes."""
-        name = optimizer or self.optimizer
+    def state_bytes(self, model: nn.Module, name: str) -> int:
+        """Bytes of the state of an optimizer, which may be another one, from shapes."""
         own = self.options if name == self.optimizer else None
         options = with_defaults(name, own or {})
         if name in OPTIMIZERS:
@@ -218,7 +157,7 @@ class MemoryEstimate:
     @property
     def step(self) -> int:
         """Activations, gradients and temporary arrays where they need most."""
-        return _at_length(self.lengths, self.steps, self.request.max_seq_length)
+        return round(float(_at_lengths(self.lengths, self.steps, self.request.max_seq_length)))
 
     @property
     def peak(self) -> int:
@@ -262,20 +201,22 @@ def measure(request: Request, shares: Sequence[float]) -> tuple[list[int], list[
         scale = width_of(request.base()) / width_of(request.base(halvings))
         factor, beyond = factor * scale, beyond * scale
         words += f" at 1/{2**halvings} of width and vocabulary"
-    lengths = list(lengths[: min(map(len, measured))])
-    runs = zip(*(run[: len(lengths)] for run in measured), strict=True)
-    steps = [factor * float(np.dot(plan.weights, run)) + beyond for run in runs]
     trained = asked.build().trainable_parameters()
-    kept = bytes_of(trained) if _keeps_gradients(request) else 0
+    # A guard looks at all gradients before the update, and accumulation keeps them.
+    guarded = with_defaults(request.optimizer, request.options or {}).get("skip_nonfinite")
+    kept = bytes_of(trained) if guarded or request.grad_accumulation_steps > 1 else 0
     own = bytes_of(_with_layers(request, plan, plan.kept[0], halvings).trainable_parameters())
     logits = request.batch_size * 4 * (_vocabulary(request) >> halvings)
-    for i, (length, few) in enumerate(zip(lengths, measured[0], strict=False)):
+    steps = []
+    for length, *runs in zip(lengths, *measured, strict=False):  # up to the shortest run
+        step = factor * float(np.dot(plan.weights, runs)) + beyond
         # Few layers need most at the logits, all layers where most gradients are there.
-        least = kept + factor * max(0, few - 2 * logits * length - own) if kept else 0
-        steps[i] = MARGIN * max(steps[i], least, 1.0)
+        least = kept + factor * max(0, runs[0] - 2 * logits * length - own) if kept else 0
+        steps.append(round(MARGIN * max(step, least, 1.0)))
+    lengths = lengths[: len(steps)]
     counts = " and ".join(map(str, sorted({len(kept) for kept in plan.kept})))
     tokens = f"up to {request.batch_size} x {lengths[-1]:,} tokens"
-    return lengths, list(map(round, steps)), f"{counts} layers{words}, {tokens}"
+    return lengths, steps, f"{counts} layers{words}, {tokens}"
 
 
 def _beyond(
@@ -286,17 +227,10 @@ def _beyond(
     With few tokens a CPU can measure it. An update's float32 arrays are as large in both.
     """
     try:
-        with _keeping_random_state():
-            runs = [measure_steps(request, plan, kept, short, halvings)[0] for kept in plan.kept]
+        runs = [measure_steps(request, plan, kept, short, halvings)[0] for kept in plan.kept]
     except Exception:  # MLX lacks products of gathered experts in 16 bits on a CPU
         return 0.0
     return max(0.0, float(np.dot(plan.weights, runs)) - expected)
-
-
-def _keeps_gradients(request: Request) -> bool:
-    """Whether all gradients are there at once: a guard looks at them before the update."""
-    options = with_defaults(request.optimizer, request.options or {})
-    return bool(options.get("skip_nonfinite")) or request.grad_accumulation_steps > 1
 
 
 def _with_layers(request: Request, plan: Plan, kept: Sequence[int], halvings: int) -> nn.Module:
@@ -334,9 +268,8 @@ def _measure_plan(
     for halvings in sorted({wanted, 0}, reverse=True):
         for plan in (chosen, whole(request.base(halvings))):
             try:
-                with _keeping_random_state():
-                    rest = lengths, halvings, at_least
-                    runs = [measure_steps(request, plan, kept, *rest) for kept in plan.kept]
+                rest = lengths, halvings, at_least
+                runs = [measure_steps(request, plan, kept, *rest) for kept in plan.kept]
                 return halvings, plan, runs
             except Exception as failed:  # models may raise anything
                 problem = problem or failed
@@ -371,19 +304,14 @@ def _halvings(request: Request, tokens: int) -> tuple[int, Plan]:
 
 def _fits(request: Request, model: nn.Module) -> bool:
     """Whether weights and state leave enough memory for a step on this device."""
-    held = bytes_of(model.parameters()) + request.state_bytes(model)
+    held = bytes_of(model.parameters()) + request.state_bytes(model, request.optimizer)
     return held < 0.6 * available_bytes()
 
 
 def _speed(dtype: mx.Dtype) -> float:
     """Operations a second in a matrix product."""
     x = mx.ones((512, 512), dtype)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        mx.eval(x @ x.T)
-        seconds.append(time.perf_counter() - start)
-    return 2 * 512**3 / min(seconds)
+    return 2 * 512**3 / min(timeit.repeat(lambda: mx.eval(x @ x.T), number=1, repeat=3))
 
 
 def measure_steps(
@@ -403,18 +331,23 @@ def measure_steps(
     before, available = mx.get_active_memory(), available_bytes()
     model = request.build(halvings, every_layer=True)
     steps: list[int] = []
-    with restoring_layers(model):
+    with restoring_layers(model), _keeping_random_state():
         if request.grad_checkpoint:
             grad_checkpoint(cast(Any, model).layers[0])
         keep_layers(model, kept, plan.kinds)
         if not _fits(request, model):
             raise ValueError("a few of its layers do not fit on this device")
-        run, held = _step_and_held(request, model)
+        optimizer = make_optimizer(model, request.optimizer, **(request.options or {}))
+        state = [model.state, optimizer.state, mx.random.state]
+        mx.eval(state)
+        model.train()
+        step = _compiled_step(model, optimizer, state, request.grad_accumulation_steps)
+        held = bytes_of(model.parameters()) + bytes_of(optimizer.state)
         for length in lengths:
             done = lengths[: len(steps)]
             if len(steps) >= at_least and _at_most(done, steps, length) > available:
                 break
-            peak, seconds = run(length, halvings)
+            peak, seconds = _peak_and_seconds(request, step, state, length, halvings)
             steps.append(peak - before - held)
             too_long = seconds * (request.max_seq_length / length) > LONGEST
             if len(steps) >= at_least and too_long:
@@ -422,39 +355,27 @@ def measure_steps(
     return steps
 
 
-def _step_and_held(
-    request: Request, model: nn.Module
-) -> tuple[Callable[[int, int], tuple[int, float]], int]:
-    """A function that measures peak and seconds of an update, and bytes of weights and state."""
-    optimizer = make_optimizer(model, request.optimizer, **(request.options or {}))
-    state = [model.state, optimizer.state, mx.random.state]
-    mx.eval(state)
-    step = _compiled_step(model, optimizer, state, request.grad_accumulation_steps)
-    several = min(request.grad_accumulation_steps, BATCHES)
-    model.train()
-
-    def run(length: int, halvings: int) -> tuple[int, float]:
-        shape = (request.batch_size, length)
-        vocabulary = max(1, _vocabulary(request) >> halvings)
-        batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
-        mx.eval(batch)
-        peak, seconds, total = 0, LONGEST, None
-        for i in range(2 * several):
-            start = time.perf_counter()
-            mx.reset_peak_memory()
-            loss, total = step(batch, total, (i + 1) % several == 0)
-            mx.eval(loss, total, state)
-            mx.clear_cache()
-            peak = max(peak, mx.get_peak_memory())
-            seconds = min(seconds, time.perf_counter() - start)  # the first time, it is compiled
-        return peak, seconds
-
-    return run, bytes_of(model.parameters()) + bytes_of(optimizer.state)
+def _peak_and_seconds(
+    request: Request, step: Step, state: Any, length: int, halvings: int
+) -> tuple[int, float]:
+    """Peak bytes of an update, and seconds of its fastest batch."""
+    shape, several = (request.batch_size, length), min(request.grad_accumulation_steps, BATCHES)
+    vocabulary = max(1, _vocabulary(request) >> halvings)
+    batch = mx.random.randint(0, vocabulary, shape), mx.array([[0, length]] * shape[0])
+    mx.eval(batch)
+    peak, seconds, total = 0, LONGEST, None
+    for i in range(2 * several):
+        start = time.perf_counter()
+        mx.reset_peak_memory()
+        loss, total = step(batch, total, (i + 1) % several == 0)
+        mx.eval(loss, total, state)
+        mx.clear_cache()
+        peak = max(peak, mx.get_peak_memory())
+        seconds = min(seconds, time.perf_counter() - start)  # the first time, it is compiled
+    return peak, seconds
 
 
-def _compiled_step(
-    model: nn.Module, optimizer: Optimizer, state: list[Any], count: int
-) -> Callable[[Sequence[mx.array], Any, bool], tuple[mx.array, Any]]:
+def _compiled_step(model: nn.Module, optimizer: Optimizer, state: list[Any], count: int) -> Step:
     """The step of mlx-lm's trainer, which gives back the total of the gradients up to the last."""
     loss_and_gradients = nn.value_and_grad(model, default_loss)
 
@@ -497,15 +418,6 @@ def available_bytes() -> int:
         return 8 << 30
 
 
-def main_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype of most weights that are not quantized."""
-    sizes = dict.fromkeys(DTYPES.values(), 0)
-    for x in flatten(model.parameters()).values():
-        if x.dtype in sizes:
-            sizes[x.dtype] += x.size
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
 def width_of(model: nn.Module) -> int:
     """Columns that all matrices together make of a token, which its activations grow with."""
     return sum(x.shape[-2] for x in flatten(model.parameters()).values() if x.ndim > 1)
@@ -518,18 +430,14 @@ def device_name() -> str:
     return str(mx.device_info().get("device_name", "this machine's GPU"))
 
 
-def _at_length(lengths: Sequence[int], steps: Sequence[int], length: int) -> int:
-    return round(float(_at_lengths(lengths, steps, np.array([length]))[0]))
-
-
 def _at_most(lengths: Sequence[int], steps: Sequence[int], length: int) -> float:
     """The most that a longer sequence may need, as far as can be known."""
     if len(steps) < 3:
         return steps[-1] * (length / lengths[-1]) ** 2
-    return _at_length(lengths, steps, length)
+    return float(_at_lengths(lengths, steps, length))
 
 
-def _at_lengths(lengths: Sequence[int], steps: Sequence[int], wanted: np.ndarray) -> np.ndarray:
+def _at_lengths(lengths: Sequence[int], steps: Sequence[int], wanted: Any) -> Any:
     """A quadratic through the measured lengths, as attention scores grow with the square.
 
     No coefficient is negative: a longer sequence never needs less. Relative errors count.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,26 +10,20 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load_config
+from mlx_lm.utils import _get_classes, load_config, load_model
 
 from .._validate import check_choice, check_integer, shown
-from .models import prefixing_errors
+from ..engine.trees import flatten
+from .models import bits_of, check_layers, main_dtype, prefixing_errors
+
+Config = Mapping[str, Any]
+Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
+"""Whether to quantize the module at a path, or how."""
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-WIDTHS = (
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_heads",
-    "mamba_n_heads",
-    "mamba_num_heads",
-    "n_embd",
-    "n_head",
-    "model_dim",
-    "vocab_size",
-)
+WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "model_dim", "n_embd")
+WIDTHS += ("num_attention_heads", "num_key_value_heads", "num_heads", "n_head")
+WIDTHS += ("mamba_n_heads", "mamba_num_heads", "vocab_size")
 """What is halved in a model that does not fit on this device, or takes too long to measure."""
 
 PACKED = ("awq", "bitnet", "compressed-tensors", "gptq", "modelopt")
@@ -51,24 +46,22 @@ def read_config(model: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
         ValueError: There is no config, or it lacks the model's type.
     """
     if isinstance(model, Mapping):
-        return _checked(dict(model), "config"), None
+        with prefixing_errors("config"):
+            return _checked(dict(model)), None
     folder = Path(model)
     if not (folder / "config.json").is_file():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.utils import HFValidationError
 
-        try:
+        cached = None
+        with suppress(HFValidationError):
             cached = try_to_load_from_cache(str(model), "config.json")
-        except HFValidationError:
-            cached = None
         if not isinstance(cached, str):
             path = folder / "config.json"
             raise ValueError(f"model {model}: there is no {path}, and the hub's cache has none")
         folder = Path(cached).parent
-    name = str(folder / "config.json")
-    with prefixing_errors(name):
-        config = load_config(folder)
-    return _checked(config, name), folder
+    with prefixing_errors(str(folder / "config.json")):
+        return _checked(load_config(folder)), folder
 
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -79,21 +72,21 @@ MODES |= {"nvfp4": ((4,), (16,))}
 """MLX's modes of quantization, with the bits and group sizes of each."""
 
 
-def _checked(config: Any, name: str) -> dict[str, Any]:
+def _checked(config: Any) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{name} must map names to values, with model_type among them")
+        raise ValueError("it must map names to values, with model_type among them")
     for key in SIZES:
         if (size := value_of(config, key)) is not None and not isinstance(size, list):
-            check_integer(f"{name}: {key}", size, 1)
+            check_integer(key, size, 1)
     if (ours := config.get("quantization")) is not None:
-        _check_quantization(f"{name}: quantization", ours, ("bits", "group_size"))
+        _check_quantization("quantization", ours, ("bits", "group_size"))
     elif theirs := value_of(config, "quantization_config"):
         method = theirs.get("quant_method") if isinstance(theirs, dict) else None
         if not isinstance(method, str):
-            raise ValueError(f"{name}: quantization_config needs quant_method, got {shown(theirs)}")
+            raise ValueError(f"quantization_config needs quant_method, got {shown(theirs)}")
         if method not in READABLE:
             raise ValueError(
-                f"{name}: mlx-lm does not read weights of {method}: take those before quantizing"
+                f"mlx-lm does not read weights of {method}: take those before quantizing"
             )
     return config
 
@@ -111,6 +104,61 @@ def _check_quantization(name: str, given: Any, needed: tuple[str, ...] = ()) -> 
             _check_quantization(f"{name}: {path}", x)
 
 
+def base_model(
+    config: Config, folder: Path | None, dtype: str | None, bits: int | None, halvings: int = 0
+) -> nn.Module:
+    """A model of mlx-lm before adapters. No array of it is evaluated.
+
+    Args:
+        config: The config.
+        folder: Where it lies, perhaps beside weights.
+        dtype: Dtype of the weights that are not quantized; None: as the weights or the config say.
+        bits: Bits to which it is quantized; None: as the weights or the config say.
+        halvings: How often the width is halved.
+
+    Raises:
+        ValueError: mlx-lm cannot build it.
+    """
+    own_code = config.get("model_file")  # mlx-lm asks for it to be trusted
+    weights = folder if folder and not own_code and has_weights(folder) else None
+    read = None if halvings else weights
+    source = "config" if folder is None else str(folder / "config.json")
+    with prefixing_errors(f"model {read}" if read else source, read):
+        if read:
+            model = load_model(read, lazy=True)[0]
+            if cast_to := dtype or (bits and converted_dtype(config)):
+                model.set_dtype(DTYPES[cast_to])
+        else:
+            config = narrowed(config, halvings)
+            model_class, arguments_class = _get_classes(config)
+            model = model_class(arguments_class.from_dict(config))
+            if weights:
+                _make_like(model, base_model(config, folder, dtype, bits))
+            else:
+                model.set_dtype(DTYPES[dtype or dtype_of(config)])
+                quantize_as_config_says(model, config)
+        check_layers(model)
+        for path, x in flatten(model.parameters()).items():
+            if any(size < 1 for size in x.shape):
+                raise ValueError(f"{path} would have the shape {x.shape}")
+        if bits and not (halvings and weights):
+            if found := bits_of(model):
+                raise ValueError(f"it is quantized already (bits: {found}): leave out --quantize")
+            quantize(model, convert_predicate(model), bits=bits)
+    return model
+
+
+def _make_like(model: nn.Module, like: nn.Module) -> None:
+    """Give a narrow model the dtype and the quantization of the whole one."""
+    model.set_dtype(main_dtype(like))
+    modes = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in cast(Any, like).named_modules()
+        if hasattr(module, "bits") and hasattr(module, "mode")
+    }
+    quantize(model, lambda path, _: modes.get(path, False), bits=4)
+
+
 def has_weights(folder: Path) -> bool:
     """Whether all weights lie beside the config, as mlx-lm reads them."""
     index = folder / "model.safetensors.index.json"
@@ -122,19 +170,19 @@ def has_weights(folder: Path) -> bool:
     return bool(found) and needed <= found
 
 
-def value_of(config: Mapping[str, Any], key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
     """A value of a config, or of the ``text_config`` in it. None: neither has it."""
     found = config.get(key)
     return _text_config(config).get(key) if found is None else found
 
 
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _text_config(config: Config) -> dict[str, Any]:
     """The part of a model with images or sound that describes its text model. Empty: no part."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else {}
 
 
-def narrowed(config: Mapping[str, Any], halvings: int) -> dict[str, Any]:
+def narrowed(config: Config, halvings: int) -> dict[str, Any]:
     """A copy of a config with a halved width, also in its ``text_config``."""
     copied = deepcopy(dict(config))  # mlx-lm writes into text_config
     for part in (copied, _text_config(copied)):
@@ -144,7 +192,7 @@ def narrowed(config: Mapping[str, Any], halvings: int) -> dict[str, Any]:
     return copied
 
 
-def dtype_of(config: Mapping[str, Any]) -> str:
+def dtype_of(config: Config) -> str:
     """The name of the dtype that a config says, or bfloat16."""
     name = value_of(config, "torch_dtype") or value_of(config, "dtype") or "bfloat16"
     name = str(name).removeprefix("torch.")
@@ -153,13 +201,13 @@ def dtype_of(config: Mapping[str, Any]) -> str:
     return name
 
 
-def converted_dtype(config: Mapping[str, Any]) -> str | None:
+def converted_dtype(config: Config) -> str | None:
     """The dtype to which ``mlx_lm.convert`` casts a model. None: it leaves it as it is."""
     name = config.get("torch_dtype") or _text_config(config).get("dtype")
     return name if name in DTYPES else None
 
 
-def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None:
+def quantize_as_config_says(model: nn.Module, config: Config) -> None:
     """Quantize what mlx-lm would find quantized in the weights that belong to a config.
 
     Raises:
@@ -167,11 +215,7 @@ def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None
     """
     as_convert = convert_predicate(model)
     if ours := config.get("quantization"):
-
-        def as_said(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            return ours[path] if path in ours else as_convert(path, module)
-
-        quantize(model, as_said, **{"group_size": 64, **ours})
+        quantize(model, lambda path, m: ours.get(path, as_convert(path, m)), **ours)
         return
     theirs = value_of(config, "quantization_config")
     method = theirs.get("quant_method") if theirs else None
@@ -193,21 +237,14 @@ def quantize_as_config_says(model: nn.Module, config: Mapping[str, Any]) -> None
         quantize(model, chosen, bits=int(method[-1]), group_size=32, mode=method)
 
 
-def convert_predicate(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+def convert_predicate(model: nn.Module) -> Predicate:
     """What ``mlx_lm.convert`` quantizes: all that it can, unless the model says otherwise."""
     return getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
 
-def quantize(
-    model: nn.Module,
-    predicate: Callable[[str, nn.Module], bool | dict[str, Any]],
-    *,
-    bits: int,
-    group_size: int = 64,
-    mode: str = "affine",
-    **_: Any,
-) -> None:
+def quantize(model: nn.Module, predicate: Predicate, bits: int, **options: Any) -> None:
     """Quantize the modules that a predicate chooses and whose width allows it."""
+    group_size, mode = options.get("group_size", 64), options.get("mode", "affine")
 
     def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):

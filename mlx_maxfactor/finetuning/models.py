@@ -1,6 +1,7 @@
 """Load models and adapters as ``mlx_lm.lora`` does, with errors that name what is wrong."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,9 +51,14 @@ def load_model(model: str, trust_remote_code: bool = False) -> tuple[nn.Module, 
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     with prefixing_errors(f"model {model}", model):
         network, tokenizer = load(model, tokenizer_config=trust, **trust)[:2]
-        if not getattr(network, "layers", None):
-            raise ValueError("it has no list of layers, and mlx-lm trains the last layers")
+        check_layers(network)
     return network, tokenizer
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raise ValueError unless the model has a list of layers."""
+    if not getattr(model, "layers", None):
+        raise ValueError("it has no list of layers, and mlx-lm trains the last ones")
 
 
 def number_of_layers(num_layers: int | None, layers: int) -> int:
@@ -71,19 +77,25 @@ def number_of_layers(num_layers: int | None, layers: int) -> int:
 def add_adapters(
     model: nn.Module,
     fine_tune_type: str,
-    num_layers: int,
+    num_layers: int | None,
     lora_parameters: Mapping[str, Any] | None,
-) -> None:
+    *,
+    any_rank: bool = False,
+) -> int:
     """Freeze the model, then unfreeze the last layers ("full") or give them adapters.
 
     Args:
         model: A model of mlx-lm.
         fine_tune_type: "lora", "dora" or "full".
-        num_layers: How many of the last layers are trained. -1: all of them.
+        num_layers: How many of the last layers are trained, see :func:`number_of_layers`.
         lora_parameters: mlx-lm's: rank, scale, dropout and keys. Not used by "full".
+        any_rank: Take a rank above the shorter side of every matrix. Default False.
+
+    Returns:
+        How many layers are trained.
 
     Raises:
-        ValueError: The model has fewer layers.
+        ValueError: The model has fewer layers, the keys match none, or the rank is too high.
         KeyError: ``lora_parameters`` lacks a key.
     """
     model.freeze()
@@ -92,7 +104,7 @@ def add_adapters(
     if fine_tune_type == "full":
         for layer in layers[-num_layers:]:
             layer.unfreeze()
-        return
+        return num_layers
     if fine_tune_type not in FINE_TUNE_TYPES:
         raise ValueError(f"fine_tune_type is lora, dora or full, got {shown(fine_tune_type)}")
     settings = dict(lora_parameters or {})
@@ -108,6 +120,9 @@ def add_adapters(
         )
     if unmatched:
         raise ValueError(f"lora_parameters: keys {', '.join(map(shown, unmatched))} match no layer")
+    if not any_rank:
+        check_rank(model)
+    return num_layers
 
 
 def check_rank(model: nn.Module) -> None:
@@ -153,8 +168,17 @@ def bytes_of(tree: Any) -> int:
 
 def bits_of(model: nn.Module) -> int | None:
     """Bits of most of the weights that are quantized. None: no weights are."""
-    sizes: dict[int, int] = {}
-    for _, module in model.named_modules():
+    sizes: Counter[int] = Counter()
+    for module in model.modules():
         if (bits := getattr(module, "bits", None)) and hasattr(module, "weight"):
-            sizes[bits] = sizes.get(bits, 0) + cast(Any, module).weight.size
-    return max(sizes, key=lambda bits: sizes[bits]) if sizes else None
+            sizes[bits] += cast(Any, module).weight.size
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def main_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of most weights that are not quantized."""
+    sizes: Counter[mx.Dtype] = Counter({mx.float32: 0})
+    for x in flatten(model.parameters()).values():
+        if mx.issubdtype(x.dtype, mx.floating):
+            sizes[x.dtype] += x.size
+    return sizes.most_common(1)[0][0]

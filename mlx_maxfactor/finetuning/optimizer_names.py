@@ -11,13 +11,7 @@ from mlx.optimizers import Optimizer, schedulers
 from mlx_lm.lora import CONFIG_DEFAULTS
 from mlx_lm.tuner.utils import build_schedule
 
-from .._validate import (
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    check_pair,
-)
+from .._validate import check_choice, check_flag, check_integer, check_number, check_pair
 from ..engine.schedules import Schedule, adaptive_schedule, warmup_cosine, with_peak
 from ..factory import create_optimizer
 from ..routing import OPTIMIZERS

@@ -10,8 +10,9 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -94,22 +95,16 @@ class BatchOrder:
         self.position = 0
 
     @contextmanager
-    def drawing(self, state: Any) -> Iterator[Callable[[], None]]:
-        """Let mlx-lm draw from this state. Calling what is yielded keeps the state afterwards."""
+    def drawing(self, state: Any, keep: bool = False) -> Iterator[None]:
+        """Let mlx-lm draw from this state. ``keep`` the state afterwards."""
         before = np.random.get_state()
         np.random.set_state(state)
-
-        def keep() -> None:
-            self.state = np.random.get_state()
-
         try:
-            yield keep
+            yield
+            if keep:
+                self.state = np.random.get_state()
         finally:
             np.random.set_state(before)
-
-    def start_epoch(self) -> None:
-        """Begin an epoch with the current state."""
-        self.epoch, self.position = self.state, 0
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
@@ -171,26 +166,18 @@ class Tuning(TrainingCallback):
             with prefixing_errors(f"adapter_path {folder}: no folder can be made there"):
                 folder.mkdir(parents=True, exist_ok=True)
         with prefixing_errors(f"report_to {arguments.report_to}"):
-            self.reporter = get_reporting_callbacks(
-                arguments.report_to,
-                arguments.project_name,
-                arguments.adapter_path,
-                cast(Any, vars(arguments)),
-            )
+            places = (arguments.report_to, arguments.project_name, arguments.adapter_path)
+            self.reporter = get_reporting_callbacks(*places, cast(Any, vars(arguments)))
         self.order = BatchOrder(arguments.seed)
         self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": []}
-        self.iteration = 0
-        self.saved = 0
+        self.iteration = self.saved = self.skipped = 0
         self.best: tuple[float, int] = (math.inf, 0)
-        self.skipped = 0
         self.interrupts: list[int] = []
         self.bar: tqdm[Any] = tqdm(disable=True)
 
     def _check_tokens(self, name: str) -> None:
         data, a = self.sets[name], self.arguments
-        if not data:
-            return
-        if not any(islice(full_batches(data, a.batch_size, a.max_seq_length), 1)):
+        if data and not any(full_batches(data, a.batch_size, a.max_seq_length)):
             raise ValueError(
                 f"{name_of_data(a)}: the {name} set has no token to learn: within max_seq_length="
                 f"{a.max_seq_length} there are only prompts, which mask_prompt leaves out; raise "
@@ -269,16 +256,10 @@ class Tuning(TrainingCallback):
         for folder in (self.folder, self.folder / "best")[: 1 + a.keep_best]:
             with prefixing_errors(str(folder / "adapter_config.json")):
                 save_config(dict(vars(a)), folder / "adapter_config.json")
-        settings = TrainingArgs(
-            batch_size=a.batch_size,
-            iters=a.iters - self.iteration,
-            steps_per_report=a.steps_per_report,
-            steps_per_save=sys.maxsize,
-            max_seq_length=a.max_seq_length,
-            grad_checkpoint=a.grad_checkpoint,
-            grad_accumulation_steps=a.grad_accumulation_steps,
-            clear_cache_threshold=a.clear_cache_threshold,
-        )
+        names = {field.name for field in fields(TrainingArgs)}
+        settings = TrainingArgs(**{name: x for name, x in vars(a).items() if name in names})
+        settings.iters = a.iters - self.iteration
+        settings.steps_per_save = sys.maxsize
         mx.reset_peak_memory()
         with redirect_stdout(Progress(self.folder / "mlx_lm.log")), suppress(Finished):
             train(
@@ -292,14 +273,11 @@ class Tuning(TrainingCallback):
 
     def batches(self, dataset: Any, batch_size: int, max_seq_length: int, **_: Any) -> Iterator:
         """Training batches from the next iteration on, without end."""
-        settings = (dataset, batch_size, max_seq_length)
+        settings, every = (dataset, batch_size, max_seq_length), self.arguments.save_every
         while True:
-            with self.order.drawing(self.order.epoch) as keep:
-                batches_of_epoch = full_batches(*settings)
-                remaining = islice(batches_of_epoch, self.order.position, None)
+            with self.order.drawing(self.order.epoch, keep=self.order.position == 0):
+                remaining = islice(full_batches(*settings), self.order.position, None)
                 batch = next(remaining, None)
-                if self.order.position == 0:
-                    keep()
             while batch is not None:
                 self.order.position += 1
                 self.iteration += 1
@@ -308,10 +286,11 @@ class Tuning(TrainingCallback):
                 # The trainer asks for the next batch: this iteration is done and evaluated.
                 self.bar.update(self.iteration - self.bar.n)
                 ends = self.interrupts or self.has_stopped
-                if (ends or self._is_save_due()) and self.save() and ends:
+                is_due = self.iteration // every > self.saved // every
+                if (ends or is_due) and self.save() and ends:
                     raise KeyboardInterrupt if self.interrupts else Finished
                 batch = next(remaining, None)
-            self.order.start_epoch()
+            self.order.epoch, self.order.position = self.order.state, 0
 
     def _validate_if_due(self) -> None:
         """Validate where mlx-lm does: at the first iteration, at multiples, at the last one."""
@@ -323,9 +302,8 @@ class Tuning(TrainingCallback):
         if self.iteration == 1:
             self.order.first = before
         if always:  # a longer run does not validate where this one ends
-            with self.order.drawing(before) as keep:
+            with self.order.drawing(before, keep=True):
                 next(iterate_batches(self.sets["validation"], a.batch_size, a.max_seq_length))
-                keep()
         start = time.perf_counter()
         # mlx-lm validates on other batches each time. To be compared, losses need the same ones.
         compared = a.keep_best or a.patience is not None
@@ -362,10 +340,6 @@ class Tuning(TrainingCallback):
             self.save()
             raise Finished
 
-    def _is_save_due(self) -> bool:
-        every = self.arguments.save_every
-        return self.iteration >= (self.saved // every + 1) * every
-
     def _report(self, kind: str, info: dict[str, Any], iteration: int) -> None:
         info = {**info, "iteration": iteration}
         self.history[kind].append(info)
@@ -385,23 +359,15 @@ class Tuning(TrainingCallback):
             return False
         trained = flatten(self.model.trainable_parameters())
         if odd := [path for path, x in trained.items() if not mx.all(mx.isfinite(x)).item()]:
-            kept = (
-                f"{self.path} keeps {self.saved} iterations" if self.saved else "nothing is saved"
-            )
+            kept = f"{self.path} keeps {self.saved} iterations"
             raise FloatingPointError(
-                f"after iteration {self.iteration} {odd[0]} holds an inf or a NaN: {kept}"
+                f"after iteration {self.iteration} {odd[0]} holds an inf or a NaN: "
+                + (kept if self.saved else "nothing is saved")
             )
         self.skipped = int(getattr(self.optimizer, "skipped", 0))
-        save_checkpoint(
-            self.path,
-            self.model,
-            self.optimizer,
-            weights="trainable",
-            iteration=self.iteration,
-            identity=self.identity,
-            history=self.history,
-            order=self.order.description(),
-        )
+        run: dict[str, Any] = {"iteration": self.iteration, "identity": self.identity}
+        run |= {"history": self.history, "order": self.order.description()}
+        save_checkpoint(self.path, self.model, self.optimizer, weights="trainable", **run)
         self.saved = self.iteration
         self.write_adapters(self.folder)
         return True

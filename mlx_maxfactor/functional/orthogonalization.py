@@ -16,7 +16,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Keller Jordan's quintic: slope 3.4445 at zero, values in about [0.7, 1.2] for large inputs."""
 
 # Minimax quintics for singular values in [1e-3, 1], each fitted to what the one before it leaves
-# (Amsel et al. 2025, arXiv 2505.16932, Algorithm 1). mlx_maxfactor/reference.py derives them.
+# (Amsel et al. 2025, arXiv 2505.16932, Algorithm 1). tests/twins.py derives them.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

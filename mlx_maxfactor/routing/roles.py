@@ -7,6 +7,7 @@ of experts. The module that holds it, and its place in the model, do.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise, product
 from typing import Any
 from weakref import ref
@@ -17,23 +18,8 @@ from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear
 
 from ..engine.trees import children
 
-ROLES = (
-    "embedding",
-    "head",
-    "first",
-    "hidden",
-    "conv",
-    "conv_input",
-    "depthwise",
-    "experts",
-    "lora_a",
-    "lora_b",
-    "router",
-    "norm",
-    "bias",
-    "vector",
-    "unknown",
-)
+ROLES = ("embedding", "head", "first", "hidden", "conv", "conv_input", "depthwise", "experts")
+ROLES += ("lora_a", "lora_b", "router", "norm", "bias", "vector", "unknown")
 """Every role. ``create_optimizer`` says which optimizer each gets."""
 
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
@@ -93,6 +79,19 @@ class Node:
     children: list["Node"] = field(default_factory=list)
     shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """Paths and shapes of the module's own arrays."""
+
+    def fill(self, tree: Any, path: str, listed: bool = False) -> None:
+        """Add what the module, or a dictionary or list in it, holds."""
+        for key, at, value in children(tree, path):
+            if tree is self.module and key.startswith("_"):
+                continue  # MLX does not count these as parameters
+            if isinstance(value, nn.Module):
+                self.children.append(Node(at, value, ref(self), listed))
+                self.children[-1].fill(value, at)
+            elif isinstance(value, (dict, list)):  # MLX sees no parameters in a tuple
+                self.fill(value, at, listed or isinstance(value, list))
+            elif isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+                self.shapes.append((at, value.shape))
 
     def walk(self) -> Iterator["Node"]:
         """Yield this node and all below it, in order of definition."""
@@ -158,57 +157,36 @@ class Node:
     @property
     def input_width(self) -> int | None:
         """Width of the layer's input features."""
-        m: Any = self.module
-        if self.is_a(nn.QuantizedLinear):
-            return m.scales.shape[-1] * m.group_size
-        if self.is_a(*LINEAR):
-            return m.weight.shape[-1]
-        if self.is_a(*CONVOLUTION):
-            return m.weight.shape[-1] * self.groups
-        if self.is_a(*RECURRENT):
-            return (m["Wxh"] if "Wxh" in m else m["Wx"]).shape[-1]
-        if self.is_stacked:
-            return getattr(m, "input_dims", m.weight.shape[-1])
-        if self.is_norm and self.shapes:
-            return self.shapes[0][1][-1]
-        return None
+        return self.widths[0]
 
     @property
     def output_width(self) -> int | None:
         """Width of the layer's output features."""
+        return self.widths[1]
+
+    @cached_property
+    def widths(self) -> tuple[int | None, int | None]:
+        """Widths of the layer's input and output features, where they are known."""
         m: Any = self.module
         if self.is_a(*EMBEDDING):
-            return getattr(m, "dims", m.weight.shape[-1])
+            return None, getattr(m, "dims", m.weight.shape[-1])
+        if self.is_a(nn.QuantizedLinear):
+            return m.scales.shape[-1] * m.group_size, m.weight.shape[0]
         if self.is_a(*LINEAR, *CONVOLUTION):
-            return m.weight.shape[0]
+            return m.weight.shape[-1] * self.groups, m.weight.shape[0]
         if self.is_a(*RECURRENT):
-            return (m["Whh"] if "Whh" in m else m["Wh"]).shape[-1]
+            reads, keeps = ("Wxh", "Whh") if "Wxh" in m else ("Wx", "Wh")
+            return m[reads].shape[-1], m[keeps].shape[-1]
         if self.is_stacked:
-            return getattr(m, "output_dims", m.weight.shape[-2])
-        return None
+            *_, rows, columns = m.weight.shape
+            return getattr(m, "input_dims", columns), getattr(m, "output_dims", rows)
+        return (self.shapes[0][1][-1] if self.is_norm and self.shapes else None), None
 
 
 def build_tree(model: nn.Module) -> Node:
     """Build the module tree, in order of definition, with each module's floating-point arrays."""
-
-    def visit(node: Node, value: Any, path: str, listed: bool) -> None:
-        if isinstance(value, nn.Module):
-            child = Node(path, value, ref(node), listed)
-            node.children.append(child)
-            visit_items(child, value)
-        elif isinstance(value, (dict, list)):  # MLX sees no parameters in a tuple
-            for _, at, item in children(value, path):
-                visit(node, item, at, listed or isinstance(value, list))
-        elif isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
-            node.shapes.append((path, value.shape))
-
-    def visit_items(node: Node, module: nn.Module) -> None:
-        for key, at, value in children(module, node.path):
-            if not key.startswith("_"):  # MLX does not count these as parameters
-                visit(node, value, at, False)
-
     root = Node("", model)
-    visit_items(root, model)
+    root.fill(model, "")
     return root
 
 
@@ -273,8 +251,8 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
     return {
         path: listed
         for node in nodes
-        if last[id(node.module)] is not node
         for (path, _), (listed, _) in zip(node.shapes, last[id(node.module)].shapes, strict=True)
+        if path != listed
     }
 
 
