@@ -2,7 +2,7 @@
 
     python examples/compare_architectures.py
     python examples/compare_architectures.py --compiled llama mamba2
-    python examples/compare_architectures.py > examples/records/architectures.md
+    python examples/compare_architectures.py --compiled > examples/records/architectures.md
 
 It prints a table: parameters of each role, and whether both steps ran: every parameter of the plan
 with a gradient moved, no other moved, and all stayed finite. `tests/test_architectures.py` compares
