@@ -331,7 +331,10 @@ def main() -> None:
             f"The estimate of `fits` is within 15 % of the real peak for {near} of {len(ratios)}."
         )
     print(
-        "`python examples/compare_architectures.py` makes this page, and says what is measured.\n"
+        "`python examples/compare_architectures.py --compiled` makes this page, and says what is "
+        "measured.\nOf the three others, dbrx evaluates an array in its forward pass, so that no "
+        "trainer can compile it. gemma3n and\nkimi_k3 read the `weight` of a layer that LoRA has "
+        "replaced, with mlx-lm's own commands too.\n"
     )
     print(markdown([header, *rows]))
     if not given.names:
