@@ -236,6 +236,10 @@ def build(name: str) -> nn.Module:
     return model
 
 
+OTHERS = """Of the three others, dbrx evaluates an array in its forward pass, so that no trainer can compile it. gemma3n and
+kimi_k3 read the `weight` of a layer that LoRA has replaced, with mlx-lm's own commands too."""  # noqa: E501
+
+
 def add_lora(model: nn.Module) -> nn.Module:
     """Freeze the model, and add LoRA of rank 4 to all layers as mlx-lm does."""
     model.freeze()
@@ -330,12 +334,11 @@ def main() -> None:
         print(
             f"The estimate of `fits` is within 15 % of the real peak for {near} of {len(ratios)}."
         )
-    print(
-        "`python examples/compare_architectures.py --compiled` makes this page, and says what is "
-        "measured.\nOf the three others, dbrx evaluates an array in its forward pass, so that no "
-        "trainer can compile it. gemma3n and\nkimi_k3 read the `weight` of a layer that LoRA has "
-        "replaced, with mlx-lm's own commands too.\n"
-    )
+    print("`python examples/compare_architectures.py --compiled` makes this page, and says what is")
+    print("measured.")
+    if not given.names:
+        print(OTHERS)
+    print()
     print(markdown([header, *rows]))
     if not given.names:
         print("\nNot built:", "; ".join(f"{k}: {v}" for k, v in SKIPPED.items() if v != "no model"))
