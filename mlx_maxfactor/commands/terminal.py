@@ -17,8 +17,8 @@ BAD_INPUT = (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, Type
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage, and whose help keeps line breaks."""
 
-    def __init__(self, **options: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **options: Any):
+        super().__init__(formatter_class=formatter_class, **options)
 
     def error(self, message: str | BaseException) -> NoReturn:
         """Print one line and exit with status 2."""
