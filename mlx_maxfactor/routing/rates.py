@@ -121,7 +121,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "muon": OptimizerEntry(
         Muon,
         2e-2,
-        pretrained=2e-3,
+        pretrained=1e-3,
         lora=1e-3,
         lora_options={"scale": "rms", "momentum": 0.8},
         peak=lambda run: 0.8 * _per_root_of_steps(run) * math.sqrt(WIDTH / run.width),
