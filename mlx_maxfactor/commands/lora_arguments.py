@@ -24,11 +24,19 @@ from .terminal import OneLineParser
 
 DEFAULTS = {
     **CONFIG_DEFAULTS,
-    **dict.fromkeys(("model", "data", "learning_rate", "option", "quantize", "patience")),
-    **dict.fromkeys(("num_layers", "cache_limit")),  # 16 layers, or all of fewer
-    **dict.fromkeys(("resume", "allow_changed_data", "keep_best"), False),
-    "trust_remote_code": False,  # mlx-lm 0.31, the last for Python 3.10, does not have it
+    "model": None,
+    "data": None,
+    "num_layers": None,  # 16, or all of fewer
     "optimizer": "orthomaxfactor",
+    "learning_rate": None,
+    "option": None,
+    "quantize": None,
+    "resume": False,
+    "allow_changed_data": False,
+    "keep_best": False,
+    "patience": None,
+    "cache_limit": None,
+    "trust_remote_code": False,  # mlx-lm 0.31, the last for Python 3.10, does not have it
 }
 """mlx-lm's defaults, except for the optimizer. A rate of None is the optimizer's own."""
 

@@ -215,7 +215,11 @@ def quantize_as_config_says(model: nn.Module, config: Config) -> None:
     """
     as_convert = convert_predicate(model)
     if ours := config.get("quantization"):
-        quantize(model, lambda path, m: ours.get(path, as_convert(path, m)), **ours)
+
+        def as_said(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            return ours[path] if path in ours else as_convert(path, module)
+
+        quantize(model, as_said, **ours)
         return
     theirs = value_of(config, "quantization_config")
     method = theirs.get("quant_method") if theirs else None
@@ -242,9 +246,16 @@ def convert_predicate(model: nn.Module) -> Predicate:
     return getattr(model, "quant_predicate", None) or (lambda path, module: True)
 
 
-def quantize(model: nn.Module, predicate: Predicate, bits: int, **options: Any) -> None:
+def quantize(
+    model: nn.Module,
+    predicate: Predicate,
+    *,
+    bits: int,
+    group_size: int = 64,
+    mode: str = "affine",
+    **_: Any,
+) -> None:
     """Quantize the modules that a predicate chooses and whose width allows it."""
-    group_size, mode = options.get("group_size", 64), options.get("mode", "affine")
 
     def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):

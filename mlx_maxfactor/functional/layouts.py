@@ -27,7 +27,8 @@ def as_items(x: mx.array, layout: str) -> mx.array:
     """View an array as the independent arrays that it holds, along a new or the first axis."""
     name, _, groups = layout.partition("/")
     if name == "conv" and x.ndim > 2:
-        return x.reshape(int(groups or 1), x.shape[0] // int(groups or 1), -1)
+        count = int(groups or 1)
+        return x.reshape(count, x.shape[0] // count, -1)
     if layout == "transposed" and x.ndim > 1:
         x = x.swapaxes(-1, -2)
     return x.reshape(-1, *x.shape[-2:]) if is_stack(x.shape, layout) else mx.expand_dims(x, 0)

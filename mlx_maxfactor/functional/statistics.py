@@ -21,7 +21,12 @@ def fusion_barrier(x: mx.array) -> mx.array:
     ``mx.compile`` fuses through broadcasts, and would compute the number again for every element,
     which only a GPU does for nothing. It does not fuse a copy.
     """
-    return mx.contiguous(x) if mx.default_device() == mx.cpu else x
+    return mx.contiguous(x) if on_cpu() else x
+
+
+def on_cpu() -> bool:
+    """Whether arrays are computed on a CPU."""
+    return mx.default_device() == mx.cpu
 
 
 def clamp(x: mx.array, limit: float = GRADIENT_LIMIT) -> mx.array:
